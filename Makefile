@@ -1,0 +1,54 @@
+# make demo: the whole main job on an embedded data set. make test: every check. Both create .venv first.
+PYTHON := .venv/bin/python
+STAMP := .venv/.finetune101-installed
+.DEFAULT_GOAL := help
+.PHONY: help env demo test fast lint claims clean
+
+help:
+	@echo "make demo    fine-tune, train from scratch and compare, on an embedded data set (about 4 minutes)"
+	@echo "make test    lint, types and all tests"
+	@echo "make fast    the quick tests only"
+	@echo "make lint    lint and types only"
+	@echo "make claims  recompute every accuracy in results/claims.json from its predictions"
+	@echo "make env     create .venv and install everything into it (the others do this first)"
+	@echo "make clean   remove .venv, caches and the demo's output; runs/ and data/ stay"
+
+env: $(STAMP)
+
+# a python3.x on the PATH may be a shim that fails or lack the venv module, so each one is tried
+$(STAMP): requirements.lock pyproject.toml
+	@fits='import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
+	if ! $(PYTHON) -c "$$fits" 2>/dev/null; then \
+	  for python in python3.11 python3.12 python3.13 python3 none; do \
+	    $$python -c "$$fits" 2>/dev/null && break; \
+	  done; \
+	  if [ $$python = none ]; then \
+	    echo "No Python 3.11, 3.12 or 3.13 (with venv) found: install one and run make again." >&2; exit 1; \
+	  fi; \
+	  $$python -m venv --clear .venv; \
+	fi
+	@echo "Installing PyTorch and the other packages into .venv; this takes a few minutes, once."
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: env
+	@$(PYTHON) -m finetune101 demo
+
+lint: env
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+test: lint
+	$(PYTHON) -m pytest
+
+fast: env
+	$(PYTHON) -m pytest -m "not slow and not caltech101"
+
+claims: env
+	@$(PYTHON) scripts/claims.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo *.egg-info
+	find finetune101 tests scripts -name __pycache__ -prune -exec rm -rf {} +

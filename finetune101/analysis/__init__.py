@@ -1,0 +1,1 @@
+"""Reads finished run directories: pictures and comparisons. Nothing in training calls for its results."""

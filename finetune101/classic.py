@@ -1,0 +1,148 @@
+"""The file names and flags of the original four scripts, on top of the same verbs."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune101 import cli
+from finetune101.runs import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+    Loader = DataLoader[tuple[Tensor, Tensor]]
+
+MODEL = "resnet18"  # the original's network
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """``python train.py``: trains, then writes EXP_best.pth and the curves to training_plots_finetune/ or _random/."""
+    return cli.guarded(lambda: _train(sys.argv[1:] if argv is None else argv))
+
+
+def _train(argv: Sequence[str]) -> int:
+    arguments = cli.parse_train(argv, prog="train.py", model=MODEL)
+    run = cli.run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
+    export(run)
+    print(f"Test it: python test.py --exp {arguments.config.exp} --batch_size {arguments.config.optim.batch_size}")
+    return 0
+
+
+def export(run: Run) -> None:
+    """Writes the original's files for ``run``: <exp>_best.pth here, and its curves in the folder of its arm."""
+    import torch
+
+    from finetune101.evaluation.inference import read_checkpoint
+    from finetune101.runs import save_with
+
+    config = run.config()
+    state, _ = read_checkpoint(run.best)
+    weights = Path(f"{config.exp.replace('/', '_')}_best.pth")
+    save_with(weights, lambda part: torch.save(state, part))
+    plots = Path("training_plots_finetune" if config.model.pretrain else "training_plots_random")
+    plots.mkdir(exist_ok=True)
+    shutil.copyfile(run.path / "curves.png", plots / f"{weights.name.removesuffix('_best.pth')}.png")
+    print(f"Weights: {weights}. Curves: {plots / (weights.name.removesuffix('_best.pth') + '.png')}")
+
+
+def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None) -> int:
+    """``python search.py``: the grid over ``space``; writes gridsearch_results_EXP.json, resumes where it stopped."""
+    return cli.guarded(lambda: _search(space, sys.argv[1:] if argv is None else argv))
+
+
+def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
+    config = cli.parse_train(argv, prog="search.py", model=MODEL).config
+    cli.run_search(config, dict(space), Path(f"gridsearch_results_{config.exp}.json"))
+    return 0
+
+
+def test(argv: Sequence[str] | None = None) -> int:
+    """``python test.py --exp EXP``: test loss and accuracy of the run EXP, or of a foreign EXP_best.pth."""
+    return cli.guarded(lambda: _test(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _test(argv: list[str]) -> int:
+    if "--batch_size" in argv[:-1] or "--batch-size" in argv[:-1]:
+        at = next(i for i, word in enumerate(argv) if word in ("--batch_size", "--batch-size")) + 1
+        if argv[at].startswith("--") and argv[at][2:].isdigit():
+            print(f"note: read --batch_size {argv[at]} as --batch_size {argv[at][2:]}")
+            argv[at] = argv[at][2:]
+    parser = argparse.ArgumentParser(prog="test.py", description=test.__doc__)
+    parser.add_argument("--exp", required=True, help="name of the run, or of a file EXP_best.pth")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images per step")
+    parser.add_argument("--data", help="where the images are, if not where the run found them")
+    parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--model", default=MODEL, help="network of a foreign EXP_best.pth")
+    arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch_size is {arguments.batch_size}; give at least 1")
+    run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")
+    if run.has("config.json"):
+        from finetune101.evaluation.evaluate import evaluate
+
+        result = evaluate(run, data=arguments.data, batch_size=arguments.batch_size)
+    elif file.is_file():
+        result = test_foreign(file, arguments.model, arguments.data, arguments.batch_size)
+    else:
+        raise ValueError(f"neither {run.path} nor {file} is there; train it with python train.py --exp {arguments.exp}")
+    print(cli.score_text(result))
+    return 0
+
+
+def test_foreign(file: Path, model: str, data: str | None, batch_size: int) -> dict[str, Any]:
+    """Scores a plain state dict on the reference test images with the original's preprocessing."""
+    from finetune101.config import DataConfig, SystemConfig
+    from finetune101.data import dataset, splits
+    from finetune101.evaluation.evaluate import scores, subset_logits
+    from finetune101.models.build import load_foreign
+    from finetune101.models.zoo import lookup
+    from finetune101.world import detect
+
+    network, classes = load_foreign(file, model)
+    config = DataConfig(root=data)
+    manifest = splits.make(dataset.index(dataset.find(data)), config)
+    if classes != len(manifest.classes):
+        raise ValueError(f"{file} knows {classes} classes, the data set has {len(manifest.classes)}; give the --data it was trained on")
+    world = detect(SystemConfig())
+    output, labels = subset_logits(network, lookup(model).preprocessing, manifest, config, world, "test", batch_size)
+    return scores(output, labels)
+
+
+def get_dataloaders(
+    root_path: str = "./data",
+    batch_size: int = 256,
+    test_size: float = 0.2,
+    val_size: float = 0.1,
+    random_state: int = 42,
+    num_workers: int = 0,
+) -> tuple[Loader, Loader, Loader]:
+    """The original's three loaders (train, val, test) of (float tensor N x 3 x 224 x 224, int64 N).
+
+    ``root_path`` holds 101_ObjectCategories. Training images are shuffled and flipped at random; all are resized to
+    224 x 224 and standardised with ImageNet's mean and deviation. Raises ValueError when there are no images.
+    """
+    from torch.utils.data import DataLoader
+    from torchvision.transforms import v2
+
+    from finetune101.config import DataConfig
+    from finetune101.data import dataset, splits
+    from finetune101.data.files import ImageFiles
+    from finetune101.models.zoo import lookup
+
+    config = DataConfig(root=root_path, test_size=test_size, val_size=val_size, split_seed=random_state)
+    index = dataset.index(dataset.find(root_path))
+    manifest = splits.make(index, config)
+    preprocessing = lookup(MODEL).preprocessing
+
+    def loader(subset: str) -> Loader:
+        flip = v2.RandomHorizontalFlip() if subset == "train" else v2.Identity()
+        files = ImageFiles(index.root, manifest.subsets[subset], manifest.labels(subset), preprocessing, flip)
+        return DataLoader(files, batch_size=batch_size, shuffle=subset == "train", num_workers=num_workers)
+
+    return loader("train"), loader("val"), loader("test")

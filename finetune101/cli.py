@@ -1,0 +1,432 @@
+"""The command line: {verb: function}; bodies import lazily, so that --help does not load torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from finetune101.config import Flat, TrainConfig
+
+if TYPE_CHECKING:
+    from finetune101.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a network and keep everything about it in RUNS/EXP."""
+
+    config: Annotated[TrainConfig, Flat]
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue an interrupted run."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace an existing run of this name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Score a run's best epoch on its test images: loss, top-1, top-5, mean per class; writes test.json, predictions.csv."""
+
+    run: tyro.conf.Positional[str]
+    """Folder or name of a run."""
+    subset: Literal["test", "val", "train"] = "test"
+    """Which images."""
+    data: str | None = None
+    """Where the images are, if not where the run found them."""
+    batch_size: int = 64
+    """Images per step."""
+    runs: str = "runs"
+    """Folder of all runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictArguments:
+    """Label images with a run's best epoch."""
+
+    run: tyro.conf.Positional[str]
+    """Folder or name of a run."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Images, folders or globs."""
+    top_k: int = 5
+    """Classes to show for each image."""
+    csv: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print CSV."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print JSON."""
+    batch_size: int = 64
+    """Images per step."""
+    runs: str = "runs"
+    """Folder of all runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments:
+    """Compare two tested runs on the same test images; writes the numbers and both curves to OUT."""
+
+    a: tyro.conf.Positional[str]
+    """Folder or name of a run."""
+    b: tyro.conf.Positional[str]
+    """Folder or name of another run."""
+    out: str = "comparison"
+    """Folder for comparison.json and comparison.png."""
+    runs: str = "runs"
+    """Folder of all runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchArguments:
+    """Train every combination of the listed values; interrupted, it goes on where it stopped."""
+
+    config: Annotated[TrainConfig, Flat]
+    batch_sizes: tuple[int, ...] = (256, 128, 64)
+    """Batch sizes to try."""
+    lrs: tuple[float, ...] = (0.01, 0.001)
+    """Learning rates of the output layer to try."""
+    step_sizes: tuple[int, ...] = (10, 30)
+    """Step sizes to try."""
+    gammas: tuple[float, ...] = (0.5, 0.1)
+    """Gammas to try."""
+    weight_decays: tuple[float, ...] = (1e-4, 1e-5, 0.0)
+    """Weight decays to try."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadArguments:
+    """Download, verify and unpack Caltech-101."""
+
+    target: str = "data"
+    """Folder that will hold 101_ObjectCategories."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Read every image and report what is wrong, duplicated or unusual; changes nothing."""
+
+    data: str | None = None
+    """Folder with one folder per class (or its parent)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowArguments:
+    """Draw a contact sheet: a few images per class, and what augmentation makes of some."""
+
+    data: str | None = None
+    """Folder with one folder per class (or its parent)."""
+    out: str = "contact_sheet.png"
+    """Picture to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """The whole job on a drawn data set in a few minutes: verify, train both arms, test, compare, predict."""
+
+    out: str = "demo"
+    """Folder for everything that the demo writes."""
+    epochs: Annotated[int, tyro.conf.Suppress] = field(default=8)
+
+
+class _Unparsed(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+
+def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> Any:
+    """``argv`` as a ``kind``; raises ValueError naming the nearest flag for one that does not exist."""
+    extra = {"default": default} if default is not None else {}
+    value, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, **extra)
+    if unknown:
+        flags = [name.replace("_", "-") for name in _flags(kind)]
+        stray = next((word for word in unknown if word.startswith("--")), unknown[0])
+        near = difflib.get_close_matches(stray.split("=")[0].replace("_", "-"), flags, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
+        raise ValueError(f"unknown argument {stray}; {hint}")
+    return value
+
+
+def _flags(kind: Any) -> list[str]:
+    """Every flag of a dataclass, nested ones included, as the user types it."""
+    from typing import get_type_hints
+
+    names = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
+        if dataclasses.is_dataclass(inner):
+            names += _flags(inner)
+        else:
+            renamed = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
+            name = renamed[0] if renamed else name
+            names += [f"--{name}", *([f"--no-{name}"] if inner is bool else [])]
+    return names
+
+
+def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kind: Any = TrainArguments) -> Any:
+    """Arguments of ``train`` and ``search``; defaults come from --recipe, or, with --resume, from the run itself."""
+    from finetune101.runs import open_run
+    from finetune101.training.recipes import named
+
+    first = _Unparsed(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="original")
+    first.add_argument("--no-pretrain", "--no_pretrain", action="store_true")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--exp", default="")
+    first.add_argument("--runs", default="runs")
+    seen, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if seen.resume and seen.exp:
+        config = open_run(seen.exp, seen.runs).config()
+    else:
+        config = named(seen.recipe)(tyro.MISSING, pretrain=not seen.no_pretrain)
+        if model:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
+    return parse(kind, argv, prog=prog, default=kind(config=config))
+
+
+def train(argv: Sequence[str]) -> int:
+    """``finetune101 train``."""
+    arguments = parse_train(argv, prog="finetune101 train")
+    run = run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
+    print(f"Test it: finetune101 evaluate {run.path}")
+    return 0
+
+
+def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Trains ``config``, printing a line per epoch; writes TensorBoard events and curves.png beside the run's own files."""
+    from tqdm import tqdm
+
+    from finetune101.training.loop import fit
+    from finetune101.training.prepare import prepare
+    from finetune101.training.tensorboard import log
+
+    ensure_data(config)
+    job = prepare(config, resume=resume, overwrite=overwrite)
+    images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
+    print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
+    print(f"{job.world.device}, {job.world.precision}{', channels_last' if job.world.channels_last else ''} -> {job.run.path}")
+    for record in log(job.run, fit(job)):
+        tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
+    finish(job.run)
+    return job.run
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One epoch in a line of text."""
+    val = "" if record["val_top1"] is None else f"   val {record['val_loss']:.4f} {record['val_top1']:6.2f} %"
+    star = " *" if record["best"] and val else ""
+    return (
+        f"epoch {record['epoch']:3d}/{epochs}   train {record['train_loss']:.4f} {record['train_top1']:6.2f} %{val}"
+        f"   {record['images_per_s']:.0f} img/s{star}"
+    )
+
+
+def finish(run: Run) -> None:
+    """Draws the curves of ``run`` and says where everything is."""
+    from finetune101.analysis.figures import curves
+
+    records = run.metrics()
+    curves(records, run.path / "curves.png", run.name)
+    best = [record for record in records if record["best"]][-1]
+    score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
+    print(f"Best epoch {best['epoch']}{score}. Curves: {run.path / 'curves.png'}")
+
+
+def ensure_data(config: TrainConfig) -> None:
+    """Downloads Caltech-101 when no data set is there and the user agrees (or gave --download)."""
+    from finetune101.data import dataset
+
+    try:
+        dataset.find(config.data.root)
+    except ValueError:
+        agreed = config.data.download
+        if not agreed and config.data.root is None and sys.stdin is not None and sys.stdin.isatty():
+            agreed = input("No data set found. Download Caltech-101 (137 MB) to data/ now? [y/N] ").strip().lower() == "y"
+        if not agreed:
+            raise
+        dataset.download(Path("data"))
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """``finetune101 evaluate``."""
+    arguments = parse(EvaluateArguments, argv, prog="finetune101 evaluate")
+    from finetune101.evaluation.evaluate import evaluate as score
+    from finetune101.runs import open_run
+
+    run = open_run(arguments.run, arguments.runs)
+    result = score(run, subset=arguments.subset, data=arguments.data, batch_size=arguments.batch_size)
+    print(score_text(result, arguments.subset))
+    if arguments.subset == "test":
+        print(f"Every prediction: {run.path / 'predictions.csv'}")
+    return 0
+
+
+def score_text(result: dict[str, Any], subset: str = "test") -> str:
+    """The numbers of one evaluation as a person reads them."""
+    low, high = result["top1_interval"]
+    return (
+        f"{subset.capitalize()} loss: {result['loss']:.4f}\n"
+        f"{subset.capitalize()} accuracy: {result['top1']:.2f} % ({result['correct']}/{result['n']}, "
+        f"95 % interval {low:.2f} to {high:.2f} %)\n"
+        f"Top-5 accuracy: {result['top5']:.2f} %\n"
+        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %"
+    )
+
+
+def predict(argv: Sequence[str]) -> int:
+    """``finetune101 predict``; 1 when an image could not be read."""
+    arguments = parse(PredictArguments, argv, prog="finetune101 predict")
+    from finetune101.deploy import predict as deploy
+    from finetune101.runs import open_run
+
+    run = open_run(arguments.run, arguments.runs)
+    rows, failed = deploy.predict(run, list(arguments.inputs), top_k=arguments.top_k, batch_size=arguments.batch_size)
+    write = deploy.to_csv if arguments.csv else deploy.to_json if arguments.json else deploy.to_text
+    print(write(rows), end="")
+    for path, reason in failed:
+        print(f"failed: {path}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """``finetune101 compare``."""
+    arguments = parse(CompareArguments, argv, prog="finetune101 compare")
+    from finetune101.runs import open_run
+
+    run_comparison(open_run(arguments.a, arguments.runs), open_run(arguments.b, arguments.runs), Path(arguments.out))
+    return 0
+
+
+def run_comparison(a: Run, b: Run, out: Path) -> None:
+    """Prints the comparison of two tested runs and writes comparison.json and comparison.png to ``out``."""
+    from finetune101.analysis import compare as comparing
+    from finetune101.analysis.figures import comparison as picture
+    from finetune101.runs import write_json
+
+    result = comparing.compare(a, b)
+    print(comparing.text(result))
+    write_json(out / "comparison.json", comparing.to_json(result))
+    tests = (a.read_json("test.json"), b.read_json("test.json"))
+    picture(a.metrics(), b.metrics(), (a.name, b.name), tests, out / "comparison.png")
+    print(f"Picture: {out / 'comparison.png'}")
+
+
+def search(argv: Sequence[str]) -> int:
+    """``finetune101 search``."""
+    arguments = parse_train(argv, prog="finetune101 search", kind=SearchArguments)
+    space = {
+        "batch_size": arguments.batch_sizes,
+        "lr": arguments.lrs,
+        "step_size": arguments.step_sizes,
+        "gamma": arguments.gammas,
+        "weight_decay": arguments.weight_decays,
+    }
+    run_search(arguments.config, space, Path(arguments.config.runs) / arguments.config.exp / "gridsearch.json")
+    return 0
+
+
+def run_search(config: TrainConfig, space: dict[str, Sequence[Any]], results: Path) -> None:
+    """Runs the grid and prints its ranking."""
+    from finetune101.search.study import grid
+
+    ensure_data(config)
+    entries: list[dict[str, Any]] = []
+    for entries in grid(config, space, results):
+        done = entries[0]
+        print(f"  best so far: {done['best_val_top1'] or 0:.2f} % validation, {done['run']}")
+    print(f"\nRanking ({results}):")
+    for rank, entry in enumerate(entries[:10], 1):
+        score = entry["error"] or f"{entry['best_val_top1']:.2f} %"
+        print(f"{rank:3d}. {score}  " + "  ".join(f"{name} {entry[name]}" for name in space))
+
+
+def data_download(argv: Sequence[str]) -> int:
+    """``finetune101 data download``."""
+    arguments = parse(DownloadArguments, argv, prog="finetune101 data download")
+    from finetune101.data.dataset import download
+
+    print(f"Caltech-101 is in {download(Path(arguments.target))}")
+    return 0
+
+
+def data_verify(argv: Sequence[str]) -> int:
+    """``finetune101 data verify``; 1 when an image cannot be read."""
+    arguments = parse(VerifyArguments, argv, prog="finetune101 data verify")
+    from finetune101.data import dataset, verify
+
+    report = verify.verify(dataset.find(arguments.data))
+    print(report.text())
+    return 0
+
+
+def data_show(argv: Sequence[str]) -> int:
+    """``finetune101 data show``."""
+    arguments = parse(ShowArguments, argv, prog="finetune101 data show")
+    from finetune101.data import dataset, show
+
+    print(f"Picture: {show.contact_sheet(dataset.find(arguments.data), Path(arguments.out))}")
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    """``finetune101 demo``."""
+    arguments = parse(DemoArguments, argv, prog="finetune101 demo")
+    from finetune101.demo import run_demo
+
+    run_demo(Path(arguments.out), arguments.epochs)
+    return 0
+
+
+Verb = Callable[[Sequence[str]], int]
+DATA_VERBS: dict[str, Verb] = {"download": data_download, "verify": data_verify, "show": data_show}
+VERBS: dict[str, Verb] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "compare": compare,
+    "search": search,
+    "demo": demo,
+}
+ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
+
+  data download|verify|show   get Caltech-101, check every image, draw a contact sheet
+  train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
+  evaluate   score a run on its test images
+  predict    label images with a run
+  compare    two tested runs: paired difference with interval, McNemar's test, both curves
+  search     a resumable grid over hyper-parameters
+  demo       all of it on a small drawn data set"""
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Runs the verb that ``argv`` starts with. Raises ValueError for an unknown one."""
+    verbs, words, name = VERBS, list(argv), "verb"
+    if words[:1] == ["data"]:
+        verbs, words, name = DATA_VERBS, words[1:], "data verb"
+    if not words or words[0] in ("-h", "--help"):
+        print(ABOUT)
+        return 0
+    if words[0] not in verbs:
+        near = difflib.get_close_matches(words[0], verbs, n=1)
+        raise ValueError(f"unknown {name} {words[0]!r}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"))
+    return verbs[words[0]](words[1:])
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """The exit code of ``call``: a ValueError is the user's to mend, so it is one sentence and 2."""
+    try:
+        return call()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; continue a training with --resume", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``finetune101`` and ``python -m finetune101``; returns the exit code."""
+    return guarded(lambda: dispatch(sys.argv[1:] if argv is None else argv))

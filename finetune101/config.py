@@ -1,0 +1,228 @@
+"""Every setting of a run and its default; imports no torch, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Flat = tyro.conf.arg(name="")  # --lr rather than --optim.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What turns an image file into a network's input; it belongs to the weights and travels with them.
+
+    decode to RGB -> resize the whole image to ``cache_size`` x ``cache_size`` (uint8) -> ``size`` x ``size``
+    -> (x / 255 - mean) / std.
+    """
+
+    size: int
+    cache_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and who is trained, validated and tested on them."""
+
+    root: Annotated[str | None, tyro.conf.arg(name="data")] = None
+    """Folder with one folder per class (or its parent). Default: $FINETUNE101_DATA, then data/101_ObjectCategories."""
+    protocol: Literal["reference", "standard", "folders"] = "reference"
+    """reference: 70/10/20 % of each class. standard: --train-per-class images, the rest tests. folders: train/, val/, test/."""
+    split: str | None = None
+    """Use this split manifest (JSON) instead of making one."""
+    split_seed: int = 42
+    """Seed of the split."""
+    test_size: float = 0.2
+    """Share of each class that tests (reference)."""
+    val_size: float = 0.1
+    """Share of each class that validates (reference)."""
+    train_per_class: int = 30
+    """Images per class for training, a sixth of them for validation (standard)."""
+    max_test_per_class: int | None = None
+    """At most this many test images per class (standard)."""
+    group_duplicates: bool = True
+    """Keep near-duplicates and Faces/Faces_easy twins on one side of the split (standard)."""
+    fit_on: Literal["train", "train+val"] = "train"
+    """train+val: train on both, without validation, and keep the last epoch."""
+    cache: Literal["auto", "off"] = "auto"
+    """auto: decode every image once and keep the pixels in $FINETUNE101_CACHE."""
+    skip_bad_images: bool = False
+    """Go on without unreadable images (they are recorded) instead of stopping."""
+    download: bool = False
+    """Download Caltech-101 without asking if it is not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What is done to a training image, besides its preprocessing."""
+
+    flip: bool = True
+    """Mirror every second training image."""
+    crop_scale: float = 1.0
+    """Smallest share of the image that a random resized crop keeps; 1 leaves the crop out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network and where it starts."""
+
+    name: Annotated[str, tyro.conf.arg(name="model")] = "efficientnet_lite0"
+    """Network: resnet18, alexnet, efficientnet_lite0, ..., or timm:NAME."""
+    weights: str | None = None
+    """File of ImageNet weights (.safetensors, or a .pth state dict)."""
+    pretrain: bool = True
+    """Start from ImageNet weights; --no-pretrain starts from random ones."""
+    freeze: bool = False
+    """Train the new output layer only (linear probe)."""
+    size: int | None = None
+    """Height and width of the input in pixels. Default: the network's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with momentum and its schedule; the defaults are the original fine-tuning recipe."""
+
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 0.01
+    """Learning rate of the new output layer."""
+    backbone_lr_ratio: float | None = None
+    """Learning rate of all other layers, as a share of --lr. Default: 0.1 fine-tuning, 1 from scratch."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 0.0
+    """L2 penalty on all parameters."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: times --gamma every --step-size epochs. cosine: down to 0 over the run."""
+    step_size: int = 30
+    """Epochs between two drops of the learning rate (step)."""
+    gamma: float = 0.1
+    """Factor of each drop (step)."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up (cosine)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig:
+    """The machine: what decides speed, and the seed that fixes everything random."""
+
+    seed: int = 0
+    """Fixes initialisation, order and augmentation."""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """Where to train."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """auto: channels_last with bf16 or fp16."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
+    fast_kernels: bool = True
+    """Faster memory allocation and depthwise gradients on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: config.json is this, nothing else."""
+
+    exp: str
+    """Name of the run: it is written to RUNS/EXP."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    recipe: str | None = None
+    """Start from a named recipe (original); other flags override it."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    augment: Annotated[AugmentConfig, Flat] = field(default_factory=AugmentConfig)
+    model: Annotated[ModelConfig, Flat] = field(default_factory=ModelConfig)
+    optim: Annotated[OptimConfig, Flat] = field(default_factory=OptimConfig)
+    system: Annotated[SystemConfig, Flat] = field(default_factory=SystemConfig)
+
+    def backbone_lr_ratio(self) -> float:
+        """Learning rate of the backbone as a share of the head's, with the default resolved."""
+        if self.optim.backbone_lr_ratio is not None:
+            return self.optim.backbone_lr_ratio
+        return 0.1 if self.model.pretrain else 1.0
+
+
+_PARTS: dict[str, type] = {
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "system": SystemConfig,
+}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of ``to_dict`` for a TrainConfig. Raises ValueError on keys this version does not know."""
+    try:
+        parts = {key: _PARTS[key](**value) if key in _PARTS else value for key, value in values.items()}
+        return TrainConfig(**parts)
+    except TypeError as error:
+        raise ValueError(f"config.json was written by another version of finetune101: {error}") from error
+
+
+def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing:
+    """The inverse of ``to_dict`` for a Preprocessing."""
+    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises ValueError, in one sentence that says what to do, for a setting that cannot work."""
+    o, d = config.optim, config.data
+    rules = [
+        (o.epochs >= 1, f"--epochs is {o.epochs}; give at least 1"),
+        (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
+        (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),
+        (
+            o.backbone_lr_ratio is None or (math.isfinite(o.backbone_lr_ratio) and o.backbone_lr_ratio >= 0),
+            f"--backbone-lr-ratio is {o.backbone_lr_ratio}; give 0 or more, such as 0.1",
+        ),
+        (0 <= o.momentum < 1, f"--momentum is {o.momentum}; give a number from 0 to below 1"),
+        (not o.nesterov or o.momentum > 0, "--nesterov needs a --momentum above 0"),
+        (
+            math.isfinite(o.weight_decay) and o.weight_decay >= 0,
+            f"--weight-decay is {o.weight_decay}; give 0 or more",
+        ),
+        (o.step_size >= 1, f"--step-size is {o.step_size}; give at least 1"),
+        (0 < o.gamma <= 1, f"--gamma is {o.gamma}; give a number above 0, at most 1"),
+        (
+            0 <= o.warmup_epochs < o.epochs or o.warmup_epochs == 0,
+            f"--warmup-epochs is {o.warmup_epochs}; give less than --epochs",
+        ),
+        (0 <= o.label_smoothing < 1, f"--label-smoothing is {o.label_smoothing}; give a number from 0 to below 1"),
+        (0 < config.augment.crop_scale <= 1, f"--crop-scale is {config.augment.crop_scale}; give (0, 1]"),
+        (config.model.size is None or config.model.size >= 32, f"--size is {config.model.size}; give at least 32"),
+        (0 < d.test_size < 1, f"--test-size is {d.test_size}; give a share between 0 and 1"),
+        (0 <= d.val_size < 1 - d.test_size, f"--val-size is {d.val_size}; give a share below 1 - test size"),
+        (d.train_per_class >= 1, f"--train-per-class is {d.train_per_class}; give at least 1"),
+        (
+            d.max_test_per_class is None or d.max_test_per_class >= 1,
+            f"--max-test-per-class is {d.max_test_per_class}; give at least 1",
+        ),
+        (config.system.threads is None or config.system.threads >= 1, "--threads must be at least 1"),
+        (
+            bool(config.exp) and config.exp not in (".", "..") and not set(config.exp) & set('\\:*?"<>|\n\0'),
+            f"--exp {config.exp!r} cannot name a folder; use letters, digits, - and _",
+        ),
+    ]
+    for fine, message in rules:
+        if not fine:
+            raise ValueError(message)

@@ -1,0 +1,1 @@
+"""Images: find, download, check, draw, split, decode, batch."""

@@ -1,0 +1,208 @@
+"""Who trains, validates and tests: (index, protocol, seed) -> manifest. Pure, and independent of directory order."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune101.config import DataConfig
+from finetune101.data.dataset import Index, class_of, content_hash
+
+SUBSETS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One split: class names and, for each of train, val and test, paths relative to the data folder."""
+
+    protocol: str
+    seed: int
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    content_hash: str
+    subsets: dict[str, tuple[str, ...]]
+
+    def labels(self, subset: str) -> list[int]:
+        """Class indices of the images of ``subset``, in their order."""
+        number = {name: i for i, name in enumerate(self.classes)}
+        return [number[class_of(path)] for path in self.subsets[subset]]
+
+    def hash(self) -> str:
+        """Identifies the split: the same classes and the same images in the same subsets."""
+        import hashlib
+
+        parts = {name: sorted(paths) for name, paths in self.subsets.items()}
+        text = json.dumps([self.classes, parts, self.content_hash], sort_keys=True)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, ``hash`` included."""
+        return {**asdict(self), "hash": self.hash()}
+
+
+def from_json(values: Mapping[str, Any]) -> Manifest:
+    """The inverse of ``Manifest.to_json``. Raises ValueError for a broken one or an image in two subsets."""
+    try:
+        manifest = Manifest(
+            protocol=values["protocol"],
+            seed=values["seed"],
+            options=dict(values["options"]),
+            classes=tuple(values["classes"]),
+            content_hash=values["content_hash"],
+            subsets={name: tuple(values["subsets"][name]) for name in SUBSETS},
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the split manifest lacks {error}; make it anew by leaving out --split") from error
+    seen: dict[str, str] = {}
+    for name, paths in manifest.subsets.items():
+        for path in paths:
+            if path in seen:
+                raise ValueError(f"the split manifest has {path} in {seen[path]} and in {name}; make it anew")
+            if class_of(path) not in manifest.classes:
+                raise ValueError(f"the split manifest has {path}, of a class that it does not list; make it anew")
+            seen[path] = name
+    return manifest
+
+
+def read(file: Path) -> Manifest:
+    """Reads a manifest from ``file``. Raises ValueError when it is missing or broken."""
+    try:
+        return from_json(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"cannot read the split manifest {file}: {error.strerror}; check --split") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a split manifest ({error}); make it anew by leaving out --split") from error
+
+
+def check(manifest: Manifest, index: Index) -> None:
+    """Raises ValueError when the files of ``manifest`` are not those of ``index``."""
+    wanted = [path for name in SUBSETS for path in manifest.subsets[name]]
+    missing = [path for path in wanted if path not in index.digests]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images of the split are not in {index.root} (first: {missing[0]}); give the --data it was made from"
+        )
+    if content_hash(index.digests, wanted) != manifest.content_hash:
+        raise ValueError(f"images in {index.root} have changed since the split was made; restore them or make a new split")
+
+
+def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
+    """Splits the images of ``index`` by ``config.protocol``.
+
+    ``groups`` (path -> group) keeps near-duplicates on one side of the standard split. Raises ValueError when a class
+    has too few images.
+    """
+    if config.protocol == "folders":
+        subsets = {name: [p for p in index.paths if p.split("/", 1)[0] == name] for name in SUBSETS}
+        options: dict[str, Any] = {}
+    elif config.protocol == "standard":
+        subsets = _standard(_by_class(index.paths), config, groups or {})
+        options = {
+            "train_per_class": config.train_per_class,
+            "max_test_per_class": config.max_test_per_class,
+            "group_duplicates": config.group_duplicates,
+        }
+    else:
+        subsets = _reference(_by_class(index.paths), config)
+        options = {"test_size": config.test_size, "val_size": config.val_size}
+    used = [path for paths in subsets.values() for path in paths]
+    return Manifest(
+        protocol=config.protocol,
+        seed=config.split_seed,
+        options=options,
+        classes=index.classes,
+        content_hash=content_hash(index.digests, used),
+        subsets={name: tuple(paths) for name, paths in subsets.items()},
+    )
+
+
+def _by_class(paths: Sequence[str]) -> dict[str, list[str]]:
+    classes: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(paths):
+        classes[class_of(path)].append(path)
+    return dict(sorted(classes.items()))
+
+
+def _shuffle_split(items: list[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """(rest, held out) exactly as scikit-learn's train_test_split(items, test_size=share, random_state=seed)."""
+    order = np.random.RandomState(seed).permutation(len(items))
+    held = math.ceil(share * len(items))
+    return [items[i] for i in order[held:]], [items[i] for i in order[:held]]
+
+
+def _reference(classes: Mapping[str, list[str]], config: DataConfig) -> dict[str, list[str]]:
+    """The original project's split: per class, test_size tests, then val_size / (1 - test_size) of the rest validates."""
+    subsets: dict[str, list[str]] = {name: [] for name in SUBSETS}
+    for name, items in classes.items():
+        rest, test = _shuffle_split(items, config.test_size, config.split_seed)
+        # rounded: 0.1 / (1 - 0.2) must be the 0.125 of the original, not 0.12500000000000003
+        train, val = _shuffle_split(rest, round(config.val_size / (1 - config.test_size), 12), config.split_seed)
+        if not train:
+            raise ValueError(f"class {name} has {len(items)} image(s), too few to split; add images or remove the class")
+        for subset, paths in (("train", train), ("val", val), ("test", test)):
+            subsets[subset] += paths
+    return subsets
+
+
+def _standard(
+    classes: Mapping[str, list[str]], config: DataConfig, groups: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """``train_per_class`` random images per class for training (a sixth of them validation), the rest tests.
+
+    Groups are drawn whole and over all classes at once, so that the two classes of a twin agree on its side; a group
+    that would overfill a class goes to the test side.
+    """
+    wanted = {name: config.train_per_class for name in classes}
+    for name, items in classes.items():
+        if len(items) <= config.train_per_class:
+            raise ValueError(
+                f"class {name} has {len(items)} images, --train-per-class {config.train_per_class} leaves none to test"
+            )
+    members: dict[str, list[str]] = defaultdict(list)
+    for items in classes.values():
+        for path in items:
+            members[groups.get(path, path)].append(path)
+    order = np.random.RandomState(config.split_seed).permutation(len(members))
+    drawn = [list(members.values())[i] for i in order]
+    pool, outside = _fill(drawn, wanted)
+    short = {name: left for name, left in wanted.items() if left}
+    if short:
+        name = next(iter(short))
+        raise ValueError(
+            f"class {name} lacks {short[name]} image(s) for training without splitting near-duplicates; "
+            "use --no-group-duplicates or a smaller --train-per-class"
+        )
+    val, train = _fill(pool, {name: round(config.train_per_class / 6) for name in classes})
+    test = _by_class([path for group in outside for path in group])
+    if config.max_test_per_class is not None:
+        rng = np.random.RandomState(config.split_seed)
+        for name, items in test.items():
+            test[name] = sorted(rng.permutation(items)[: config.max_test_per_class].tolist())
+    return {
+        "train": sorted(path for group in train for path in group),
+        "val": sorted(path for group in val for path in group),
+        "test": [path for items in test.values() for path in items],
+    }
+
+
+def _fill(groups: Sequence[list[str]], wanted: dict[str, int]) -> tuple[list[list[str]], list[list[str]]]:
+    """Takes groups in order while every class of theirs still wants them; (taken, left). ``wanted`` counts down."""
+    taken, left = [], []
+    for group in groups:
+        need: dict[str, int] = defaultdict(int)
+        for path in group:
+            need[class_of(path)] += 1
+        if all(wanted[name] >= n for name, n in need.items()):
+            taken.append(group)
+            for name, n in need.items():
+                wanted[name] -= n
+        else:
+            left.append(group)
+    return taken, left

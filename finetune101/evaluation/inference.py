@@ -1,0 +1,55 @@
+"""The only evaluation forward pass, and how a finished run becomes a model again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finetune101.config import Preprocessing, preprocessing_from_dict
+from finetune101.models.build import build
+from finetune101.runs import Run
+from finetune101.world import World
+
+
+def logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> tuple[Tensor, Tensor]:
+    """The model's output for every image: float32 logits (N, classes) and int64 labels (N,), both on the CPU."""
+    model.eval()
+    outputs, labels = [], []
+    with torch.inference_mode():
+        for x, y in batches:
+            with world.autocast():
+                output = model(x)
+            outputs.append(output.float().cpu())
+            labels.append(y.cpu())
+    return torch.cat(outputs), torch.cat(labels)
+
+
+def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """The best checkpoint of ``run``: (model in evaluation mode, its preprocessing, class names).
+
+    Raises ValueError when the checkpoint is missing, damaged, or of another class count than the run's split.
+    """
+    state, info = read_checkpoint(run.best)
+    classes = json.loads(info["classes"])
+    built = build(info["model"], len(classes), pretrain=False)
+    try:
+        built.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{run.best} does not fit {info['model']} with {len(classes)} classes; train the run again") from error
+    return built.model.eval(), preprocessing_from_dict(json.loads(info["preprocessing"])), classes
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint. Raises ValueError when it is missing or damaged."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: no epoch of this run has finished yet; continue it with --resume")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); train the run again") from error

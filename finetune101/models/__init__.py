@@ -1,0 +1,1 @@
+"""Networks: which there are, and how one is built for a number of classes."""

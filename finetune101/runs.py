@@ -1,0 +1,137 @@
+"""A run directory on disk: config, split, metrics, checkpoints, test result. Enough to resume, test, compare, predict."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune101 import config as cfg
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well; else ``path`` stays as it was.
+
+    Raises ValueError, naming the file, when the disk is full or the folder cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb") as written:
+            os.fsync(written.fileno())  # a crash of the machine must not leave an empty file under the final name
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as JSON, whole or not at all."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class Run:
+    """The folder of one training run and what lies in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """The run's name: its folder's."""
+        return self.path.name
+
+    @property
+    def best(self) -> Path:
+        """Weights of the best epoch (safetensors, with class names and preprocessing)."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """State after the last finished epoch: what ``--resume`` continues from."""
+        return self.path / "last.pt"
+
+    def has(self, name: str) -> bool:
+        """Whether the file ``name`` is there."""
+        return (self.path / name).is_file()
+
+    def read_json(self, name: str) -> Any:
+        """The content of the JSON file ``name``. Raises ValueError when it is missing or not JSON."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} has no {name}; is it the folder of a finished run?") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path / name} is not valid JSON ({error}); train the run again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes the JSON file ``name``, whole or not at all."""
+        write_json(self.path / name, value)
+
+    def config(self) -> cfg.TrainConfig:
+        """The configuration that the run was started with."""
+        return cfg.from_dict(self.read_json("config.json"))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per finished epoch; a line cut off by a crash is left out."""
+        if not self.has("metrics.jsonl"):
+            return []
+        records = []
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Replaces metrics.jsonl by ``records``, one line each."""
+        with atomic(self.path / "metrics.jsonl") as part:
+            part.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in records), encoding="utf-8")
+
+
+def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run:
+    """The folder for ``config``: new, or, with ``resume``, the existing one.
+
+    Raises ValueError when it exists and neither ``resume`` nor ``overwrite`` is given, or there is nothing to resume.
+    ``overwrite`` removes only what a run wrote.
+    """
+    run = Run(Path(config.runs) / config.exp)
+    if run.path.exists() and not run.path.is_dir():
+        raise ValueError(f"{run.path} is a file; choose another --exp or --runs")
+    exists = run.has("config.json")
+    if resume and not exists:
+        raise ValueError(f"there is no run {run.path} to resume; start it without --resume")
+    if exists and not resume and not overwrite:
+        raise ValueError(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
+    if overwrite:
+        for file in list(run.path.glob("*")) if exists else []:
+            if file.is_file() and (file.suffix in {".json", ".jsonl", ".png", ".pt", ".csv", ".safetensors"} or "tfevents" in file.name):
+                file.unlink()
+    return run
+
+
+def open_run(name: str, runs: str = "runs") -> Run:
+    """The existing run ``name``: a folder, or a name below ``runs``. Raises ValueError naming the runs that exist."""
+    for path in (Path(name), Path(runs) / name):
+        if (path / "config.json").is_file():
+            return Run(path)
+    known = sorted(str(p.parent.relative_to(runs)) for p in Path(runs).glob("**/config.json")) if Path(runs).is_dir() else []
+    hint = f"there are: {', '.join(known[:10])}" if known else f"there is none yet in {runs}; train one first"
+    raise ValueError(f"no run named {name}; {hint}")
+
+
+def save_with(path: Path, save: Callable[[Path], None]) -> None:
+    """Calls ``save(temporary path)`` and puts the result at ``path``; libraries' own write errors become ValueError."""
+    from safetensors import SafetensorError
+
+    try:
+        with atomic(path) as part:
+            save(part)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot write {path}: {error}; free some space, then continue with --resume") from error

@@ -1,0 +1,1 @@
+"""Hyper-parameter search: every point is a run, chosen on validation."""

@@ -1,0 +1,105 @@
+"""From a configuration to a job: images, split, machine and model, checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune101 import __version__
+from finetune101.config import DataConfig, TrainConfig, to_dict, validate
+from finetune101.data import cache, dataset, splits
+from finetune101.models.build import build, freeze
+from finetune101.runs import Run, create_run
+from finetune101.training import cpu
+from finetune101.training.loop import Job
+from finetune101.world import detect
+
+MAY_CHANGE = ("root", "cache", "download")  # where the images are may differ when a run is resumed; what they are may not
+
+
+def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
+    """Everything that ``fit`` needs; writes config.json, split.json and env.json of the run last.
+
+    Raises ValueError, in one sentence that says what to do, for settings, data or weights that cannot work.
+    """
+    validate(config)
+    run = create_run(config, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same(run.config(), config)
+    if config.system.fast_kernels:
+        cpu.tune_allocator()  # before the first large tensor
+    recorded = run.read_json("env.json") if resume else None
+    world = detect(config.system, recorded["world"] if recorded else None)
+    index = dataset.index(dataset.find(config.data.root), "folders" if config.data.protocol == "folders" else "classes")
+    manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
+    splits.check(manifest, index)
+    built = build(
+        config.model.name,
+        len(manifest.classes),
+        pretrain=config.model.pretrain,
+        weights=config.model.weights,
+        size=config.model.size,
+        seed=config.system.seed,
+    )
+    if config.model.freeze:
+        freeze(built.model, built.head)
+    images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.options.get("skipped", ()))
+    if not resume:
+        run.write_json("split.json", manifest.to_json())
+        model = {"init_source": built.init_source, "init_hash": built.init_hash}
+        run.write_json("env.json", {"world": world.describe(), "model": model, **environment()})
+        run.write_json("config.json", to_dict(config))
+    return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built)
+
+
+def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
+    """The split that ``config`` asks for; with ``skip_bad_images`` unreadable images are left out and recorded."""
+    skipped = cache.unreadable(index.root, index.paths) if config.skip_bad_images else {}
+    if config.split:
+        manifest = splits.read(Path(config.split))
+    else:
+        good = dataclasses.replace(index, paths=tuple(path for path in index.paths if path not in skipped))
+        groups = None
+        if config.protocol == "standard" and config.group_duplicates:
+            from finetune101.data.verify import duplicate_groups  # reads every image: only where it is needed
+
+            groups = duplicate_groups(good)
+        manifest = splits.make(good, config, groups)
+    if skipped:
+        print(f"Left out {len(skipped)} unreadable image(s), recorded in split.json: {', '.join(list(skipped)[:5])}")
+        manifest = dataclasses.replace(manifest, options={**manifest.options, "skipped": sorted(skipped)})
+    return manifest
+
+
+def _check_same(recorded: TrainConfig, config: TrainConfig) -> None:
+    def essence(c: TrainConfig) -> dict[str, Any]:
+        values = to_dict(dataclasses.replace(c, runs=""))
+        return {**values, "data": {k: v for k, v in values["data"].items() if k not in MAY_CHANGE}}
+
+    old, new = essence(recorded), essence(config)
+    differing = [
+        f"{key}.{name}" if isinstance(old[key], dict) else key
+        for key in old
+        if old[key] != new[key]
+        for name in (old[key] if isinstance(old[key], dict) else [key])
+        if not isinstance(old[key], dict) or old[key][name] != new[key][name]
+    ]
+    if differing:
+        raise ValueError(
+            f"--resume cannot change {', '.join(differing)} of {config.exp}; leave these flags out, or train under another --exp"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Command, versions and machine: what another person needs to repeat the run."""
+    packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return {
+        "command": shlex.join([sys.argv[0].rsplit("/", 1)[-1], *sys.argv[1:]]),
+        "versions": {"finetune101": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {"system": platform.system(), "processor": platform.machine()},
+    }

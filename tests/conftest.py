@@ -1,0 +1,69 @@
+"""Fixtures that every test may use: a tiny data set of real JPEGs, and the real Caltech-101 where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+TINY_CLASSES = ("ball", "box", "stripes")
+IMAGES_PER_CLASS = 12
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips the tests marked caltech101 where the real data set is not at hand."""
+    if item.get_closest_marker("caltech101") and not os.environ.get("FINETUNE101_DATA"):
+        pytest.skip("needs the real Caltech-101: set FINETUNE101_DATA to its 101_ObjectCategories folder")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the tests' caches out of the user's own, unless FINETUNE101_CACHE already names a place."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("FINETUNE101_CACHE"):
+            patch.setenv("FINETUNE101_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 3 classes x 12 JPEGs of 64 x 48 pixels, the same bytes every time. Shared: copy it to change it."""
+    root = tmp_path_factory.mktemp("tiny") / "images"
+    rng = np.random.default_rng(0)
+    for name in TINY_CLASSES:
+        (root / name).mkdir(parents=True)
+        for i in range(1, IMAGES_PER_CLASS + 1):
+            _draw(name, rng).save(root / name / f"image_{i:04d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def caltech101() -> Path:
+    """The real 101_ObjectCategories, to be read only; use it in tests marked caltech101."""
+    root = os.environ.get("FINETUNE101_DATA")
+    if not root:
+        pytest.skip("needs the real Caltech-101: set FINETUNE101_DATA to its 101_ObjectCategories folder")
+    if not Path(root, "accordion").is_dir():
+        pytest.fail(f"FINETUNE101_DATA is {root}, which has no class folder accordion")
+    return Path(root)
+
+
+def _draw(name: str, rng: np.random.Generator) -> Image.Image:
+    # noise below the shape keeps any two images clear of the near-duplicate threshold
+    noise = rng.integers(0, 160, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    x, y, r = (int(v) for v in rng.integers((16, 14, 8), (48, 34, 14)))
+    colour = tuple(int(v) for v in rng.integers(150, 256, 3))
+    if name == "ball":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    elif name == "box":
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+    else:
+        for k in range(-r, r + 1, 5):
+            draw.line((x + k, y - r, x + k, y + r), fill=colour, width=2)
+    return image

@@ -1,0 +1,172 @@
+"""Predictions of a small real network, from a run directory on disk."""
+
+import csv
+import io
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from finetune101.config import TrainConfig, to_dict
+from finetune101.data.batches import to_input
+from finetune101.data.cache import decode
+from finetune101.deploy import predict
+from finetune101.models.build import build
+from finetune101.runs import Run
+from finetune101.world import World
+
+CLASSES = ["ball", "box", "stripes"]
+
+
+@pytest.fixture(scope="module")
+def built():
+    return build("squeezenet1_1", len(CLASSES), pretrain=False, size=64)
+
+
+@pytest.fixture(scope="module")
+def run(built, tmp_path_factory):
+    """A run with the best checkpoint of an untrained SqueezeNet at 64 px."""
+    run = Run(tmp_path_factory.mktemp("runs") / "tiny")
+    run.write_json("config.json", to_dict(TrainConfig(exp="tiny")))
+    run.write_json("env.json", {"world": {"device": "cpu", "precision": "fp32", "channels_last": False}})
+    info = {
+        "model": "squeezenet1_1",
+        "classes": json.dumps(CLASSES),
+        "preprocessing": json.dumps(to_dict(built.preprocessing)),
+    }
+    save_file(built.model.state_dict(), run.best, info)
+    return run
+
+
+@pytest.fixture
+def folder(tiny_data, tmp_path):
+    """Six good images in two folders, one that is cut off and one that is text."""
+    for name in ("ball", "box"):
+        (tmp_path / name).mkdir()
+        for i in (1, 2, 3):
+            shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / name)
+    whole = (tiny_data / "box" / "image_0004.jpg").read_bytes()
+    (tmp_path / "box" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "box" / "text.PNG").write_text("not an image")
+    (tmp_path / "box" / "notes.txt").write_text("left alone")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.jpg").write_bytes(whole)
+    return tmp_path
+
+
+def test_probabilities_are_those_of_the_network(run, built, tiny_data):
+    file = str(tiny_data / "ball" / "image_0001.jpg")
+    pixels = torch.tensor(decode(file, built.preprocessing.cache_size, built.preprocessing.interpolation))
+    x = to_input(pixels.permute(2, 0, 1)[None], built.preprocessing, World(torch.device("cpu"), "fp32", False))
+    with torch.inference_mode():
+        expected = built.model.eval()(x).softmax(1)[0]
+    rows, failed = predict.predict(run, [file])
+    assert not failed
+    assert rows[0]["path"] == file
+    assert sorted(name for name, _ in rows[0]["predictions"]) == CLASSES
+    for name, probability in rows[0]["predictions"]:
+        assert probability == pytest.approx(float(expected[CLASSES.index(name)]), abs=1e-5)
+    probabilities = [probability for _, probability in rows[0]["predictions"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_folder_with_bad_files_is_finished(run, folder):
+    rows, failed = predict.predict(run, [str(folder)], top_k=1, batch_size=2)
+    expected = [folder / name / f"image_{i:04d}.jpg" for name in ("ball", "box") for i in (1, 2, 3)]
+    assert [row["path"] for row in rows] == [str(path) for path in expected]
+    assert all(len(row["predictions"]) == 1 for row in rows)
+    assert [path for path, _ in failed] == [str(folder / "box" / "cut.jpg"), str(folder / "box" / "text.PNG")]
+    assert "truncated" in failed[0][1]
+
+
+def test_batch_size_changes_nothing(run, folder):
+    one, _ = predict.predict(run, [str(folder)], batch_size=1)
+    many, _ = predict.predict(run, [str(folder)], batch_size=64)
+    for a, b in zip(one, many, strict=True):
+        assert [p for _, p in a["predictions"]] == pytest.approx([p for _, p in b["predictions"]], abs=1e-5)
+
+
+def test_only_bad_files(run, folder):
+    rows, failed = predict.predict(run, [str(folder / "box" / "cut.jpg"), str(folder / "missing.jpg")])
+    assert rows == []
+    assert dict(failed)[str(folder / "missing.jpg")] == "no such file or folder"
+    assert len(failed) == 2
+
+
+def test_inputs_may_be_files_folders_and_patterns(folder):
+    def names(*inputs):
+        files, failed = predict.expand([str(folder / given) for given in inputs])
+        return [os.path.relpath(file, folder).replace(os.sep, "/") for file in files], [reason for _, reason in failed]
+
+    assert names("ball/*_000[12].jpg") == (["ball/image_0001.jpg", "ball/image_0002.jpg"], [])
+    assert names("b*")[0] == names("ball", "box")[0] == names("**")[0] == names("")[0]
+    assert len(names("ball", "ball/image_0001.jpg")[0]) == 3
+    assert names("box/notes.txt") == (["box/notes.txt"], [])
+    assert names("box/*.txt")[0] == names("none/*.jpg")[0] == []
+    assert "no image there" in names("box/*.txt")[1][0]
+    assert names("none/*.jpg")[1] == ["no such file or folder"]
+    (folder / "empty").mkdir()
+    assert "no image there" in names("empty")[1][0]
+
+
+def test_a_name_that_looks_like_a_pattern(folder):
+    odd = folder / "photo[1].jpg"
+    shutil.copy(folder / "ball" / "image_0001.jpg", odd)
+    assert predict.expand([str(odd)]) == ([str(odd)], [])
+
+
+def test_unusual_images_are_read(run, tmp_path):
+    picture = Image.new("RGB", (40, 30), (200, 30, 30))
+    picture.convert("L").save(tmp_path / "gray.png")
+    picture.convert("RGBA").save(tmp_path / "alpha.png")
+    picture.convert("P").save(tmp_path / "palette.png", transparency=0)
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    picture.save(tmp_path / "pixels.webp")
+    picture.resize((1, 1)).save(tmp_path / "one.bmp")
+    rows, failed = predict.predict(run, [str(tmp_path)])
+    assert (len(rows), failed) == (6, [])
+
+
+@pytest.mark.parametrize("numbers", [{"top_k": 0}, {"batch_size": 0}])
+def test_impossible_numbers_are_a_value_error(run, numbers):
+    with pytest.raises(ValueError, match="give at least 1"):
+        predict.predict(run, ["x.jpg"], **numbers)
+
+
+def test_a_run_without_checkpoint_is_a_value_error(tmp_path):
+    with pytest.raises(ValueError, match=r"best\.safetensors"):
+        predict.predict(Run(tmp_path), ["x.jpg"])
+
+
+ROWS = [
+    {"path": "a, b.jpg", "predictions": [("ball", 0.75), ("box", 0.25)]},
+    {"path": "贝.jpg", "predictions": [("box", 1.0), ("ball", 0.0)]},
+]
+
+
+def test_text():
+    lines = predict.as_text(ROWS).splitlines()
+    assert lines == ["a, b.jpg", "   75.0 %  ball", "   25.0 %  box", "贝.jpg", "  100.0 %  box", "    0.0 %  ball"]
+
+
+def test_csv():
+    table = list(csv.DictReader(io.StringIO(predict.as_csv(ROWS))))
+    assert table[0] == {
+        "path": "a, b.jpg",
+        "class_1": "ball",
+        "probability_1": "0.750000",
+        "class_2": "box",
+        "probability_2": "0.250000",
+    }
+    assert predict.as_csv([]) == "path,class_1,probability_1\n"
+
+
+def test_json():
+    value = json.loads(predict.as_json(ROWS, [("x.jpg", "no such file or folder")]))
+    assert value["predictions"][1]["classes"][0] == {"class": "box", "probability": 1.0}
+    assert value["failed"] == [{"path": "x.jpg", "reason": "no such file or folder"}]

@@ -1,0 +1,106 @@
+"""Metrics against hand-computed values, published values and library implementations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from finetune101.evaluation import metrics
+
+
+def test_top_k_counts_by_hand():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 9.0]])
+    labels = torch.tensor([0, 1, 2, 2])
+    assert metrics.top_k(logits, labels, 1) == 50.0
+    assert metrics.top_k(logits, labels, 2) == 75.0
+    assert metrics.top_k(logits, labels, 5) == 100.0
+
+
+def test_cross_entropy_of_known_outputs():
+    labels = torch.tensor([0, 3])
+    assert metrics.cross_entropy(torch.zeros(2, 4), labels) == pytest.approx(math.log(4))
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25]]))
+    assert metrics.cross_entropy(logits, labels) == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+def test_mean_per_class_leaves_out_classes_without_images():
+    labels = [0, 0, 0, 0, 2, 2]
+    predictions = [0, 0, 0, 1, 2, 1]
+    assert metrics.mean_per_class(predictions, labels, 5) == pytest.approx((75 + 50) / 2)
+    assert metrics.mean_per_class(torch.tensor(predictions), torch.tensor(labels), 5) == pytest.approx(62.5)
+
+
+def test_wilson_equals_its_formula():
+    n, right, z = 1770, 1705, stats.norm.ppf(0.975)
+    p = right / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert metrics.wilson(right, n) == pytest.approx((100 * (middle - half), 100 * (middle + half)))
+
+
+@pytest.mark.parametrize("right", [0, 10])
+def test_wilson_stays_inside_percent(right):
+    low, high = metrics.wilson(right, 10)
+    assert 0.0 <= low < high <= 100.0
+
+
+def test_wilson_covers_the_true_rate():
+    rng = np.random.default_rng(0)
+    for rate in (0.7, 0.95):
+        intervals = [metrics.wilson(int(k), 300) for k in rng.binomial(300, rate, size=400)]
+        assert 0.92 < np.mean([low <= 100 * rate <= high for low, high in intervals]) < 0.98
+
+
+def test_mcnemar_by_hand():
+    # Six images that only a gets right, one that only b does: p = 2 * (1 + 7) / 2**7.
+    a = [True] * 6 + [False] + [True] * 5
+    b = [False] * 6 + [True] + [True] * 5
+    assert metrics.mcnemar_exact(a, b) == pytest.approx(2 * 8 / 128)
+    assert metrics.mcnemar_exact(b, a) == pytest.approx(2 * 8 / 128)
+
+
+def test_mcnemar_without_discordant_images():
+    assert metrics.mcnemar_exact([True, False], [True, False]) == 1.0
+
+
+def test_bootstrap_equals_a_resampling_of_images():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(400) < 0.9, rng.random(400) < 0.8
+    difference, low, high = metrics.paired_bootstrap(a, b)
+    assert difference == pytest.approx(100 * (a.mean() - b.mean()))
+    paired = (a.astype(float) - b.astype(float),)
+    other = stats.bootstrap(paired, np.mean, method="percentile", n_resamples=10_000, rng=rng).confidence_interval
+    assert (low, high) == pytest.approx((100 * other.low, 100 * other.high), abs=0.4)
+
+
+def test_bootstrap_is_repeatable_and_antisymmetric():
+    a, b = np.arange(200) % 10 != 0, np.arange(200) % 3 != 0
+    first = metrics.paired_bootstrap(a, b, seed=3)
+    assert first == metrics.paired_bootstrap(a, b, seed=3)
+    difference, low, high = metrics.paired_bootstrap(b, a, seed=3)
+    assert difference == -first[0]
+    assert (low, high) == pytest.approx((-first[2], -first[1]), abs=1.0)
+
+
+def test_equal_networks_differ_by_nothing():
+    same = [True, True, False]
+    assert metrics.paired_bootstrap(same, same) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metrics.wilson(0, 0),
+        lambda: metrics.wilson(5, 4),
+        lambda: metrics.mean_per_class([], [], 3),
+        lambda: metrics.top_k(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
+        lambda: metrics.cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
+        lambda: metrics.mcnemar_exact([True], [True, False]),
+        lambda: metrics.paired_bootstrap([], []),
+    ],
+)
+def test_impossible_input_is_a_value_error(call):
+    with pytest.raises(ValueError):
+        call()

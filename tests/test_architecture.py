@@ -1,0 +1,174 @@
+"""The shape of the house: who may import whom, what stays light, and one version number."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import finetune101
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "finetune101"
+# left never imports right; names in one entry may import each other
+ORDER = (
+    ("config",),
+    ("runs",),
+    ("world",),
+    ("data",),
+    ("models",),
+    ("evaluation",),
+    ("training",),
+    ("search",),
+    ("analysis",),
+    ("deploy",),
+    ("cli", "classic", "demo"),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard"}
+LIGHT = ("config", "runs", "cli", "data.dataset", "data.splits")
+
+
+def module_name(file: Path) -> str:
+    """finetune101/data/splits.py -> finetune101.data.splits"""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def statements(tree: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
+    """All nodes below ``tree``; without ``inside_functions`` only those that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if not inside_functions and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ):
+            continue
+        yield node
+        yield from statements(node, inside_functions)
+
+
+def imports(name: str, inside_functions: bool) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything that the module imports; names of our own modules are resolved fully."""
+    file = MODULES[name]
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in statements(ast.parse(file.read_text(encoding="utf-8")), inside_functions):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*up, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{source}.{alias.name}"
+                yield node.lineno, full if full in MODULES else source
+
+
+def room(name: str) -> str:
+    """finetune101.data.splits -> data"""
+    return name.split(".")[1]
+
+
+def test_every_module_has_a_place_in_the_order() -> None:
+    rooms = {room(name) for name in MODULES if name != "finetune101"}
+    assert rooms <= RANK.keys(), f"give these a place in ORDER: {sorted(rooms - RANK.keys())}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "finetune101"])
+def test_left_never_imports_right(name: str) -> None:
+    wrong = [
+        f"{MODULES[name].relative_to(ROOT)}:{line} imports {target}"
+        for line, target in imports(name, inside_functions=True)
+        if target.startswith("finetune101.") and RANK[room(target)] > RANK[room(name)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert not list(imports("finetune101", inside_functions=True))
+
+
+@pytest.mark.parametrize("light", LIGHT)
+def test_light_modules_import_nothing_heavy(light: str) -> None:
+    start = f"finetune101.{light}"
+    todo, seen, heavy = [(start, start)], {start}, []
+    while todo:
+        name, chain = todo.pop()
+        for line, target in imports(name, inside_functions=False):
+            if target.split(".")[0] in HEAVY:
+                heavy.append(f"{chain}:{line} imports {target}")
+            # importing a.b.c runs the __init__ of a and of a.b as well
+            for module in (target, target.rpartition(".")[0]):
+                if module in MODULES and module not in seen:
+                    seen.add(module)
+                    todo.append((module, f"{chain}:{line} -> {module}"))
+    assert not heavy, "\n".join(heavy)
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    code = "import sys, finetune101.cli; print(*sorted(set(sys.argv[1:]) & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code, *HEAVY], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.split() == []
+
+
+def text_files() -> Iterator[tuple[str, str]]:
+    """(path, text) of every text file that is committed or would be."""
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-c", "core.quotePath=off", "ls-files", "-co", "--exclude-standard"]
+    for path in subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines():
+        if (ROOT / path).is_file():
+            try:
+                yield path, (ROOT / path).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def test_only_ci_knows_a_folder_outside_the_checkout() -> None:
+    outside = re.compile(r"\.\./shared\b|/work/\w")
+    assert [path for path, text in text_files() if path != ".ci/run" and outside.search(text)] == []
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    top = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert top and project["version"] == finetune101.__version__ == top[1]
+
+
+def test_the_lock_names_exact_versions_and_no_registry() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    entries = [line for line in lines if line and not line.startswith("#")]
+    assert [
+        e for e in entries if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!]+(; [a-z_]+ [<>=!]+ \"[^\"]+\")?", e)
+    ] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + [name for extra in project["optional-dependencies"].values() for name in extra]
+    locked = {entry.split("==")[0].lower().replace("_", "-") for entry in entries}
+    assert {re.split("[<>=!]", name)[0] for name in wanted} <= locked
+
+
+def test_readme_names_every_module() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [file for file in MODULES.values() if file.name != "__init__.py"]
+    missing = [str(file.relative_to(ROOT)) for file in files if not re.search(rf"\b{re.escape(file.name)}\b", text)]
+    assert not missing, f"give these a line in the file tree of README.md: {missing}"
+
+
+def commands(readme: str) -> list[str]:
+    """The lines of the ```sh blocks, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
+    return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+
+
+def test_both_readmes_give_the_same_commands() -> None:
+    assert commands("README.md") == commands("README.zh-CN.md") != []

@@ -1,0 +1,128 @@
+"""scripts/claims.py: true claims pass, and every way to be wrong is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import claims
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEST = ("cat/1.jpg", "cat/2.jpg", "cat/3.jpg", "dog/1.jpg")
+HEADER = "path,label,prediction,confidence\n"
+# three of four right; cat 2/3, dog 1/1
+ROWS = ["cat/1.jpg,cat,cat,0.9", "cat/2.jpg,cat,cat,0.8", "cat/3.jpg,cat,dog,0.6", "dog/1.jpg,dog,dog,0.7"]
+
+
+def claim(**changes: Any) -> dict[str, Any]:
+    base = {"id": "a.b.top1", "value": 75.0, "unit": "%", "n": 1, "spread": None, "command": "train", "evidence": "a"}
+    return base | changes
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    results = tmp_path / "results"
+    (results / "a").mkdir(parents=True)
+    (results / "splits").mkdir()
+    manifest = {"classes": ["cat", "dog"], "subsets": {"train": [], "val": [], "test": TEST}}
+    (results / "splits" / "tiny.json").write_text(json.dumps(manifest))
+    (results / "a" / "config.json").write_text("{}")
+    (results / "a" / "test.json").write_text('{"manifest": "tiny"}')
+    (results / "a" / "predictions.csv").write_text(HEADER + "\n".join(ROWS) + "\n")
+    return tmp_path
+
+
+def problems(project: Path, *listed: dict[str, Any]) -> str:
+    (project / "results" / "claims.json").write_text(json.dumps(listed))
+    return "\n".join(claims.check(project)[1])
+
+
+def test_the_projects_own_claims_hold() -> None:
+    assert claims.check(ROOT)[1] == []
+
+
+def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    per_class = claim(id="a.b.mean_per_class", value=83.33)
+    speed = claim(id="speed.epoch", value=7.1, unit="x", n=5, spread=0.2)
+    assert problems(project, claim(), per_class, speed) == ""
+    assert claims.main(project) == 0 and capsys.readouterr().out == "All 3 claims hold.\n"
+
+
+def test_no_claims_hold(project: Path) -> None:
+    assert problems(project) == ""
+
+
+def test_several_runs(project: Path) -> None:
+    folder = project / "results" / "a"
+    (folder / "predictions.csv").rename(folder / "predictions_seed0.csv")
+    right = [row.replace("dog,0.6", "cat,0.6") for row in ROWS]
+    (folder / "predictions_seed1.csv").write_text(HEADER + "\n".join(right) + "\n")
+    assert problems(project, claim(value=87.5, n=2, spread=17.68)) == ""
+    assert "spread" in problems(project, claim(value=87.5, n=2, spread=3.0))
+    assert "n = 1" in problems(project, claim(value=87.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"value": 75.01}, "claims 75.01, the predictions give 75.0000"),
+        ({"id": "a.b.mean_per_class"}, "83.3333"),
+        ({"evidence": "b"}, "no folder below"),
+        ({"evidence": ".."}, "no folder below"),
+    ],
+)
+def test_wrong_claim(project: Path, changes: dict[str, Any], told: str) -> None:
+    assert told in problems(project, claim(**changes))
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (ROWS[:3], "dog/1.jpg is missing"),
+        ([*ROWS, "dog/2.jpg,dog,dog,0.9"], "dog/2.jpg is not in the split's test set"),
+        ([*ROWS, ROWS[0]], "twice"),
+        ([*ROWS[:3], "dog/1.jpg,cat,cat,0.9"], "labels dog/1.jpg as cat"),
+        ([*ROWS[:3], "dog/1.jpg,dog,cow,0.9"], "predicts cow"),
+        ([], "no rows"),
+    ],
+)
+def test_wrong_predictions(project: Path, rows: list[str], told: str) -> None:
+    (project / "results" / "a" / "predictions.csv").write_text(HEADER + "".join(row + "\n" for row in rows))
+    assert told in problems(project, claim())
+
+
+@pytest.mark.parametrize("name", ["a/config.json", "a/test.json", "splits/tiny.json", "a/predictions.csv"])
+def test_evidence_that_is_not_whole(project: Path, name: str) -> None:
+    (project / "results" / name).unlink()
+    assert "missing" in (told := problems(project, claim())) or "no predictions" in told
+
+
+def test_a_field_left_out_and_an_id_twice(project: Path) -> None:
+    half = claim()
+    del half["command"]
+    assert "lacks command" in problems(project, half)
+    assert "claimed twice" in problems(project, claim(), claim())
+
+
+@pytest.mark.parametrize(
+    ("readme", "fine"),
+    [
+        ("Nothing.", True),
+        ("| 75.0 % | `a.b.top1` |", True),
+        ("| 75.00 % | `a.b.top1` |", True),
+        ("see a.b.top1.", False),
+        ("| 175.0 | `a.b.top1` |", False),
+        ("| 76.0 | `a.b.top1` |\n75.0", False),
+        ("`other.a.b.top1` `a.b.top1.more`", True),
+    ],
+)
+def test_readme(project: Path, readme: str, fine: bool) -> None:
+    (project / "README.md").write_text(readme)
+    assert problems(project, claim()) == ("" if fine else "a.b.top1: README.md names it without its value 75.0")
+
+
+def test_exit_code(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert claims.main(project) == 1  # there is no claims.json yet
+    assert "claims.json is missing" in capsys.readouterr().err
