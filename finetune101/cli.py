@@ -16,6 +16,7 @@ import tyro
 from finetune101.config import Flat, TrainConfig
 
 if TYPE_CHECKING:
+    from finetune101.analysis.compare import Comparison
     from finetune101.runs import Run
 
 
@@ -284,8 +285,10 @@ def predict(argv: Sequence[str]) -> int:
 
     run = open_run(arguments.run, arguments.runs)
     rows, failed = deploy.predict(run, list(arguments.inputs), top_k=arguments.top_k, batch_size=arguments.batch_size)
-    write = deploy.to_csv if arguments.csv else deploy.to_json if arguments.json else deploy.to_text
-    print(write(rows), end="")
+    if arguments.json:
+        print(deploy.as_json(rows, failed))
+    else:
+        print(deploy.as_csv(rows) if arguments.csv else deploy.as_text(rows))
     for path, reason in failed:
         print(f"failed: {path}: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -300,7 +303,7 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_comparison(a: Run, b: Run, out: Path) -> None:
+def run_comparison(a: Run, b: Run, out: Path) -> Comparison:
     """Prints the comparison of two tested runs and writes comparison.json and comparison.png to ``out``."""
     from finetune101.analysis import compare as comparing
     from finetune101.analysis.figures import comparison as picture
@@ -312,6 +315,7 @@ def run_comparison(a: Run, b: Run, out: Path) -> None:
     tests = (a.read_json("test.json"), b.read_json("test.json"))
     picture(a.metrics(), b.metrics(), (a.name, b.name), tests, out / "comparison.png")
     print(f"Picture: {out / 'comparison.png'}")
+    return result
 
 
 def search(argv: Sequence[str]) -> int:

@@ -158,6 +158,18 @@ def index(root: Path, layout: Layout = "classes") -> Index:
     return Index(root=root, classes=tuple(sorted(found)), paths=paths, digests=digests)
 
 
+def other_files(found: Index) -> list[str]:
+    """Visible files in the class folders that are no images by their suffix, relative to the root and sorted."""
+    folders = {(found.root / path).parent for path in found.paths}
+    others = (
+        entry.relative_to(found.root).as_posix()
+        for folder in folders
+        for entry in _visible(folder)
+        if entry.is_file() and entry.suffix.lower() not in IMAGE_SUFFIXES
+    )
+    return sorted(others)
+
+
 def content_hash(digests: Mapping[str, str], paths: Iterable[str]) -> str:
     """ "sha256:..." over the sorted (path, sha256 of the file) pairs; raises KeyError for a path without digest."""
     total = hashlib.sha256()

@@ -51,6 +51,10 @@ class Pen:
         """A filled ellipse, turned by ``turn`` radians."""
         self.shape(arc(x, y, rx, rx if ry is None else ry, turn=turn), fill)
 
+    def box(self, x: float, y: float, rx: float, ry: float, fill: Colour) -> None:
+        """A filled rectangle of centre x, y and half sides rx, ry."""
+        self.shape([(x - rx, y - ry), (x + rx, y - ry), (x + rx, y + ry), (x - rx, y + ry)], fill)
+
     def ring(self, x: float, y: float, r: float, width: float, fill: Colour) -> None:
         """A circle's outline."""
         self.line(arc(x, y, r, r), width, fill)
@@ -121,7 +125,7 @@ def _car(p: Pen) -> None:
     p.line([(-0.95, 0.14), (0.93, 0.14)], 0.03, p.colours[1])
     p.line([(-0.16, -0.02), (-0.16, 0.28)], 0.02, _DARK)
     p.disc(0.88, 0.12, 0.07, (250, 240, 170))
-    p.shape([(-0.97, 0.0), (-0.88, 0.0), (-0.88, 0.12), (-0.97, 0.12)], (200, 30, 30))
+    p.box(-0.925, 0.06, 0.045, 0.06, (200, 30, 30))
     r = p.some(0.19, 0.25)
     for x in (-0.55, 0.55):
         p.disc(x, 0.34, r, _DARK)
@@ -139,7 +143,7 @@ def _clock(p: Pen) -> None:
     if p.often(0.75):
         p.disc(0, 0, 0.82, rim)
     else:
-        p.shape([(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)], rim)
+        p.box(0, 0, 0.82, 0.82, rim)
     p.disc(0, 0, 0.68, face)
     for k in range(12):
         a, inner = math.pi * k / 6, 0.5 if k % 3 == 0 else 0.56
@@ -196,19 +200,18 @@ def _house(p: Pen) -> None:
     w, top, peak = p.some(0.55, 0.8), p.some(-0.2, 0.05), p.some(-0.95, -0.7)
     if p.often(0.7):
         x = p.some(0.2, 0.4) * (1 if p.often() else -1)
-        p.shape([(x - 0.09, peak), (x + 0.09, peak), (x + 0.09, top), (x - 0.09, top)], door)
-    p.shape([(-w, top), (w, top), (w, 0.85), (-w, 0.85)], wall)
+        p.box(x, (peak + top) / 2, 0.09, (top - peak) / 2, door)
+    p.box(0, (top + 0.85) / 2, w, (0.85 - top) / 2, wall)
     over = w + p.some(0.08, 0.2)
     gable = [(0.0, peak)] if p.often(0.7) else [(-w * 0.5, peak + 0.1), (w * 0.5, peak + 0.1)]
     p.shape([(-over, top + 0.03), *gable, (over, top + 0.03)], roof)
     x = p.some(-0.2, 0.2)
-    p.shape([(x - 0.13, 0.85), (x - 0.13, 0.36), (x + 0.13, 0.36), (x + 0.13, 0.85)], door)
+    p.box(x, 0.605, 0.13, 0.245, door)
     p.disc(x + 0.08, 0.62, 0.025, (240, 220, 120))
     for side in (-1, 1):
         a, b, s = side * w * 0.66 + x * 0.3, top + 0.26, p.some(0.11, 0.15)
-        p.shape([(a - s, b - s), (a + s, b - s), (a + s, b + s), (a - s, b + s)], frame)
-        p.shape([(a - s * 0.8, b - s * 0.8), (a + s * 0.8, b - s * 0.8), (a + s * 0.8, b + s * 0.8),
-                 (a - s * 0.8, b + s * 0.8)], (175, 210, 235))
+        p.box(a, b, s, s, frame)
+        p.box(a, b, s * 0.8, s * 0.8, (175, 210, 235))
         p.line([(a, b - s), (a, b + s)], 0.025, frame)
         p.line([(a - s, b), (a + s, b)], 0.025, frame)
 
@@ -231,7 +234,7 @@ def _key(p: Pen) -> None:
         p.line([(-0.2, -w), (-0.2, w)], 0.07, metal)
     for k in range(int(p.rng.integers(2, 5))):
         x, length = 0.86 - 0.13 * k, p.some(0.14, 0.32)
-        p.shape([(x - 0.05, 0), (x + 0.05, 0), (x + 0.05, length), (x - 0.05, length)], metal)
+        p.box(x, length / 2, 0.05, length / 2, metal)
 
 
 def _mushroom(p: Pen) -> None:
@@ -256,8 +259,10 @@ def _sailboat(p: Pen) -> None:
     p.line([(mast, 0.5), (mast, -0.92)], 0.05, (110, 80, 55))
     p.shape([(mast + 0.04, -0.85), (mast + p.some(0.5, 0.75), low), (mast + 0.04, low)], main if p.often() else white)
     if p.often(0.8):
-        p.shape([(mast - 0.04, p.some(-0.8, -0.5)), (mast - 0.04, low), (mast - p.some(0.35, 0.55), low)],
-                jib if p.often() else white)
+        front = mast - 0.04
+        p.shape(
+            [(front, p.some(-0.8, -0.5)), (front, low), (front - p.some(0.3, 0.5), low)], jib if p.often() else white
+        )
     p.shape([(mast, -0.95), (mast - 0.25, -0.87), (mast, -0.79)], flag)
     bow = p.some(0.8, 0.95)
     p.shape([(-0.85, 0.45), (bow, 0.42), (0.6, 0.8), (-0.62, 0.8)], hull)
@@ -291,35 +296,20 @@ def _umbrella(p: Pen) -> None:
     first, second, handle, _ = p.colours
     h, n = p.some(0.65, 0.85), int(p.rng.integers(4, 7))
     p.line([(0, -0.98), (0, 0.72), *arc(0.14, 0.74, 0.14, 0.16, 180, 20)], p.some(0.05, 0.08), handle)
-    panels = [-0.92 + 1.84 * k / n for k in range(n + 1)]
+    edges = [-0.92 + 1.84 * k / n for k in range(n + 1)]
+    ribs = [arc(0, 0, x, h, 270, 360) for x in edges]  # from the tip down to each corner
     striped = p.often(0.6)
-    p.shape(arc(0, 0, 0.92, h, 180, 360), first)
     for k in range(n):
-        left, right = panels[k], panels[k + 1]
-        over = [(0.92 * math.sin(a) * u, -h * math.cos(a)) for u, a in
-                [(left / 0.92, math.pi / 2 * i / 12) for i in range(13)]]
-        back = [(0.92 * math.sin(a) * (right / 0.92), -h * math.cos(a)) for a in
-                [math.pi / 2 * i / 12 for i in range(12, -1, -1)]]
-        scallop = arc((left + right) / 2, 0, (right - left) / 2, 0.1, 180, 0)
-        p.shape([*over, *scallop, *back], second if striped and k % 2 else first)
-        p.line(over, 0.02, _DARK)
+        left, right = edges[k], edges[k + 1]
+        hem = arc((left + right) / 2, 0, (right - left) / 2, 0.1, 180, 0)
+        p.shape([*ribs[k], *hem, *ribs[k + 1][::-1]], second if striped and k % 2 else first)
+    for rib in ribs:
+        p.line(rib, 0.02, _DARK)
     p.disc(0, -0.02 - h, 0.04, handle)
 
 
-DRAWINGS: dict[str, Callable[[Pen], None]] = {
-    "bicycle": _bicycle,
-    "butterfly": _butterfly,
-    "car": _car,
-    "clock": _clock,
-    "cup": _cup,
-    "fish": _fish,
-    "house": _house,
-    "key": _key,
-    "mushroom": _mushroom,
-    "sailboat": _sailboat,
-    "tree": _tree,
-    "umbrella": _umbrella,
-}
+_ALL = (_bicycle, _butterfly, _car, _clock, _cup, _fish, _house, _key, _mushroom, _sailboat, _tree, _umbrella)
+DRAWINGS: dict[str, Callable[[Pen], None]] = {function.__name__[1:]: function for function in _ALL}
 
 
 def _noise(size: tuple[int, int], rng: np.random.Generator, finest: int) -> np.ndarray:
@@ -344,8 +334,10 @@ def _clutter(picture: Image.Image, rng: np.random.Generator, count: int, largest
             corners = int(rng.integers(3, 8))
             radii = r * rng.uniform(0.5, 1.2, corners)
             angles = turn + np.arange(corners) * 2 * np.pi / corners
-            draw.polygon([(float(x + d * np.cos(a)), float(y + d * np.sin(a))) for d, a in
-                          zip(radii, angles, strict=True)], fill=fill)
+            draw.polygon(
+                [(float(x + d * np.cos(a)), float(y + d * np.sin(a))) for d, a in zip(radii, angles, strict=True)],
+                fill=fill,
+            )
         elif kind == 1:
             draw.polygon(arc(x, y, r, r * rng.uniform(0.4, 1), turn=turn), fill=fill)
         elif kind == 2:

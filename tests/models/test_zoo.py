@@ -24,7 +24,7 @@ def test_builds_forwards_and_groups(name: str) -> None:
     model = entry.build(7).eval()
     size = entry.preprocessing.size
     with torch.no_grad():
-        assert model(torch.zeros(2, 3, size, size)).shape == (2, 7)
+        assert model(torch.zeros(1, 3, size, size)).shape == (1, 7)
 
     head, backbone = parameter_groups(model, entry.head, lr=0.01, backbone_lr_ratio=0.1)
     assert (head["name"], head["lr"]) == ("head", 0.01)
