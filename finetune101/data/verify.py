@@ -79,7 +79,7 @@ class Report:
         ]
         lines = [
             f"{self.root}",
-            f"{len(sizes)} classes, {self.images:,} images, {sizes[small]} ({small}) to {sizes[large]} ({large}) a class",
+            f"{len(sizes)} classes, {self.images:,} images; from {sizes[small]} ({small}) to {sizes[large]} ({large})",
             f"{'as' if official else 'not the same as'} the official Caltech-101: {OFFICIAL_CLASSES} classes, "
             f"{OFFICIAL_IMAGES:,} images without BACKGROUND_Google",
         ]

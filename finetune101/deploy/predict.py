@@ -93,7 +93,7 @@ def as_text(rows: Iterable[Row]) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line per image: path, class_1, probability_1, class_2, ..."""
+    """One line per image: path, class_1, probability_1, class_2, ...; like the others, without a newline at the end."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     width = max((len(row["predictions"]) for row in rows), default=1)
@@ -101,7 +101,7 @@ def as_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [cell for name, probability in row["predictions"] for cell in (name, f"{probability:.6f}")]
         writer.writerow([row["path"], *cells])
-    return file.getvalue()
+    return file.getvalue().rstrip("\n")
 
 
 def as_json(rows: Iterable[Row], failed: Iterable[Failure]) -> str:

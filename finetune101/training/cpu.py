@@ -17,9 +17,9 @@ from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Pair = tuple[int, int]  # height, width
+Pair = tuple[int, ...]  # height, width
 
-# Names and values of <malloc.h>. Together: never give memory back to the kernel, whose pages would come back one by one.
+# Names and values of <malloc.h>: never give memory back to the kernel, whose pages would return one by one.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 256 * 2**20)}
 
 
@@ -32,7 +32,7 @@ def tune_allocator() -> bool:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all([mallopt(name, value) == 1 for name, value in _MALLOPT.values()])
+    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _MALLOPT.values())
 
 
 def fast_depthwise(model: nn.Module) -> int:
@@ -90,7 +90,7 @@ class FastConv2d(nn.Conv2d):
 
 
 class FastConv2dSame(Conv2dSame):
-    """timm's depthwise ``Conv2dSame`` (TensorFlow's padding: more at the bottom and right) with the fast backward pass."""
+    """timm's depthwise ``Conv2dSame`` (TensorFlow's padding: more at bottom and right) with the fast backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
@@ -106,9 +106,9 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FastConv2d, Conv2dSa
 class Depthwise(torch.autograd.Function):
     """A depthwise convolution whose gradients take the fastest kernels; which ones depends on the shapes alone.
 
-    Measured on AVX-512 cores with bf16, oneDNN, channels_last: the library's kernel for the input gradient is 2 (stride 1)
-    to 30 times (stride 2) as slow as a forward pass with the flipped filter over the output gradient spread over zeros,
-    and its bf16 kernel for weight gradients is 3 to 5 times as slow as fp32 with 5x5 filters, yet faster with 3x3.
+    Measured on AVX-512 cores with bf16 (oneDNN, channels_last). Input gradient: the library's kernel takes 2 (stride 1)
+    to 50 times (stride 2) as long as a forward pass of the flipped filter over the output gradient, spread over zeros.
+    Weight gradient: the bf16 kernel takes 3 to 5 times as long as the fp32 one with 5x5 filters, but half with 3x3.
     """
 
     @staticmethod
@@ -128,10 +128,11 @@ class Depthwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
-        grad_x = (
-            _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before) if ctx.needs_input_grad[0] else None
-        )
-        grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
         grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None
 

@@ -163,7 +163,7 @@ def test_csv():
         "class_2": "box",
         "probability_2": "0.250000",
     }
-    assert predict.as_csv([]) == "path,class_1,probability_1\n"
+    assert predict.as_csv([]) == "path,class_1,probability_1"
 
 
 def test_json():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
@@ -137,21 +138,18 @@ def test_same_numbers_twice_and_frozen_filters() -> None:
     assert torch.equal(frozen[0], first[0])
 
 
-def test_whole_network_gradients_are_as_close_to_fp32_as_plain_bf16() -> None:
-    """timm's network, with padding of both kinds, one step in training mode."""
-    import timm
-
+def test_whole_network_gradients_agree_with_plain_bf16() -> None:
+    """timm's network, with padding of both kinds, in training mode: the same forward pass, so only rounding differs."""
     torch.manual_seed(0)
     plain = timm.create_model("tf_efficientnet_lite0", num_classes=5, drop_rate=0.0)
     fast = copy.deepcopy(plain)
-    reference = copy.deepcopy(plain)
     assert fast_depthwise(fast) == 16
-    x = torch.randn(4, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    _, exact = gradients(reference, x, bf16=False)
-    _, expected = gradients(plain, x, bf16=True)
-    _, got = gradients(fast, x, bf16=True)
-    flat = [torch.cat([g.flatten() for g in grads[1:]]) for grads in (got, expected, exact)]
-    assert relative_error(flat[0], flat[2]) < 1.2 * relative_error(flat[1], flat[2])
+    x = torch.randn(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
+    plain_out, expected = gradients(plain, x, bf16=True)
+    fast_out, got = gradients(fast, x, bf16=True)
+    assert torch.equal(fast_out, plain_out)
+    # As one vector: biases ahead of a batch normalisation have no gradient but rounding.
+    assert relative_error(torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in expected])) < 0.05
 
 
 def test_allocator_is_tuned_on_glibc_only() -> None:
