@@ -4,7 +4,7 @@ import sys
 
 from finetune101.classic import search
 
-hyper_param_opts = {
+hyper_param_opts: dict[str, list[float]] = {
     "batch_size": [256, 128, 64],
     "lr": [0.01, 0.001],
     "step_size": [10, 30],

@@ -108,7 +108,8 @@ def test_foreign(file: Path, model: str, data: str | None, batch_size: int) -> d
     config = DataConfig(root=data)
     manifest = splits.make(dataset.index(dataset.find(data)), config)
     if classes != len(manifest.classes):
-        raise ValueError(f"{file} knows {classes} classes, the data set has {len(manifest.classes)}; give the --data it was trained on")
+        found = len(manifest.classes)
+        raise ValueError(f"{file} knows {classes} classes, the data set has {found}; give the --data it was trained on")
     world = detect(SystemConfig())
     output, labels = subset_logits(network, lookup(model).preprocessing, manifest, config, world, "test", batch_size)
     return scores(output, labels)

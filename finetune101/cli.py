@@ -33,7 +33,7 @@ class TrainArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
-    """Score a run's best epoch on its test images: loss, top-1, top-5, mean per class; writes test.json, predictions.csv."""
+    """Score a run's best epoch on its test images; writes test.json and predictions.csv."""
 
     run: tyro.conf.Positional[str]
     """Folder or name of a run."""
@@ -197,7 +197,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
-    """Trains ``config``, printing a line per epoch; writes TensorBoard events and curves.png beside the run's own files."""
+    """Trains ``config``, printing a line per epoch; writes TensorBoard events and curves.png as well."""
     from tqdm import tqdm
 
     from finetune101.training.loop import fit
@@ -208,7 +208,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     job = prepare(config, resume=resume, overwrite=overwrite)
     images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
     print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
-    print(f"{job.world.device}, {job.world.precision}{', channels_last' if job.world.channels_last else ''} -> {job.run.path}")
+    layout = ", channels_last" if job.world.channels_last else ""
+    print(f"{job.world.device}, {job.world.precision}{layout} -> {job.run.path}")
     for record in log(job.run, fit(job)):
         tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
     finish(job.run)
@@ -245,7 +246,7 @@ def ensure_data(config: TrainConfig) -> None:
     except ValueError:
         agreed = config.data.download
         if not agreed and config.data.root is None and sys.stdin is not None and sys.stdin.isatty():
-            agreed = input("No data set found. Download Caltech-101 (137 MB) to data/ now? [y/N] ").strip().lower() == "y"
+            agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
         if not agreed:
             raise
         dataset.download(Path("data"))
@@ -415,7 +416,8 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     if words[0] not in verbs:
         near = difflib.get_close_matches(words[0], verbs, n=1)
-        raise ValueError(f"unknown {name} {words[0]!r}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"))
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
+        raise ValueError(f"unknown {name} {words[0]!r}; {hint}")
     return verbs[words[0]](words[1:])
 
 

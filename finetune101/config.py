@@ -34,7 +34,7 @@ class DataConfig:
     root: Annotated[str | None, tyro.conf.arg(name="data")] = None
     """Folder with one folder per class (or its parent). Default: $FINETUNE101_DATA, then data/101_ObjectCategories."""
     protocol: Literal["reference", "standard", "folders"] = "reference"
-    """reference: 70/10/20 % of each class. standard: --train-per-class images, the rest tests. folders: train/, val/, test/."""
+    """reference: 70/10/20 % of each class. standard: --train-per-class images, the rest tests. folders: as they are."""
     split: str | None = None
     """Use this split manifest (JSON) instead of making one."""
     split_seed: int = 42

@@ -41,7 +41,8 @@ def run_demo(out: Path, epochs: int) -> None:
     _title("6. Label one test image")
     image = finetune.read_json("split.json")["subsets"]["test"][0]
     print(as_text(predict(finetune, [str(data / image)], top_k=3)[0]))
-    print(f"Done in {time.perf_counter() - started:.0f} s: pretraining was worth {comparison.difference:.1f} points of test accuracy here.")
+    gain, seconds = comparison.difference, time.perf_counter() - started
+    print(f"\nDone in {seconds:.0f} s: pretraining was worth {gain:.1f} points of test accuracy here.")
     print(f"Look at {out}/comparison/comparison.png and tensorboard --logdir {out}/runs")
     print(NEXT)
 

@@ -1,4 +1,4 @@
-"""A run directory on disk: config, split, metrics, checkpoints, test result. Enough to resume, test, compare, predict."""
+"""A run directory on disk: enough to resume, test, compare, predict and reproduce."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())  # a crash of the machine must not leave an empty file under the final name
         os.replace(part, path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        reason = error.strerror or error
+        raise ValueError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -35,6 +36,17 @@ def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as JSON, whole or not at all."""
     with atomic(path) as part:
         part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+WRITTEN = (
+    "*.json",
+    "metrics.jsonl",
+    "curves.png",
+    "last.pt",
+    "best.safetensors",
+    "predictions.csv",
+    "events.out.tfevents.*",
+)
 
 
 class Run:
@@ -110,9 +122,8 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
     if exists and not resume and not overwrite:
         raise ValueError(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
     if overwrite:
-        for file in list(run.path.glob("*")) if exists else []:
-            if file.is_file() and (file.suffix in {".json", ".jsonl", ".png", ".pt", ".csv", ".safetensors"} or "tfevents" in file.name):
-                file.unlink()
+        for file in [path for name in WRITTEN for path in run.path.glob(name)]:
+            file.unlink()
     return run
 
 
@@ -121,7 +132,7 @@ def open_run(name: str, runs: str = "runs") -> Run:
     for path in (Path(name), Path(runs) / name):
         if (path / "config.json").is_file():
             return Run(path)
-    known = sorted(str(p.parent.relative_to(runs)) for p in Path(runs).glob("**/config.json")) if Path(runs).is_dir() else []
+    known = sorted(path.parent.relative_to(runs).as_posix() for path in Path(runs).glob("**/config.json"))
     hint = f"there are: {', '.join(known[:10])}" if known else f"there is none yet in {runs}; train one first"
     raise ValueError(f"no run named {name}; {hint}")
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torchvision.transforms.v2 import RandomResizedCrop
-from torchvision.transforms.v2 import functional as TF  # noqa: N812
+from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data.cache import Images
@@ -55,7 +55,7 @@ def train_batches(
     seed: int,
     epoch: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order: (float (N, 3, size, size), int64 (N,)). Order and augmentation depend on (seed, epoch)."""
+    """One epoch in random order: (float (N, 3, size, size), int64 (N,)); (seed, epoch) fixes order and augmentation."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(paths), generator=generator).tolist()
     for start in range(0, len(order), batch_size):

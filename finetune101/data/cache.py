@@ -34,7 +34,7 @@ def decode(path: Path, size: int, interpolation: str) -> Pixels:
         with Image.open(path) as image:
             return np.asarray(_rgb(image).resize((size, size), FILTERS[interpolation]))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); repair or remove it, or add --skip-bad-images") from error
+        raise ValueError(f"cannot read the image {path} ({error}); repair it or add --skip-bad-images") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -45,7 +45,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 class Images:
     """The pixels of ``paths``, decoded on demand or, after ``open_images`` built it, read from the cache file."""
 
-    def __init__(self, root: Path, paths: Sequence[str], preprocessing: Preprocessing, file: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, paths: Sequence[str], preprocessing: Preprocessing, file: Path | None = None
+    ) -> None:
         self.root, self.preprocessing = root, preprocessing
         self.position = {path: i for i, path in enumerate(paths)}
         self.paths = tuple(paths)
@@ -61,8 +63,10 @@ class Images:
         return np.stack(list(self._pool.map(lambda p: decode(self.root / p, size, interpolation), paths)))
 
 
-def open_images(index: Index, preprocessing: Preprocessing, mode: str = "auto", skipped: Collection[str] = ()) -> Images:
-    """The images of ``index`` but ``skipped``; with ``mode`` "auto" from a cache that is built when it is not there yet.
+def open_images(
+    index: Index, preprocessing: Preprocessing, mode: str = "auto", skipped: Collection[str] = ()
+) -> Images:
+    """The images of ``index`` but ``skipped``; with ``mode`` "auto" from a cache, built when missing.
 
     The cache is keyed by the images' content and the geometry, so a changed image makes a new one. Without enough free
     disk space the images are decoded on demand. Raises ValueError naming an unreadable image.
@@ -82,7 +86,7 @@ def open_images(index: Index, preprocessing: Preprocessing, mode: str = "auto", 
     except OSError:
         free = 0
     if free < needed * 1.05 + 1e8:
-        print(f"The image cache needs {needed / 1e9:.2f} GB in {file.parent}, {free / 1e9:.2f} GB are free: going on without it.")
+        print(f"The image cache needs {needed / 1e9:.2f} GB, {file.parent} has {free / 1e9:.2f}: going on without it.")
         return Images(root, paths, preprocessing)
     print(f"Decoding {len(paths)} images once into {file} ({needed / 1e9:.2f} GB).")
     with atomic(file) as part:

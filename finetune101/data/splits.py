@@ -87,10 +87,11 @@ def check(manifest: Manifest, index: Index) -> None:
     missing = [path for path in wanted if path not in index.digests]
     if missing:
         raise ValueError(
-            f"{len(missing)} images of the split are not in {index.root} (first: {missing[0]}); give the --data it was made from"
+            f"{len(missing)} images of the split are not in {index.root} (first: {missing[0]}); "
+            "give the --data it was made from"
         )
     if content_hash(index.digests, wanted) != manifest.content_hash:
-        raise ValueError(f"images in {index.root} have changed since the split was made; restore them or make a new split")
+        raise ValueError(f"images in {index.root} changed after the split was made; restore them or make a new split")
 
 
 def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
@@ -138,28 +139,26 @@ def _shuffle_split(items: list[str], share: float, seed: int) -> tuple[list[str]
 
 
 def _reference(classes: Mapping[str, list[str]], config: DataConfig) -> dict[str, list[str]]:
-    """The original project's split: per class, test_size tests, then val_size / (1 - test_size) of the rest validates."""
+    """The original project's split: per class, ``test_size`` tests, ``val_size`` validates."""
     subsets: dict[str, list[str]] = {name: [] for name in SUBSETS}
     for name, items in classes.items():
         rest, test = _shuffle_split(items, config.test_size, config.split_seed)
         # rounded: 0.1 / (1 - 0.2) must be the 0.125 of the original, not 0.12500000000000003
         train, val = _shuffle_split(rest, round(config.val_size / (1 - config.test_size), 12), config.split_seed)
         if not train:
-            raise ValueError(f"class {name} has {len(items)} image(s), too few to split; add images or remove the class")
+            raise ValueError(f"class {name} has {len(items)} image(s), too few to split; add some or remove it")
         for subset, paths in (("train", train), ("val", val), ("test", test)):
             subsets[subset] += paths
     return subsets
 
 
-def _standard(
-    classes: Mapping[str, list[str]], config: DataConfig, groups: Mapping[str, str]
-) -> dict[str, list[str]]:
+def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapping[str, str]) -> dict[str, list[str]]:
     """``train_per_class`` random images per class for training (a sixth of them validation), the rest tests.
 
     Groups are drawn whole and over all classes at once, so that the two classes of a twin agree on its side; a group
     that would overfill a class goes to the test side.
     """
-    wanted = {name: config.train_per_class for name in classes}
+    wanted = dict.fromkeys(classes, config.train_per_class)
     for name, items in classes.items():
         if len(items) <= config.train_per_class:
             raise ValueError(
@@ -179,7 +178,8 @@ def _standard(
             f"class {name} lacks {short[name]} image(s) for training without splitting near-duplicates; "
             "use --no-group-duplicates or a smaller --train-per-class"
         )
-    val, train = _fill(pool, {name: round(config.train_per_class / 6) for name in classes})
+    share = (config.train_per_class + 3) // 6  # n / 6, halves up: 3 of 15, where Python's round(2.5) is 2
+    val, train = _fill(pool, dict.fromkeys(classes, share))
     test = _by_class([path for group in outside for path in group])
     if config.max_test_per_class is not None:
         rng = np.random.RandomState(config.split_seed)

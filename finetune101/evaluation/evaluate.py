@@ -79,7 +79,8 @@ def subset_logits(
     splits.check(manifest, index)
     images = cache.open_images(index, preprocessing, data.cache, manifest.options.get("skipped", ()))
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    return logits(model, eval_batches(images, paths, manifest.labels(subset), batch_size=batch_size, world=world), world)
+    batches = eval_batches(images, paths, manifest.labels(subset), batch_size=batch_size, world=world)
+    return logits(model, batches, world)
 
 
 def write_predictions(run: Run, manifest: splits.Manifest, output: Tensor) -> None:

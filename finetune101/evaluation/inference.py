@@ -40,7 +40,8 @@ def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
     try:
         built.model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{run.best} does not fit {info['model']} with {len(classes)} classes; train the run again") from error
+        fit = f"{info['model']} with {len(classes)} classes"
+        raise ValueError(f"{run.best} does not fit {fit}; train the run again") from error
     return built.model.eval(), preprocessing_from_dict(json.loads(info["preprocessing"])), classes
 
 

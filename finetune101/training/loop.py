@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from finetune101.config import TrainConfig, to_dict
@@ -84,9 +84,7 @@ class Trainer:
             step += 1
             losses.append(loss.detach() * len(y))
             correct += (output.detach().argmax(1) == y).sum()
-            if (
-                step % 10 == 0 or len(losses) == self.steps_per_epoch
-            ):  # every tenth, so that a GPU need not wait each step
+            if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
                 self._check_finite(losses, step)
             bar.update(len(y))
         seconds = time.perf_counter() - started
@@ -107,7 +105,7 @@ class Trainer:
         if len(bad):
             at = step - len(losses) + int(bad[0]) + 1
             raise ValueError(
-                f"the loss is not finite at step {at}; lower --lr or use --precision fp32 (the last good checkpoint is kept)"
+                f"the loss is not finite at step {at}; lower --lr or use --precision fp32 (the last checkpoint is kept)"
             )
 
     def validate(self) -> dict[str, Any]:

@@ -23,8 +23,8 @@ def optimizer(model: nn.Module, head: str, config: TrainConfig) -> SGD:
 def factor(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
     """The factor on both learning rates at ``step`` (0-based).
 
-    "step" is torch's StepLR: ``gamma ** (epoch // step_size)``. "cosine" (Loshchilov & Hutter, 2017) falls to 0 over the
-    run after a linear warm-up (Goyal et al., 2017).
+    "step" is torch's StepLR: ``gamma ** (epoch // step_size)``. "cosine" (Loshchilov & Hutter, 2017) falls to
+    0 over the run after a linear warm-up (Goyal et al., 2017).
     """
     if config.schedule == "step":
         return float(config.gamma ** ((step // steps_per_epoch) // config.step_size))

@@ -14,16 +14,12 @@ from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
 from finetune101.models.build import build, freeze
-from finetune101.runs import Run, create_run
+from finetune101.runs import create_run
 from finetune101.training import cpu
 from finetune101.training.loop import Job
 from finetune101.world import detect
 
-MAY_CHANGE = (
-    "root",
-    "cache",
-    "download",
-)  # where the images are may differ when a run is resumed; what they are may not
+MAY_CHANGE = ("root", "cache", "download")  # a resumed run may find its images elsewhere, but they must be the same
 
 
 def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
@@ -95,7 +91,8 @@ def _check_same(recorded: TrainConfig, config: TrainConfig) -> None:
     ]
     if differing:
         raise ValueError(
-            f"--resume cannot change {', '.join(differing)} of {config.exp}; leave these flags out, or train under another --exp"
+            f"--resume cannot change {', '.join(differing)} of {config.exp}; "
+            "leave these flags out, or train under another --exp"
         )
 
 

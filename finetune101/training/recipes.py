@@ -10,8 +10,8 @@ from finetune101.config import ModelConfig, OptimConfig, TrainConfig
 def original(exp: str, *, pretrain: bool = True) -> TrainConfig:
     """What the original project's published weights were trained with.
 
-    ``finetune101 train --exp NAME --recipe original [--no-pretrain]``: whole images at 224 px, flips, SGD with momentum .9,
-    the head at .01; fine-tuned 20 epochs with the backbone at .001; from scratch 30 epochs, halved every 10, weight
+    ``finetune101 train --exp NAME --recipe original [--no-pretrain]``: whole images at 224 px, flips, SGD with momentum
+    .9, the head at .01; fine-tuned 20 epochs with the backbone at .001; from scratch 30 epochs, halved every 10, weight
     decay 1e-5.
     """
     if pretrain:

@@ -1,0 +1,277 @@
+"""Splits: the published counts, no image twice, no dependence on the order of files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from finetune101.config import DataConfig
+from finetune101.data import dataset, splits
+from finetune101.data.dataset import Index, class_of
+from finetune101.data.verify import duplicate_groups
+
+# what scikit-learn's train_test_split(random_state=42) makes of the 31 images of inline_skate
+INLINE_SKATE = {
+    "train": [8, 26, 2, 22, 13, 29, 6, 1, 4, 19, 5, 17, 20, 21, 15, 7, 12, 3, 27, 11, 14],
+    "val": [23, 31, 25],
+    "test": [28, 16, 24, 18, 9, 10, 30],
+}
+REFERENCE_HASH = "sha256:3c3d840a1a36a63bbceb2c8830c099f8f7255c8c8e2d27aad8c8cf80b77f67d8"
+
+
+def index(**sizes: int) -> Index:
+    """An index of classes with that many images, as ``dataset.index`` would make it."""
+    paths = tuple(sorted(f"{name}/image_{i:04d}.jpg" for name, n in sizes.items() for i in range(1, n + 1)))
+    return Index(root=Path("data"), classes=tuple(sorted(sizes)), paths=paths, digests={p: p.upper() for p in paths})
+
+
+def shuffled(found: Index, seed: int) -> Index:
+    paths = list(found.paths)
+    random.Random(seed).shuffle(paths)
+    return dataclasses.replace(found, paths=tuple(paths), digests={path: found.digests[path] for path in paths})
+
+
+def standard(n: int, **options: object) -> DataConfig:
+    return DataConfig(protocol="standard", train_per_class=n, **options)  # type: ignore[arg-type]
+
+
+def per_class(manifest: splits.Manifest, subset: str) -> dict[str, int]:
+    return dict(Counter(class_of(path) for path in manifest.subsets[subset]))
+
+
+def assert_partition(manifest: splits.Manifest, found: Index) -> None:
+    """Every image of ``found`` is in exactly one subset."""
+    used = [path for paths in manifest.subsets.values() for path in paths]
+    assert sorted(used) == sorted(found.paths)
+
+
+# reference
+
+
+def test_reference_is_the_split_of_the_original() -> None:
+    found = index(inline_skate=31, other=40)
+    manifest = splits.make(found, DataConfig())
+    for subset, numbers in INLINE_SKATE.items():
+        ours = [path for path in manifest.subsets[subset] if class_of(path) == "inline_skate"]
+        assert ours == [f"inline_skate/image_{number:04d}.jpg" for number in numbers]
+    assert_partition(manifest, found)
+
+
+@pytest.mark.parametrize(("n", "counts"), [(31, (21, 3, 7)), (40, (28, 4, 8)), (12, (7, 2, 3)), (3, (1, 1, 1))])
+def test_reference_shares(n: int, counts: tuple[int, int, int]) -> None:
+    manifest = splits.make(index(a=n, b=n), DataConfig())
+    assert tuple(per_class(manifest, subset)["a"] for subset in splits.SUBSETS) == counts
+
+
+def test_reference_of_another_seed_differs_in_images_only() -> None:
+    one, two = (splits.make(index(a=20, b=20), DataConfig(split_seed=seed)) for seed in (42, 43))
+    assert one.subsets != two.subsets and one.hash() != two.hash()
+    assert [len(paths) for paths in one.subsets.values()] == [len(paths) for paths in two.subsets.values()]
+
+
+def test_reference_refuses_a_class_too_small_to_split() -> None:
+    with pytest.raises(ValueError, match=r"class tiny has 1 image\(s\), too few to split; add some or remove it"):
+        splits.make(index(big=20, tiny=1), DataConfig())
+
+
+@pytest.mark.parametrize(
+    "config", [DataConfig(), standard(5), standard(6, max_test_per_class=3)], ids=["reference", "standard", "capped"]
+)
+def test_the_order_of_files_does_not_matter(config: DataConfig) -> None:
+    found = index(Zebra=13, ant=17, cat=20)
+    expected = splits.make(found, config)
+    for seed in range(3):
+        assert splits.make(shuffled(found, seed), config) == expected
+
+
+@pytest.fixture(scope="module")
+def real(caltech101: Path) -> Index:
+    return dataset.index(dataset.find(str(caltech101)))
+
+
+@pytest.mark.caltech101
+def test_reference_of_caltech101(real: Index) -> None:
+    manifest = splits.make(shuffled(real, 0), DataConfig())
+    assert manifest.hash() == REFERENCE_HASH
+    assert [len(manifest.subsets[subset]) for subset in splits.SUBSETS] == [6003, 904, 1770]
+
+
+@pytest.mark.caltech101
+def test_reference_equals_the_list_beside_the_data(real: Index) -> None:
+    file = Path(os.environ["FINETUNE101_DATA"]).resolve().parents[1] / "splits" / "reference_70_10_20_seed42.json"
+    if not file.is_file():
+        pytest.skip(f"no list of the reference split at {file}")
+    wanted = json.loads(file.read_text(encoding="utf-8"))
+    manifest = splits.make(real, DataConfig())
+    for subset in splits.SUBSETS:
+        assert list(manifest.subsets[subset]) == wanted[subset]
+
+
+@pytest.mark.caltech101
+def test_standard_split_of_caltech101(real: Index) -> None:
+    manifest = splits.make(real, standard(30, group_duplicates=False))
+    assert set(per_class(manifest, "train").values()) == {25} and set(per_class(manifest, "val").values()) == {5}
+    assert_partition(manifest, real)
+
+
+# standard
+
+
+@pytest.mark.parametrize(("n", "val"), [(30, 5), (15, 3), (21, 4), (10, 2), (5, 1), (4, 1), (3, 1), (2, 0), (1, 0)])
+def test_standard_counts(n: int, val: int) -> None:
+    """n / 6 of the n images validate, rounded with halves up; none when that is 0."""
+    manifest = splits.make(index(a=40, b=35), standard(n))
+    assert per_class(manifest, "train") == {"a": n - val, "b": n - val}
+    assert per_class(manifest, "val") == ({"a": val, "b": val} if val else {})
+    assert per_class(manifest, "test") == {"a": 40 - n, "b": 35 - n}
+    assert_partition(manifest, index(a=40, b=35))
+
+
+def test_standard_caps_the_test_images() -> None:
+    free, capped = (splits.make(index(a=80, b=33), standard(30, max_test_per_class=cap)) for cap in (None, 10))
+    assert per_class(capped, "test") == {"a": 10, "b": 3}
+    assert set(capped.subsets["test"]) < set(free.subsets["test"])
+    assert capped.subsets["train"] == free.subsets["train"] and capped.subsets["val"] == free.subsets["val"]
+
+
+def test_standard_needs_images_left_to_test() -> None:
+    with pytest.raises(ValueError, match="class b has 30 images, --train-per-class 30 leaves none to test"):
+        splits.make(index(a=31, b=30), standard(30))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_standard_keeps_groups_on_one_side(seed: int) -> None:
+    found = index(Faces=30, Faces_easy=30, other=30)
+    groups = {f"{name}/image_{i:04d}.jpg": f"twin {i}" for name in ("Faces", "Faces_easy") for i in range(1, 31)}
+    groups |= {f"other/image_{i:04d}.jpg": f"near {i // 3}" for i in range(1, 13)}
+    manifest = splits.make(found, standard(12, split_seed=seed), groups)
+    side = {path: name for name, paths in manifest.subsets.items() for path in paths}
+    sides: dict[str, set[str]] = {}
+    for path, group in groups.items():
+        sides.setdefault(group, set()).add("test" if side[path] == "test" else "pool")
+    assert all(len(where) == 1 for where in sides.values())
+    pool = Counter(class_of(path) for subset in ("train", "val") for path in manifest.subsets[subset])
+    assert pool == {"Faces": 12, "Faces_easy": 12, "other": 12}
+    assert_partition(manifest, found)
+
+
+def test_standard_says_when_groups_are_too_large() -> None:
+    groups = {f"a/image_{i:04d}.jpg": "all one" for i in range(1, 11)}
+    with pytest.raises(ValueError, match="class a lacks 3 image.* use --no-group-duplicates or a smaller"):
+        splits.make(index(a=10, b=10), standard(3), groups)
+
+
+def test_duplicates_of_a_real_folder_stay_together(tiny_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    shutil.copytree(tiny_data, root)
+    for i in range(1, 5):
+        shutil.copy(root / "ball" / f"image_{i:04d}.jpg", root / "ball" / f"copy_{i:04d}.jpg")
+    found = dataset.index(root)
+    groups = duplicate_groups(found)
+    for seed in range(5):
+        manifest = splits.make(found, standard(6, split_seed=seed), groups)
+        test = set(manifest.subsets["test"])
+        for i in range(1, 5):
+            assert (f"ball/copy_{i:04d}.jpg" in test) == (f"ball/image_{i:04d}.jpg" in test)
+
+
+# folders
+
+
+def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
+    for subset, numbers in {"train": range(1, 7), "val": range(7, 9), "test": range(9, 13)}.items():
+        for name in ("ball", "box"):
+            (tmp_path / subset / name).mkdir(parents=True)
+            for i in numbers:
+                shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / subset / name)
+    found = dataset.index(dataset.find(str(tmp_path)), "folders")
+    manifest = splits.make(found, DataConfig(protocol="folders"))
+    assert manifest.classes == ("ball", "box")
+    for subset, n in {"train": 6, "val": 2, "test": 4}.items():
+        assert per_class(manifest, subset) == {"ball": n, "box": n}
+        assert all(path.startswith(subset + "/") for path in manifest.subsets[subset])
+    assert manifest.labels("val") == [0, 0, 1, 1]
+    shutil.rmtree(tmp_path / "val")
+    assert splits.make(dataset.index(tmp_path, "folders"), DataConfig(protocol="folders")).subsets["val"] == ()
+
+
+# manifests as files
+
+
+@pytest.fixture
+def manifest() -> splits.Manifest:
+    return splits.make(index(a=12, b=12), DataConfig())
+
+
+def test_a_manifest_survives_json(manifest: splits.Manifest) -> None:
+    again = splits.from_json(json.loads(json.dumps(manifest.to_json())))
+    assert again == manifest and again.hash() == manifest.hash()
+
+
+def test_labels_follow_the_class_names(manifest: splits.Manifest) -> None:
+    for path, label in zip(manifest.subsets["train"], manifest.labels("train"), strict=True):
+        assert manifest.classes[label] == class_of(path)
+
+
+def broken(values: dict, how: str) -> object:  # type: ignore[type-arg]
+    if how == "twice":
+        values["subsets"]["test"] = [*values["subsets"]["test"], values["subsets"]["train"][0]]
+    elif how == "same subset":
+        values["subsets"]["test"] = [*values["subsets"]["test"], values["subsets"]["test"][0]]
+    elif how == "unlisted class":
+        values["classes"] = ["a"]
+    elif how == "key":
+        del values["content_hash"]
+    elif how == "subset":
+        del values["subsets"]["val"]
+    else:
+        return [1, 2]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("twice", "in train and in test; make it anew"),
+        ("same subset", "in test and in test; make it anew"),
+        ("unlisted class", "of a class that it does not list"),
+        ("key", "lacks 'content_hash'"),
+        ("subset", "lacks 'val'"),
+        ("list", "--split"),
+    ],
+)
+def test_broken_manifests_are_refused(manifest: splits.Manifest, tmp_path: Path, how: str, message: str) -> None:
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps(broken(json.loads(json.dumps(manifest.to_json())), how)), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        splits.read(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'"text"'])
+def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "split.json").write_bytes(content)
+    with pytest.raises(ValueError, match="split"):
+        splits.read(tmp_path / "split.json")
+
+
+def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the split manifest .*; check --split"):
+        splits.read(tmp_path / "none.json")
+
+
+def test_check_wants_the_same_images(manifest: splits.Manifest) -> None:
+    splits.check(manifest, index(a=12, b=12))
+    splits.check(manifest, index(a=13, b=12, c=5))  # more images beside those of the split do no harm
+    with pytest.raises(ValueError, match=r"1 images of the split are not in data \(first: b/image_0012.jpg\)"):
+        splits.check(manifest, index(a=12, b=11))
+    changed = index(a=12, b=12)
+    changed.digests["a/image_0001.jpg"] = "other bytes"
+    with pytest.raises(ValueError, match="changed after the split was made"):
+        splits.check(manifest, changed)
