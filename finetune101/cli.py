@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from finetune101.config import Flat, TrainConfig
+from finetune101.config import AugmentConfig, Flat, TrainConfig
 
 if TYPE_CHECKING:
     from finetune101.analysis.compare import Comparison
@@ -122,6 +122,9 @@ class ShowArguments:
     """Folder with one folder per class (or its parent)."""
     out: str = "contact_sheet.png"
     """Picture to write."""
+    per_class: int = 4
+    """Images of each class."""
+    augment: Annotated[AugmentConfig, Flat] = field(default_factory=lambda: AugmentConfig(crop_scale=0.5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +375,8 @@ def data_show(argv: Sequence[str]) -> int:
     arguments = parse(ShowArguments, argv, prog="finetune101 data show")
     from finetune101.data import dataset, show
 
-    print(f"Picture: {show.contact_sheet(dataset.find(arguments.data), Path(arguments.out))}")
+    index = dataset.index(dataset.find(arguments.data))
+    print(f"Picture: {show.contact_sheet(index, Path(arguments.out), arguments.augment, per_class=arguments.per_class)}")
     return 0
 
 

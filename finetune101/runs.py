@@ -106,12 +106,17 @@ class Run:
         with atomic(self.path / "metrics.jsonl") as part:
             part.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in records), encoding="utf-8")
 
+    def clear(self) -> None:
+        """Removes what a run wrote, nothing else."""
+        for file in [path for name in WRITTEN for path in self.path.glob(name)]:
+            file.unlink()
+
 
 def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run:
     """The folder for ``config``: new, or, with ``resume``, the existing one.
 
     Raises ValueError when it exists and neither ``resume`` nor ``overwrite`` is given, or there is nothing to resume.
-    ``overwrite`` removes only what a run wrote.
+    Nothing is removed or written yet.
     """
     run = Run(Path(config.runs) / config.exp)
     if run.path.exists() and not run.path.is_dir():
@@ -121,9 +126,6 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
         raise ValueError(f"there is no run {run.path} to resume; start it without --resume")
     if exists and not resume and not overwrite:
         raise ValueError(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
-    if overwrite:
-        for file in [path for name in WRITTEN for path in run.path.glob(name)]:
-            file.unlink()
     return run
 
 

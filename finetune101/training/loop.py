@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,8 +117,11 @@ class Trainer:
         paths, labels = job.manifest.subsets["val"], job.manifest.labels("val")
         batches = eval_batches(job.images, paths, labels, batch_size=job.config.optim.batch_size, world=job.world)
         output, target = logits(self.model, batches, job.world)
+        loss = float(F.cross_entropy(output, target))
+        if not math.isfinite(loss):
+            raise ValueError("the validation loss is not finite; lower --lr or use --precision fp32")
         return {
-            "val_loss": float(F.cross_entropy(output, target)),
+            "val_loss": loss,
             "val_top1": 100 * float((output.argmax(1) == target).float().mean()),
         }
 

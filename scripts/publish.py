@@ -1,0 +1,48 @@
+"""Copies the evidence of a tested run to results/ and enters its accuracy in claims.json.
+
+python scripts/publish.py RUN CLAIM_ID --command "python train.py ..."
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+KEPT = ("config.json", "env.json", "metrics.jsonl", "predictions.csv", "curves.png")
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def write(file: Path, value: object) -> None:
+    """Writes ``value`` as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def publish(run: Path, claim: str, command: str) -> None:
+    """Copies ``run`` to results/<its name>/ and adds or replaces ``claim``; its metric is the id's last part."""
+    folder = RESULTS / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        shutil.copyfile(run / name, folder / name)
+    split = json.loads((run / "split.json").read_text(encoding="utf-8"))
+    test = json.loads((run / "test.json").read_text(encoding="utf-8"))
+    manifest = f"{split['protocol']}_seed{split['seed']}"
+    write(RESULTS / "splits" / f"{manifest}.json", split)
+    write(folder / "test.json", {**test, "manifest": manifest})
+    claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
+    value = round(test[claim.rsplit(".", 1)[1]], 2)
+    entry = {"id": claim, "value": value, "unit": "%", "n": 1, "spread": None, "command": command}
+    claims = [old for old in claims if old["id"] != claim] + [{**entry, "evidence": run.name}]
+    write(RESULTS / "claims.json", sorted(claims, key=lambda one: str(one["id"])))
+    print(f"{claim} = {value} %, evidence in {folder}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("claim")
+    parser.add_argument("--command", required=True)
+    arguments = parser.parse_args()
+    publish(arguments.run, arguments.claim, arguments.command)
