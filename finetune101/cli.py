@@ -376,7 +376,9 @@ def data_show(argv: Sequence[str]) -> int:
     from finetune101.data import dataset, show
 
     index = dataset.index(dataset.find(arguments.data))
-    print(f"Picture: {show.contact_sheet(index, Path(arguments.out), arguments.augment, per_class=arguments.per_class)}")
+    print(
+        f"Picture: {show.contact_sheet(index, Path(arguments.out), arguments.augment, per_class=arguments.per_class)}"
+    )
     return 0
 
 

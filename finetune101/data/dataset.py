@@ -100,6 +100,12 @@ def class_of(path: str) -> str:
     return PurePosixPath(path).parent.name
 
 
+def layout_of(root: Path) -> Layout:
+    """ "folders" where ``root`` has train/ and test/ that hold class folders with images, else "classes"."""
+    subsets = (root / "train", root / "test")
+    return "folders" if all(sub.is_dir() and _holds_classes(sub) for sub in subsets) else "classes"
+
+
 def _class_images(folder: Path) -> dict[str, list[Path]]:
     """Class name -> image files. Raises ValueError naming a class folder without images."""
     found = {sub.name: images_in(sub) for sub in _folders(folder)}
@@ -274,6 +280,7 @@ def _unpack(archive: Path, target: Path) -> None:
     """Unpack the zip's inner tar to a temporary folder and rename its 101_ObjectCategories into ``target``."""
     import tarfile
     import zipfile
+    import zlib
 
     try:
         with zipfile.ZipFile(archive) as outer, _temporary(target) as folder:
@@ -284,10 +291,10 @@ def _unpack(archive: Path, target: Path) -> None:
                 raise ValueError(f"{archive} does not hold {INNER}; delete it and download it again")
             with outer.open(names[0]) as stream, tarfile.open(fileobj=stream, mode="r|gz") as inner:
                 _unpack_tar(inner, folder, archive)
-            if not _holds_classes(folder / FOLDER):
+            if not ((folder / FOLDER).is_dir() and _holds_classes(folder / FOLDER)):
                 raise ValueError(f"{archive} holds no images in {FOLDER}; delete it and download it again")
             os.replace(folder / FOLDER, target / FOLDER)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({error}); delete it and download it again") from error
     except OSError as error:
         raise ValueError(

@@ -1,85 +1,103 @@
-"""A contact sheet: what the classes look like, and what augmentation makes of an image."""
+"""Draw a contact sheet: a few images of each class, and what augmentation makes of some."""
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from finetune101.config import AugmentConfig
 from finetune101.data.batches import augment
-from finetune101.data.cache import Pixels, decode
-from finetune101.data.dataset import Index, class_of
+from finetune101.data.cache import decode
+from finetune101.data.dataset import class_of, index, layout_of
 from finetune101.runs import atomic
 
-TILE, GAP, TEXT = 72, 4, 15  # pixels
-COLUMNS = 4  # classes side by side
-VARIANTS = 8
+SIDE = 56  # pixels of an image's side among the classes
+LARGE = 96  # and in the rows of augmented images
+GAP, LINE, MARGIN, COLUMNS = 10, 18, 16, 5
+AUGMENTED = 5  # images that are shown augmented
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+SHOWN = AugmentConfig(flip=True, crop_scale=0.4)
+INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def contact_sheet(index: Index, out: Path, config: AugmentConfig, *, per_class: int = 4, seed: int = 0) -> Path:
-    """Draws ``per_class`` random images of every class of ``index``, and augmented ones below, as a picture at ``out``.
+def contact_sheet(root: Path, out: Path, config: AugmentConfig = SHOWN, per_class: int = 3, seed: int = 0) -> Path:
+    """Draws ``per_class`` random images of each class with its name, then a few images augmented by ``config``.
 
-    Raises ValueError when an image cannot be read, ``out`` is no picture's name or cannot be written.
+    Args:
+        root: the data set, as ``dataset.find`` returned it.
+        out: picture to write, .png or .jpg (about half of the size).
+        seed: picks images and augmentation; the same seed draws the same sheet.
+
+    Raises:
+        ValueError: another suffix, an unreadable image, ``per_class`` below 1, or what ``dataset.index`` refuses.
     """
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"{out} does not end in .png or .jpg; give --out such a name")
-    chosen = _sample(index, per_class, seed)
-    blocks = [_block(name, [decode(index.root / p, TILE, "bilinear") for p in paths]) for name, paths in chosen.items()]
-    first = [index.root / paths[0] for paths in list(chosen.values())[:: max(1, len(chosen) // 6)][:6]]
-    sheet = _stack([_grid(blocks), *_augmented(first, config, seed)])
+    if out.suffix.lower() not in FORMATS:
+        raise ValueError(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
+    if per_class < 1:
+        raise ValueError(f"{per_class} images per class cannot be shown; give at least 1")
+    found, rng = index(root, layout_of(root)), random.Random(seed)
+    classes: dict[str, list[str]] = defaultdict(list)
+    for path in found.paths:
+        classes[class_of(path)].append(path)
+    chosen = {name: rng.sample(classes[name], min(per_class, len(classes[name]))) for name in found.classes}
+    names = list(found.classes)[:: max(1, len(found.classes) // AUGMENTED)][:AUGMENTED]
+
+    width, height, columns = _geometry(len(chosen), per_class)
+    sheet = Image.new("RGB", (width, height + 2 * LINE + len(names) * (LARGE + GAP)), PAPER)
+    _draw_classes(sheet, root, chosen, columns)
+    _draw_augmented(sheet, [root / chosen[name][0] for name in names], config, seed, height)
+    if FORMATS[out.suffix.lower()] == "PNG":
+        sheet = sheet.quantize(256)  # a quarter of the file
     with atomic(out) as part:
-        kind = "PNG" if out.suffix.lower() == ".png" else "JPEG"
-        sheet.quantize(128).save(part, kind) if kind == "PNG" else sheet.save(part, kind, quality=85)
+        sheet.save(part, FORMATS[out.suffix.lower()], quality=72, optimize=True)
     return out
 
 
-def _sample(index: Index, per_class: int, seed: int) -> dict[str, list[str]]:
-    rng = np.random.default_rng(seed)
-    classes: dict[str, list[str]] = {name: [] for name in index.classes}
-    for path in index.paths:
-        classes[class_of(path)].append(path)
-    return {name: [paths[i] for i in rng.permutation(len(paths))[:per_class]] for name, paths in classes.items()}
+def _geometry(classes: int, per_class: int) -> tuple[int, int, int]:
+    """Width of the sheet, height of its part with the classes, and columns of classes."""
+    cell = per_class * SIDE + GAP
+    columns = min(classes, max(1, COLUMNS * 3 // per_class))
+    rows = -(-classes // columns)
+    width = max(2 * MARGIN + columns * cell, 2 * MARGIN + 6 * (LARGE + GAP))
+    return width, 2 * MARGIN + rows * (LINE + SIDE + GAP), columns
 
 
-def _augmented(files: Sequence[Path], config: AugmentConfig, seed: int) -> list[Image.Image]:
-    """For each file a row: the image as the network sees it, then what augmentation makes of it."""
-    rows = []
+def _text(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, room: int) -> None:
+    """Writes ``text``, shortened to ``room`` pixels."""
+    font = ImageFont.load_default(12)
+    while draw.textlength(text, font) > room and len(text) > 2:
+        text = text.rstrip("…")[:-1] + "…"
+    draw.text((x, y), text, INK, font)
+
+
+def _draw_classes(sheet: Image.Image, root: Path, chosen: dict[str, list[str]], columns: int) -> None:
+    draw, per_class = ImageDraw.Draw(sheet), max(len(paths) for paths in chosen.values())
+    room = per_class * SIDE
+    for k, (name, paths) in enumerate(chosen.items()):
+        x, y = MARGIN + k % columns * (room + GAP), MARGIN + k // columns * (LINE + SIDE + GAP)
+        _text(draw, x, y, name, room)
+        for i, path in enumerate(paths):
+            sheet.paste(Image.fromarray(decode(root / path, SIDE, "bicubic")), (x + i * SIDE, y + LINE))
+
+
+def _draw_augmented(sheet: Image.Image, files: Sequence[Path], config: AugmentConfig, seed: int, top: int) -> None:
+    """One row per image below ``top``: the image itself, then as many random versions of it as there is room."""
+    draw = ImageDraw.Draw(sheet)
+    title = f"left: the image; right: training versions with --crop-scale {config.crop_scale:g}"
+    _text(draw, MARGIN, top, title + (" --flip" if config.flip else " --no-flip"), sheet.width - 2 * MARGIN)
     generator = torch.Generator().manual_seed(seed)
-    for file in files:
-        pixels = decode(file, 2 * TILE, "bilinear")
-        copies = torch.from_numpy(pixels.copy()).permute(2, 0, 1).expand(VARIANTS, -1, -1, -1)
-        variants = augment(copies, config, 2 * TILE, generator).permute(0, 2, 3, 1).numpy()
-        rows.append(_block(f"{file.parent.name}: as it is, then augmented", [pixels, *variants]))
-    return rows
-
-
-def _block(title: str, tiles: Sequence[Pixels]) -> Image.Image:
-    """Images side by side below their title."""
-    side = tiles[0].shape[0]
-    block = Image.new("RGB", (len(tiles) * (side + GAP) + GAP, side + TEXT + GAP), "white")
-    ImageDraw.Draw(block).text((1, 1), title, fill="black", font=ImageFont.load_default(12))
-    for i, tile in enumerate(tiles):
-        block.paste(Image.fromarray(tile), (i * (side + GAP), TEXT))
-    return block
-
-
-def _grid(blocks: Sequence[Image.Image]) -> Image.Image:
-    width, height = max(b.width for b in blocks), blocks[0].height
-    rows = -(-len(blocks) // COLUMNS)
-    grid = Image.new("RGB", (COLUMNS * (width + 2 * GAP), rows * (height + GAP)), "white")
-    for i, block in enumerate(blocks):  # down the columns, as one reads a list
-        grid.paste(block, (i // rows * (width + 2 * GAP), i % rows * (height + GAP)))
-    return grid
-
-
-def _stack(parts: Sequence[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (max(p.width for p in parts) + 2 * GAP, sum(p.height + GAP for p in parts) + GAP), "white")
-    top = GAP
-    for part in parts:
-        sheet.paste(part, (GAP, top))
-        top += part.height + GAP
-    return sheet
+    versions = (sheet.width - 2 * MARGIN) // (LARGE + GAP) - 1
+    for row, file in enumerate(files):
+        image: NDArray[np.uint8] = decode(file, LARGE, "bicubic")
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).expand(versions, 3, LARGE, LARGE)
+        changed = augment(pixels, config, LARGE, generator).permute(0, 2, 3, 1).numpy()
+        for column, version in enumerate([image, *changed]):
+            spot = (MARGIN + column * (LARGE + GAP), top + LINE + row * (LARGE + GAP))
+            sheet.paste(Image.fromarray(np.ascontiguousarray(version)), spot)

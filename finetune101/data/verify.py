@@ -21,10 +21,10 @@ from finetune101.data.dataset import (
     OFFICIAL_CLASSES,
     OFFICIAL_IMAGES,
     Index,
-    Layout,
     class_of,
     content_hash,
     index,
+    layout_of,
     other_files,
 )
 from finetune101.runs import atomic
@@ -205,18 +205,18 @@ def _cached_thumbnails(index: Index) -> Thumbnails:
         cached: Thumbnails = np.load(file)
         return cached
     rows = thumbnails(index.root, index.paths)
-    with suppress(ValueError), atomic(file) as part, open(part, "wb") as stream:  # without space: no cache
+    with suppress(ValueError, OSError), atomic(file) as part, open(part, "wb") as stream:  # without space: no cache
         np.save(stream, rows)
     return rows
 
 
-def verify(root: Path, layout: Layout = "classes") -> Report:
+def verify(root: Path) -> Report:
     """Read every image below ``root`` (what ``dataset.find`` returned) and every file beside them.
 
     Raises:
         ValueError: as ``dataset.index``: fewer than two classes, or a class folder without images.
     """
-    found = index(root, layout)
+    found = index(root, layout_of(root))
     findings = dict(zip(found.paths, _examine_all(root, found.paths, "verify"), strict=True))
     reasons = {
         problem: {path: f.reason for path, f in findings.items() if f.problem == problem}

@@ -119,7 +119,11 @@ class Trainer:
         output, target = logits(self.model, batches, job.world)
         loss = float(F.cross_entropy(output, target))
         if not math.isfinite(loss):
-            raise ValueError("the validation loss is not finite; lower --lr or use --precision fp32")
+            at = (len(self.records) + 1) * self.steps_per_epoch
+            raise ValueError(
+                f"the validation loss is not finite after step {at}; lower --lr or use --precision fp32 "
+                "(the last checkpoint is kept)"
+            )
         return {
             "val_loss": loss,
             "val_top1": 100 * float((output.argmax(1) == target).float().mean()),

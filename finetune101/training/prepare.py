@@ -50,7 +50,8 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         freeze(built.model, built.head)
     images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.options.get("skipped", ()))
     if not resume:
-        run.clear()  # only now, when nothing can be wrong any more: an old run must survive a mistyped --overwrite
+        if overwrite:
+            run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
         run.write_json("split.json", manifest.to_json())
         model = {"init_source": built.init_source, "init_hash": built.init_hash}
         run.write_json("env.json", {"world": world.describe(), "model": model, **environment()})

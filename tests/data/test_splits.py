@@ -164,7 +164,7 @@ def test_standard_keeps_groups_on_one_side(seed: int) -> None:
 
 def test_standard_says_when_groups_are_too_large() -> None:
     groups = {f"a/image_{i:04d}.jpg": "all one" for i in range(1, 11)}
-    with pytest.raises(ValueError, match="class a lacks 3 image.* use --no-group-duplicates or a smaller"):
+    with pytest.raises(ValueError, match=r"class a lacks 3 image.* use --no-group-duplicates or a smaller"):
         splits.make(index(a=10, b=10), standard(3), groups)
 
 

@@ -1,0 +1,182 @@
+"""Finding, listing and hashing images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune101.data.dataset import (
+    FOLDER,
+    OFFICIAL_CLASSES,
+    OFFICIAL_IMAGES,
+    class_of,
+    content_hash,
+    find,
+    index,
+    layout_of,
+    other_files,
+)
+
+
+def make(root: Path, *files: str) -> Path:
+    """Files whose content is their own path: indexing looks at names and bytes only."""
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(file)
+    return root
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FINETUNE101_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("given", ["data", f"data/{FOLDER}"])
+def test_find_takes_the_class_folder_or_its_parent(here: Path, given: str) -> None:
+    make(here / "data" / FOLDER, "ant/1.jpg", "bee/1.jpg")
+    make(here / "data" / "other", "x.txt")
+    assert find(given) == Path("data") / FOLDER
+
+
+def test_find_takes_a_parent_of_one_class_folder(here: Path) -> None:
+    make(here, "pets/all/cat/1.png", "pets/all/dog/1.png", "pets/.hidden/1.png")
+    assert find("pets") == Path("pets/all")
+    assert find("pets/all") == Path("pets/all")
+
+
+def test_find_order_is_flag_then_environment_then_default(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(here, f"data/{FOLDER}/ant/1.jpg", "env/ant/1.jpg", "env/bee/1.jpg", "flag/ant/1.jpg", "flag/bee/1.jpg")
+    assert find(None) == Path("data") / FOLDER
+    monkeypatch.setenv("FINETUNE101_DATA", "env")
+    assert find(None) == Path("env")
+    assert find("flag") == Path("flag")
+    monkeypatch.setenv("FINETUNE101_DATA", "")
+    assert find(None) == Path("data") / FOLDER
+
+
+def test_find_takes_a_folder_of_subsets(here: Path) -> None:
+    make(here, "pets/train/cat/1.png", "pets/train/dog/1.png", "pets/test/cat/2.png", "lone/train/cat/1.png")
+    assert find("pets") == Path("pets")
+    assert layout_of(Path("pets")) == "folders"
+    assert find("lone") == Path("lone")
+
+
+def test_a_class_named_train_is_a_class(here: Path) -> None:
+    make(here, "toys/train/1.png", "toys/test/1.png")
+    assert find("toys") == Path("toys")
+    assert layout_of(Path("toys")) == "classes"
+    assert index(Path("toys")).classes == ("test", "train")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("missing", "--data missing does not exist"),
+        ("pets/cat/1.jpg", "is a file"),
+        ("pets/cat", "its parent folder"),
+        ("empty", "no class folders"),
+        ("deep", "no class folders"),
+        (None, "finetune101 data download"),
+    ],
+)
+def test_find_says_what_to_do(here: Path, given: str | None, says: str) -> None:
+    make(here, "pets/cat/1.jpg", "pets/dog/1.jpg", "deep/a/b/c/1.jpg", "deep/d/e/1.txt")
+    (here / "empty").mkdir()
+    with pytest.raises(ValueError, match=says) as caught:
+        find(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_find_names_the_environment_variable(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE101_DATA", "gone")
+    with pytest.raises(ValueError, match="FINETUNE101_DATA gone does not exist"):
+        find(None)
+
+
+def test_index_lists_images_only_and_sorts_by_code_point(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        *("b/2.JPG", "b/1.jpeg", "b/10.png", "B/x.WebP", "B_c/y.bmp"),
+        *(
+            "b/notes.txt",
+            "b/.hidden.jpg",
+            ".git/1.jpg",
+            "BACKGROUND_Google/1.jpg",
+            "BACKGROUND_Google/tmp",
+            "stray.jpg",
+        ),
+    )
+    (tmp_path / "b" / "folder.jpg").mkdir()
+    found = index(tmp_path)
+    assert found.classes == ("B", "B_c", "b")
+    assert found.paths == ("B/x.WebP", "B_c/y.bmp", "b/1.jpeg", "b/10.png", "b/2.JPG")
+    assert found.digests["b/2.JPG"] == hashlib.sha256(b"b/2.JPG").hexdigest()
+    assert {class_of(path) for path in found.paths} == set(found.classes)
+    assert other_files(found) == ["b/notes.txt"]
+
+
+def test_index_does_not_depend_on_the_order_files_were_made(tmp_path: Path) -> None:
+    files = [f"{name}/{i}.jpg" for name in "abc" for i in range(9)]
+    first, second = make(tmp_path / "1", *files), make(tmp_path / "2", *reversed(files))
+    assert index(first).paths == index(second).paths
+    assert index(first).digests == index(second).digests
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [(["cat/1.jpg"], "at least 2"), (["cat/1.jpg", "dog/readme.txt"], r"class folder .*dog holds no image")],
+)
+def test_index_refuses(tmp_path: Path, files: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        index(make(tmp_path, *files))
+
+
+def test_index_of_subsets(tmp_path: Path) -> None:
+    make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg", "val/dog/1.jpg", "notes/1.txt")
+    found = index(tmp_path, "folders")
+    assert found.classes == ("cat", "dog")
+    assert found.paths == ("test/cat/1.jpg", "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/1.jpg")
+    make(tmp_path, "test/emu/1.jpg")
+    with pytest.raises(ValueError, match="emu is a class that train/ does not have"):
+        index(tmp_path, "folders")
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(ValueError, match="no folder test/"):
+        index(tmp_path, "folders")
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs file modes")
+def test_index_names_a_file_it_may_not_read(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.jpg", "b/1.jpg")
+    (tmp_path / "b/1.jpg").chmod(0)
+    with pytest.raises(ValueError, match=r"b/1\.jpg cannot be read"):
+        index(tmp_path)
+
+
+def test_content_hash_depends_on_names_and_bytes_not_on_order() -> None:
+    digests = {"a/1": "x", "a/2": "y", "b/1": "z"}
+    total = content_hash(digests, ["a/1", "a/2"])
+    assert total.startswith("sha256:")
+    assert total == content_hash(digests, ["a/2", "a/1"])
+    assert total != content_hash(digests, ["a/1", "b/1"])
+    assert total != content_hash({**digests, "a/2": "changed"}, ["a/1", "a/2"])
+
+
+def test_import_is_light() -> None:
+    code = "import finetune101.data.dataset, sys; print(sorted({'torch', 'numpy', 'PIL', 'tqdm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.caltech101
+def test_real_caltech101_has_the_official_counts(caltech101: Path) -> None:
+    assert find(str(caltech101.parent)).samefile(find(str(caltech101)))
+    found = index(find(str(caltech101)))
+    assert (len(found.classes), len(found.paths)) == (OFFICIAL_CLASSES, OFFICIAL_IMAGES)
+    assert "BACKGROUND_Google" not in found.classes

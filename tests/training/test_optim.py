@@ -1,0 +1,111 @@
+"""Learning rates follow torch's StepLR exactly, and the published cosine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from finetune101.config import ModelConfig, OptimConfig, TrainConfig
+from finetune101.training.optim import factor, optimizer, set_rates
+
+STEPS = 7  # per epoch
+
+
+class Net(nn.Module):
+    """Two layers, of which ``fc`` is the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x).relu())
+
+
+def config(pretrain: bool = True, **optim: object) -> TrainConfig:
+    settings = OptimConfig(**optim)  # type: ignore[arg-type]
+    return TrainConfig(exp="x", model=ModelConfig(pretrain=pretrain), optim=settings)
+
+
+def rates(sgd: SGD) -> dict[str, float]:
+    return {group["name"]: group["lr"] for group in sgd.param_groups}
+
+
+@pytest.mark.parametrize(("step_size", "gamma"), [(10, 0.5), (30, 0.1), (1, 0.9), (4, 1.0)])
+def test_step_is_torchs_steplr(step_size: int, gamma: float) -> None:
+    settings = config(epochs=40, step_size=step_size, gamma=gamma, lr=0.01)
+    ours, theirs = optimizer(Net(), "fc.", settings), optimizer(Net(), "fc.", settings)
+    scheduler = StepLR(theirs, step_size=step_size, gamma=gamma)
+    for epoch in range(settings.optim.epochs):
+        for step in range(epoch * STEPS, (epoch + 1) * STEPS):
+            set_rates(ours, factor(settings.optim, step, STEPS))
+            assert rates(ours) == pytest.approx(rates(theirs), rel=1e-12)
+        theirs.step()  # as the original: once per epoch, after its steps
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "ratio", "expected"), [(True, None, 0.001), (False, None, 0.01), (True, 0.5, 0.005), (False, 0, 0)]
+)
+def test_two_groups_of_parameters(pretrain: bool, ratio: float | None, expected: float) -> None:
+    settings = config(pretrain, lr=0.01, backbone_lr_ratio=ratio, momentum=0.9, weight_decay=1e-5)
+    model = Net()
+    sgd = optimizer(model, "fc.", settings)
+    assert rates(sgd) == pytest.approx({"head": 0.01, "backbone": expected})
+    held = {group["name"]: {id(p) for p in group["params"]} for group in sgd.param_groups}
+    assert held["head"] == {id(p) for p in model.fc.parameters()}
+    assert held["backbone"] == {id(p) for p in model.body.parameters()}
+    assert all((g["momentum"], g["weight_decay"], g["nesterov"]) == (0.9, 1e-5, False) for g in sgd.param_groups)
+
+
+def test_cosine_falls_from_one_to_zero() -> None:
+    o = OptimConfig(schedule="cosine", epochs=10)
+    values = [factor(o, step, STEPS) for step in range(10 * STEPS)]
+    assert values[0] == 1 and values == sorted(values, reverse=True)
+    assert values[5 * STEPS] == pytest.approx(0.5)
+    assert 0 < values[-1] < 0.01
+    assert values[13] == pytest.approx(0.5 * (1 + math.cos(math.pi * 13 / 70)))
+
+
+def test_cosine_warms_up_linearly() -> None:
+    o = OptimConfig(schedule="cosine", epochs=10, warmup_epochs=2)
+    values = [factor(o, step, STEPS) for step in range(10 * STEPS)]
+    rises = [b - a for a, b in zip(values[:15], values[1:15], strict=False)]
+    assert rises == pytest.approx([1 / 15] * 14) and values[0] == pytest.approx(1 / 15) and values[14] == 1
+    assert values[14:] == sorted(values[14:], reverse=True)
+
+
+def test_the_whole_step_is_that_of_the_original() -> None:
+    """Ten steps as the original writes them, with torch's own scheduler, move the parameters to the same place."""
+    torch.manual_seed(0)
+    ours = Net()
+    theirs = Net()
+    theirs.load_state_dict(ours.state_dict())
+    settings = config(epochs=10, step_size=3, gamma=0.5, lr=0.1, weight_decay=1e-2)
+    sgd = optimizer(ours, "fc.", settings)
+    groups = [{"params": theirs.fc.parameters(), "lr": 0.1}, {"params": theirs.body.parameters(), "lr": 0.01}]
+    reference = SGD(groups, momentum=0.9, weight_decay=1e-2)
+    scheduler = StepLR(reference, step_size=3, gamma=0.5)
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    for step in range(10):
+        set_rates(sgd, factor(settings.optim, step, 1))
+        for model, update in ((ours, sgd), (theirs, reference)):
+            update.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            update.step()
+        scheduler.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_nesterov_reaches_the_optimizer() -> None:
+    settings = config(nesterov=True)
+    assert optimizer(Net(), "fc.", settings).param_groups[0]["nesterov"]
+    plain = dataclasses.replace(settings, optim=OptimConfig())
+    assert not optimizer(Net(), "fc.", plain).param_groups[0]["nesterov"]
