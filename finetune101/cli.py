@@ -148,7 +148,7 @@ def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> 
     if unknown:
         flags = [name.replace("_", "-") for name in _flags(kind)]
         stray = next((word for word in unknown if word.startswith("--")), unknown[0])
-        near = difflib.get_close_matches(stray.split("=")[0].replace("_", "-"), flags, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(stray.split("=")[0].replace("_", "-"), flags, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
         raise ValueError(f"unknown argument {stray}; {hint}")
     return value

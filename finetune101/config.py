@@ -219,7 +219,7 @@ def validate(config: TrainConfig) -> None:
         ),
         (config.system.threads is None or config.system.threads >= 1, "--threads must be at least 1"),
         (
-            bool(config.exp) and config.exp not in (".", "..") and not set(config.exp) & set('\\:*?"<>|\n\0'),
+            not {"", ".", ".."} & set(config.exp.split("/")) and not set(config.exp) & set('\\:*?"<>|\n\0'),
             f"--exp {config.exp!r} cannot name a folder; use letters, digits, - and _",
         ),
     ]

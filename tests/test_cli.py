@@ -352,5 +352,3 @@ def test_an_interruption_is_told_in_one_line(capsys: pytest.CaptureFixture[str])
 
     assert guarded(stopped) == 130
     assert "continue a training with --resume" in capsys.readouterr().err
-
-

@@ -39,6 +39,8 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
 
     ``data`` overrides where the images are. Raises ValueError when the images are not those of the split.
     """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; give at least 1")
     config = run.config()
     manifest = splits.from_json(run.read_json("split.json"))
     model, preprocessing, classes = load_model(run)
