@@ -375,10 +375,9 @@ def data_show(argv: Sequence[str]) -> int:
     arguments = parse(ShowArguments, argv, prog="finetune101 data show")
     from finetune101.data import dataset, show
 
-    index = dataset.index(dataset.find(arguments.data))
-    print(
-        f"Picture: {show.contact_sheet(index, Path(arguments.out), arguments.augment, per_class=arguments.per_class)}"
-    )
+    root = dataset.find(arguments.data)
+    sheet = show.contact_sheet(root, Path(arguments.out), arguments.augment, arguments.per_class)
+    print(f"Picture: {sheet}")
     return 0
 
 

@@ -77,7 +77,7 @@ def test_cosine_falls_from_one_to_zero() -> None:
 def test_cosine_warms_up_linearly() -> None:
     o = OptimConfig(schedule="cosine", epochs=10, warmup_epochs=2)
     values = [factor(o, step, STEPS) for step in range(10 * STEPS)]
-    rises = [b - a for a, b in itertools.pairwise(values)]
+    rises = [b - a for a, b in itertools.pairwise(values[:15])]
     assert rises == pytest.approx([1 / 15] * 14) and values[0] == pytest.approx(1 / 15) and values[14] == 1
     assert values[14:] == sorted(values[14:], reverse=True)
 

@@ -1,0 +1,114 @@
+"""The four original commands, as a user types them, on small real images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from finetune101 import classic
+
+SPACE = {"batch_size": [8], "lr": [0.01, 0.001]}
+
+
+@pytest.fixture
+def here(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder; the data set is found through the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FINETUNE101_DATA", str(tiny_data))
+    monkeypatch.delenv("FINETUNE101_WEIGHTS", raising=False)
+    return tmp_path
+
+
+def weights(name: str, folder: Path) -> str:
+    """A state dict of a seeded torchvision network: stands in for ImageNet weights that need a download."""
+    torch.manual_seed(1)
+    file = folder / f"{name}.pth"
+    torch.save(torchvision.models.get_model(name).state_dict(), file)
+    return str(file)
+
+
+ORIGINAL = "--exp best --epochs 1 --batch_size 8 --lr 0.01 --step_size 10 --gamma 0.5 --weight_decay 1e-5"
+
+
+@pytest.mark.parametrize(("model", "size"), [("resnet18", "32"), ("alexnet", "64")])
+def test_fine_tuning_then_test(here: Path, model: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = weights(model, here)
+    assert classic.train([*ORIGINAL.split(), "--model", model, "--weights", file, "--size", size]) == 0
+    state = torch.load("best_best.pth", weights_only=True)
+    torchvision.models.get_model(model, num_classes=3).load_state_dict(state)
+    with Image.open("training_plots_finetune/best.png") as picture:
+        assert picture.width > 300
+    assert list(Path("runs/best").glob("events.out.tfevents.*"))
+    capsys.readouterr()
+    assert classic.test(["--exp", "best", "--batch_size", "--64"]) == 0
+    said = capsys.readouterr().out
+    assert "note: read --batch_size --64 as --batch_size 64" in said
+    result = json.loads(Path("runs/best/test.json").read_text())
+    assert f"Test loss: {result['loss']:.4f}" in said
+    assert f"Test accuracy: {result['top1']:.2f} %" in said
+
+
+def test_from_scratch_uses_the_other_folder(here: Path) -> None:
+    assert (
+        classic.train(["--exp", "random", "--no-pretrain", "--epochs", "1", "--batch_size", "8", "--size", "32"]) == 0
+    )
+    assert Path("training_plots_random/random.png").is_file()
+    assert not Path("training_plots_finetune").exists()
+
+
+def test_missing_weights_name_the_ways(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(here / "hub"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there: the download fails at once
+    assert classic.train(ORIGINAL.split()) == 2
+    said = capsys.readouterr().err
+    assert "--weights" in said and "FINETUNE101_WEIGHTS" in said and "--model efficientnet_lite0" in said
+    assert not Path("runs/best").exists()
+
+
+def test_a_foreign_state_dict_needs_no_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), "foreign_best.pth")
+    assert classic.test(["--exp", "foreign"]) == 0
+    assert "Test accuracy:" in capsys.readouterr().out
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), "five_best.pth")
+    assert classic.test(["--exp", "five"]) == 2
+    assert "knows 5 classes, the data set has 3" in capsys.readouterr().err
+
+
+def test_the_grid_is_saved_and_resumed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--exp", "grid", "--epochs", "1", "--no-pretrain", "--size", "32"]
+    assert classic.search({**SPACE, "lr": [0.01]}, flags) == 0
+    first = json.loads(Path("gridsearch_results_grid.json").read_text())
+    trained = Path(first["results"][0]["run"], "metrics.jsonl")
+    before = trained.stat().st_mtime_ns
+    assert classic.search(SPACE, flags) == 0
+    both = json.loads(Path("gridsearch_results_grid.json").read_text())
+    assert [entry["lr"] for entry in sorted(both["results"], key=lambda e: e["lr"])] == [0.001, 0.01]
+    assert first["results"][0] in both["results"]
+    assert trained.stat().st_mtime_ns == before  # a finished point is not trained again
+    scores = [entry["best_val_top1"] for entry in both["results"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_grid_of_search_py_has_72_points() -> None:
+    from finetune101.search.study import points
+    from search import hyper_param_opts
+
+    assert len(points(hyper_param_opts)) == 72
+
+
+def test_get_dataloaders(tiny_data: Path) -> None:
+    from utils import get_dataloaders
+
+    train, val, test = get_dataloaders(str(tiny_data), batch_size=4)
+    images, labels = next(iter(train))
+    assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32
+    assert labels.shape == (4,) and labels.dtype == torch.int64
+    assert sum(len(loader.dataset) for loader in (train, val, test)) == 36  # type: ignore[arg-type]
