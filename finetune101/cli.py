@@ -367,7 +367,7 @@ def data_verify(argv: Sequence[str]) -> int:
 
     report = verify.verify(dataset.find(arguments.data))
     print(report.text())
-    return 0
+    return 1 if report.bad else 0
 
 
 def data_show(argv: Sequence[str]) -> int:

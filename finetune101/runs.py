@@ -29,7 +29,8 @@ def atomic(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise ValueError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # must not hide the error above, as where a parent is a file
+            part.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from finetune101.data.cache import cache_dir
 from finetune101.data.dataset import (
+    FOLDER,
     IMAGE_SUFFIXES,
+    LEFT_OUT,
     OFFICIAL_CLASSES,
     OFFICIAL_IMAGES,
     Index,
@@ -77,12 +79,13 @@ class Report:
             ("near-duplicate pairs", near, [f"{a} ~ {b}" for a, b in self.near]),
             ("Faces/Faces_easy twins", f"{len(self.twins)}", []),
         ]
-        lines = [
-            f"{self.root}",
-            f"{len(sizes)} classes, {self.images:,} images; from {sizes[small]} ({small}) to {sizes[large]} ({large})",
-            f"{'as' if official else 'not the same as'} the official Caltech-101: {OFFICIAL_CLASSES} classes, "
-            f"{OFFICIAL_IMAGES:,} images without BACKGROUND_Google",
-        ]
+        spread = (
+            f"{sizes[small]} ({small}) to {sizes[large]} ({large})" if sizes[small] < sizes[large] else sizes[small]
+        )
+        lines = [f"{self.root}", f"{len(sizes)} classes, {self.images:,} images, {spread} per class"]
+        if official or self.root.name == FOLDER:
+            counts = f"{OFFICIAL_CLASSES} classes, {OFFICIAL_IMAGES:,} images without {LEFT_OUT}"
+            lines.append(f"{'as' if official else 'NOT as'} the official Caltech-101: {counts}")
         for name, count, entries in rows:
             lines.append(f"{name:<24}{count}")
             lines += [f"    {entry}" for entry in entries[:most]]
