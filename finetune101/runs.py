@@ -40,7 +40,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 WRITTEN = (
-    "*.json",
+    "config.json",
+    "env.json",
+    "split.json",
+    "test.json",
     "metrics.jsonl",
     "curves.png",
     "last.pt",
