@@ -10,14 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
+from finetune101.runs import Run, write_json
+
 KEPT = ("config.json", "env.json", "metrics.jsonl", "predictions.csv", "curves.png")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-
-
-def write(file: Path, value: object) -> None:
-    """Writes ``value`` as JSON."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def publish(run: Path, claim: str, command: str) -> None:
@@ -26,16 +22,15 @@ def publish(run: Path, claim: str, command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(run / name, folder / name)
-    split = json.loads((run / "split.json").read_text(encoding="utf-8"))
-    test = json.loads((run / "test.json").read_text(encoding="utf-8"))
+    split, test = Run(run).read_json("split.json"), Run(run).read_json("test.json")
     manifest = f"{split['protocol']}_seed{split['seed']}"
-    write(RESULTS / "splits" / f"{manifest}.json", split)
-    write(folder / "test.json", {**test, "manifest": manifest})
+    write_json(RESULTS / "splits" / f"{manifest}.json", split)
+    write_json(folder / "test.json", {**test, "manifest": manifest})
     claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
     value = round(test[claim.rsplit(".", 1)[1]], 2)
     entry = {"id": claim, "value": value, "unit": "%", "n": 1, "spread": None, "command": command}
     claims = [old for old in claims if old["id"] != claim] + [{**entry, "evidence": run.name}]
-    write(RESULTS / "claims.json", sorted(claims, key=lambda one: str(one["id"])))
+    write_json(RESULTS / "claims.json", sorted(claims, key=lambda one: str(one["id"])))
     print(f"{claim} = {value} %, evidence in {folder}")
 
 
