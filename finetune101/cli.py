@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from finetune101.config import AugmentConfig, Flat, TrainConfig, validate
+from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig, Flat, TrainConfig, validate
 
 if TYPE_CHECKING:
     from finetune101.analysis.compare import Comparison
@@ -122,9 +122,9 @@ class ShowArguments:
     """Folder with one folder per class (or its parent)."""
     out: str = "contact_sheet.png"
     """Picture to write."""
-    per_class: int = 4
+    per_class: int = SHEET_PER_CLASS
     """Images of each class."""
-    augment: Annotated[AugmentConfig, Flat] = field(default_factory=lambda: AugmentConfig(crop_scale=0.5))
+    augment: Annotated[AugmentConfig, Flat] = field(default=SHEET_AUGMENT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,6 +69,10 @@ class AugmentConfig:
     """Smallest share of the image that a random resized crop keeps; 1 leaves the crop out."""
 
 
+SHEET_PER_CLASS = 4  # of a contact sheet: images of each class,
+SHEET_AUGMENT = AugmentConfig(crop_scale=0.5)  # and what is shown of augmentation
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which network and where it starts."""

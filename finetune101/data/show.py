@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune101.config import AugmentConfig
+from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig
 from finetune101.data.batches import augment
 from finetune101.data.cache import decode
 from finetune101.data.dataset import class_of, index, layout_of
@@ -23,11 +23,12 @@ LARGE = 96  # and in the rows of augmented images
 GAP, LINE, MARGIN, COLUMNS = 10, 18, 16, 5
 AUGMENTED = 5  # images that are shown augmented
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-SHOWN = AugmentConfig(flip=True, crop_scale=0.4)
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def contact_sheet(root: Path, out: Path, config: AugmentConfig = SHOWN, per_class: int = 3, seed: int = 0) -> Path:
+def contact_sheet(
+    root: Path, out: Path, config: AugmentConfig = SHEET_AUGMENT, per_class: int = SHEET_PER_CLASS, seed: int = 0
+) -> Path:
     """Draws ``per_class`` random images of each class with its name, then a few images augmented by ``config``.
 
     Args:

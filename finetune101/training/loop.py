@@ -104,10 +104,7 @@ class Trainer:
     def _check_finite(self, losses: list[torch.Tensor], step: int) -> None:
         bad = (~torch.isfinite(torch.stack(losses))).nonzero()
         if len(bad):
-            at = step - len(losses) + int(bad[0]) + 1
-            raise ValueError(
-                f"the loss is not finite at step {at}; lower --lr or use --precision fp32 (the last checkpoint is kept)"
-            )
+            raise _not_finite("the loss is not finite at step", step - len(losses) + int(bad[0]) + 1)
 
     def validate(self) -> dict[str, Any]:
         """Loss and top-1 accuracy (percent) on the validation images; None without any."""
@@ -119,11 +116,8 @@ class Trainer:
         output, target = logits(self.model, batches, job.world)
         loss = float(F.cross_entropy(output, target))
         if not math.isfinite(loss):
-            at = (len(self.records) + 1) * self.steps_per_epoch
-            raise ValueError(
-                f"the validation loss is not finite after step {at}; lower --lr or use --precision fp32 "
-                "(the last checkpoint is kept)"
-            )
+            step = (len(self.records) + 1) * self.steps_per_epoch
+            raise _not_finite("the validation loss is not finite after step", step)
         return {
             "val_loss": loss,
             "val_top1": 100 * float((output.argmax(1) == target).float().mean()),
@@ -183,6 +177,10 @@ class Trainer:
         if "cuda_rng" in state and self.job.world.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
         return int(state["epoch"])
+
+
+def _not_finite(what: str, step: int) -> ValueError:
+    return ValueError(f"{what} {step}; lower --lr or use --precision fp32 (the last checkpoint is kept)")
 
 
 def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
