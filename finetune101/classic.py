@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,23 @@ if TYPE_CHECKING:
     Loader = DataLoader[tuple[Tensor, Tensor]]
 
 MODEL = "resnet18"  # the original's network
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestArguments:
+    """Test loss and accuracy of the run EXP, or of a foreign file EXP_best.pth."""
+
+    __test__ = False  # no class of tests, whatever pytest thinks of its name
+    exp: str
+    """Name of the run, or of a file EXP_best.pth."""
+    batch_size: int = 64
+    """Images per step."""
+    data: str | None = None
+    """Where the images are, if not where the run found them."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    model: str = MODEL
+    """Network of a foreign EXP_best.pth."""
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +75,7 @@ def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None
 
 def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
     config = cli.parse_train(argv, prog="search.py", model=MODEL).config
-    cli.run_search(config, dict(space), Path(f"gridsearch_results_{config.exp}.json"))
+    cli.run_search(config, dict(space), Path(f"gridsearch_results_{config.exp.replace('/', '_')}.json"))
     return 0
 
 
@@ -73,13 +90,7 @@ def _test(argv: list[str]) -> int:
         if argv[at].startswith("--") and argv[at][2:].isdigit():
             print(f"note: read --batch_size {argv[at]} as --batch_size {argv[at][2:]}")
             argv[at] = argv[at][2:]
-    parser = argparse.ArgumentParser(prog="test.py", description=test.__doc__)
-    parser.add_argument("--exp", required=True, help="name of the run, or of a file EXP_best.pth")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=64, help="images per step")
-    parser.add_argument("--data", help="where the images are, if not where the run found them")
-    parser.add_argument("--runs", default="runs", help="folder of all runs")
-    parser.add_argument("--model", default=MODEL, help="network of a foreign EXP_best.pth")
-    arguments = parser.parse_args(argv)
+    arguments = cli.parse(TestArguments, argv, prog="test.py")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size is {arguments.batch_size}; give at least 1")
     run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +124,7 @@ class ShowArguments:
 
     data: str | None = None
     """Folder with one folder per class (or its parent)."""
-    out: str = "contact_sheet.png"
+    out: str = "contact_sheet.jpg"
     """Picture to write."""
     per_class: int = SHEET_PER_CLASS
     """Images of each class."""
@@ -144,14 +148,31 @@ class _Unparsed(argparse.ArgumentParser):
 def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> Any:
     """``argv`` as a ``kind``; raises ValueError naming the nearest flag for one that does not exist."""
     extra = {"default": default} if default is not None else {}
-    value, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, **extra)
+    flags = [name.replace("_", "-") for name in [*_flags(kind), "--help"]]
+    for word in argv:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in flags:
+            near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
+            raise ValueError(f"unknown argument {word}; {hint}")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            value, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, **extra)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise ValueError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
     if unknown:
-        flags = [name.replace("_", "-") for name in _flags(kind)]
-        stray = next((word for word in unknown if word.startswith("--")), unknown[0])
-        near = difflib.get_close_matches(stray.split("=")[0].replace("_", "-"), flags, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
-        raise ValueError(f"unknown argument {stray}; {hint}")
+        raise ValueError(f"unknown argument {unknown[0]}; see {prog} --help")
     return value
+
+
+def _unboxed(box: str) -> str:
+    """The one sentence in tyro's framed message: its lines up to the rule, without frame and full stop."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    told = itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)
+    return " ".join(told).strip().rstrip(".")
 
 
 def _flags(kind: Any) -> list[str]:
@@ -339,8 +360,10 @@ def search(argv: Sequence[str]) -> int:
 
 def run_search(config: TrainConfig, space: dict[str, Sequence[Any]], results: Path) -> None:
     """Runs the grid and prints its ranking."""
-    from finetune101.search.study import grid
+    from finetune101.search.study import configure, grid, points
 
+    for point in points(space):
+        validate(configure(config, point))  # before anything is downloaded
     ensure_data(config)
     entries: list[dict[str, Any]] = []
     for entries in grid(config, space, results):
@@ -430,10 +453,15 @@ def dispatch(argv: Sequence[str]) -> int:
 def guarded(call: Callable[[], int]) -> int:
     """The exit code of ``call``: a ValueError is the user's to mend, so it is one sentence and 2."""
     try:
-        return call()
+        code = call()
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\ninterrupted; continue a training with --resume", file=sys.stderr)
         return 130

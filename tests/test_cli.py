@@ -290,9 +290,17 @@ def test_a_mistake_is_one_sentence(
 def test_a_value_of_the_wrong_kind_is_explained(
     words: list[str], message: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert message in refused(capsys, *words)
+
+
+def test_a_reader_that_closes_early_is_no_error(here: Path) -> None:
+    command = f"{sys.executable} -m finetune101 --help | true"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_search_refuses_a_bad_value_before_it_looks_for_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--lr is -1.0" in refused(capsys, "search", "--exp", "g", "--lrs", "-1", "--data", "nowhere")
 
 
 def test_missing_weights_name_every_way(

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from finetune101.config import Preprocessing, SystemConfig
+from finetune101.config import Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.cache import Pixels, decode
 from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
-from finetune101.evaluation.inference import load_model, logits
+from finetune101.evaluation.inference import load_model, logits, world_of
 from finetune101.runs import Run
-from finetune101.world import World, detect
 
 Failure = tuple[str, str]
 
@@ -45,7 +44,7 @@ def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 6
             raise ValueError(f"{name} is {value}; give at least 1")
     files, failed = expand(inputs)
     model, preprocessing, classes = load_model(run)
-    world = _world(run)
+    world = world_of(run)
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
     rows: list[Row] = []
     with (
@@ -147,9 +146,3 @@ def _decode(file: str, preprocessing: Preprocessing) -> Pixels | str:
         return decode(Path(file), preprocessing.cache_size, preprocessing.interpolation)
     except ValueError as error:
         return str(error.__cause__ or error)
-
-
-def _world(run: Run) -> World:
-    """The number format that the run was trained with, where this machine's device is the same kind."""
-    recorded, here = run.read_json("env.json")["world"], detect(SystemConfig())
-    return detect(SystemConfig(), recorded) if recorded["device"] == str(here.device) else here

@@ -13,9 +13,9 @@ from finetune101.config import DataConfig, Preprocessing
 from finetune101.data import cache, dataset, splits
 from finetune101.data.batches import eval_batches
 from finetune101.evaluation import metrics
-from finetune101.evaluation.inference import load_model, logits
+from finetune101.evaluation.inference import load_model, logits, world_of
 from finetune101.runs import Run, atomic
-from finetune101.world import World, detect
+from finetune101.world import World
 
 
 def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -47,8 +47,7 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
     if tuple(classes) != manifest.classes:
         raise ValueError(f"{run.best} knows other classes than the split of {run.path}; train the run again")
     source = config.data if data is None else dataclasses.replace(config.data, root=data)
-    world = detect(config.system, run.read_json("env.json")["world"])
-    output, labels = subset_logits(model, preprocessing, manifest, source, world, subset, batch_size)
+    output, labels = subset_logits(model, preprocessing, manifest, source, world_of(run), subset, batch_size)
     result = scores(output, labels)
     if subset == "test":
         before = run.read_json("test.json") if run.has("test.json") else {}

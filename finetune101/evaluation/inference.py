@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finetune101.config import Preprocessing, preprocessing_from_dict
+from finetune101.config import Preprocessing, SystemConfig, preprocessing_from_dict
 from finetune101.models.build import build
 from finetune101.runs import Run
-from finetune101.world import World
+from finetune101.world import World, detect
 
 
 def logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> tuple[Tensor, Tensor]:
@@ -29,6 +29,12 @@ def logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: Wo
     return torch.cat(outputs), torch.cat(labels)
 
 
+def world_of(run: Run) -> World:
+    """The number format that ``run`` was trained with, where this machine's device is of the same kind."""
+    recorded, here = run.read_json("env.json")["world"], detect(SystemConfig())
+    return detect(SystemConfig(), recorded) if recorded["device"] == str(here.device) else here
+
+
 def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
     """The best checkpoint of ``run``: (model in evaluation mode, its preprocessing, class names).
 
@@ -36,13 +42,14 @@ def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
     """
     state, info = read_checkpoint(run.best)
     classes = json.loads(info["classes"])
-    built = build(info["model"], len(classes), pretrain=False)
+    preprocessing = preprocessing_from_dict(json.loads(info["preprocessing"]))
+    built = build(info["model"], len(classes), pretrain=False, size=preprocessing.size)
     try:
         built.model.load_state_dict(state)
     except RuntimeError as error:
         fit = f"{info['model']} with {len(classes)} classes"
         raise ValueError(f"{run.best} does not fit {fit}; train the run again") from error
-    return built.model.eval(), preprocessing_from_dict(json.loads(info["preprocessing"])), classes
+    return built.model.eval(), preprocessing, classes
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class Trainer:
         earlier = [r["val_top1"] for r in self.records]
         record["best"] = not self.validates or all(record["val_top1"] > value for value in earlier)
         if not self.validates:
+            if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
+                raise _not_finite("the weights are not finite after step", record["step"])
             for older in self.records:
                 older["best"] = False
         self.records.append(record)
@@ -200,7 +203,7 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
         unit="img",
         disable=quiet,
         dynamic_ncols=True,
-        mininterval=0.5,
+        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line twice a second
     ) as bar:
         for epoch in range(done + 1, epochs + 1):
             record = trainer.train_epoch(epoch, bar)
