@@ -67,6 +67,12 @@ class AugmentConfig:
     """Mirror every second training image."""
     crop_scale: float = 1.0
     """Smallest share of the image that a random resized crop keeps; 1 leaves the crop out."""
+    train_sizes: tuple[int, ...] = ()
+    """Sizes in pixels of training images, one after the other over the epochs. Default: the size of the input."""
+
+    def size_at(self, epoch: int, epochs: int) -> int | None:
+        """Size of training images in ``epoch`` (from 1) of ``epochs``; None for that of the input."""
+        return self.train_sizes[(epoch - 1) * len(self.train_sizes) // epochs] if self.train_sizes else None
 
 
 SHEET_PER_CLASS = 4  # of a contact sheet: images of each class,
@@ -83,6 +89,10 @@ class ModelConfig:
     """File of ImageNet weights (.safetensors, or a .pth state dict)."""
     pretrain: bool = True
     """Start from ImageNet weights; --no-pretrain starts from random ones."""
+    head: Literal["random", "probe"] = "random"
+    """Start of the new output layer. probe: the best linear one on frozen features (then --epochs may be 0)."""
+    probe_l2: tuple[float, ...] = (0.03, 0.01, 0.003, 0.001)
+    """L2 penalties that the probe tries; validation chooses."""
     freeze: bool = False
     """Train the new output layer only (linear probe)."""
     size: int | None = None
@@ -177,10 +187,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The inverse of ``to_dict`` for a TrainConfig. Raises ValueError on keys this version does not know."""
     try:
-        parts = {key: _PARTS[key](**value) if key in _PARTS else value for key, value in values.items()}
+        parts = {key: _PARTS[key](**_tuples(value)) if key in _PARTS else value for key, value in values.items()}
         return TrainConfig(**parts)
     except TypeError as error:
         raise ValueError(f"config.json was written by another version of finetune101: {error}") from error
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}  # JSON has lists
 
 
 def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing:
@@ -192,7 +206,15 @@ def validate(config: TrainConfig) -> None:
     """Raises ValueError, in one sentence that says what to do, for a setting that cannot work."""
     o, d = config.optim, config.data
     rules = [
-        (o.epochs >= 1, f"--epochs is {o.epochs}; give at least 1"),
+        (
+            o.epochs >= (config.model.head == "random"),
+            f"--epochs is {o.epochs}; give at least 1, or 0 with --head probe",
+        ),
+        (
+            all(math.isfinite(l2) and l2 > 0 for l2 in config.model.probe_l2) and len(config.model.probe_l2) > 0,
+            "--probe-l2 needs positive numbers such as 0.003",
+        ),
+        (all(size >= 32 for size in config.augment.train_sizes), "--train-sizes must be at least 32 each"),
         (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
         (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),
         (

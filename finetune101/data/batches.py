@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,18 +26,32 @@ def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tens
     return x.sub_(mean).div_(std).contiguous(memory_format=world.memory_format)
 
 
-def augment(pixels: Tensor, config: AugmentConfig, size: int, generator: torch.Generator) -> Tensor:
-    """Random resized crops and flips of uint8 (N, 3, h, w); crops come out as (N, 3, size, size)."""
+Boxes = list[tuple[int, int, int, int]]  # top, left, height, width
+
+
+def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Generator) -> tuple[Boxes, Tensor]:
+    """For ``count`` images of ``side`` x ``side`` pixels: the box of each that is kept, and whether it is mirrored.
+
+    Boxes as in random resized crops (Szegedy et al., 2015): area from ``crop_scale`` to 1, aspect from 3/4 to 4/3.
+    """
+    boxes: Boxes = [(0, 0, side, side)] * count
     if config.crop_scale < 1:
         # torchvision draws from the global generator; borrow it, seeded from ours
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-            crop = RandomResizedCrop(size, scale=(config.crop_scale, 1.0), antialias=True)
-            pixels = torch.stack([crop(image) for image in pixels])
-    if config.flip:
-        flipped = torch.rand(len(pixels), generator=generator) < 0.5
-        pixels = torch.where(flipped.view(-1, 1, 1, 1), TF.horizontal_flip(pixels), pixels)
-    return pixels
+            crop, image = RandomResizedCrop(side, scale=(config.crop_scale, 1.0)), torch.empty(3, side, side)
+            boxes = [tuple(crop.make_params([image]).values()) for _ in range(count)]
+    mirrored = torch.rand(count, generator=generator) < 0.5 if config.flip else torch.zeros(count, dtype=torch.bool)
+    return boxes, mirrored
+
+
+def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int) -> Tensor:
+    """uint8 (N, 3, side, side) -> (N, 3, size, size): each image's box, resized, mirrored where it should be."""
+    side = pixels.shape[-1]
+    if any(box != (0, 0, side, side) for box in boxes):
+        cut = [TF.resized_crop(image[None], *box, [size, size]) for image, box in zip(pixels, boxes, strict=True)]
+        pixels = torch.cat(cut)
+    return torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels) if mirrored.any() else pixels
 
 
 def read(images: Images, paths: Sequence[str]) -> Tensor:
@@ -54,15 +69,26 @@ def train_batches(
     world: World,
     seed: int,
     epoch: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in random order: (float (N, 3, size, size), int64 (N,)); (seed, epoch) fixes order and augmentation."""
+    size: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """One epoch in random order: (float (N, 3, size, size), int64 (N,), images of the batch in all processes).
+
+    (seed, epoch) fixes order and augmentation, whatever the number of processes. ``size`` is that of training images,
+    if not that of the preprocessing. A process without an image of the last batch gets its first one, to be counted 0.
+    """
+    side = images.preprocessing.cache_size
+    preprocessing = replace(images.preprocessing, size=size or images.preprocessing.size)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(paths), generator=generator).tolist()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        pixels = augment(read(images, [paths[i] for i in chosen]), config, images.preprocessing.size, generator)
-        y = torch.tensor([labels[i] for i in chosen]).to(world.device)
-        yield to_input(pixels, images.preprocessing, world), y
+        boxes, mirrored = draw_boxes(len(chosen), side, config, generator)
+        mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
+        pixels = augment(
+            read(images, [paths[i] for i in chosen[mine]]), boxes[mine], mirrored[mine], preprocessing.size
+        )
+        y = torch.tensor([labels[i] for i in chosen[mine]]).to(world.device)
+        yield to_input(pixels, preprocessing, world), y, len(chosen)
 
 
 def eval_batches(

@@ -46,9 +46,10 @@ class Images:
     """The pixels of ``paths``, decoded on demand or, after ``open_images`` built it, read from the cache file."""
 
     def __init__(
-        self, root: Path, paths: Sequence[str], preprocessing: Preprocessing, file: Path | None = None
+        self, root: Path, paths: Sequence[str], preprocessing: Preprocessing, file: Path | None = None, key: str = ""
     ) -> None:
         self.root, self.preprocessing = root, preprocessing
+        self.key = key  # of all pixels: another one when an image changes
         self.position = {path: i for i, path in enumerate(paths)}
         self.paths = tuple(paths)
         self.pixels: Pixels | None = np.load(file, mmap_mode="r") if file else None
@@ -75,10 +76,11 @@ def open_images(
     if mode == "off":
         return Images(root, paths, preprocessing)
     size = preprocessing.cache_size
-    key = f"{content_hash(index.digests, paths)} {','.join(paths)} {size} {preprocessing.interpolation}"
-    file = cache_dir() / f"images_{size}px_{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    geometry = f"{content_hash(index.digests, paths)} {','.join(paths)} {size} {preprocessing.interpolation}"
+    key = hashlib.sha256(geometry.encode()).hexdigest()[:16]
+    file = cache_dir() / f"images_{size}px_{key}.npy"
     if file.is_file():
-        return Images(root, paths, preprocessing, file)
+        return Images(root, paths, preprocessing, file, key)
     needed = len(paths) * size * size * 3
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def open_images(
     print(f"Decoding {len(paths)} images once into {file} ({needed / 1e9:.2f} GB).")
     with atomic(file) as part:
         _build(part, root, paths, preprocessing)
-    return Images(root, paths, preprocessing, file)
+    return Images(root, paths, preprocessing, file, key)
 
 
 def _build(part: Path, root: Path, paths: Sequence[str], preprocessing: Preprocessing) -> None:

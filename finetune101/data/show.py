@@ -98,7 +98,8 @@ def _draw_augmented(sheet: Image.Image, files: Sequence[Path], config: AugmentCo
     for row, file in enumerate(files):
         image: NDArray[np.uint8] = decode(file, LARGE, "bicubic")
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).expand(versions, 3, LARGE, LARGE)
-        changed = augment(pixels, config, LARGE, generator).permute(0, 2, 3, 1).numpy()
+        boxes, mirrored = draw_boxes(versions, LARGE, config, generator)
+        changed = augment(pixels, boxes, mirrored, LARGE).permute(0, 2, 3, 1).numpy()
         for column, version in enumerate([image, *changed]):
             spot = (MARGIN + column * (LARGE + GAP), top + LINE + row * (LARGE + GAP))
             sheet.paste(Image.fromarray(np.ascontiguousarray(version)), spot)

@@ -184,6 +184,8 @@ def _find_weights(entry: Entry, given: str | None) -> tuple[dict[str, Tensor], s
     """ImageNet weights of a network under its own names, and where they come from."""
     if given is not None:
         return _from_file(entry, Path(given))
+    if isinstance(entry.weights, tuple):
+        return _from_parts(entry.weights)
     folder = os.environ.get("FINETUNE101_WEIGHTS")
     if folder:
         file = Path(folder) / f"{entry.name.replace(':', '_')}_imagenet.safetensors"
@@ -198,6 +200,16 @@ def _find_weights(entry: Entry, given: str | None) -> tuple[dict[str, Tensor], s
     except Exception as error:  # what the network libraries raise changes with their versions
         reason = f"their download failed ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         raise _missing(entry, reason, "go online") from error
+
+
+def _from_parts(names: tuple[str, ...]) -> tuple[dict[str, Tensor], str]:
+    state: dict[str, Tensor] = {}
+    sources = []
+    for i, part in enumerate(map(lookup, names)):
+        found, source = _find_weights(part, None)
+        state |= {f"parts.{i}.{key}": value for key, value in found.items() if not key.startswith(part.head)}
+        sources.append(source)
+    return state, "; ".join(sources)
 
 
 def _from_file(entry: Entry, path: Path) -> tuple[dict[str, Tensor], str]:

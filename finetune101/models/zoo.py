@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from finetune101.config import Preprocessing
 
@@ -53,7 +55,8 @@ class Entry:
     head: str
     """What the names of the output layer's parameters start with, such as "fc."."""
     preprocessing: Preprocessing
-    weights: Torchvision | Package | Timm
+    weights: Torchvision | Package | Timm | tuple[str, ...]
+    """A tuple names the networks of the table whose weights its parts take."""
     fixed_size: bool = False
     """Whether it takes images of its own size only."""
 
@@ -106,6 +109,46 @@ def _lite(number: int, size: int, sha256: str) -> Entry:
     )
 
 
+class SideBySide(nn.Module):
+    """Several networks that see the same image, each at its own size; one output layer on all their features."""
+
+    def __init__(self, parts: Sequence[Entry], num_classes: int) -> None:
+        super().__init__()
+        self.sizes = [part.preprocessing.size for part in parts]
+        self.parts, width = nn.ModuleList(), 0
+        for part in parts:
+            network, head = part.build(num_classes), part.head.rstrip(".")
+            width += int(network.get_submodule(head).in_features)  # type: ignore[arg-type]
+            network.set_submodule(head, nn.Identity())
+            self.parts.append(network)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, size, size) -> (N, classes); the largest part takes the images as they are."""
+        seen = []
+        for part, own in zip(self.parts, self.sizes, strict=True):
+            size = round(own * x.shape[-1] / max(self.sizes))
+            smaller = F.interpolate(x.float(), size, mode="bilinear", antialias=True).to(x.dtype)
+            seen.append(part(x if size == x.shape[-1] else smaller))
+        return self.classifier(torch.cat(seen, 1))
+
+
+def _side_by_side(name: str, parts: Sequence[Entry]) -> Entry:
+    return Entry(
+        name=name,
+        build=lambda num_classes: SideBySide(parts, num_classes),
+        head="classifier.",
+        preprocessing=max((part.preprocessing for part in parts), key=lambda p: p.size),
+        weights=tuple(part.name for part in parts),
+    )
+
+
+_LITE = (
+    _lite(0, 224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    _lite(1, 240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    _lite(2, 260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+)
+
 _TABLE = {
     entry.name: entry
     for entry in (
@@ -120,9 +163,9 @@ _TABLE = {
         _torchvision("efficientnet_b0", "EfficientNet_B0", "classifier.1.", interpolation="bicubic"),
         _torchvision("convnext_tiny", "ConvNeXt_Tiny", "classifier.2."),
         _torchvision("vit_b_16", "ViT_B_16", "heads.head.", fixed_size=True),
-        _lite(0, 224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
-        _lite(1, 240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
-        _lite(2, 260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+        *_LITE,
+        _side_by_side("efficientnet_lite02", (_LITE[0], _LITE[2])),
+        _side_by_side("efficientnet_lite012", _LITE),
     )
 }
 

@@ -22,7 +22,7 @@ from finetune101.data.splits import Manifest
 from finetune101.evaluation.inference import logits
 from finetune101.models.build import Built
 from finetune101.runs import Run, save_with
-from finetune101.training import cpu
+from finetune101.training import cpu, probe
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
 
@@ -48,6 +48,7 @@ class Trainer:
         if job.config.system.fast_kernels and job.world.device.type == "cpu":
             cpu.fast_depthwise(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
+        self.wrapped = self.model
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
@@ -56,12 +57,23 @@ class Trainer:
         self.validates = len(held) == 1 and bool(job.manifest.subsets["val"])
         self.steps_per_epoch = -(-len(self.paths) // job.config.optim.batch_size)
 
+    def probe(self) -> dict[str, Any]:
+        """Sets the head to the best linear one on frozen features: the record of epoch 0."""
+        started, job = time.perf_counter(), self.job
+        train, penalties = (self.paths, self.labels), job.config.model.probe_l2
+        val = (job.manifest.subsets["val"], job.manifest.labels("val")) if self.validates else None
+        found = probe.fit_head(job.built, job.images, train, val, penalties, job.world)
+        seconds = time.perf_counter() - started
+        record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
+        return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate()
+
     def train_epoch(self, epoch: int, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass over the training images; raises ValueError when the loss is no longer finite."""
-        job, o = self.job, self.job.config.optim
-        self.model.train()
+        job, o, world = self.job, self.job.config.optim, self.job.world
+        torch.manual_seed((job.config.system.seed * 1_000_003 + epoch) * 1009 + world.rank)  # dropout
+        self.wrapped.train()
         if job.config.model.freeze:
-            self.model.eval()  # batch-norm statistics and dropout of a frozen network stay as they are
+            self.wrapped.eval()  # batch-norm statistics and dropout of a frozen network stay as they are
         losses, correct, started = [], torch.zeros((), device=job.world.device), time.perf_counter()
         batches = train_batches(
             job.images,
@@ -69,33 +81,37 @@ class Trainer:
             self.labels,
             batch_size=o.batch_size,
             config=job.config.augment,
-            world=job.world,
+            world=world,
             seed=job.config.system.seed,
             epoch=epoch,
+            size=job.config.augment.size_at(epoch, o.epochs),
         )
         step = (epoch - 1) * self.steps_per_epoch
-        for x, y in batches:
+        for x, y, total in batches:
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
-            with job.world.autocast():
-                output = self.model(x)
+            with world.autocast():
+                output = self.wrapped(x)
                 loss = F.cross_entropy(output.float(), y, label_smoothing=o.label_smoothing)
+            mine = len(range(total)[world.share(total)])
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            # processes hold unequal shares of the last batch, and their gradients are averaged
+            self.scaler.scale(loss * (mine * world.size / total)).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             step += 1
-            losses.append(loss.detach() * len(y))
-            correct += (output.detach().argmax(1) == y).sum()
+            losses.append(loss.detach() * mine)
+            correct += (output.detach().argmax(1) == y)[:mine].sum()
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
                 self._check_finite(losses, step)
-            bar.update(len(y))
+            bar.update(total)
+        sums = world.sum(torch.stack([torch.stack(losses).sum().double(), correct.double()]))
         seconds = time.perf_counter() - started
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {
             "epoch": epoch,
             "step": step,
-            "train_loss": float(torch.stack(losses).sum()) / len(self.paths),
-            "train_top1": 100 * float(correct) / len(self.paths),
+            "train_loss": float(sums[0]) / len(self.paths),
+            "train_top1": 100 * float(sums[1]) / len(self.paths),
             "lr_head": rates["lr_head"],
             "lr_backbone": rates.get("lr_backbone", 0.0),
             "seconds": round(seconds, 3),
@@ -110,18 +126,29 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Loss and top-1 accuracy (percent) on the validation images; None without any."""
         if not self.validates:
-            return {"val_loss": None, "val_top1": None}
-        job = self.job
+            return {"val_loss": None, "val_top1": None, "val_seconds": 0.0}
+        job, world, started = self.job, self.job.world, time.perf_counter()
+        world.same_buffers(self.model)
         paths, labels = job.manifest.subsets["val"], job.manifest.labels("val")
-        batches = eval_batches(job.images, paths, labels, batch_size=job.config.optim.batch_size, world=job.world)
-        output, target = logits(self.model, batches, job.world)
-        loss = float(F.cross_entropy(output, target))
+        mine = world.share(len(paths))
+        batches = eval_batches(
+            job.images, paths[mine], labels[mine], batch_size=job.config.optim.batch_size, world=world
+        )
+        output, target = logits(self.model, batches, world)
+        sums = torch.stack(
+            [
+                F.cross_entropy(output, target, reduction="sum").double(),
+                (output.argmax(1) == target).sum().double(),
+            ]
+        ).to(world.device)
+        loss, correct = (world.sum(sums) / len(paths)).tolist()
         if not math.isfinite(loss):
             step = (len(self.records) + 1) * self.steps_per_epoch
             raise _not_finite("the validation loss is not finite after step", step)
         return {
             "val_loss": loss,
-            "val_top1": 100 * float((output.argmax(1) == target).float().mean()),
+            "val_top1": 100 * correct,
+            "val_seconds": round(time.perf_counter() - started, 3),
         }
 
     def finish_epoch(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +161,8 @@ class Trainer:
             for older in self.records:
                 older["best"] = False
         self.records.append(record)
+        if not self.job.world.writes:
+            return record
         if record["best"]:
             self._save_best(record)
         self._save_last(record["epoch"])
@@ -156,11 +185,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
             "records": json.dumps(self.records),
         }
-        if self.job.world.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state()
         save_with(self.job.run.last, lambda part: torch.save(state, part))
 
     def load_last(self) -> int:
@@ -173,12 +199,9 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(state["rng"])
             self.records = json.loads(state["records"])
         except Exception as error:
             raise ValueError(f"cannot resume from {file} ({error}); start anew with --overwrite") from error
-        if "cuda_rng" in state and self.job.world.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"])
         return int(state["epoch"])
 
 
@@ -191,17 +214,19 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
 
     Raises ValueError when the loss is no longer finite or a checkpoint cannot be written; what was saved before stays.
     """
-    torch.manual_seed(job.config.system.seed)  # dropout
     if job.world.device.type == "cuda":
         torch.backends.cudnn.deterministic = True
     trainer = Trainer(job)
     done, epochs = trainer.load_last(), job.config.optim.epochs
+    if job.config.model.head == "probe" and not trainer.records and job.world.writes:
+        yield trainer.finish_epoch(trainer.probe())
+    trainer.wrapped = job.world.wrap(trainer.model)  # this also gives every process the weights of the first
     with tqdm(
         total=epochs * len(trainer.paths),
         initial=done * len(trainer.paths),
         desc=job.config.exp,
         unit="img",
-        disable=quiet,
+        disable=quiet or not job.world.writes,
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line twice a second
     ) as bar:

@@ -35,6 +35,11 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         cpu.tune_allocator()  # before the first large tensor
     recorded = run.read_json("env.json") if resume else None
     world = detect(config.system, recorded["world"] if recorded else None)
+    if config.optim.batch_size % world.size:
+        raise ValueError(
+            f"--batch-size {config.optim.batch_size} cannot be shared by {world.size} processes;"
+            f" give a multiple of {world.size}"
+        )
     index = dataset.index(dataset.find(config.data.root), "folders" if config.data.protocol == "folders" else "classes")
     manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
     splits.check(manifest, index)
@@ -48,8 +53,10 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     )
     if config.model.freeze:
         freeze(built.model, built.head)
-    images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.options.get("skipped", ()))
-    if not resume:
+    with world.first():  # the others find the cache that rank 0 builds
+        skipped = manifest.options.get("skipped", ())
+        images = cache.open_images(index, built.preprocessing, config.data.cache, skipped)
+    if world.writes and not resume:
         if overwrite:
             run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
         run.write_json("split.json", manifest.to_json())
