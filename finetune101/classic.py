@@ -45,10 +45,18 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     arguments = cli.parse_train(argv, prog="train.py", model=MODEL)
+    weights, before = weights_file(arguments.config.exp), Run(Path(arguments.config.runs) / arguments.config.exp)
+    if weights.exists() and not before.has("config.json") and not arguments.overwrite:
+        raise ValueError(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
     run = cli.run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
     export(run)
     print(f"Test it: python test.py --exp {arguments.config.exp} --batch_size {arguments.config.optim.batch_size}")
     return 0
+
+
+def weights_file(exp: str) -> Path:
+    """Where the original keeps the best weights of ``exp``."""
+    return Path(f"{exp.replace('/', '_')}_best.pth")
 
 
 def export(run: Run) -> None:
@@ -60,7 +68,7 @@ def export(run: Run) -> None:
 
     config = run.config()
     state, _ = read_checkpoint(run.best)
-    weights = Path(f"{config.exp.replace('/', '_')}_best.pth")
+    weights = weights_file(config.exp)
     save_with(weights, lambda part: torch.save(state, part))
     plots = Path("training_plots_finetune" if config.model.pretrain else "training_plots_random")
     plots.mkdir(exist_ok=True)

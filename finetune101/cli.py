@@ -197,7 +197,7 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
     from finetune101.training.recipes import named
 
     first = _Unparsed(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="original")
+    first.add_argument("--recipe", default=None)
     first.add_argument("--no-pretrain", "--no_pretrain", action="store_true")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--exp", default="")
@@ -206,8 +206,9 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
     if seen.resume and seen.exp:
         config = open_run(seen.exp, seen.runs).config()
     else:
-        config = named(seen.recipe)(tyro.MISSING, pretrain=not seen.no_pretrain)
-        if model:
+        usual = "original" if model or seen.no_pretrain else "finetune_fast"
+        config = named(seen.recipe or usual)(tyro.MISSING, pretrain=not seen.no_pretrain)
+        if model and seen.recipe in (None, "original"):
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
     return parse(kind, argv, prog=prog, default=kind(config=config))
 
@@ -227,10 +228,16 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     from finetune101.training.loop import fit
     from finetune101.training.prepare import prepare
     from finetune101.training.tensorboard import log
+    from finetune101.world import leave
 
     validate(config)  # before anything is downloaded
     ensure_data(config)
     job = prepare(config, resume=resume, overwrite=overwrite)
+    if not job.world.writes:  # one of torchrun's processes: it computes, and says nothing
+        for _ in fit(job):
+            pass
+        leave()
+        raise SystemExit(0)
     images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
     print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
     layout = ", channels_last" if job.world.channels_last else ""
@@ -238,6 +245,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     for record in log(job.run, fit(job)):
         tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
     finish(job.run)
+    leave()
     return job.run
 
 
@@ -269,8 +277,10 @@ def ensure_data(config: TrainConfig) -> None:
     try:
         dataset.find(config.data.root)
     except ValueError:
+        if config.data.root is not None or os.environ.get("FINETUNE101_DATA"):
+            raise  # a place was named: another one would not be looked at
         agreed = config.data.download
-        if not agreed and config.data.root is None and sys.stdin is not None and sys.stdin.isatty():
+        if not agreed and sys.stdin is not None and sys.stdin.isatty():
             agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
         if not agreed:
             raise
@@ -339,7 +349,7 @@ def run_comparison(a: Run, b: Run, out: Path) -> Comparison:
     print(comparing.text(result))
     write_json(out / "comparison.json", comparing.to_json(result))
     tests = (a.read_json("test.json"), b.read_json("test.json"))
-    picture(a.metrics(), b.metrics(), (a.name, b.name), tests, out / "comparison.png")
+    picture(a.metrics(), b.metrics(), (result.a.name, result.b.name), tests, out / "comparison.png")
     print(f"Picture: {out / 'comparison.png'}")
     return result
 
@@ -447,11 +457,15 @@ def dispatch(argv: Sequence[str]) -> int:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
         raise ValueError(f"unknown {name} {words[0]!r}; {hint}")
+    if words[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"only train runs in several processes; start {words[0]} without torchrun")
     return verbs[words[0]](words[1:])
 
 
 def guarded(call: Callable[[], int]) -> int:
     """The exit code of ``call``: a ValueError is the user's to mend, so it is one sentence and 2."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no progress bar ten times a second
     try:
         code = call()
         sys.stdout.flush()

@@ -22,7 +22,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb") as written:
+        with open(part, "r+b") as written:
             os.fsync(written.fileno())  # a crash of the machine must not leave an empty file under the final name
         os.replace(part, path)
     except OSError as error:

@@ -49,10 +49,12 @@ class World:
         return slice(self.rank, count, self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over all processes."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
+        """``values`` (on the CPU) summed over all processes."""
+        if self.size == 1:
+            return values
+        shared = values.to(self.device)
+        dist.all_reduce(shared)
+        return shared.cpu()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """``model`` for the training step: gradients are averaged over all processes."""
@@ -66,6 +68,16 @@ class World:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
+    def same_everywhere(self, model: nn.Module, value: Any) -> Any:
+        """Gives every process the parameters and buffers of rank 0; returns rank 0's ``value``."""
+        if self.size == 1:
+            return value
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
         """Rank 0 runs the block before the others: it builds what they then read."""
@@ -73,11 +85,6 @@ class World:
             dist.barrier()
         yield
         if self.size > 1 and self.writes:
-            dist.barrier()
-
-    def wait(self) -> None:
-        """Goes on when every process has come here."""
-        if self.size > 1:
             dist.barrier()
 
     def describe(self) -> dict[str, Any]:

@@ -195,7 +195,10 @@ MISTAKES = {
     "too many per class": ([*TRAIN, "--protocol", "standard"], "--train-per-class 30 leaves none to test"),
     "unknown model": ([*TRAIN, "--model", "resnet17"], "there is no model 'resnet17'; did you mean resnet18?"),
     "unknown timm model": ([*TRAIN, "--model", "timm:resnet1"], "timm has no model 'resnet1'; did you mean timm:"),
-    "fixed size": ([*TRAIN, "--model", "vit_b_16"], "vit_b_16 takes images of 224 px only; leave --size out"),
+    "fixed size": (
+        [*TRAIN, "--model", "vit_b_16"],
+        "vit_b_16 takes images of 224 px only; leave --size and --train-sizes out",
+    ),
     "no weights file": ([*FINETUNE, "--weights", "none.pth"], "there is no weights file none.pth"),
     "corrupt .pth": ([*FINETUNE, "--weights", "corrupt.pth"], "corrupt.pth cannot be read as weights"),
     "corrupt .safetensors": ([*FINETUNE, "--weights", "corrupt.safetensors"], "cannot be read as weights"),

@@ -64,6 +64,10 @@ def compare(run_a: Run, run_b: Run) -> Comparison:
         path: label for path, (label, _) in predictions_b.items()
     }:
         raise ValueError(f"{run_a.path} and {run_b.path} were tested on different images; evaluate both again")
+    for run in (run_a, run_b):
+        best = [record["epoch"] for record in run.metrics() if record["best"]]
+        if best and best[-1] != run.read_json("test.json")["epoch"]:
+            raise ValueError(f"{run.path} was trained on after its test; evaluate it again")
     names = (run_a.name, run_b.name) if run_a.name != run_b.name else (run_a.path.as_posix(), run_b.path.as_posix())
     paths = sorted(predictions_a)
     right_a = np.array([predictions_a[path][0] == predictions_a[path][1] for path in paths])

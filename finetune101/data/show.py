@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig
-from finetune101.data.batches import augment
+from finetune101.data.batches import augment, draw_boxes
 from finetune101.data.cache import decode
 from finetune101.data.dataset import class_of, index, layout_of
 from finetune101.runs import atomic

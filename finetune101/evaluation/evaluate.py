@@ -13,7 +13,7 @@ from finetune101.config import DataConfig, Preprocessing
 from finetune101.data import cache, dataset, splits
 from finetune101.data.batches import eval_batches
 from finetune101.evaluation import metrics
-from finetune101.evaluation.inference import load_model, logits, world_of
+from finetune101.evaluation.inference import load_model, logits, read_checkpoint, world_of
 from finetune101.runs import Run, atomic
 from finetune101.world import World
 
@@ -51,11 +51,10 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
     result = scores(output, labels)
     if subset == "test":
         before = run.read_json("test.json") if run.has("test.json") else {}
-        best = [r["epoch"] for r in run.metrics() if r["best"]]
         result |= {
             "manifest_hash": manifest.hash(),
             "protocol": manifest.protocol,
-            "epoch": best[-1],
+            "epoch": int(read_checkpoint(run.best)[1]["epoch"]),
             "times_scored": before.get("times_scored", 0) + 1,  # a test set that is looked at often is no test set
         }
         write_predictions(run, manifest, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,11 +16,14 @@ from finetune101.runs import Run
 from finetune101.world import World, detect
 
 
-def logits(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World) -> tuple[Tensor, Tensor]:
+def logits(
+    model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], world: World
+) -> tuple[Tensor, Tensor]:
     """The model's output for every image: float32 logits (N, classes) and int64 labels (N,), both on the CPU."""
-    model.eval()
+    if isinstance(model, nn.Module):
+        model.eval()
     outputs, labels = [], []
-    with torch.inference_mode():
+    with torch.no_grad():
         for x, y in batches:
             with world.autocast():
                 output = model(x)

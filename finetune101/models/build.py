@@ -166,18 +166,23 @@ def _resize(entry: Entry, model: nn.Module, size: int | None) -> Preprocessing:
     own = entry.preprocessing.size
     if size is None or size == own:
         return entry.preprocessing
-    if entry.fixed_size:
-        raise ValueError(f"{entry.name} takes images of {own} px only; leave --size out")
+    check_size(entry.name, model, size)
+    return replace(entry.preprocessing, size=size, cache_size=size)
+
+
+def check_size(name: str, model: nn.Module, size: int) -> None:
+    """Raises ValueError when the network ``name`` cannot take images of ``size`` x ``size`` pixels."""
+    entry = lookup(name)
+    own = entry.preprocessing.size
+    if entry.fixed_size and size != own:
+        raise ValueError(f"{name} takes images of {own} px only; leave --size and --train-sizes out")
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{entry.name} cannot take images of {size} px; give a --size nearer to its own, {own}"
-        ) from error
+        raise ValueError(f"{name} cannot take images of {size} px; give a size nearer to its own, {own}") from error
     finally:
         model.train()
-    return replace(entry.preprocessing, size=size, cache_size=size)
 
 
 def _find_weights(entry: Entry, given: str | None) -> tuple[dict[str, Tensor], str]:

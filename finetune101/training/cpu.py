@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import logging
 import platform
 import shutil
 import sys
@@ -48,17 +49,14 @@ def frozen(model: nn.Module, world: World, count: int) -> Callable[[Tensor], Ten
 
     With bf16 on a CPU and from COMPILE_FROM images on it is compiled (8 to 25 s) with its weights as constants, batch
     norm folded in, which triples its speed; a smaller last batch is filled up, so that nothing is compiled twice.
-    Without a C++ compiler, and elsewhere, it is ``model`` under autocast.
+    Without a C++ compiler, and elsewhere, it is ``model`` itself. Call it under autocast, without gradients.
     """
 
-    def plain(x: Tensor) -> Tensor:
-        with world.autocast():
-            return model(x)
-
     if world.device.type != "cpu" or world.precision != "bf16" or count < COMPILE_FROM or shutil.which("g++") is None:
-        return plain
+        return model
     import torch._inductor.config as inductor
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA, which is not asked for
     folded = fold_batch_norm(copy.deepcopy(model)).to(torch.bfloat16)
     compiled, sizes = torch.compile(folded), list[int]()
 
@@ -67,7 +65,7 @@ def frozen(model: nn.Module, world: World, count: int) -> Callable[[Tensor], Ten
         missing = sizes[0] - len(x)
         if missing > 0:
             x = torch.cat([x, x[:1].expand(missing, -1, -1, -1)]).contiguous(memory_format=world.memory_format)
-        with inductor.patch(freezing=True), torch.inference_mode(False), torch.no_grad():
+        with inductor.patch(freezing=True):
             return compiled(x.to(torch.bfloat16))[: sizes[-1]].clone()
 
     return quick

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,7 +61,11 @@ class Trainer:
         started, job = time.perf_counter(), self.job
         train, penalties = (self.paths, self.labels), job.config.model.probe_l2
         val = (job.manifest.subsets["val"], job.manifest.labels("val")) if self.validates else None
-        found = probe.fit_head(job.built, job.images, train, val, penalties, job.world)
+        fast = job.config.system.fast_kernels
+        found = (
+            probe.fit_head(job.built, job.images, train, val, penalties, job.world, fast) if job.world.writes else {}
+        )
+        found = job.world.same_everywhere(self.model, found)
         seconds = time.perf_counter() - started
         record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
         return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate()
@@ -104,7 +107,7 @@ class Trainer:
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
                 self._check_finite(losses, step)
             bar.update(total)
-        sums = world.sum(torch.stack([torch.stack(losses).sum().double(), correct.double()]))
+        sums = world.sum(torch.stack([torch.stack(losses).sum(), correct]).cpu().double())
         seconds = time.perf_counter() - started
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
         return {
@@ -140,7 +143,7 @@ class Trainer:
                 F.cross_entropy(output, target, reduction="sum").double(),
                 (output.argmax(1) == target).sum().double(),
             ]
-        ).to(world.device)
+        )
         loss, correct = (world.sum(sums) / len(paths)).tolist()
         if not math.isfinite(loss):
             step = (len(self.records) + 1) * self.steps_per_epoch
@@ -202,6 +205,8 @@ class Trainer:
             self.records = json.loads(state["records"])
         except Exception as error:
             raise ValueError(f"cannot resume from {file} ({error}); start anew with --overwrite") from error
+        if self.job.world.writes:
+            self.job.run.write_metrics(self.records)  # a crash may have come between the two files
         return int(state["epoch"])
 
 
@@ -218,7 +223,7 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
         torch.backends.cudnn.deterministic = True
     trainer = Trainer(job)
     done, epochs = trainer.load_last(), job.config.optim.epochs
-    if job.config.model.head == "probe" and not trainer.records and job.world.writes:
+    if job.config.model.head == "probe" and not trainer.records:
         yield trainer.finish_epoch(trainer.probe())
     trainer.wrapped = job.world.wrap(trainer.model)  # this also gives every process the weights of the first
     with tqdm(
@@ -228,7 +233,6 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
         unit="img",
         disable=quiet or not job.world.writes,
         dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file needs no line twice a second
     ) as bar:
         for epoch in range(done + 1, epochs + 1):
             record = trainer.train_epoch(epoch, bar)

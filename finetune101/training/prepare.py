@@ -13,9 +13,9 @@ from typing import Any
 from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
-from finetune101.models.build import build, freeze
+from finetune101.models.build import build, check_size, freeze
 from finetune101.runs import create_run
-from finetune101.training import cpu
+from finetune101.training import cpu, probe
 from finetune101.training.loop import Job
 from finetune101.world import detect
 
@@ -35,6 +35,9 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         cpu.tune_allocator()  # before the first large tensor
     recorded = run.read_json("env.json") if resume else None
     world = detect(config.system, recorded["world"] if recorded else None)
+    if recorded and recorded["world"].get("processes", 1) != world.size:
+        before = recorded["world"].get("processes", 1)
+        raise ValueError(f"{config.exp} was started with {before} processes; resume it with as many")
     if config.optim.batch_size % world.size:
         raise ValueError(
             f"--batch-size {config.optim.batch_size} cannot be shared by {world.size} processes;"
@@ -51,6 +54,11 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         size=config.model.size,
         seed=config.system.seed,
     )
+    for size in config.augment.train_sizes:
+        check_size(config.model.name, built.model, size)
+    if config.model.head == "probe":
+        validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
+        probe.check(built, config.model.probe_l2, validates)
     if config.model.freeze:
         freeze(built.model, built.head)
     with world.first():  # the others find the cache that rank 0 builds
@@ -71,6 +79,9 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
     skipped = cache.unreadable(index.root, index.paths) if config.skip_bad_images else {}
     if config.split:
         manifest = splits.read(Path(config.split))
+        held = {path for paths in manifest.subsets.values() for path in paths}
+        if bad := sorted(held & set(skipped)):
+            raise ValueError(f"{config.split} holds the unreadable image {bad[0]}; repair it or leave --split out")
     else:
         good = dataclasses.replace(index, paths=tuple(path for path in index.paths if path not in skipped))
         groups = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from finetune101.data.batches import read, to_input
+from finetune101.data.batches import eval_batches
 from finetune101.data.cache import Images, cache_dir
+from finetune101.evaluation.inference import logits
 from finetune101.models.build import Built, state_hash
 from finetune101.runs import atomic
 from finetune101.training import cpu
@@ -25,25 +27,33 @@ BATCH = 64  # images per forward pass
 Labelled = tuple[Sequence[str], Sequence[int]]
 
 
+def check(built: Built, penalties: Sequence[float], validates: bool) -> None:
+    """Raises ValueError when the network does not end in a linear layer, or nothing can choose between penalties."""
+    if not isinstance(built.model.get_submodule(built.head.rstrip(".")), nn.Linear):
+        raise ValueError("this network does not end in a linear layer; take --head random or another --model")
+    if not validates and len(penalties) > 1:
+        raise ValueError("without validation images nothing can choose between --probe-l2 values; give one")
+
+
 def fit_head(
-    built: Built, images: Images, train: Labelled, val: Labelled | None, penalties: Sequence[float], world: World
+    built: Built,
+    images: Images,
+    train: Labelled,
+    val: Labelled | None,
+    penalties: Sequence[float],
+    world: World,
+    fast: bool = True,
 ) -> dict[str, Any]:
     """Sets the head of ``built.model`` to the best linear classifier of its frozen features.
 
     Multinomial logistic regression on standardised features of whole images, by L-BFGS (Liu & Nocedal, 1989), for each
     of the L2 ``penalties``; the one with the highest validation accuracy is kept, of equals the one with the lowest
-    validation loss. Returns what the record of the run shows. Raises ValueError when the network does not end in a
-    linear layer, or there are several penalties and no validation.
+    validation loss. Returns what the record of the run shows. ``check`` says what it cannot work with.
     """
     head = built.model.get_submodule(built.head.rstrip("."))
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            "the output layer of this network is not linear; leave --head probe out or take another --model"
-        )
-    if val is None and len(penalties) > 1:
-        raise ValueError("without validation images nothing can choose between --probe-l2 values; give one")
+    assert isinstance(head, nn.Linear)
     shown = [*train[0], *(val[0] if val else ())]
-    x, x_val = features(built, images, shown, world).split([len(train[0]), len(shown) - len(train[0])])
+    x, x_val = features(built, images, shown, world, fast).split([len(train[0]), len(shown) - len(train[0])])
     y = torch.tensor(train[1])
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     found, solution = [], None
@@ -83,24 +93,24 @@ def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = 
     return weight.detach()
 
 
-def features(built: Built, images: Images, paths: Sequence[str], world: World) -> Tensor:
-    """What the head of ``built.model`` sees of whole images: float32 (N, D) on the CPU, kept in the cache folder."""
+def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Tensor:
+    """What the head of ``built.model`` sees of whole images: float32 (N, D) on the CPU, kept in the cache folder.
+
+    ``fast`` allows ``cpu.frozen``.
+    """
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
-    key = [images.key, *paths, state_hash(model), built.preprocessing, world.precision, world.device.type]
+    key = [images.key, *paths, state_hash(model), built.preprocessing, world.precision, world.device.type, fast]
     name = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
     file = cache_dir() / f"features_{name}.npy"
     if images.pixels is not None and file.is_file():
         return torch.from_numpy(np.load(file))
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward, found = cpu.frozen(model, world, len(paths)), []
-    with torch.inference_mode(), tqdm(total=len(paths), desc="features", unit="img", leave=False) as bar:
-        for start in range(0, len(paths), BATCH):
-            pixels = read(images, paths[start : start + BATCH])
-            found.append(forward(to_input(pixels, built.preprocessing, world)).float().cpu())
-            bar.update(len(pixels))
-    result = torch.cat(found).clone()
+    forward = cpu.frozen(model, world, len(paths)) if fast else model
+    batches = eval_batches(images, paths, [0] * len(paths), batch_size=BATCH, world=world)
+    steps = -(-len(paths) // BATCH)
+    result, _ = logits(forward, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world)
     if images.pixels is not None:  # with --cache off nothing is kept
-        with atomic(file) as part, open(part, "wb") as opened:
+        with contextlib.suppress(ValueError), atomic(file) as part, open(part, "wb") as opened:  # as on a full disk
             np.save(opened, result.numpy())
     return result

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data import dataset
-from finetune101.data.batches import augment, eval_batches, read, to_input, train_batches
+from finetune101.data.batches import augment, draw_boxes, eval_batches, read, to_input, train_batches
 from finetune101.data.cache import Images, decode, open_images
 from finetune101.world import World
 
@@ -33,8 +33,8 @@ def epoch(images: Images, config: AugmentConfig = CROP, seed: int = 0, epoch: in
     batches = list(
         train_batches(images, paths, labels, batch_size=8, config=config, world=WORLD, seed=seed, epoch=epoch)
     )
-    assert [len(y) for _, y in batches] == [8, 8, 8, 8, 4]
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    assert [len(y) for _, y, _ in batches] == [8, 8, 8, 8, 4]
+    return torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches])
 
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[bool, bool]:
@@ -80,7 +80,8 @@ def test_flips_mirror_about_half(images: Images) -> None:
 def test_crops_keep_their_share_of_the_image() -> None:
     """On a ramp, the range of values that a crop shows is the share of the width that it keeps."""
     ramp = torch.arange(0, 200, 2, dtype=torch.uint8).expand(64, 3, 100, 100).contiguous()
-    out = augment(ramp, AugmentConfig(flip=False, crop_scale=0.25), 40, torch.Generator().manual_seed(0))
+    config = AugmentConfig(flip=False, crop_scale=0.25)
+    out = augment(ramp, *draw_boxes(64, 100, config, torch.Generator().manual_seed(0)), 40)
     assert out.shape == (64, 3, 40, 40) and out.dtype == torch.uint8
     shown = (out.amax((1, 2, 3)).float() - out.amin((1, 2, 3)).float()) / 198
     # a quarter of the area at a ratio of 3:4 to 4:3 is at least .43 of the width
@@ -89,7 +90,7 @@ def test_crops_keep_their_share_of_the_image() -> None:
 
 def test_without_augmentation_pixels_stay_as_they_are() -> None:
     pixels = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(augment(pixels, PLAIN, 8, torch.Generator()), pixels, rtol=0, atol=0)
+    torch.testing.assert_close(augment(pixels, *draw_boxes(5, 16, PLAIN, torch.Generator()), 8), pixels, rtol=0, atol=0)
 
 
 def test_evaluation_batches_are_in_order(images: Images, tiny_data: Path) -> None:

@@ -19,7 +19,7 @@ from finetune101.runs import Run
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
 
-TIMING = ("seconds", "images_per_s")
+TIMING = ("seconds", "val_seconds", "images_per_s")
 
 
 @pytest.fixture

@@ -1,0 +1,72 @@
+"""The linear head: its optimum, its choice by validation, and the run that it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from finetune101.evaluation.evaluate import evaluate
+from finetune101.training.loop import fit
+from finetune101.training.prepare import prepare
+from finetune101.training.probe import solve
+
+
+@pytest.fixture
+def base(tiny_data: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        exp="probe",
+        runs=str(tmp_path / "runs"),
+        data=DataConfig(root=str(tiny_data)),
+        model=ModelConfig(name="resnet18", pretrain=False, size=32, head="probe"),
+        optim=OptimConfig(epochs=0, batch_size=8),
+        system=SystemConfig(threads=1),
+    )
+
+
+def test_solve_finds_where_the_gradient_is_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 5, generator=generator), torch.randint(3, (60,), generator=generator)
+    weight = solve(x, y, 3, 0.1).requires_grad_()
+    loss = F.cross_entropy(x @ weight[:-1] + weight[-1], y) + 0.05 * (weight[:-1] ** 2).sum()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.abs().max() < 1e-3
+
+
+def test_the_head_alone_changes_and_the_run_can_be_tested(base: TrainConfig) -> None:
+    job = prepare(base)
+    before = {key: value.clone() for key, value in job.built.model.state_dict().items()}
+    records = list(fit(job, quiet=True))
+    assert [record["epoch"] for record in records] == [0] and records[0]["best"]
+    assert records[0]["probe_l2"] in base.model.probe_l2 and records[0]["train_top1"] > 60
+    changed = [key for key, value in job.built.model.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed == ["fc.weight", "fc.bias"]
+    assert evaluate(job.run, subset="val")["top1"] == pytest.approx(records[0]["val_top1"])
+
+
+def test_epochs_after_the_probe_start_from_it(base: TrainConfig) -> None:
+    config = dataclasses.replace(base, optim=OptimConfig(epochs=1, batch_size=8, lr=1e-9))
+    first, second = fit(prepare(config), quiet=True)
+    assert (first["epoch"], second["epoch"], second["step"]) == (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("model", {"name": "squeezenet1_1"}, "linear layer"),
+        ("data", {"fit_on": "train+val"}, "--probe-l2"),
+        ("model", {"head": "random"}, "--epochs is 0"),
+        ("augment", {"train_sizes": (16,)}, "--train-sizes"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    base: TrainConfig, part: str, values: dict[str, object], message: str
+) -> None:
+    config = dataclasses.replace(base, **{part: dataclasses.replace(getattr(base, part), **values)})
+    with pytest.raises(ValueError, match=message):
+        prepare(config)
+    assert not Path(config.runs).exists()
