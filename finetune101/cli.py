@@ -140,6 +140,33 @@ class DemoArguments:
     epochs: Annotated[int, tyro.conf.Suppress] = field(default=8)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecipesArguments:
+    """The named recipes: their commands and what to expect of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkArguments:
+    """Images/s of the bare training step, of the data alone and of both, on this machine."""
+
+    models: tuple[str, ...] = ("resnet18", "efficientnet_lite0")
+    """Networks to measure."""
+    data: str | None = None
+    """Folder with one folder per class (or its parent). Without any, images are drawn."""
+    size: int | None = None
+    """Height and width of the input in pixels. Default: the network's own."""
+    batch_size: int = 64
+    """Images per step."""
+    steps: int = 10
+    """Steps of one measurement."""
+    repeats: int = 5
+    """Measurements; the median counts."""
+    every: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Measure fp32 and bf16, contiguous and channels_last, not only what the machine would choose."""
+    out: str = "benchmark.json"
+    """File for the numbers."""
+
+
 class _Unparsed(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise ValueError(message)
@@ -415,6 +442,45 @@ def data_show(argv: Sequence[str]) -> int:
     return 0
 
 
+def benchmark(argv: Sequence[str]) -> int:
+    """``finetune101 benchmark``."""
+    a = parse(BenchmarkArguments, argv, prog="finetune101 benchmark")
+    from tempfile import TemporaryDirectory
+
+    from finetune101.data import dataset, synthetic
+    from finetune101.runs import write_json
+    from finetune101.training.benchmark import Workload, table
+    from finetune101.training.benchmark import benchmark as measure
+
+    for name in ("batch_size", "steps", "repeats"):
+        if getattr(a, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
+    with TemporaryDirectory() as folder:
+        try:
+            root = dataset.find(a.data)
+        except ValueError:
+            if a.data is not None:
+                raise
+            root = synthetic.draw(Path(folder) / "data")
+        work = Workload(size=a.size, batch_size=a.batch_size, steps=a.steps, repeats=a.repeats)
+        result = measure(root, a.models, work, a.every)
+    print(table(result))
+    write_json(Path(a.out), result)
+    return 0
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """``finetune101 recipes``."""
+    parse(RecipesArguments, argv, prog="finetune101 recipes")
+    from inspect import getdoc
+
+    from finetune101.training.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name}\n  " + (getdoc(recipe) or "").replace("\n", "\n  ").replace("``", "") + "\n")
+    return 0
+
+
 def demo(argv: Sequence[str]) -> int:
     """``finetune101 demo``."""
     arguments = parse(DemoArguments, argv, prog="finetune101 demo")
@@ -432,6 +498,8 @@ VERBS: dict[str, Verb] = {
     "predict": predict,
     "compare": compare,
     "search": search,
+    "recipes": recipes,
+    "benchmark": benchmark,
     "demo": demo,
 }
 ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
@@ -442,6 +510,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   predict    label images with a run
   compare    two tested runs: paired difference with interval, McNemar's test, both curves
   search     a resumable grid over hyper-parameters
+  recipes    the named recipes of train
+  benchmark  how fast this machine trains
   demo       all of it on a small drawn data set"""
 
 

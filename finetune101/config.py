@@ -93,6 +93,8 @@ class ModelConfig:
     """Start of the new output layer. probe: the best linear one on frozen features (then --epochs may be 0)."""
     probe_l2: tuple[float, ...] = (0.03, 0.01, 0.003, 0.001)
     """L2 penalties that the probe tries; validation chooses."""
+    freeze_norm: bool = False
+    """Keep the batch-norm statistics of the start; their weights are trained."""
     freeze: bool = False
     """Train the new output layer only (linear probe)."""
     size: int | None = None

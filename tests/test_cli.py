@@ -197,7 +197,7 @@ MISTAKES = {
     "unknown timm model": ([*TRAIN, "--model", "timm:resnet1"], "timm has no model 'resnet1'; did you mean timm:"),
     "fixed size": (
         [*TRAIN, "--model", "vit_b_16"],
-        "vit_b_16 takes images of 224 px only; leave --size and --train-sizes out",
+        "vit_b_16 takes images of 224 px only; leave --size",
     ),
     "no weights file": ([*FINETUNE, "--weights", "none.pth"], "there is no weights file none.pth"),
     "corrupt .pth": ([*FINETUNE, "--weights", "corrupt.pth"], "corrupt.pth cannot be read as weights"),

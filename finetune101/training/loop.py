@@ -77,6 +77,10 @@ class Trainer:
         self.wrapped.train()
         if job.config.model.freeze:
             self.wrapped.eval()  # batch-norm statistics and dropout of a frozen network stay as they are
+        if job.config.model.freeze_norm:
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         losses, correct, started = [], torch.zeros((), device=job.world.device), time.perf_counter()
         batches = train_batches(
             job.images,
