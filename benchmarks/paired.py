@@ -2,7 +2,8 @@
 
 ``python benchmarks/paired.py --data FOLDER --models resnet18 efficientnet_lite0 --pairs 5`` writes
 results/speed/paired_<model>.json: every measurement, medians and the ratio's spread. Each measurement is a process of
-its own and counts its second epoch, so that neither side pays for start-up or for building the cache.
+its own; neither side pays for start-up or for building the cache: the plain loop makes one step before it counts, ours
+counts its second epoch.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure(command: list[str], read: Any) -> dict[str, float]:
 
 def pair(model: str, data: Path, split: Path, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """One measurement of the plain loop and one of ours."""
-    flags = ["--model", model, "--data", str(data), "--split", str(split), "--epochs", "2"]
+    flags = ["--model", model, "--data", str(data), "--split", str(split), "--batch-size", "64"]
 
     def read_plain(out: str) -> tuple[float, float]:
         epoch = json.loads(out.splitlines()[-1])[-1]
@@ -73,9 +74,9 @@ def pair(model: str, data: Path, split: Path, folder: Path) -> tuple[dict[str, f
         epoch = json.loads((folder / "runs/speed/metrics.jsonl").read_text().splitlines()[-1])
         return epoch["seconds"], epoch["val_seconds"]
 
-    plain = measure([sys.executable, str(HERE / "plain.py"), *flags], read_plain)
+    plain = measure([sys.executable, str(HERE / "plain.py"), *flags, "--epochs", "1"], read_plain)
     train = [sys.executable, "-m", "finetune101", "train", "--exp", "speed", "--runs", str(folder / "runs")]
-    recipe = ["--recipe", "original", "--overwrite", "--no-pretrain", "--size", "224", "--batch-size", "64"]
+    recipe = ["--recipe", "original", "--overwrite", "--no-pretrain", "--size", "224", "--epochs", "2"]
     return plain, measure([*train, *recipe, *flags], read_ours)
 
 

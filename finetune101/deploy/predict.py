@@ -22,6 +22,7 @@ from finetune101.data.cache import Pixels, decode
 from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
 from finetune101.evaluation.inference import load_model, logits, world_of
 from finetune101.runs import Run
+from finetune101.training import cpu
 
 Failure = tuple[str, str]
 
@@ -43,9 +44,13 @@ def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 6
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
     files, failed = expand(inputs)
+    fast = run.config().system.fast_kernels
+    if fast:
+        cpu.tune_allocator()
     model, preprocessing, classes = load_model(run)
     world = world_of(run)
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
+    forward = cpu.frozen(model, world, len(files)) if fast else model
     rows: list[Row] = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -58,7 +63,7 @@ def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 6
             pixels = [result for result in decoded if not isinstance(result, str)]
             if pixels:
                 x = to_input(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), preprocessing, world)
-                output, _ = logits(model, [(x, torch.zeros(len(x)))], world)
+                output, _ = logits(forward, [(x, torch.zeros(len(x)))], world)
                 values, indices = output.softmax(1).topk(min(top_k, len(classes)))
                 good = [file for file, result in zip(part, decoded, strict=True) if not isinstance(result, str)]
                 for file, probabilities, numbers in zip(good, values.tolist(), indices.tolist(), strict=True):
