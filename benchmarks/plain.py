@@ -25,7 +25,7 @@ TIMM = {"efficientnet_lite0": "tf_efficientnet_lite0", "efficientnet_lite2": "tf
 NORMALIZE = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
-class Images(Dataset):  # type: ignore[type-arg]
+class Images(Dataset):
     """Images of a manifest's subset, opened anew every time."""
 
     def __init__(self, root: Path, paths: list[str], classes: list[str], transform: transforms.Compose) -> None:

@@ -1,6 +1,6 @@
 """Seconds from ``import torch`` to the end of the first step of a run whose image cache is there.
 
-``python benchmarks/warm_start.py --data FOLDER`` starts the program five times and writes results/speed/warm_start.json.
+``python benchmarks/warm_start.py --data FOLDER`` starts it five times and writes results/speed/warm_start.json.
 """
 
 from __future__ import annotations

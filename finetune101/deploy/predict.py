@@ -44,10 +44,10 @@ def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 6
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
     files, failed = expand(inputs)
+    model, preprocessing, classes = load_model(run)
     fast = run.config().system.fast_kernels
     if fast:
         cpu.tune_allocator()
-    model, preprocessing, classes = load_model(run)
     world = world_of(run)
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
     forward = cpu.frozen(model, world, len(files)) if fast else model

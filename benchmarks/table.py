@@ -1,0 +1,87 @@
+"""The README's performance table and the claims on speed, from results/speed/: ``python benchmarks/table.py``.
+
+Prints the table's rows and enters the speed.* claims in results/claims.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+PAIRED = "python benchmarks/paired.py --data data/101_ObjectCategories"
+
+
+def read(name: str) -> Any:
+    """results/speed/NAME.json, or None when it has not been measured."""
+    file = RESULTS / "speed" / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def claim(name: str, value: float, unit: str, n: int, spread: Any, command: str) -> dict[str, Any]:
+    """One entry of claims.json."""
+    fields = {"value": value, "unit": unit, "n": n, "spread": spread, "command": command, "evidence": "speed"}
+    return {"id": f"speed.{name}", **fields}
+
+
+def rows() -> tuple[list[str], list[dict[str, Any]]]:
+    """Lines of the table and claims, of everything that has been measured."""
+    lines, claims = ["| what | plain loop | finetune101 | ratio (range) | claim |", "|---|---|---|---|---|"], []
+
+    def add(what: str, plain: str, ours: str, ratio: str, entry: dict[str, Any]) -> None:
+        lines.append(f"| {what} | {plain} | {ours} | **{ratio}** | `{entry['id']}` |")
+        claims.append(entry)
+
+    memory = []
+    for model in ("resnet18", "mobilenet_v2", "efficientnet_lite0", "alexnet"):
+        if found := read(f"paired_{model}"):
+            low, high = found["ratio_range"]
+            memory.append(found["memory_ratio"])
+            rates = f"{found['plain_images_per_s']} images/s", f"{found['ours_images_per_s']} images/s"
+            entry = claim(f"epoch.{model}", found["ratio"], "times", found["pairs"], found["ratio_range"], PAIRED)
+            add(f"epoch, {model}", *rates, f"{found['ratio']} ({low} to {high})", entry)
+    if memory:
+        entry = claim("memory", max(memory), "times", len(memory), [min(memory), max(memory)], PAIRED)
+        add("peak memory, the worst of these", "1", f"{max(memory)}", f"{max(memory)}", entry)
+    if found := read("benchmark"):
+        row, command = found["rows"][0], "finetune101 benchmark --models efficientnet_lite0 --repeats 7"
+        rates = f"{row['step_images_per_s']} images/s (bare step)", f"{row['whole_images_per_s']} images/s"
+        entry = claim("whole_vs_step", row["whole_vs_step"], "times", 7, row["range"], command)
+        add("whole training epoch against the bare step", *rates, f"{row['whole_vs_step']}", entry)
+    if found := read("predict"):
+        rates = f"{found['plain_images_per_s']:.0f} images/s", f"{found['warm_images_per_s']:.0f} images/s"
+        low, high = found["ratio_range"]
+        entry = claim(
+            "predict", found["ratio"], "times", found["pairs"], found["ratio_range"], "python benchmarks/predict.py RUN"
+        )
+        start = f"predict on 2,000 JPEGs, warm (start-up {found['start_s']:.0f} s beside it)"
+        add(start, *rates, f"{found['ratio']} ({low} to {high})", entry)
+    if found := read("warm_start"):
+        entry = claim("warm_start", found["seconds"], "s", len(found["all"]), None, "python benchmarks/warm_start.py")
+        add("second start to first step, after import torch", "–", f"{found['seconds']} s", "–", entry)
+    for name, exp, model in (
+        ("time_to_reference", "time_to_reference", "resnet18"),
+        ("time_to_finetuned", "time_to_finetuned", "efficientnet_lite0"),
+    ):
+        ours, plain = read(f"time_{exp}"), read(f"paired_{model}")
+        if ours and plain:
+            seconds = ours["seconds"] if name == "time_to_reference" else ours["reached"]["seconds"]
+            ratio = round(plain["plain_20_epochs_s"] / seconds, 1)
+            command = f"python benchmarks/time_to_accuracy.py: {ours['command']}"
+            entry = claim(name, ratio, "times", 1, None, command)
+            add(name, f"{plain['plain_20_epochs_s']} s", f"{seconds} s", f"{ratio}", entry)
+    return lines, claims
+
+
+def main() -> None:
+    """Prints the table and writes the claims."""
+    lines, claims = rows()
+    file = RESULTS / "claims.json"
+    kept = [old for old in json.loads(file.read_text()) if not old["id"].startswith("speed.")]
+    file.write_text(json.dumps(sorted(kept + claims, key=lambda one: str(one["id"])), indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
