@@ -1,6 +1,6 @@
 """The README's performance table and the claims on speed, from results/speed/: ``python benchmarks/table.py``.
 
-Prints the table's rows and enters the speed.* claims in results/claims.json.
+Writes the table into both READMEs, between their speed marks, and the speed.* claims into results/claims.json.
 """
 
 from __future__ import annotations
@@ -11,6 +11,19 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAIRED = "python benchmarks/paired.py --data data/101_ObjectCategories"
+
+MARKS = ("<!-- speed: python benchmarks/table.py -->", "<!-- end of speed -->")
+CHINESE = {
+    "| what | plain loop | finetune101 | ratio (range) | claim |": "| 内容 | 普通循环 | finetune101 | 倍数（范围） | 声明 |",
+    "whole training epoch against the bare step": "完整训练轮与裸训练步之比",
+    "peak memory, the worst of these": "峰值内存（最差者）",
+    "predict on 2,000 JPEGs, warm (start-up": "predict 处理 2,000 张 JPEG，预热后（另需启动",
+    "beside it)": "）",
+    "second start to first step, after import torch": "第二次启动到第一步（import torch 之后）",
+    "images/s": "张/秒",
+    "epoch, ": "一轮，",
+    "(bare step)": "（裸训练步）",
+}
 
 
 def read(name: str) -> Any:
@@ -75,11 +88,19 @@ def rows() -> tuple[list[str], list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Prints the table and writes the claims."""
+    """Writes table and claims, and prints the table."""
     lines, claims = rows()
     file = RESULTS / "claims.json"
     kept = [old for old in json.loads(file.read_text()) if not old["id"].startswith("speed.")]
     file.write_text(json.dumps(sorted(kept + claims, key=lambda one: str(one["id"])), indent=1) + "\n")
+    for name, words in (("README.md", {}), ("README.zh-CN.md", CHINESE)):
+        text = "\n".join(lines)
+        for english, chinese in words.items():
+            text = text.replace(english, chinese)
+        readme = RESULTS.parent / name
+        before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -3,7 +3,7 @@
 claims.json is a list of {id, value, unit, n, spread, command, evidence}.
 
 - ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
-  in percent and recomputed. Other ids are not accuracies; of those only the evidence must be there.
+  in percent and recomputed; so is the difference of two runs in ids that end in ``.points``. Other ids are not accuracies; of those only the evidence must be there.
 - ``n`` is the number of runs behind the value; with several, ``value`` is their mean and ``spread`` their sample
   standard deviation.
 - ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
@@ -79,11 +79,24 @@ def recompute(claim: dict[str, Any], results: Path) -> list[float]:
     if not isinstance(name, str):
         raise ValueError(f"{folder / 'test.json'} names no manifest")
     manifest = read_json(results / "splits" / f"{name}.json")
+    if manifest.get("hash") != read_json(folder / "test.json").get("manifest_hash"):
+        raise ValueError(f"{folder} was tested on another split than results/splits/{name}.json")
     files = [folder / "predictions.csv"] if (folder / "predictions.csv").is_file() else []
     files += sorted(folder.glob("predictions_seed*.csv"))
     if not files:
         raise ValueError(f"{folder} has no predictions")
     return [accuracy(read_predictions(file, manifest), claim["id"].rpartition(".")[2]) for file in files]
+
+
+def check_difference(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with a difference of two runs' top-1 accuracies, both of which have evidence of their own."""
+    try:
+        arms = read_json(results / claim["evidence"] / "comparison.json")
+        a, b = (recompute({"id": "x.top1", "evidence": arms[arm]["name"]}, results)[0] for arm in ("a", "b"))
+    except (KeyError, ValueError) as error:
+        return [f"cannot be recomputed: {error}"]
+    wrong = abs(a - b - claim["value"]) > TOLERANCE
+    return [f"claims {claim['value']}, the predictions give {a - b:.4f}"] if wrong else []
 
 
 def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
@@ -93,6 +106,8 @@ def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     folder = (results / claim["evidence"]).resolve()
     if not folder.is_dir() or results.resolve() not in folder.parents:
         return [f"evidence {claim['evidence']} is no folder below {results}"]
+    if claim["id"].endswith(".points"):
+        return check_difference(claim, results)
     if claim["id"].rpartition(".")[2] not in ACCURACIES:
         return []
     try:

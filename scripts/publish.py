@@ -23,7 +23,11 @@ def publish(run: Path, claim: str, command: str) -> None:
     for name in KEPT:
         shutil.copyfile(run / name, folder / name)
     split, test = Run(run).read_json("split.json"), Run(run).read_json("test.json")
-    manifest = f"{split['protocol']}_seed{split['seed']}"
+    per_class = split["options"].get("train_per_class", "")
+    manifest = f"{split['protocol']}{per_class}_seed{split['seed']}"
+    known = RESULTS / "splits" / f"{manifest}.json"
+    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != split:
+        raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")
     write_json(RESULTS / "splits" / f"{manifest}.json", split)
     write_json(folder / "test.json", {**test, "manifest": manifest})
     claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ def project(tmp_path: Path) -> Path:
     results = tmp_path / "results"
     (results / "a").mkdir(parents=True)
     (results / "splits").mkdir()
-    manifest = {"classes": ["cat", "dog"], "subsets": {"train": [], "val": [], "test": TEST}}
+    manifest = {"hash": "sha256:0", "classes": ["cat", "dog"], "subsets": {"train": [], "val": [], "test": TEST}}
     (results / "splits" / "tiny.json").write_text(json.dumps(manifest))
     (results / "a" / "config.json").write_text("{}")
-    (results / "a" / "test.json").write_text('{"manifest": "tiny"}')
+    (results / "a" / "test.json").write_text('{"manifest": "tiny", "manifest_hash": "sha256:0"}')
     (results / "a" / "predictions.csv").write_text(HEADER + "\n".join(ROWS) + "\n")
     return tmp_path
 
@@ -126,3 +127,21 @@ def test_readme(project: Path, readme: str, fine: bool) -> None:
 def test_exit_code(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert claims.main(project) == 1  # there is no claims.json yet
     assert "claims.json is missing" in capsys.readouterr().err
+
+
+def test_a_difference_is_recomputed_from_both_arms(project: Path) -> None:
+    results = project / "results"
+    shutil.copytree(results / "a", results / "b")
+    wrong = [row.replace("cat,0", "dog,0") for row in ROWS]
+    (results / "b" / "predictions.csv").write_text(HEADER + "\n".join(wrong) + "\n")
+    (results / "ab").mkdir()
+    (results / "ab" / "comparison.json").write_text('{"a": {"name": "a"}, "b": {"name": "b"}}')
+    difference = 75.0 - claims.recompute({"id": "x.top1", "evidence": "b"}, results)[0]
+    assert difference > 0
+    assert problems(project, claim(id="a.points", value=difference, evidence="ab")) == ""
+    assert "the predictions give" in problems(project, claim(id="a.points", value=difference + 1, evidence="ab"))
+
+
+def test_another_split_is_noticed(project: Path) -> None:
+    (project / "results" / "a" / "test.json").write_text('{"manifest": "tiny", "manifest_hash": "sha256:1"}')
+    assert "another split" in problems(project, claim())
