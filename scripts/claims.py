@@ -3,7 +3,8 @@
 claims.json is a list of {id, value, unit, n, spread, command, evidence}.
 
 - ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
-  in percent and recomputed; so is the difference of two runs in ids that end in ``.points``. Other ids are not accuracies; of those only the evidence must be there.
+  in percent and recomputed; so is the difference of two runs in ids that end in ``.points``. Other ids are not
+  accuracies; of those only the evidence must be there.
 - ``n`` is the number of runs behind the value; with several, ``value`` is their mean and ``spread`` their sample
   standard deviation.
 - ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
