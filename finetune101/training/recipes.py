@@ -34,8 +34,8 @@ def probe(exp: str, *, pretrain: bool = True) -> TrainConfig:
 def finetune_fast(exp: str, *, pretrain: bool = True) -> TrainConfig:
     """A linear probe first, then three epochs of everything (LP-FT, Kumar et al., 2022), batch-norm statistics kept.
 
-    ``finetune101 train --exp NAME --recipe finetune_fast``: 96 to 97 % on Caltech-101 (validation, reference split) with
-    EfficientNet-Lite0, in about ten minutes on two cores; the probe alone is there after one.
+    ``finetune101 train --exp NAME --recipe finetune_fast``: 96 to 97 % on Caltech-101 (validation, reference split)
+    with EfficientNet-Lite0, in about ten minutes on two cores; the probe alone is there after one.
     """
     if not pretrain:
         raise ValueError("recipe finetune_fast starts from ImageNet weights; take --recipe original with --no-pretrain")
