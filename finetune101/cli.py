@@ -265,6 +265,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
             pass
         leave()
         raise SystemExit(0)
+    print(f"Recipe {config.recipe}; finetune101 recipes lists all, --recipe NAME chooses, flags override")
     images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
     print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
     layout = ", channels_last" if job.world.channels_last else ""
