@@ -9,6 +9,7 @@ counts its second epoch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -20,21 +21,24 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from finetune101.data import dataset, splits
+
 HERE = Path(__file__).resolve().parent
 TRAIN, VAL = 640, 96  # images of the subset
 FULL_TRAIN, FULL_VAL = 6003, 904  # of the reference split
 
 
-def subset(split: dict[str, Any]) -> dict[str, Any]:
+def subset(split: splits.Manifest, index: dataset.Index) -> splits.Manifest:
     """``split`` with TRAIN and VAL of its images, taken evenly from its classes."""
-    chosen = dict(split["subsets"])
+    chosen = dict(split.subsets)
     for name, count in (("train", TRAIN), ("val", VAL)):
         classes = defaultdict(list)
-        for path in split["subsets"][name]:
+        for path in split.subsets[name]:
             classes[path.split("/")[-2]].append(path)
         ranked = sorted((i, path) for paths in classes.values() for i, path in enumerate(sorted(paths)))
-        chosen[name] = sorted(path for _, path in ranked[:count])
-    return {**split, "subsets": chosen}
+        chosen[name] = tuple(sorted(path for _, path in ranked[:count]))
+    kept = [path for paths in chosen.values() for path in paths]
+    return dataclasses.replace(split, subsets=chosen, content_hash=dataset.content_hash(index.digests, kept))
 
 
 def peak_memory(process: subprocess.Popen[str]) -> float:
@@ -111,7 +115,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split = folder / "split.json"
-        split.write_text(json.dumps(subset(json.loads(arguments.split.read_text()))))
+        chosen = subset(splits.read(arguments.split), dataset.index(dataset.find(str(arguments.data))))
+        split.write_text(json.dumps(chosen.to_json()))
         for model in arguments.models:
             plain, ours = [], []
             for number in range(1, arguments.pairs + 1):
