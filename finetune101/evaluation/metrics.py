@@ -5,12 +5,14 @@ Accuracies and their intervals are in percent, differences in percentage points.
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 
 Integers: TypeAlias = Tensor | npt.ArrayLike
@@ -47,15 +49,18 @@ def mean_per_class(predictions: Integers, labels: Integers, num_classes: int) ->
     return float(100.0 * np.mean(right[present] / images[present]))
 
 
-def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, in percent.
+def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, in percent; ``successes`` may be a mean over runs on the same images.
 
     Source: E. B. Wilson, "Probable inference", JASA 22 (1927). Raises ValueError unless 0 <= successes <= n, n >= 1.
     """
     if not (n >= 1 and 0 <= successes <= n):
         raise ValueError(f"{successes} of {n} is no proportion; give at least one image")
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(confidence_level=level, method="wilson")
-    return 100.0 * float(interval.low), 100.0 * float(interval.high)
+    share, z = successes / n, float(stats.norm.ppf((1 + level) / 2))
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * float(np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)) / (1 + z * z / n)
+    # exact at the ends, where rounding would leave a trace
+    return (0.0 if successes == 0 else 100 * (centre - half)), (100.0 if successes == n else 100 * (centre + half))
 
 
 def mcnemar_exact(a_correct: Booleans, b_correct: Booleans) -> float:
@@ -73,23 +78,84 @@ def mcnemar_exact(a_correct: Booleans, b_correct: Booleans) -> float:
 
 
 def paired_bootstrap(
-    a_correct: Booleans, b_correct: Booleans, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    a_correct: npt.ArrayLike | Tensor,
+    b_correct: npt.ArrayLike | Tensor,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """Accuracy of a minus accuracy of b on the same N images, in points, with its percentile bootstrap interval.
 
-    Returns (difference, low, high). Resampling whole images keeps each pair together.
+    Each side is N times right or wrong, or N shares of its runs that are right. Returns (difference, low, high); the
+    runs are taken as given, only the choice of images varies. Resampling whole images keeps each pair together.
     Source: B. Efron, R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
     """
-    a, b = np.asarray(a_correct, dtype=bool), np.asarray(b_correct, dtype=bool)
+    a, b = np.asarray(a_correct, dtype=float), np.asarray(b_correct, dtype=float)
     _same_images(len(a), len(b))
-    n = len(a)
-    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
-    # An image adds +1, -1 or 0, so drawing n images is drawing the three counts.
-    shares = np.array([only_a, only_b, n - only_a - only_b]) / n
-    counts = np.random.default_rng(seed).multinomial(n, shares, size=resamples)
-    differences = 100.0 * (counts[:, 0] - counts[:, 1]) / n
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-    return 100.0 * (only_a - only_b) / n, float(low), float(high)
+    # A difference takes few values, so drawing n images is drawing how often each value comes.
+    values, times = np.unique(np.round(a - b, 9), return_counts=True)
+    counts = np.random.default_rng(seed).multinomial(len(a), times / len(a), size=resamples)
+    low, high = np.quantile(100.0 * counts @ values / len(a), [(1 - level) / 2, (1 + level) / 2])
+    return 100.0 * float(times @ values) / len(a), float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossed:
+    """A difference in points that holds for new images and new training runs."""
+
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    df: float
+    images_sd: float
+    runs_sd: float
+
+
+def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
+    """Accuracy of a minus accuracy of b, both (runs, images) right or wrong, with images and runs as random samples.
+
+    The variance is that of the per-image difference over images, plus each arm's variance between its runs, from which
+    the part that images already explain is taken (two-way analysis of variance, images x runs); the t interval has
+    Satterthwaite's degrees of freedom, which is what corrects for few runs. ``images_sd`` and ``runs_sd`` are the two
+    shares of the standard error. Raises ValueError with fewer than two runs on a side.
+    Source: F. E. Satterthwaite, Biometrics Bulletin 2 (1946); for images crossed with readers, S. L. Hillis, Statistics
+    in Medicine 26 (2007).
+    """
+    arms = [np.asarray(side, dtype=float) for side in (a, b)]
+    _same_images(arms[0].shape[1], arms[1].shape[1])
+    if min(map(len, arms)) < 2:
+        raise ValueError("an interval over training runs needs two runs on each side; train another seed")
+    gain = 100.0 * (arms[0].mean(0) - arms[1].mean(0))
+    images = gain.var(ddof=1) / len(gain)
+    parts = [_between_runs(arm) for arm in arms]
+    variance = images + sum(part for part, _ in parts)
+    if variance == 0:  # the same answers everywhere
+        return Crossed(difference=float(gain.mean()), interval=(float(gain.mean()),) * 2, p=1.0 - float(gain.any()),
+                       df=float("inf"), images_sd=0.0, runs_sd=0.0)  # fmt: skip
+    weights = images**2 / (len(gain) - 1) + sum(seen**2 / (len(a) - 1) for (_, seen), a in zip(parts, arms, strict=True))
+    df, difference = variance**2 / weights, float(gain.mean())
+    half = float(stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance))
+    return Crossed(
+        difference=difference,
+        interval=(difference - half, difference + half),
+        p=float(2 * stats.t.sf(abs(difference) / np.sqrt(variance), df)),
+        df=float(df),
+        images_sd=float(np.sqrt(images)),
+        runs_sd=float(np.sqrt(sum(part for part, _ in parts))),
+    )
+
+
+def _between_runs(correct: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Variance of the mean accuracy (points squared) that comes from the runs themselves, at least 0, and as seen.
+
+    What is seen holds the images' share too; Hillis takes it for the degrees of freedom.
+    """
+    runs, images = correct.shape
+    by_run = 100.0 * correct.mean(1)
+    rest = 100.0 * (correct - correct.mean(1, keepdims=True) - correct.mean(0) + correct.mean())
+    interaction = float((rest**2).sum()) / ((runs - 1) * (images - 1)) if images > 1 else 0.0
+    seen = float(by_run.var(ddof=1))
+    return max(0.0, seen - interaction / images) / runs, seen / runs
 
 
 def _same_images(a: int, b: int) -> None:

@@ -1,0 +1,102 @@
+"""Do the intervals and tests of ``finetune101 compare`` keep their promise? A simulation with known truth.
+
+python benchmarks/coverage.py          writes results/compare_coverage/coverage.json (about a minute on one core)
+
+Image i of arm k has an ability a_ki ~ N(m_k, s^2), correlated between the arms; run r adds its own b_kr ~ N(0, t^2);
+the answer is right where a_ki + b_kr + N(0, 1) > 0. So the true accuracies have a closed form: Phi(m / sqrt(1 + s^2 +
+t^2)) over images and runs, Phi((m + b) / sqrt(1 + s^2)) for the given run. ``t`` is set so that the true accuracy of
+the arm differs by the wanted number of points from run to run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from finetune101.evaluation import metrics
+from finetune101.runs import write_json
+
+IMAGES = 1770  # the reference split's test images
+SPREAD = 2.0  # s: most images are nearly always right, or nearly always wrong
+CORRELATION = 0.7  # of an image's ability in the two arms
+ARMS = {"equal, 95 %": (0.95, 0.95), "95 against 93 %": (0.95, 0.93), "95 against 55 %": (0.95, 0.55)}
+OUT = Path(__file__).parents[1] / "results" / "compare_coverage" / "coverage.json"
+
+
+def simulate(
+    rng: np.random.Generator, arms: tuple[float, float], runs: int, points: float
+) -> tuple[list[Any], list[Any]]:
+    """One experiment: (right answers (runs, images) of each arm, true accuracy of each run in percent)."""
+    shared, own = rng.standard_normal(IMAGES), rng.standard_normal((2, IMAGES))
+    correct, truth = [], []
+    for k, accuracy in enumerate(arms):
+        mean, spread = effect(accuracy, points)
+        ability = SPREAD * (np.sqrt(CORRELATION) * shared + np.sqrt(1 - CORRELATION) * own[k])
+        level = mean + spread * rng.standard_normal((runs, 1))
+        noise = rng.standard_normal((runs, IMAGES), dtype=np.float32)
+        correct.append(ability + level + noise > 0)
+        truth.append(100 * stats.norm.cdf(level[:, 0] / np.sqrt(1 + SPREAD**2)))
+    return correct, truth
+
+
+def effect(accuracy: float, points: float) -> tuple[float, float]:
+    """(m, t) for a true ``accuracy`` whose runs differ by a standard deviation of ``points`` (delta method)."""
+    z = stats.norm.ppf(accuracy)
+    spread = points / 100 * np.sqrt(1 + SPREAD**2) / stats.norm.pdf(z)
+    return float(z * np.sqrt(1 + SPREAD**2 + spread**2)), float(spread)
+
+
+def cell(name: str, runs: int, points: float, repeats: int, seed: int) -> dict[str, Any]:
+    """Shares, in percent, of ``repeats`` experiments in which an interval holds the truth or a test rejects it."""
+    rng, arms = np.random.default_rng(seed), ARMS[name]
+    truth = 100 * (arms[0] - arms[1])
+    held = rejected = 0
+    for _ in range(repeats):
+        (a, b), _true = simulate(rng, arms, runs, points)
+        result = metrics.crossed(a, b)
+        held += result.interval[0] <= truth <= result.interval[1]
+        rejected += result.p < 0.05
+    found = {"arms": name, "runs": runs, "between_runs_points": points, "crossed_coverage": 100 * held / repeats}
+    return found | ({"crossed_false_positive": 100 * rejected / repeats} if truth == 0 else {})
+
+
+def one_run(name: str, repeats: int, seed: int) -> dict[str, Any]:
+    """The same for one run per arm: the bootstrap over images and McNemar's test, both about the given networks."""
+    rng, arms = np.random.default_rng(seed), ARMS[name]
+    held = rejected = 0
+    for _ in range(repeats):
+        (a, b), (true_a, true_b) = simulate(rng, arms, 1, 0.0)
+        _, low, high = metrics.paired_bootstrap(a[0], b[0], resamples=2000)
+        held += bool(low <= true_a[0] - true_b[0] <= high)
+        rejected += metrics.mcnemar_exact(a[0], b[0]) < 0.05
+    found = {"arms": name, "runs": 1, "images_coverage": 100 * held / repeats}
+    return found | ({"mcnemar_false_positive": 100 * rejected / repeats} if arms[0] == arms[1] else {})
+
+
+def main(repeats: int = 4000, out: Path = OUT) -> dict[str, Any]:
+    """Runs every cell, prints it and writes all of them to ``out``."""
+    started, cells = time.perf_counter(), []
+    for seed, (name, runs, points) in enumerate(itertools.product(ARMS, (3, 5), (0.3, 1.0))):
+        cells.append(cell(name, runs, points, repeats, seed))
+        print(cells[-1], flush=True)
+    for seed, name in enumerate(ARMS, 100):
+        cells.append(one_run(name, repeats // 2, seed))
+        print(cells[-1], flush=True)
+    covered = [value for c in cells for key, value in c.items() if key.endswith("coverage")]
+    wrong = [value for c in cells for key, value in c.items() if key.endswith("false_positive")]
+    summary = {"coverage": [min(covered), max(covered)], "false_positive": max(wrong)}
+    seconds = round(time.perf_counter() - started)
+    result = {**summary, "images": IMAGES, "repeats": repeats, "seconds": seconds, "cells": cells}
+    write_json(out, result)
+    print(f"coverage {min(covered):.1f} to {max(covered):.1f} %, false positives up to {max(wrong):.1f} %, {seconds} s")
+    return result
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in sys.argv[1:2]))
