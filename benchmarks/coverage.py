@@ -99,4 +99,4 @@ def main(repeats: int = 4000, out: Path = OUT) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:2]))
+    main(int(sys.argv[1]) if sys.argv[1:] else 4000)

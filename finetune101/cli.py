@@ -20,7 +20,6 @@ import tyro
 from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig, Flat, TrainConfig, validate
 
 if TYPE_CHECKING:
-    from finetune101.analysis.compare import Comparison
     from finetune101.runs import Run
 
 
@@ -67,20 +66,6 @@ class PredictArguments:
     """Print JSON."""
     batch_size: int = 64
     """Images per step."""
-    runs: str = "runs"
-    """Folder of all runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareArguments:
-    """Compare two tested runs on the same test images; writes the numbers and both curves to OUT."""
-
-    a: tyro.conf.Positional[str]
-    """Folder or name of a run."""
-    b: tyro.conf.Positional[str]
-    """Folder or name of another run."""
-    out: str = "comparison"
-    """Folder for comparison.json and comparison.png."""
     runs: str = "runs"
     """Folder of all runs."""
 
@@ -360,26 +345,23 @@ def predict(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """``finetune101 compare``."""
-    arguments = parse(CompareArguments, argv, prog="finetune101 compare")
-    from finetune101.runs import open_run
+    from finetune101 import verbs
 
-    run_comparison(open_run(arguments.a, arguments.runs), open_run(arguments.b, arguments.runs), Path(arguments.out))
-    return 0
+    return verbs.compare(argv)
 
 
-def run_comparison(a: Run, b: Run, out: Path) -> Comparison:
-    """Prints the comparison of two tested runs and writes comparison.json and comparison.png to ``out``."""
-    from finetune101.analysis import compare as comparing
-    from finetune101.analysis.figures import comparison as picture
-    from finetune101.runs import write_json
+def report(argv: Sequence[str]) -> int:
+    """``finetune101 report``."""
+    from finetune101 import verbs
 
-    result = comparing.compare(a, b)
-    print(comparing.text(result))
-    write_json(out / "comparison.json", comparing.to_json(result))
-    tests = (a.read_json("test.json"), b.read_json("test.json"))
-    picture(a.metrics(), b.metrics(), (result.a.name, result.b.name), tests, out / "comparison.png")
-    print(f"Picture: {out / 'comparison.png'}")
-    return result
+    return verbs.report(argv)
+
+
+def study(argv: Sequence[str]) -> int:
+    """``finetune101 study``."""
+    from finetune101 import verbs
+
+    return verbs.study(argv)
 
 
 def search(argv: Sequence[str]) -> int:
@@ -498,6 +480,8 @@ VERBS: dict[str, Verb] = {
     "evaluate": evaluate,
     "predict": predict,
     "compare": compare,
+    "report": report,
+    "study": study,
     "search": search,
     "recipes": recipes,
     "benchmark": benchmark,
@@ -509,7 +493,9 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
   predict    label images with a run
-  compare    two tested runs: paired difference with interval, McNemar's test, both curves
+  compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
+  report     one page about a run, a comparison or a study
+  study      seeds x splits x arms x networks x training sizes, trained, tested and summed up
   search     a resumable grid over hyper-parameters
   recipes    the named recipes of train
   benchmark  how fast this machine trains

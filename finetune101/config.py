@@ -172,6 +172,50 @@ class TrainConfig:
         return 0.1 if self.model.pretrain else 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A study: seeds x splits x arms x networks x training sizes."""
+
+    exp: str
+    """Name of the study: its runs are RUNS/EXP/NETWORK/ARM/SIZE/SPLIT_SEED."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    arms: tuple[Literal["finetune", "scratch", "probe"], ...] = ("finetune", "scratch", "probe")
+    """Fine-tuning, random initialisation, and a linear output layer on frozen features."""
+    models: tuple[str, ...] = ("efficientnet_lite0",)
+    """Networks."""
+    seeds: int = 3
+    """Runs of each arm on each split, with seeds 0, 1, ..."""
+    splits: int = 1
+    """Number of splits, with seeds from --split-seed on."""
+    train_per_class: tuple[int, ...] = ()
+    """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
+    finetune_recipe: str = "finetune_fast"
+    """Recipe of the arm finetune."""
+    scratch_recipe: str = "original"
+    """Recipe of the arm scratch."""
+    probe_recipe: str = "probe"
+    """Recipe of the arm probe."""
+    epochs: int | None = None
+    """Epochs of every arm that trains all layers. Default: its recipe's."""
+    batch_size: int | None = None
+    """Images per step. Default: the recipe's."""
+    size: int | None = None
+    """Height and width of the input in pixels. Default: the network's own."""
+    probe_l2: float = 0.003
+    """L2 penalty of a linear output layer, with --train-per-class, where no validation images choose it."""
+    data: str | None = None
+    """Folder with one folder per class (or its parent)."""
+    protocol: Literal["reference", "standard", "folders"] = "reference"
+    """The split, without --train-per-class."""
+    split_seed: int = 42
+    """Seed of the first split."""
+    max_test_per_class: int | None = None
+    """At most this many test images per class (standard)."""
+    threads: int | None = None
+    """CPU threads. Default: all cores."""
+
+
 _PARTS: dict[str, type] = {
     "data": DataConfig,
     "augment": AugmentConfig,

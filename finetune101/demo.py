@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 from finetune101 import cli
+from finetune101.analysis.groups import open_group
+from finetune101.analysis.report import report
 from finetune101.config import DataConfig, ModelConfig, TrainConfig
 from finetune101.data import synthetic, verify
 from finetune101.deploy.predict import as_text, predict
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run
 from finetune101.training.recipes import original
+from finetune101.verbs import run_comparison
 
 SIZE = 128  # px: half the network's own, so that two trainings fit in the time of a coffee
 NEXT = """
@@ -22,6 +25,7 @@ What to type for Caltech-101:
   finetune101 train --exp random --no-pretrain             the same network from random initialisation
   finetune101 evaluate finetune; finetune101 evaluate random
   finetune101 compare finetune random
+  finetune101 report comparison
 For your own images, one folder per class: add --data FOLDER to train."""
 
 
@@ -37,13 +41,16 @@ def run_demo(out: Path, epochs: int) -> None:
     _title("4. Train the same network from random initialisation, for twice as many epochs")
     random = _arm(out, data, "random", 2 * epochs, pretrain=False)
     _title("5. Compare them on the same test images")
-    comparison = cli.run_comparison(finetune, random, out / "comparison")
+    groups = [open_group(str(run.path)) for run in (finetune, random)]
+    comparison = run_comparison(groups, out / "comparison")
     _title("6. Label one test image")
     image = finetune.read_json("split.json")["subsets"]["test"][0]
     print(as_text(predict(finetune, [str(data / image)], top_k=3)[0]))
+    _title("7. Make the report page")
+    page = report(str(out / "comparison"), out / "report")
     gain, seconds = comparison.difference, time.perf_counter() - started
     print(f"\nDone in {seconds:.0f} s: pretraining was worth {gain:.1f} points of test accuracy here.")
-    print(f"Look at {out}/comparison/comparison.png and tensorboard --logdir {out}/runs")
+    print(f"Open {page} in a browser; tensorboard --logdir {out}/runs")
     print(NEXT)
 
 

@@ -29,11 +29,11 @@ ORDER = (
     ("search",),
     ("analysis",),
     ("deploy",),
-    ("cli", "classic", "demo"),
+    ("cli", "verbs", "classic", "demo"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard"}
+HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard", "jinja2"}
 LIGHT = ("config", "runs", "cli", "data.dataset", "data.splits")
 
 

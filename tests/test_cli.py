@@ -169,6 +169,25 @@ def test_compare_writes_numbers_and_picture(runs: Path, here: Path, capsys: pyte
     assert json.loads((here / "ab" / "comparison.json").read_text()) and (here / "ab" / "comparison.png").is_file()
 
 
+def test_compare_takes_groups(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, seeds in {"x": "ab", "y": "ba"}.items():
+        for k, run in enumerate(seeds):
+            shutil.copytree(runs / run, here / "runs" / name / f"{k}")
+    assert main(["compare", "x", "runs/y/*"]) == 0
+    out = capsys.readouterr().out
+    assert "n = 2 runs" in out and "over images and runs" in out and "random: seed 1 gives the recorded" in out
+
+
+def test_study_counts_runs_before_it_trains(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["study", "--exp", "s", "--data", str(tiny_data), "--models", "squeezenet1_1", "--size", "32"]
+    assert main([*words, "--train-per-class", "1,2", "--seeds", "2", "--splits", "3", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "36 runs, 36 to do" in out and "no run is recorded" in out and not (here / "runs").exists()
+    more = ["--arms", "scratch", "--seeds", "1", "--epochs", "1", "--threads", "1"]
+    assert main([*words, *more]) == 0
+    assert "scratch" in capsys.readouterr().out and (here / "runs" / "s" / "study.json").is_file()
+
+
 def test_search_ranks_the_grid(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = ["--batch-sizes", "8", "--lrs", "0.01", "0.02", "--step-sizes", "1", "--gammas", "0.1"]
     words = ["search", "--exp", "s", "--data", str(tiny_data), "--no-pretrain", *SMALL, *grid, "--weight-decays", "0"]
@@ -237,6 +256,10 @@ MISTAKES = {
     "predict nothing": (["predict", "nope", "x.jpg"], "no run named nope"),
     "predict top 0": (["predict", "{runs}/a", "x.jpg", "--top-k", "0"], "--top-k is 0; give at least 1"),
     "compare nothing": (["compare", "{runs}/a", "nope"], "no run named nope"),
+    "compare one": (["compare", "a", "--runs", "{runs}"], "compare needs two runs or groups of runs"),
+    "study of nothing": (["study", "--exp", "s", "--data", "few", "--seeds", "0"], "--seeds is 0; give at least 1"),
+    "study without data": (["study", "--exp", "s", "--data", "none"], "--data none does not exist"),
+    "report nothing": (["report", "nope", "--runs", "{runs}"], "no run named nope; there are: a, b, other"),
     "compare splits": (["compare", "a", "other", "--runs", "{runs}"], "split"),
     "search a NaN": (["search", *TRAIN[1:], "--lrs", "nan"], "--lr is nan; give a positive number"),
     "no card": ([*TRAIN, "--precision", "fp16"], "--precision fp16 needs a CUDA card"),

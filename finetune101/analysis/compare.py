@@ -1,186 +1,364 @@
-"""Two finished runs on the same test images: how far apart they are, and how sure that is."""
+"""Groups of tested runs on the same images: how far apart they are, how sure that is, and what each of them took."""
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
+import itertools
 import json
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from finetune101.data import splits
+from finetune101.analysis.groups import Group, Tested, common_splits, mean_sd, proof, read
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
 
-Predictions = dict[str, tuple[str, str]]
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One run of an arm; accuracies in percent."""
+
+    path: str
+    seed: int
+    split_seed: int
+    manifest_hash: str
+    epoch: int
+    correct: int
+    top1: float
+    mean_per_class: float
+    init_hash: str
+    start: str
+    command: str
+    seconds: float
+    steps: int
+    images: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One of the two runs; accuracies in percent, over the test images."""
+    """One side: means over its runs, with the standard deviation where there are several."""
 
     name: str
     network: str
     init_source: str
     init_hash: str
     epoch: int
-    correct: int
+    correct: float
     top1: float
+    top1_sd: float | None
     top1_interval: tuple[float, float]
     mean_per_class: float
+    mean_per_class_sd: float | None
+    validation: float | None
+    steps_to_other: float | None
+    seconds_to_other: float | None
+    runs: tuple[Score, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """McNemar's exact test of two runs on one split."""
+
+    a: str
+    b: str
+    only_a: int
+    only_b: int
+    p: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassGain:
+    """One class: test images (of the first split), and the percent of them that each arm gets right, mean over runs."""
+
+    name: str
+    n: int
+    a: float
+    b: float
+    gain: float
+    a_interval: tuple[float, float]
+    b_interval: tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The two arms and their paired difference (a minus b, percentage points) over the same ``n`` test images."""
+    """The two arms and their paired difference (a minus b, percentage points) over the same ``n`` test images.
+
+    ``difference_interval`` is over images and about the given runs; ``crossed`` over images and runs, with two runs or
+    more on each side; ``over_splits`` is there instead of both with several splits.
+    """
 
     a: Arm
     b: Arm
     n: int
     manifest_hash: str
+    splits: int
     difference: float
-    difference_interval: tuple[float, float]
-    mcnemar_p: float
-    only_a: int
-    only_b: int
+    difference_interval: tuple[float, float] | None
+    crossed: metrics.Crossed | None
+    over_splits: tuple[float, float] | None
+    mcnemar: tuple[Pair, ...]
+    classes: tuple[ClassGain, ...]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The widest interval that the runs allow."""
+        found = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
+        assert found is not None
+        return found
+
+    @property
+    def over(self) -> str:
+        """What ``interval`` is over: splits, images and runs, or images."""
+        return "splits" if self.over_splits else "images and runs" if self.crossed else "images"
 
 
 def compare(run_a: Run, run_b: Run) -> Comparison:
-    """Compares the test predictions of two runs, image by image.
+    """Compares two runs image by image: ``compare_groups`` of one run each."""
+    return compare_groups(*(Group(name=run.name, runs=(read(run),)) for run in (run_a, run_b)))
+
+
+def compare_groups(a: Group, b: Group) -> Comparison:
+    """Compares the test predictions of two arms, image by image.
 
     Every number is computed from predictions.csv and must agree with test.json. Raises ValueError when a run has not
-    been evaluated, its files contradict each other, or the two were split differently.
+    been evaluated, its files contradict each other, or the arms were split differently.
     """
-    split_a, split_b = (splits.from_json(run.read_json("split.json")).hash() for run in (run_a, run_b))
-    if split_a != split_b:
-        raise ValueError(
-            f"{run_a.path} and {run_b.path} were split differently; train one of them again with "
-            f"--split {(run_a.path / 'split.json').as_posix()}"
-        )
-    predictions_a, predictions_b = read_predictions(run_a), read_predictions(run_b)
-    if {path: label for path, (label, _) in predictions_a.items()} != {
-        path: label for path, (label, _) in predictions_b.items()
-    }:
-        raise ValueError(f"{run_a.path} and {run_b.path} were tested on different images; evaluate both again")
-    for run in (run_a, run_b):
-        best = [record["epoch"] for record in run.metrics() if record["best"]]
-        if best and best[-1] != run.read_json("test.json")["epoch"]:
-            raise ValueError(f"{run.path} was trained on after its test; evaluate it again")
-    names = (run_a.name, run_b.name) if run_a.name != run_b.name else (run_a.path.as_posix(), run_b.path.as_posix())
-    paths = sorted(predictions_a)
-    right_a = np.array([predictions_a[path][0] == predictions_a[path][1] for path in paths])
-    right_b = np.array([predictions_b[path][0] == predictions_b[path][1] for path in paths])
-    difference, low, high = metrics.paired_bootstrap(right_a, right_b)
+    found = common_splits(a, b)
+    if a.name == b.name:
+        a, b = (dataclasses.replace(group, name=_path_name(group)) for group in (a, b))
+    sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
+    by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
+    several = len(found) > 1
+    crossed = min(len(a.runs), len(b.runs)) > 1 and not several
+    first = a.runs[0]
     return Comparison(
-        a=_arm(run_a, names[0], predictions_a, split_a),
-        b=_arm(run_b, names[1], predictions_b, split_b),
-        n=len(paths),
-        manifest_hash=split_a,
-        difference=difference,
-        difference_interval=(low, high),
-        mcnemar_p=metrics.mcnemar_exact(right_a, right_b),
-        only_a=int(np.sum(right_a & ~right_b)),
-        only_b=int(np.sum(right_b & ~right_a)),
+        a=_arm(a, b),
+        b=_arm(b, a),
+        n=len(first.answers),
+        manifest_hash=first.split,
+        splits=len(found),
+        difference=float(np.mean([one[0] for one in by_split])),
+        difference_interval=None if several else by_split[0][1:],
+        crossed=metrics.crossed(sides[0][0], sides[1][0]) if crossed else None,
+        over_splits=over_splits([one[0] for one in by_split], first) if several else None,
+        mcnemar=tuple(_pairs(a, b, found)),
+        classes=tuple(_gains(a, b)),
     )
 
 
-def read_predictions(run: Run) -> Predictions:
-    """predictions.csv of an evaluated run: {path: (label, prediction)}, both class names.
+def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
+    """Every two of ``groups``, in their order. Raises ValueError with fewer than two."""
+    if len(groups) < 2:
+        raise ValueError("compare needs two runs or groups of runs; give another one")
+    return [compare_groups(a, b) for a, b in itertools.combinations(groups, 2)]
 
-    Raises ValueError when the run has not been evaluated, or the file is broken.
+
+def over_splits(differences: Sequence[float], run: Tested) -> tuple[float, float]:
+    """95 % interval of the mean of ``differences``, one for each random split.
+
+    The splits share images, so the plain t interval would be too narrow: its 1/K grows by test / training images.
+    Source: C. Nadeau, Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
     """
-    file = run.path / "predictions.csv"
-    try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
-        predictions = {row["path"]: (row["label"], row["prediction"]) for row in rows}
-    except FileNotFoundError:
-        raise ValueError(f"{run.path} has not been tested; run: finetune101 evaluate {run.path}") from None
-    except (KeyError, csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
-    if not rows or len(predictions) < len(rows) or any(None in pair for pair in predictions.values()):
-        raise ValueError(f"{file} is empty, cut off or names an image twice; run: finetune101 evaluate {run.path}")
-    return predictions
+    k, subsets = len(differences), run.manifest.subsets
+    ratio = len(subsets["test"]) / (len(subsets["train"]) + len(subsets["val"]))
+    half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt((1 / k + ratio) * float(np.var(differences, ddof=1)))
+    mean = float(np.mean(differences))
+    return mean - half, mean + half
 
 
-def _arm(run: Run, name: str, predictions: Predictions, manifest_hash: str) -> Arm:
-    """What one run contributes. Raises ValueError when test.json does not belong to its predictions and split."""
-    test, env = run.read_json("test.json"), run.read_json("env.json")
-    classes = {label: i for i, label in enumerate(sorted({name for pair in predictions.values() for name in pair}))}
-    labels = [classes[label] for label, _ in predictions.values()]
-    predicted = [classes[prediction] for _, prediction in predictions.values()]
-    correct = sum(label == prediction for label, prediction in predictions.values())
-    if (test.get("n"), test.get("correct"), test.get("manifest_hash")) != (len(predictions), correct, manifest_hash):
-        raise ValueError(
-            f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
-            f"run: finetune101 evaluate {run.path}"
-        )
+def _arm(group: Group, other: Group) -> Arm:
+    pretrained = {run.env["model"]["init_hash"]: run.run.name for run in other.runs if run.config.model.pretrain}
+    scores = [_score(run, pretrained) for run in group.runs]
+    (top1, top1_sd), (per_class, per_class_sd) = (
+        mean_sd([getattr(s, k) for s in scores]) for k in ("top1", "mean_per_class")
+    )
+    curve, goal = group.curve(), _final(other)
+    reached = next((point for point in curve if goal is not None and point["mean"] >= goal), None)
+    first, n = group.runs[0], len(group.runs[0].answers)
     return Arm(
-        name=name,
-        network=run.config().model.name,
-        init_source=env["model"]["init_source"],
-        init_hash=env["model"]["init_hash"],
-        epoch=test["epoch"],
-        correct=correct,
-        top1=100 * correct / len(predictions),
-        top1_interval=metrics.wilson(correct, len(predictions)),
-        mean_per_class=metrics.mean_per_class(predicted, labels, len(classes)),
+        name=group.name,
+        network=first.config.model.name,
+        init_source=first.env["model"]["init_source"],
+        init_hash=first.env["model"]["init_hash"],
+        epoch=first.test["epoch"],
+        correct=float(np.mean([s.correct for s in scores])),
+        top1=top1,
+        top1_sd=top1_sd,
+        top1_interval=metrics.wilson(top1 / 100 * n, n),
+        mean_per_class=per_class,
+        mean_per_class_sd=per_class_sd,
+        validation=_final(group),
+        steps_to_other=reached["step"] if reached else None,
+        seconds_to_other=reached["seconds"] if reached else None,
+        runs=tuple(scores),
     )
 
 
-def text(comparison: Comparison) -> str:
-    """The comparison as lines for a terminal."""
-    c = comparison
-    width = max(len(c.a.name), len(c.b.name), len("difference"))
-    low, high = c.difference_interval
-    lines = [
-        f"Tested on the same {c.n} images (95 % intervals)",
-        "",
-        f"{'':{width}}  {'right answers':26}  mean per class",
-        *(_row(arm, width, c.n) for arm in (c.a, c.b)),
-        f"{'difference':{width}}  {_points(c.difference)} points ({_points(low)} to {_points(high)})",
-        "",
-        f"Only {c.a.name} is right: {_images(c.only_a)}. Only {c.b.name} is right: {_images(c.only_b)}.",
-        f"McNemar's exact test that both are equally good: p = {c.mcnemar_p:.2g}.",
-        _verdict(c),
-        "This is one training run each: another seed or split would give somewhat other numbers.",
+def _score(run: Tested, pretrained: dict[str, str]) -> Score:
+    right = int(run.correct.sum())
+    return Score(
+        path=run.run.path.as_posix(),
+        seed=run.config.system.seed,
+        split_seed=run.manifest.seed,
+        manifest_hash=run.split,
+        epoch=run.test["epoch"],
+        correct=right,
+        top1=100 * right / len(run.correct),
+        mean_per_class=float(np.mean(list(run.by_class().values()))),
+        init_hash=run.env["model"]["init_hash"],
+        start=proof(run, pretrained),
+        command=run.env.get("command", ""),
+        **run.cost(),  # type: ignore[arg-type]
+    )
+
+
+def _final(group: Group) -> float | None:
+    """Validation accuracy of the weights that were kept, mean over the runs; None without validation."""
+    kept = [[r["val_top1"] for r in run.run.metrics() if r["best"]][-1:] for run in group.runs]
+    values = [found[0] for found in kept if found and found[0] is not None]
+    return float(np.mean(values)) if len(values) == len(group.runs) else None
+
+
+def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
+    """Runs of the same split side by side, in the order of their seeds; never pooled, as they share their images."""
+    return [
+        Pair(
+            a=one.run.name,
+            b=other.run.name,
+            only_a=int(np.sum(one.correct & ~other.correct)),
+            only_b=int(np.sum(other.correct & ~one.correct)),
+            p=metrics.mcnemar_exact(one.correct, other.correct),
+        )
+        for split in found
+        for one, other in zip(a.on(split), b.on(split), strict=False)
     ]
-    for arm in (c.a, c.b):
-        lines += [
-            "",
-            f"{arm.name}: {arm.network}, weights of epoch {arm.epoch}",
-            f"  started from: {arm.init_source}",
-            f"  initial state: {arm.init_hash[:19]}",
-        ]
+
+
+def _gains(a: Group, b: Group) -> list[ClassGain]:
+    """The classes, those with the greatest gain first."""
+    first = [answer.label for answer in a.runs[0].answers.values()]
+    shares = [[run.by_class() for run in group.runs] for group in (a, b)]
+    rows = []
+    for name in sorted(set(first)):
+        n = first.count(name)
+        x, y = (float(np.mean([one[name] for one in side if name in one])) for side in shares)
+        intervals = [metrics.wilson(min(n, share / 100 * n), n) for share in (x, y)]
+        rows.append(ClassGain(name=name, n=n, a=x, b=y, gain=x - y, a_interval=intervals[0], b_interval=intervals[1]))
+    return sorted(rows, key=lambda row: -row.gain)
+
+
+def _path_name(group: Group) -> str:
+    return group.runs[0].run.path.as_posix()
+
+
+def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
+    """Plain JSON types: the first comparison, and ``others``; paths of runs are relative to ``folder``."""
+    first, *others = (json.loads(json.dumps(dataclasses.asdict(one))) for one in comparisons)
+    for one in (first, *others):
+        for score in (*one["a"]["runs"], *one["b"]["runs"]):
+            with contextlib.suppress(ValueError):  # on another drive of Windows
+                score["path"] = Path(os.path.relpath(score["path"], folder)).as_posix()
+    return {**first, "others": others}
+
+
+def groups_of(folder: Path) -> list[Group]:
+    """The groups of the comparison in ``folder``, read again from their runs. Raises ValueError when those are gone."""
+    values = Run(folder).read_json("comparison.json")
+    try:
+        sides = {arm["name"]: arm["runs"] for pair in [values, *values["others"]] for arm in (pair["a"], pair["b"])}
+        paths = {name: [folder / one["path"] for one in runs] for name, runs in sides.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'comparison.json'} lacks {error}; run compare again") from error
+    return [Group(name=name, runs=tuple(read(Run(path)) for path in found)) for name, found in paths.items()]
+
+
+def text(c: Comparison) -> str:
+    """The comparison as lines for a terminal."""
+    width = max(len(c.a.name), len(c.b.name), len("difference"))
+    where = f"the same {c.n} images" if c.splits == 1 else f"{c.splits} splits (the first has {c.n} images)"
+    lines = [f"Tested on {where} (95 % intervals)", "", f"{'':{width}}  {'right answers':26}  mean per class"]
+    lines += [_row(arm, width, c.n) for arm in (c.a, c.b)]
+    lines.append(f"{'difference':{width}}  {_points(c.difference)} points ({_span(c.interval)}; over {c.over})")
+    if c.crossed and c.difference_interval:
+        lines.append(f"{'':{width}}  of these very runs, over images only: {_span(c.difference_interval)}")
+        lines.append(f"{'':{width}}  t test over images and runs: p = {c.crossed.p:.2g} ({c.crossed.df:.1f} degrees)")
+    lines.append("")
+    for pair in c.mcnemar:
+        names = (c.a.name, c.b.name) if len(c.mcnemar) == 1 else (pair.a, pair.b)
+        lines.append(
+            f"Only {names[0]} is right: {_images(pair.only_a)}. Only {names[1]} is right: {_images(pair.only_b)}."
+        )
+        lines.append(f"  McNemar's exact test that both are equally good: p = {pair.p:.2g}.")
+    lines.append(_verdict(c))
+    if len(c.a.runs) == len(c.b.runs) == 1:
+        lines.append("This is one training run each: another seed or split would give somewhat other numbers.")
+    best, worst = c.classes[:3], c.classes[:-4:-1]
+    lines += ["", f"Classes that {c.a.name} gains most: {_classes(best)}; least: {_classes(worst)}."]
+    lines += [line for arm, other in ((c.a, c.b), (c.b, c.a)) for line in _arm_lines(arm, other)]
     if c.a.network != c.b.network:
         lines += ["", "The networks differ, so the difference does not come from the start of training alone."]
     return "\n".join(lines)
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as plain JSON types."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(comparison)))
-    return values
+def _arm_lines(arm: Arm, other: Arm) -> list[str]:
+    """Start, cost and speed of one arm."""
+    first, n = arm.runs[0], len(arm.runs)
+    lines = [
+        "",
+        f"{arm.name}: {arm.network}, weights of epoch {arm.epoch}" + (f" (first of {n} runs)" if n > 1 else ""),
+    ]
+    lines += [f"  started from: {arm.init_source}", f"  initial state: {arm.init_hash[:19]}"]
+    lines += [f"  {start}" for start in dict.fromkeys(run.start for run in arm.runs) if start != "pretrained"]
+    if first.steps or first.seconds:
+        each = " each" if n > 1 else ""
+        minutes = float(np.mean([run.seconds for run in arm.runs])) / 60
+        lines.append(f"  trained for {minutes:.1f} min, {first.steps} steps, {first.images} images{each}")
+    if arm.validation is not None and other.validation is not None:
+        goal = f"{other.name}'s final validation accuracy ({other.validation:.1f} %)"
+        when = "never"
+        if arm.steps_to_other is not None and arm.seconds_to_other is not None:
+            when = f"after {arm.steps_to_other:g} steps, {arm.seconds_to_other / 60:.1f} min"
+        lines.append(f"  reaches {goal}: {when}")
+    return lines
 
 
 def _row(arm: Arm, width: int, n: int) -> str:
-    low, high = arm.top1_interval
-    interval = f"({low:.2f} to {high:.2f})"
-    return f"{arm.name:{width}}  {arm.top1:6.2f} % {interval:17}  {arm.mean_per_class:6.2f} %    {arm.correct} of {n}"
+    if arm.top1_sd is None or arm.mean_per_class_sd is None:
+        top1, right = f"{arm.top1:6.2f} % ({_span(arm.top1_interval, '.2f')})", f"{arm.correct:g} of {n}"
+        return f"{arm.name:{width}}  {top1:26}  {arm.mean_per_class:6.2f} %    {right}"
+    top1, per_class = (
+        f"{arm.top1:6.2f} ± {arm.top1_sd:.2f} %",
+        f"{arm.mean_per_class:6.2f} ± {arm.mean_per_class_sd:.2f} %",
+    )
+    return f"{arm.name:{width}}  {top1:26}  {per_class}    n = {len(arm.runs)} runs"
 
 
 def _points(value: float) -> str:
     return f"{value:+.2f}"
 
 
+def _span(interval: tuple[float, float], form: str = "+.2f") -> str:
+    return f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
 
+def _classes(rows: Sequence[ClassGain]) -> str:
+    return ", ".join(f"{row.name} ({row.gain:+.0f})" for row in rows)
+
+
 def _verdict(c: Comparison) -> str:
-    if c.mcnemar_p >= 0.05:
-        return "So these images do not tell the two apart."
-    better = c.a.name if c.difference > 0 else c.b.name
-    return f"So {better} is better, by more than the choice of test images explains."
+    what = "choice of test images" if c.over == "images" else f"choice of {c.over}"
+    sure = c.mcnemar[0].p < 0.05 if c.over == "images" else not c.interval[0] <= 0 <= c.interval[1]
+    if not sure:
+        return "So these images do not tell the two apart." if c.over == "images" else "So the two are not told apart."
+    return f"So {c.a.name if c.difference > 0 else c.b.name} is better, by more than the {what} explains."

@@ -14,15 +14,20 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from finetune101.runs import atomic
 
 Records = Sequence[Mapping[str, Any]]
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#595959"
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
+ARMS = (BLUE, VERMILION, GREEN)  # first, second and third arm
+LINES: tuple[Any, ...] = ("-", "--", "-.")
+CONFUSION = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CC9E6", BLUE, "#00263B"])
 # A style context rather than rcParams, so that a caller's own plots keep theirs; names may hold any character.
 STYLE: Any = {
     "font.size": 10.5,
@@ -77,52 +82,168 @@ def curves(metrics: Records, out: Path, title: str) -> Path:
         return _save(figure, out)
 
 
-def comparison(
-    metrics_a: Records,
-    metrics_b: Records,
-    names: tuple[str, str],
-    tests: tuple[Mapping[str, Any], Mapping[str, Any]],
-    out: Path,
-) -> Path:
-    """Draws the curves of two runs in one picture, with their test accuracies and 95 % intervals, as a PNG at ``out``.
+def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
+    """Draws validation accuracy against steps and against time, and test accuracy, of two or three arms as a PNG.
 
-    ``tests`` are the two test.json (``top1`` and ``top1_interval`` in percent). Raises ValueError without records.
+    An arm holds ``name``, ``curve`` (points with step, seconds, mean, sd), ``top1``, ``interval`` and ``runs`` (test
+    accuracies of its runs), in percent.
     """
-    arms = list(zip((metrics_a, metrics_b), names, (BLUE, VERMILION), strict=True))
     with _style():
         figure = Figure(figsize=(12.5, 4.7), layout="constrained")
-        loss, accuracy, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
-        for metrics, name, colour in arms:
-            _check(metrics, name)
-            for axes, key in ((loss, "loss"), (accuracy, "top1")):
-                _line(axes, metrics, f"train_{key}", colour, dashed=True)
-                _line(axes, metrics, f"val_{key}", colour)
-            best = _best(metrics)
-            if best is not None and best["val_top1"] is not None:
-                _star(accuracy, best["epoch"], best["val_top1"], colour)
-        _finish(loss, accuracy, [metrics_a, metrics_b])
-        accuracy.set_ylim(0, 101)
-        _tests(test, names, tests)
-        legend = [(Line2D([], [], color=colour), f"{_short(name, 36)}: validation") for _, name, colour in arms]
-        legend += [
-            (Line2D([], [], color=colour, linestyle="--"), f"{_short(name, 36)}: training") for _, name, colour in arms
+        by_step, by_time, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
+        minutes = max((p["seconds"] for arm in arms for p in arm["curve"]), default=0) < 2 * 3600
+        unit, seconds = ("minutes", 60) if minutes else ("hours", 3600)
+        for arm, colour, style in zip(arms, ARMS, LINES, strict=False):
+            for axes, key, scale in ((by_step, "step", 1), (by_time, "seconds", seconds)):
+                x = [point[key] / scale for point in arm["curve"]]
+                mean, sd = ([point[k] for point in arm["curve"]] for k in ("mean", "sd"))
+                marker = "o" if len(x) <= 12 else ""
+                axes.plot(x, mean, color=colour, linestyle=style, marker=marker, markersize=4)
+                _band(axes, x, mean, sd, colour)
+        for axes, title, label in (
+            (by_step, "Accuracy against steps", "optimizer steps"),
+            (by_time, "Accuracy against time", f"{unit} of training, on the machine that trained"),
+        ):
+            axes.set(title=title, xlabel=label, ylim=(0, 101))
+            axes.set_xlim(left=-0.02 * axes.get_xlim()[1] if axes.has_data() else 0)
+            if not any(arm["curve"] for arm in arms):
+                axes.text(0.5, 0.5, "no validation images", transform=axes.transAxes, ha="center", color=GREY)
+        by_step.set_ylabel("right answers on validation images (%)")
+        _tests(test, arms)
+        legend = [
+            (Line2D([], [], color=colour, linestyle=style), _short(arm["name"], 60))
+            for arm, colour, style in zip(arms, ARMS, LINES, strict=False)
         ]
-        legend.append((_star_key(), "best epoch"))
-        figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=3)
+        figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=2)
         return _save(figure, out)
 
 
-def _tests(axes: Axes, names: tuple[str, str], tests: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
-    """One bar per run from 0 to its test accuracy, with its interval; name and numbers are written above it."""
+def _tests(axes: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
+    """One bar per arm from 0 to its test accuracy, with its interval; name and numbers are written above it."""
     axes.set_title("Test accuracy with 95 % interval")
-    for y, name, result, colour in zip((1, 0), names, tests, (BLUE, VERMILION), strict=True):
-        top1, (low, high) = result["top1"], result["top1_interval"]
+    for y, arm, colour in zip(range(len(arms) - 1, -1, -1), arms, ARMS, strict=False):
+        top1, (low, high) = arm["top1"], arm["interval"]
         axes.barh(y, top1, height=0.3, color=colour)
         axes.errorbar(top1, y, xerr=[[top1 - low], [high - top1]], color="black", capsize=6, linewidth=1.5)
-        axes.text(0, y + 0.35, _short(name, 28), color=colour, fontweight="bold")
-        axes.text(0, y + 0.2, f"{top1:.1f} % ({low:.1f} to {high:.1f})")
+        if len(arm["runs"]) > 1:
+            axes.plot(arm["runs"], [y] * len(arm["runs"]), "o", color="white", markeredgecolor="black", markersize=5)
+        axes.text(0, y + 0.35, _short(arm["name"], 28), color=colour, fontweight="bold")
+        runs = f", {len(arm['runs'])} runs" if len(arm["runs"]) > 1 else ""
+        axes.text(0, y + 0.2, f"{top1:.1f} % ({low:.1f} to {high:.1f}){runs}")
     axes.grid(axis="y", visible=False)
-    axes.set(xlim=(0, 101), ylim=(-0.35, 1.6), yticks=[], xlabel="right answers on test images (%)")
+    axes.set(xlim=(0, 101), ylim=(-0.35, len(arms) - 0.4), yticks=[], xlabel="right answers on test images (%)")
+
+
+def gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) -> Path:
+    """Draws the accuracy of both arms in the classes that gain most and least, sorted by gain, as a PNG at ``out``.
+
+    ``rows`` hold ``name``, ``n``, ``a`` and ``b`` (percent), the greatest gain first.
+    """
+    shown = list(rows) if len(rows) <= 24 else [*rows[:14], *rows[-10:]]
+    with _style():
+        figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(shown)), layout="constrained")
+        axes = figure.subplots()
+        for y, row in enumerate(reversed(shown)):
+            axes.plot([row["b"], row["a"]], [y, y], color="#B5B5B5", linewidth=3, zorder=1)
+            axes.plot(row["b"], y, "s", color=VERMILION, markersize=7)
+            axes.plot(row["a"], y, "o", color=BLUE, markersize=8)
+        axes.set_yticks(range(len(shown)), [f"{_short(row['name'], 30)} ({row['n']})" for row in reversed(shown)])
+        if len(shown) < len(rows):
+            axes.axhline(9.5, color=GREY, linestyle=":")
+            axes.text(50, 9.5, f"{len(rows) - len(shown)} classes between", ha="center", va="center", color=GREY,
+                      backgroundcolor="white", fontsize=9)  # fmt: skip
+        axes.set(xlim=(-3, 103), ylim=(-0.7, len(shown) - 0.3), xlabel="right answers on test images of the class (%)")
+        axes.set_title("Classes that gain most (top) and least (bottom); number of test images in brackets")
+        legend = [(Line2D([], [], color=BLUE, marker="o", linestyle=""), _short(names[0], 40))]
+        legend.append((Line2D([], [], color=VERMILION, marker="s", linestyle=""), _short(names[1], 40)))
+        figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=2)
+        return _save(figure, out)
+
+
+def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Path) -> Path:
+    """Draws a matrix of ``counts`` [true, predicted] in the order given, as a PNG at ``out``.
+
+    ``blocks`` are the lengths of the groups of classes that are taken for each other: each gets a frame. Colour is
+    the share of the true class's images.
+    """
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    side = max(5.0, 1.5 + 0.135 * len(names))
+    with _style():
+        figure = Figure(figsize=(side, side), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(100 * share, cmap=CONFUSION, norm=PowerNorm(0.5, 0, 100), interpolation="none")
+        size = 10.0 if len(names) <= 30 else 7.5
+        short = [_short(name, 24) for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(names)), short, fontsize=size)
+        axes.tick_params(length=0)
+        axes.grid(visible=False)
+        start = 0
+        for length in blocks:
+            if length > 1:
+                box = (start - 0.5, start - 0.5)
+                axes.add_patch(Rectangle(box, length, length, fill=False, edgecolor=VERMILION, linewidth=1.5))
+            start += length
+        axes.set(xlabel="prediction", ylabel="true class")
+        bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=40, ticks=[0, 1, 5, 20, 50, 100])
+        bar.set_label("images of the true class (%)")
+        return _save(figure, out)
+
+
+def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
+    """Draws accuracy against confidence for each of ``lines`` (label -> bins), and how many images, as a PNG."""
+    with _style():
+        figure = Figure(figsize=(7.5, 5.6), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.5, label="as sure as right")
+        for k, (label, bins) in enumerate(lines.items()):
+            points = [(one["confidence"], one["top1"]) for one in bins if one["n"]]
+            style = {"color": ARMS[k], "linestyle": LINES[k], "marker": "os"[k], "markersize": 5}
+            upper.plot(*zip(*points, strict=True), label=label, **style)
+            width = 100 / len(bins)
+            x = [width * (i + 0.3 + 0.4 * k) for i in range(len(bins))]
+            lower.bar(x, [one["n"] for one in bins], width=0.38 * width, color=ARMS[k])
+        upper.set(ylim=(0, 102), ylabel="right answers (%)")
+        upper.set_title("Below the dotted line the network is surer than it is right")
+        upper.legend(loc="upper left")
+        lower.set(xlim=(0, 101), xlabel="confidence of the prediction (%)", ylabel="images")
+        lower.set_yscale("symlog", linthresh=10)
+        return _save(figure, out)
+
+
+def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title: str) -> Path:
+    """Draws test accuracy against training images per class, one line per arm with its standard deviation, as a PNG.
+
+    ``arms`` are lists of ``size``, ``top1``, ``top1_sd`` and ``n``, smallest size first.
+    """
+    with _style():
+        figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+        axes = figure.subplots()
+        for (name, cells), colour, style, marker in zip(arms.items(), ARMS, LINES, "os^", strict=False):
+            x, mean = [c["size"] for c in cells], [c["top1"] for c in cells]
+            runs = sorted({c["n"] for c in cells})
+            label = f"{name} ({'–'.join(str(n) for n in {runs[0]: 0, runs[-1]: 0})} runs each)"
+            axes.plot(x, mean, color=colour, linestyle=style, marker=marker, label=label)
+            _band(axes, x, mean, [c["top1_sd"] or 0.0 for c in cells], colour)
+            axes.annotate(
+                f"{mean[-1]:.1f} %", (x[-1], mean[-1]), (6, 0), textcoords="offset points", color=colour, va="center"
+            )
+        sizes = sorted({c["size"] for cells in arms.values() for c in cells})
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlim=(sizes[0] * 0.9, sizes[-1] * 1.25), ylim=(0, 101), ylabel="right answers on test images (%)")
+        axes.set_xlabel("training images per class (the same test images and the same steps everywhere)")
+        axes.set_title(_short(title, 90))
+        axes.legend(loc="lower right")
+        return _save(figure, out)
+
+
+def _band(axes: Axes, x: Sequence[float], mean: Sequence[float], sd: Sequence[float], colour: str) -> None:
+    """One standard deviation around a line."""
+    if any(sd):
+        low, high = ([m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _star(axes: Axes, epoch: int, value: float, colour: str) -> None:

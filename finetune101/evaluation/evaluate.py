@@ -57,9 +57,21 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
             "epoch": int(read_checkpoint(run.best)[1]["epoch"]),
             "times_scored": before.get("times_scored", 0) + 1,  # a test set that is looked at often is no test set
         }
+        result["calibration"] = calibration(output, labels)
+        if manifest.subsets["val"] and config.data.fit_on == "train":
+            val = subset_logits(model, preprocessing, manifest, source, world_of(run), "val", batch_size)
+            t = metrics.temperature(*val)
+            result["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
         write_predictions(run, manifest, output)
         run.write_json("test.json", result)
     return result
+
+
+def calibration(output: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Expected calibration error (a share) of logits (N, classes), and the bins behind it."""
+    confidence, prediction = torch.softmax(output.double(), 1).max(1)
+    bins = metrics.reliability(confidence.numpy(), prediction == labels)
+    return {"ece": metrics.ece(bins), "bins": bins}
 
 
 def subset_logits(

@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.nn.functional as F
 from scipy import optimize, stats
 from torch import Tensor
 
 Integers: TypeAlias = Tensor | npt.ArrayLike
 Booleans: TypeAlias = Tensor | npt.ArrayLike
+BINS = 15  # of a reliability diagram
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -78,11 +78,7 @@ def mcnemar_exact(a_correct: Booleans, b_correct: Booleans) -> float:
 
 
 def paired_bootstrap(
-    a_correct: npt.ArrayLike | Tensor,
-    b_correct: npt.ArrayLike | Tensor,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    a_correct: Booleans, b_correct: Booleans, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
     """Accuracy of a minus accuracy of b on the same N images, in points, with its percentile bootstrap interval.
 
@@ -129,10 +125,12 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
     images = gain.var(ddof=1) / len(gain)
     parts = [_between_runs(arm) for arm in arms]
     variance = images + sum(part for part, _ in parts)
-    if variance == 0:  # the same answers everywhere
-        return Crossed(difference=float(gain.mean()), interval=(float(gain.mean()),) * 2, p=1.0 - float(gain.any()),
-                       df=float("inf"), images_sd=0.0, runs_sd=0.0)  # fmt: skip
-    weights = images**2 / (len(gain) - 1) + sum(seen**2 / (len(a) - 1) for (_, seen), a in zip(parts, arms, strict=True))
+    if variance == 0:  # every image gives the same difference in every run
+        value = float(gain.mean())
+        none = {"df": len(gain) - 1.0, "images_sd": 0.0, "runs_sd": 0.0}
+        return Crossed(difference=value, interval=(value, value), p=float(value == 0), **none)
+    weights = images**2 / (len(gain) - 1)
+    weights += sum(seen**2 / (len(arm) - 1) for (_, seen), arm in zip(parts, arms, strict=True))
     df, difference = variance**2 / weights, float(gain.mean())
     half = float(stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance))
     return Crossed(
@@ -156,6 +154,41 @@ def _between_runs(correct: npt.NDArray[np.float64]) -> tuple[float, float]:
     interaction = float((rest**2).sum()) / ((runs - 1) * (images - 1)) if images > 1 else 0.0
     seen = float(by_run.var(ddof=1))
     return max(0.0, seen - interaction / images) / runs, seen / runs
+
+
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """The number that logits (N, C) are divided by so that their cross-entropy against ``labels`` is least.
+
+    Fitted on validation images; no prediction changes. Source: C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On
+    calibration of modern neural networks", ICML (2017).
+    """
+    found = optimize.minimize_scalar(  # over the logarithm: the minimum is one, and the scale unknown
+        lambda log: cross_entropy(logits / float(np.exp(log)), labels), bounds=(-4.0, 4.0), method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
+def reliability(confidence: npt.ArrayLike, correct: Booleans, bins: int = BINS) -> list[dict[str, Any]]:
+    """Images in ``bins`` equal-width bins of confidence (0 to 1): count, mean confidence and percent right of each."""
+    sure, right = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=bool)
+    _same_images(len(sure), len(right))
+    number = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    inside = [number == k for k in range(bins)]
+    return [
+        {"n": int(i.sum()), "confidence": 100 * float(sure[i].mean()), "top1": 100 * float(right[i].mean())}
+        if i.any()
+        else {"n": 0, "confidence": None, "top1": None}
+        for i in inside
+    ]
+
+
+def ece(found: list[dict[str, Any]]) -> float:
+    """Expected calibration error, a share: mean distance of confidence and accuracy over the bins of ``reliability``.
+
+    Source: M. Naeini, G. Cooper, M. Hauskrecht, AAAI (2015); as used by Guo et al. (2017).
+    """
+    n = sum(one["n"] for one in found)
+    return float(sum(one["n"] * abs(one["confidence"] - one["top1"]) for one in found if one["n"]) / n / 100)
 
 
 def _same_images(a: int, b: int) -> None:

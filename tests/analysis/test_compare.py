@@ -2,11 +2,12 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
-from finetune101.analysis import compare
-from finetune101.config import ModelConfig, TrainConfig, to_dict
+from finetune101.analysis import compare, groups
+from finetune101.config import ModelConfig, SystemConfig, TrainConfig, to_dict
 from finetune101.data.splits import Manifest
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
@@ -14,8 +15,13 @@ from finetune101.runs import Run
 CLASSES = ("ant", "bee")
 
 
-def write_run(path, wrong, *, test=200, seed=42, name="efficientnet_lite0", source="random (seed 0)"):
-    """An evaluated run whose test images with a number in ``wrong`` are taken for the other class."""
+def write_run(
+    path, wrong, *, test=200, seed=42, name="efficientnet_lite0", source="random (seed 0)", run_seed=0, **more
+):
+    """An evaluated run whose test images with a number in ``wrong`` are taken for the other class.
+
+    ``more``: ``scores`` (validation accuracies by epoch), ``pretrain`` and ``init_hash``.
+    """
     subsets = {
         "train": tuple(f"{c}/train_{i}.jpg" for c in CLASSES for i in range(3)),
         "val": (),
@@ -26,11 +32,22 @@ def write_run(path, wrong, *, test=200, seed=42, name="efficientnet_lite0", sour
     )
     run = Run(path)
     path.mkdir(parents=True)
-    run.write_json("config.json", to_dict(TrainConfig(exp=path.name, model=ModelConfig(name=name))))
+    model = ModelConfig(name=name, pretrain=more.get("pretrain", True), size=32 if "pretrain" in more else None)
+    run.write_json("config.json", to_dict(TrainConfig(exp=path.name, model=model, system=SystemConfig(seed=run_seed))))
     run.write_json("split.json", manifest.to_json())
-    run.write_json("env.json", {"model": {"init_source": source, "init_hash": "sha256:0123456789abcdef"}})
+    run.write_json(
+        "env.json", {"model": {"init_source": source, "init_hash": more.get("init_hash", "sha256:0123456789abcdef")}}
+    )
     correct = test - len(wrong)
-    run.write_json("test.json", {"n": test, "correct": correct, "manifest_hash": manifest.hash(), "epoch": 7})
+    scores = more.get("scores", [])
+    epoch = scores.index(max(scores)) + 1 if scores else 7
+    run.write_metrics(
+        [
+            {"epoch": e, "step": 10 * e, "seconds": 60.0, "val_top1": score, "best": score == max(scores[:e])}
+            for e, score in enumerate(scores, 1)
+        ]
+    )
+    run.write_json("test.json", {"n": test, "correct": correct, "manifest_hash": manifest.hash(), "epoch": epoch})
     with open(path / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "prediction", "confidence"])
@@ -52,10 +69,10 @@ def test_numbers_by_hand(arms):
     assert (c.n, c.a.correct, c.b.correct) == (200, 197, 160)
     assert (c.a.top1, c.b.top1) == (98.5, 80.0)
     # Images 2 and 3 are wrong in both runs, image 1 in the first only, 4 to 41 in the second only.
-    assert (c.only_a, c.only_b) == (38, 1)
+    assert (c.mcnemar[0].only_a, c.mcnemar[0].only_b) == (38, 1)
     assert c.difference == pytest.approx(18.5)
     assert c.difference_interval[0] < 18.5 < c.difference_interval[1]
-    assert c.mcnemar_p == pytest.approx(2 * (1 + 39) / 2**39)
+    assert c.mcnemar[0].p == pytest.approx(2 * (1 + 39) / 2**39)
     assert c.a.top1_interval == metrics.wilson(197, 200)
     # Of 50 bees the second run has 4, 8, ..., 40 wrong; of 150 ants the other 30.
     assert c.b.mean_per_class == pytest.approx((100 * 40 / 50 + 100 * 120 / 150) / 2)
@@ -84,25 +101,25 @@ def test_text_says_everything(arms):
 def test_swapping_the_runs_swaps_the_sign(arms):
     there, back = compare.compare(*arms), compare.compare(*reversed(arms))
     assert back.difference == -there.difference
-    assert back.mcnemar_p == there.mcnemar_p
+    assert back.mcnemar[0].p == there.mcnemar[0].p
     assert "-18.50 points (-" in compare.text(back)
     assert "fine tuned is better" in compare.text(back)
 
 
 def test_a_small_difference_is_not_called_one(tmp_path):
     c = compare.compare(write_run(tmp_path / "a", {1, 2, 3}), write_run(tmp_path / "b", {3, 4}, name="resnet18"))
-    assert c.mcnemar_p == 1.0
+    assert c.mcnemar[0].p == 1.0
     assert "do not tell the two apart" in compare.text(c)
     assert "networks differ" in compare.text(c)
 
 
 def test_a_run_equals_itself(arms):
     c = compare.compare(arms[0], arms[0])
-    assert (c.difference, c.difference_interval, c.mcnemar_p) == (0.0, (0.0, 0.0), 1.0)
+    assert (c.difference, c.difference_interval, c.mcnemar[0].p) == (0.0, (0.0, 0.0), 1.0)
 
 
 def test_to_json_is_plain(arms):
-    values = compare.to_json(compare.compare(*arms))
+    values = compare.to_json([compare.compare(*arms)], arms[0].path)
     assert json.loads(json.dumps(values)) == values
     assert values["a"]["top1"] == 98.5
     assert values["difference_interval"][0] < 18.5
@@ -115,7 +132,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 
 def test_other_splits_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="split differently; train one of them again with --split"):
+    with pytest.raises(ValueError, match=r"split differently .*train one of them again with --split"):
         compare.compare(write_run(tmp_path / "a", {1}), write_run(tmp_path / "b", {1}, seed=1))
 
 
@@ -145,3 +162,112 @@ def test_other_test_images_are_refused(arms):
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(ValueError, match="different images"):
         compare.compare(*arms)
+
+
+# groups of runs
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two arms with three seeds each, in folders."""
+    for seed in range(3):
+        write_run(tmp_path / "good" / f"s{seed}", set(range(seed, seed + 4)), run_seed=seed, scores=[50, 90, 89])
+        write_run(tmp_path / "poor" / f"s{seed}", set(range(10, 40 + 3 * seed)), run_seed=seed, scores=[40, 45, 50])
+    return tmp_path
+
+
+def pair(folder):
+    return compare.compare_groups(*(groups.open_group(str(folder / name)) for name in ("good", "poor")))
+
+
+def test_groups_give_means_spreads_and_an_interval_over_runs(seeds):
+    c = pair(seeds)
+    assert [run.correct for run in c.b.runs] == [170, 167, 164]
+    assert (c.b.top1, c.b.top1_sd) == (pytest.approx(83.5), pytest.approx(1.5))
+    assert c.difference == pytest.approx(98 - 83.5)
+    assert c.over == "images and runs" and c.interval == c.crossed.interval
+    # wider than over images alone
+    assert c.crossed.interval[0] < c.difference_interval[0] < c.difference_interval[1] < c.crossed.interval[1]
+    assert len(c.mcnemar) == 3  # never pooled
+    assert [p.only_a - p.only_b for p in c.mcnemar] == [26, 29, 32]
+    words = compare.text(c)
+    assert "83.50 ± 1.50 %" in words and "n = 3 runs" in words and "over images and runs" in words
+    assert max(map(len, words.splitlines())) <= 120
+
+
+def test_steps_to_the_other_arm_and_cost(seeds):
+    c = pair(seeds)
+    assert (c.a.steps_to_other, c.a.seconds_to_other) == (10, 60)
+    assert c.b.steps_to_other is None
+    assert (c.a.validation, c.b.validation) == (90, 50)
+    assert {(run.steps, run.seconds, run.images) for run in c.a.runs} == {(30, 180, 18)}
+    assert "reaches" in compare.text(c) and "never" in compare.text(c)
+
+
+def test_gains_per_class(seeds):
+    rows = {row.name: row for row in pair(seeds).classes}
+    assert {name: row.n for name, row in rows.items()} == {"ant": 150, "bee": 50}
+    # wrong bees (every fourth image): 12, 16, ..., 36 and then 40 and 44
+    assert rows["bee"].b == pytest.approx(100 * (1 - (7 + 8 + 9) / 3 / 50))
+    assert rows["bee"].gain == pytest.approx(rows["bee"].a - rows["bee"].b)
+    assert rows["ant"].b_interval[0] < rows["ant"].b < rows["ant"].b_interval[1]
+
+
+def test_several_splits_give_an_interval_over_splits(tmp_path):
+    for split, wrong in enumerate((10, 20, 30)):
+        write_run(tmp_path / "good" / f"{split}", {1}, seed=split)
+        write_run(tmp_path / "poor" / f"{split}", set(range(wrong)), seed=split)
+    c = pair(tmp_path)
+    assert (c.splits, c.over, c.crossed, c.difference_interval) == (3, "splits", None, None)
+    assert c.difference == pytest.approx((4.5 + 9.5 + 14.5) / 3)
+    half = 4.302653 * ((1 / 3 + 200 / 6) * 25) ** 0.5  # t of 2 degrees; test / training images; variance 25
+    assert c.interval == pytest.approx((9.5 - half, 9.5 + half), abs=1e-3)
+
+
+def test_a_glob_is_a_group(seeds):
+    found = groups.open_group(str(seeds / "good" / "s[01]"))
+    assert [run.run.name for run in found.runs] == ["s0", "s1"]
+    with pytest.raises(ValueError, match="no run named"):
+        groups.open_group(str(seeds / "nothing*"))
+
+
+def test_a_group_is_one_arm(seeds):
+    with pytest.raises(ValueError, match="same seed and split"):
+        groups.open_group(str(seeds))
+    write_run(seeds / "good" / "other", {1}, run_seed=7, name="resnet18")
+    with pytest.raises(ValueError, match="several networks"):
+        groups.open_group(str(seeds / "good"))
+
+
+def test_three_groups_give_every_pair(seeds):
+    shutil.copytree(seeds / "good", seeds / "third")
+    found = compare.all_pairs([groups.open_group(str(seeds / name)) for name in ("good", "poor", "third")])
+    assert [(c.a.name[-4:], c.b.name[-4:]) for c in found] == [("good", "poor"), ("good", "hird"), ("poor", "hird")]
+    out = seeds / "out"
+    Run(out).write_json("comparison.json", compare.to_json(found, out))
+    again = compare.groups_of(out)
+    assert [len(group.runs) for group in again] == [3, 3, 3]
+    assert compare.compare_groups(*again[:2]).difference == found[0].difference
+    with pytest.raises(ValueError, match="another one"):
+        compare.all_pairs(again[:1])
+
+
+def test_other_splits_are_refused_by_their_images(tmp_path):
+    a, b = write_run(tmp_path / "a", set()), write_run(tmp_path / "b", set(), test=198)
+    with pytest.raises(ValueError, match=r"2 images in one test set only: ant/0198.jpg, ant/0199.jpg"):
+        compare.compare(a, b)
+
+
+def test_a_random_start_is_proven(tmp_path):
+    from finetune101.models.build import build
+
+    right = build("squeezenet1_1", 2, pretrain=False, size=32, seed=3).init_hash
+    tuned = write_run(tmp_path / "tuned", {1}, init_hash="sha256:pretrained")
+
+    def start(name, init_hash):
+        run = write_run(tmp_path / name, {2}, name="squeezenet1_1", pretrain=False, run_seed=3, init_hash=init_hash)
+        return compare.compare(tuned, run).b.runs[0].start
+
+    assert start("random", right).startswith("random: seed 3 gives the recorded initial state")
+    assert start("other", "sha256:other").startswith("not proven")
+    assert "is that of tuned, which is pretrained" in start("fake", "sha256:pretrained")

@@ -6,7 +6,6 @@ from PIL import Image
 
 from finetune101.analysis import figures
 
-TESTS = ({"top1": 96.2, "top1_interval": [95.2, 97.0]}, {"top1": 70.2, "top1_interval": [68.1, 72.3]})
 COLOURS = {"validation": (0x00, 0x72, 0xB2), "training": (0xD5, 0x5E, 0x00)}
 
 
@@ -65,25 +64,60 @@ def test_equal_runs_give_equal_files(tmp_path):
     assert figures.curves(records(5), tmp_path / "two.png", "a run").read_bytes() == one
 
 
-def test_comparison_shows_both_runs(tmp_path):
-    out = figures.comparison(records(20), records(30, floor=1.5), ("tuned", "scratch"), TESTS, tmp_path / "both.png")
-    picture = pixels(out)
+def arm(name, epochs, runs=(70.2,), sd=0.0):
+    """What the picture of a comparison needs of one arm."""
+    curve = [{"step": 9 * e, "seconds": 50.0 * e, "mean": 95 - 40 / e, "sd": sd} for e in range(1, epochs + 1)]
+    return {"name": name, "curve": curve, "top1": 70.2, "interval": [68.1, 72.3], "runs": list(runs)}
+
+
+@pytest.mark.parametrize("arms", [2, 3])
+def test_comparison_shows_every_arm(tmp_path, arms):
+    shown = [arm("tuned", 20), arm("scratch", 30, (69.0, 70.2, 71.4), 2.0), arm("probe", 1)][:arms]
+    picture = pixels(figures.comparison(shown, tmp_path / "both.png"))
     assert shows(picture, "training")
     assert shows(picture, "validation")
+
+
+def test_comparison_without_validation(tmp_path):
+    pixels(figures.comparison([arm("a", 0), arm("b", 0)], tmp_path / "both.png"))
+
+
+@pytest.mark.parametrize("classes", [2, 60])
+def test_gains(tmp_path, classes):
+    rows = [{"name": f"class {k}", "n": 9, "a": 90.0, "b": 90.0 - k} for k in range(classes, 0, -1)]
+    picture = pixels(figures.gains(rows, ("tuned", "scratch"), tmp_path / "gains.png"))
+    assert shows(picture, "training") and shows(picture, "validation")
+    assert picture.shape[0] < 1200
+
+
+@pytest.mark.parametrize("classes", [2, 101])
+def test_confusion_frames_its_blocks(tmp_path, classes):
+    counts = np.eye(classes, dtype=int) * 5
+    blocks = [2] + [1] * (classes - 2)
+    picture = pixels(figures.confusion([f"class {k}" for k in range(classes)], counts, blocks, tmp_path / "c.png"))
+    assert shows(picture, "training")  # the frame
+
+
+def test_reliability(tmp_path):
+    bins = [{"n": 0, "confidence": None, "top1": None}, {"n": 5, "confidence": 80.0, "top1": 60.0}]
+    pixels(figures.reliability({"before": bins, "after": bins}, tmp_path / "r.png"))
+
+
+def test_efficiency(tmp_path):
+    cells = [{"size": size, "top1": 9.0 * size, "top1_sd": sd, "n": 3} for size, sd in ((1, None), (5, 2.0), (10, 1.0))]
+    picture = pixels(figures.efficiency({"finetune": cells, "scratch": cells[:2]}, tmp_path / "e.png", "a network"))
+    assert shows(picture, "training") and shows(picture, "validation")
 
 
 @pytest.mark.parametrize("name", ["_hidden", "a$b$c", r"\frac{", "x" * 200, "微调"])
 def test_any_name_can_be_drawn(tmp_path, name):
     pixels(figures.curves(records(2), tmp_path / "curves.png", name))
-    out = figures.comparison(records(2), records(1, validation=False), (name, name), TESTS, tmp_path / "both.png")
-    pixels(out)
+    pixels(figures.comparison([arm(name, 2), arm(name, 1)], tmp_path / "both.png"))
 
 
 def test_nothing_to_draw_is_a_value_error(tmp_path):
     with pytest.raises(ValueError, match="no finished epoch"):
         figures.curves([], tmp_path / "curves.png", "a run")
-    with pytest.raises(ValueError, match="b has no finished epoch"):
-        figures.comparison(records(1), [], ("a", "b"), TESTS, tmp_path / "both.png")
     assert not list(tmp_path.iterdir())
 
 

@@ -89,6 +89,50 @@ def test_equal_networks_differ_by_nothing():
     assert metrics.paired_bootstrap(same, same) == (0.0, 0.0, 0.0)
 
 
+def test_crossed_by_hand():
+    # two runs x four images: the difference per image is 1/2, 1, 0, 1/2
+    a, b = [[1, 1, 0, 1], [0, 1, 0, 1]], [[0, 0, 0, 1], [0, 0, 0, 0]]
+    found = metrics.crossed(a, b)
+    assert found.difference == pytest.approx(50)
+    assert found.images_sd**2 == pytest.approx(np.var([50, 100, 0, 50], ddof=1) / 4)
+    # each arm: runs 75 and 50 %, variance 312.5; residuals +-12.5 and +-37.5 points give 1250 / 3 x 1/1 ... / 4 images
+    rest = 100**2 * (2 * (0.375**2) + 6 * 0.125**2) / 3
+    assert found.runs_sd**2 == pytest.approx(2 * max(0, 312.5 - rest / 4) / 2)
+    assert found.interval[0] < 50 < found.interval[1]
+
+
+def test_crossed_needs_two_runs_and_takes_equal_ones():
+    with pytest.raises(ValueError, match="two runs on each side"):
+        metrics.crossed([[1, 0]], [[1, 0], [1, 1]])
+    same = metrics.crossed([[1, 0]] * 2, [[1, 0]] * 2)
+    assert (same.difference, same.interval, same.p) == (0, (0, 0), 1)
+
+
+def test_crossed_covers_the_truth():
+    # images and runs both random; the whole grid is benchmarks/coverage.py
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        hard, runs = rng.standard_normal(300), rng.standard_normal((2, 3, 1)) * 0.2
+        a, b = (hard + run + rng.standard_normal((3, 300)) > 0 for run in runs)
+        low, high = metrics.crossed(a, b).interval
+        held += low <= 0 <= high
+    assert 0.92 < held / 400 < 0.985
+
+
+def test_temperature_mends_logits_that_are_too_sure():
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.standard_normal((4000, 5)))
+    labels = torch.tensor([rng.choice(5, p=p) for p in torch.softmax(logits, 1).numpy()])
+    assert metrics.temperature(3 * logits, labels) == pytest.approx(3, rel=0.1)
+
+
+def test_reliability_and_ece_by_hand():
+    bins = metrics.reliability([0.95, 1.0, 0.55, 0.0], [True, False, True, False], bins=10)
+    assert [b["n"] for b in bins] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert bins[9] == {"n": 2, "confidence": pytest.approx(97.5), "top1": 50.0}
+    assert metrics.ece(bins) == pytest.approx((1 * 0 + 1 * 0.45 + 2 * 0.475) / 4)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -99,6 +143,7 @@ def test_equal_networks_differ_by_nothing():
         lambda: metrics.cross_entropy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)),
         lambda: metrics.mcnemar_exact([True], [True, False]),
         lambda: metrics.paired_bootstrap([], []),
+        lambda: metrics.reliability([], []),
     ],
 )
 def test_impossible_input_is_a_value_error(call):

@@ -1,0 +1,223 @@
+"""Tested runs and groups of them: which run directories a name means, and their answers on the same test images."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune101.config import TrainConfig
+from finetune101.data import splits
+from finetune101.models.build import build
+from finetune101.runs import Run, open_run
+
+
+class Answer(NamedTuple):
+    """What a run says about one test image; both are class names."""
+
+    label: str
+    prediction: str
+    confidence: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the prediction is the label."""
+        return self.label == self.prediction
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A run with its test results; ``answers`` by image, in the order of their paths."""
+
+    run: Run
+    config: TrainConfig
+    env: Mapping[str, Any]
+    test: Mapping[str, Any]
+    manifest: splits.Manifest
+    answers: Mapping[str, Answer]
+
+    @cached_property
+    def split(self) -> str:
+        """Hash of the split."""
+        return self.manifest.hash()
+
+    @cached_property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Which test images are right."""
+        return np.array([answer.right for answer in self.answers.values()])
+
+    def by_class(self) -> dict[str, float]:
+        """Share of right images of each class that has test images, in percent."""
+        images = Counter(answer.label for answer in self.answers.values())
+        right = Counter(answer.label for answer in self.answers.values() if answer.right)
+        return {name: 100 * right[name] / images[name] for name in sorted(images)}
+
+    def cost(self) -> dict[str, float]:
+        """What the training took: seconds with validation, optimizer steps, and images gone through."""
+        records = self.run.metrics()
+        held = ("train", "val") if self.config.data.fit_on == "train+val" else ("train",)
+        return {
+            "seconds": sum(r["seconds"] + r.get("val_seconds", 0.0) for r in records),
+            "steps": records[-1]["step"] if records else 0,
+            "images": len(records) * sum(len(self.manifest.subsets[name]) for name in held),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs of one arm: one network, one run for each seed and split."""
+
+    name: str
+    runs: tuple[Tested, ...]
+
+    def on(self, split: str) -> list[Tested]:
+        """The runs on the split with this hash."""
+        return [run for run in self.runs if run.split == split]
+
+    def curve(self) -> list[dict[str, float]]:
+        """Validation accuracy after each epoch, mean and standard deviation over the runs; without validation none."""
+        points = []
+        seconds = [0.0] * len(self.runs)
+        for records in zip(*(run.run.metrics() for run in self.runs), strict=False):
+            seconds = [s + r["seconds"] + r.get("val_seconds", 0.0) for s, r in zip(seconds, records, strict=True)]
+            values = [r["val_top1"] for r in records if r["val_top1"] is not None]
+            if len(values) == len(self.runs):
+                mean, sd = mean_sd(values)
+                step = statistics.mean(r["step"] for r in records)
+                points.append({"step": step, "seconds": statistics.mean(seconds), "mean": mean, "sd": sd or 0.0})
+        return points
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for the latter with one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def open_group(name: str, runs: str = "runs") -> Group:
+    """The tested runs that ``name`` means: a run, a folder that holds runs, or a quoted glob of either.
+
+    Raises ValueError when there is none, one is not tested, or they are not one arm: one network, and one run for each
+    seed and split.
+    """
+    found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
+    folders = sorted({file.parent for path in found for file in Path(path).glob("**/config.json")})
+    if not folders:
+        folders = [open_run(name, runs).path]  # which says what there is
+    tested = [read(Run(folder)) for folder in folders]
+    tested.sort(key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
+    label = folders[0].name if len(folders) == 1 else Path(name).as_posix()
+    if len({one.config.model.name for one in tested}) > 1:
+        raise ValueError(f"{name} holds several networks; give a folder or a glob with one of them")
+    for one, other in itertools.pairwise(tested):
+        if (one.split, one.config.system.seed) == (other.split, other.config.system.seed):
+            same = f"{one.run.path} and {other.run.path} have the same seed and split"
+            raise ValueError(f"{same}; give a folder or a glob that holds one run of each")
+    return Group(name=label, runs=tuple(tested))
+
+
+def read(run: Run) -> Tested:
+    """The results of an evaluated run.
+
+    Raises ValueError when it has not been evaluated, or its files contradict each other.
+    """
+    answers, test, manifest = read_answers(run), run.read_json("test.json"), read_manifest(run)
+    correct = sum(answer.right for answer in answers.values())
+    if (test.get("n"), test.get("correct"), test.get("manifest_hash")) != (len(answers), correct, manifest.hash()):
+        raise ValueError(
+            f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
+            f"run: finetune101 evaluate {run.path}"
+        )
+    best = [record["epoch"] for record in run.metrics() if record["best"]]
+    if best and best[-1] != test["epoch"]:
+        raise ValueError(f"{run.path} was trained on after its test; evaluate it again")
+    return Tested(run, run.config(), run.read_json("env.json"), test, manifest, answers)
+
+
+def read_manifest(run: Run) -> splits.Manifest:
+    """The split of ``run``: its split.json, or, of published evidence, the one that test.json names."""
+    name = run.read_json("test.json").get("manifest")
+    if name and not run.has("split.json"):
+        return splits.read(run.path.parent / "splits" / f"{name}.json")
+    return splits.from_json(run.read_json("split.json"))
+
+
+def read_answers(run: Run) -> dict[str, Answer]:
+    """predictions.csv of an evaluated run by path, sorted.
+
+    Raises ValueError when the run has not been evaluated, or the file is broken.
+    """
+    file = run.path / "predictions.csv"
+    try:
+        with open(file, newline="", encoding="utf-8") as opened:
+            rows = list(csv.DictReader(opened, strict=True))
+        found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
+    except FileNotFoundError:
+        raise ValueError(f"{run.path} has not been tested; run: finetune101 evaluate {run.path}") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
+    if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):
+        raise ValueError(f"{file} is empty, cut off or names an image twice; run: finetune101 evaluate {run.path}")
+    return dict(sorted(found.items()))
+
+
+def common_splits(a: Group, b: Group) -> list[str]:
+    """Hashes of the splits that both groups have. Raises ValueError, naming images, when they are not the same ones."""
+    mine, theirs = ({run.split: run for run in group.runs} for group in (a, b))
+    only_a, only_b = [s for s in mine if s not in theirs], [s for s in theirs if s not in mine]
+    if only_a or only_b:
+        one = mine[only_a[0]] if only_a else a.runs[0]
+        other = theirs[only_b[0]] if only_b else b.runs[0]
+        raise ValueError(
+            f"{one.run.path} and {other.run.path} were split differently ({_differing(one.manifest, other.manifest)}); "
+            f"train one of them again with --split {(one.run.path / 'split.json').as_posix()}"
+        )
+    for split in mine:
+        for run in (*a.on(split), *b.on(split)):
+            if {p: x.label for p, x in run.answers.items()} != {p: x.label for p, x in mine[split].answers.items()}:
+                raise ValueError(
+                    f"{mine[split].run.path} and {run.run.path} were tested on different images; evaluate both again"
+                )
+    return list(mine)
+
+
+def _differing(a: splits.Manifest, b: splits.Manifest) -> str:
+    """Which images make two splits differ, in a few words."""
+    for name in ("test", "val", "train"):
+        different = sorted(set(a.subsets[name]) ^ set(b.subsets[name]))
+        if different:
+            count = f"{len(different)} image{'s' if len(different) > 1 else ''} in one {name} set only"
+            return f"{count}: {', '.join(different[:3])}{', …' if len(different) > 3 else ''}"
+    return "the same files, but other pixels or class names"
+
+
+def proof(run: Tested, pretrained: Mapping[str, str]) -> str:
+    """Whether a run started where it says, in one sentence; ``pretrained`` are the other arm's hashes by run name.
+
+    A random start is built again from its seed, and must give the recorded hash and none of a pretrained run.
+    """
+    if run.config.model.pretrain:
+        return "pretrained"
+    model, recorded, seed = run.config.model, run.env["model"]["init_hash"], run.config.system.seed
+    if recorded in pretrained:
+        return f"not random: the initial state is that of {pretrained[recorded]}, which is pretrained"
+    if _random_hash(model.name, len(run.manifest.classes), model.size, seed) == recorded:
+        return f"random: seed {seed} gives the recorded initial state again, and no pretrained run has it"
+    then, now = run.env.get("versions", {}).get("torch", "unknown"), torch.__version__
+    return f"not proven: seed {seed} gives another initial state here (PyTorch {then} then, {now} now)"
+
+
+@lru_cache(maxsize=64)
+def _random_hash(name: str, classes: int, size: int | None, seed: int) -> str:
+    with torch.random.fork_rng():
+        return build(name, classes, pretrain=False, size=size, seed=seed).init_hash

@@ -1,0 +1,119 @@
+"""What a run gets wrong: classes in the order of their confusions, the most confused pairs, and example images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+
+from finetune101.analysis.groups import Answer, Tested
+from finetune101.data import dataset
+
+THUMBNAIL = 150  # px, the longer side of an example image
+EXAMPLES = 12  # images of a gallery
+PAIRS = 12  # of confused classes
+MAY_HIDE = 30  # with more classes than this, those that are never confused are left out of the matrix
+FRAMED = 0.04  # classes are in one block when this share of their images is taken for one another, on average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Counts [true, predicted] of the classes shown, in ``blocks`` (lengths); ``hidden`` were never confused."""
+
+    names: list[str]
+    counts: npt.NDArray[np.int64]
+    blocks: list[int]
+    hidden: int
+
+
+def confusion(answers: Mapping[str, Answer]) -> Confusion:
+    """The confusion matrix with classes that are taken for each other side by side.
+
+    Average-linkage clustering of the mutual confusion rates, leaves in optimal order: Z. Bar-Joseph, D. Gifford,
+    T. Jaakkola, "Fast optimal leaf ordering for hierarchical clustering", Bioinformatics 17 (2001).
+    """
+    names = sorted({name for answer in answers.values() for name in (answer.label, answer.prediction)})
+    number = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    for answer in answers.values():
+        counts[number[answer.label], number[answer.prediction]] += 1
+    wrong = counts - np.diag(np.diag(counts))
+    shown = np.flatnonzero(wrong.any(0) | wrong.any(1)) if len(names) > MAY_HIDE else np.arange(len(names))
+    if len(shown) < 3:
+        shown = np.arange(len(names))
+    counts = counts[np.ix_(shown, shown)]
+    rate = counts / counts.sum(1, keepdims=True).clip(1)
+    distance = 1 - (rate + rate.T) / 2
+    np.fill_diagonal(distance, 0)
+    order, blocks = np.arange(len(shown)), [1] * len(shown)
+    if len(shown) > 2:
+        tree = hierarchy.linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
+        order = hierarchy.leaves_list(tree)
+        cluster = hierarchy.fcluster(tree, 1 - FRAMED, "distance")[order]
+        blocks = [int(n) for n in np.diff([0, *np.flatnonzero(np.diff(cluster)) + 1, len(cluster)])]
+    kept = [names[i] for i in shown[order]]
+    return Confusion(names=kept, counts=counts[np.ix_(order, order)], blocks=blocks, hidden=len(names) - len(shown))
+
+
+def pairs(answers: Mapping[str, Answer]) -> list[tuple[str, str, int]]:
+    """(true class, prediction, images) of the most frequent mistakes, most frequent first."""
+    wrong = Counter((answer.label, answer.prediction) for answer in answers.values() if not answer.right)
+    ranked = sorted(wrong.items(), key=lambda one: (-one[1], one[0]))
+    return [(label, prediction, count) for (label, prediction), count in ranked[:PAIRS]]
+
+
+def pair_examples(run: Tested, root: Path) -> list[dict[str, Any]]:
+    """The most confused pairs, each with a mistaken image and one that the run rightly gives the predicted class."""
+    found = []
+    for label, prediction, count in pairs(run.answers):
+        mine = [(a.confidence, p) for p, a in run.answers.items() if (a.label, a.prediction) == (label, prediction)]
+        right = [(a.confidence, p) for p, a in run.answers.items() if a.right and a.label == prediction]
+        other = max(right)[1] if right else next(
+            p for p in run.manifest.subsets["train"] if dataset.class_of(p) == prediction
+        )  # fmt: skip
+        images = [thumbnail(root / max(mine)[1]), thumbnail(root / other)]
+        found.append({"label": label, "prediction": prediction, "count": count, "images": images})
+    return found
+
+
+def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> list[dict[str, Any]]:
+    """The least confident right answers, or the most confident wrong ones; with ``root`` as images."""
+    chosen = [(path, answer) for path, answer in answers.items() if answer.right == right]
+    chosen.sort(key=lambda one: (one[1].confidence if right else -one[1].confidence, one[0]))
+    return [
+        {"path": path, **answer._asdict(), "image": thumbnail(root / path) if root else None}
+        for path, answer in chosen[:EXAMPLES]
+    ]
+
+
+def thumbnail(file: Path) -> str:
+    """A small copy of an image as a data URI. Raises ValueError when it cannot be read."""
+    try:
+        with warnings.catch_warnings(), Image.open(file) as opened:
+            warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file} ({error}); give --data the images of the run, or --no-gallery") from error
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def image_root(runs: Sequence[Tested], data: str | None) -> Path:
+    """Where the images of ``runs`` are. Raises ValueError, offering --no-gallery, when they are not there."""
+    try:
+        return dataset.find(data or runs[0].config.data.root)
+    except ValueError as error:
+        raise ValueError(f"{error}; or make the report with --no-gallery") from error

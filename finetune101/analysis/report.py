@@ -1,0 +1,270 @@
+"""The report of a run, a comparison or a study: what stands on the page; reads run directories only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune101.analysis import compare, figures, groups, mistakes
+from finetune101.analysis.compare import Arm, Comparison
+from finetune101.analysis.groups import Group, Tested
+from finetune101.analysis.page import Cell, Page, number, percent, spread, text
+from finetune101.evaluation import metrics
+from finetune101.runs import Run, open_run
+
+Cells = Sequence[dict[str, Any]]  # of a study: one per network, arm and size
+
+
+def report(
+    target: str, out: Path, *, runs: str = "runs", lang: str = "en", gallery: bool = True, data: str | None = None
+) -> Path:
+    """Writes the report of a tested run, or of the folder of a comparison or of a study, to ``out``; returns the page.
+
+    ``gallery`` shows example images, read from ``data`` or from where the run found them. Raises ValueError when the
+    target is none of these or not finished, or the images are not there.
+    """
+    page = Page(out, lang)
+    if folder := study_folder(target, runs):
+        _study(page, folder, gallery, data)
+    elif (Path(target) / "comparison.json").is_file():
+        _comparison(page, compare.groups_of(Path(target)), gallery, data)
+    else:
+        _run(page, groups.read(open_run(target, runs)), gallery, data)
+    return page.write()
+
+
+def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
+    low, high = run.test["top1_interval"]
+    page.title = run.run.name
+    page.headline = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
+    alt = page.say("curves_alt", epoch=run.test["epoch"])
+    page.picture("curves", lambda out: figures.curves(run.run.metrics(), out, run.run.name), alt)
+    _class_table(page, run)
+    _details(page, run, "", mistakes.image_root([run], data) if gallery else None)
+    _facts(page, [run])
+
+
+def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | None) -> None:
+    comparisons = compare.all_pairs(found)
+    first = comparisons[0]
+    (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
+    page.title = " – ".join(group.name for group in found)
+    values = {"a": first.a.name, "b": first.b.name, "gain": first.difference, "low": low, "high": high, "over": over}
+    page.headline = page.say("compare_headline", **values)
+    arms = arms_of(comparisons, found)
+    alt = page.say("progress_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
+    page.picture("progress", lambda out: progress(comparisons, found, out), alt)
+    _arms_table(page, arms)
+    _differences_table(page, comparisons)
+    rows = [vars(row) for row in first.classes]
+    best = ", ".join(f"{row['name']} {row['gain']:+.0f}" for row in rows[:3])
+    draw = lambda out: figures.gains(rows, (first.a.name, first.b.name), out)  # noqa: E731
+    page.picture("gains", draw, page.say("gains_alt", best=best))
+    _gains_table(page, first)
+    root = mistakes.image_root(found[0].runs, data) if gallery else None
+    for group in found:
+        _details(page, group.runs[0], group.name, root)
+    _facts(page, [run for group in found for run in group.runs])
+
+
+def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
+    """The study's curve and cells, then the comparison of its arms at the largest size."""
+    cells, found = finished(folder), study_groups(folder)
+    if len(found) > 1:
+        _comparison(page, found, gallery, data)
+    else:
+        _run(page, found[0].runs[0], gallery, data)
+    page.title, rest = folder.name, page.sections
+    page.sections = []
+    for model, lines in lines_of(cells).items():
+        ends = "; ".join(f"{arm} {line[0]['top1']:.0f} → {line[-1]['top1']:.0f} %" for arm, line in lines.items())
+        page.picture("efficiency", _efficiency(lines, model), page.say("efficiency_alt", ends=ends), model)
+    heads = ("network", "arm", "size", "runs", "top1", "mean_per_class", "minutes")
+    page.table("cells", heads, [_cell_row(cell) for cell in cells])
+    page.sections += rest
+
+
+def _cell_row(cell: dict[str, Any]) -> list[Cell]:
+    accuracies = [spread(cell[key], cell[f"{key}_sd"]) for key in ("top1", "mean_per_class")]
+    size = number(cell["size"], "d")
+    return [
+        text(cell["model"]),
+        text(cell["arm"]),
+        size,
+        number(cell["n"], "d"),
+        *accuracies,
+        number(cell["seconds"] / 60, ".1f"),
+    ]
+
+
+def study_folder(name: str, runs: str) -> Path | None:
+    """The folder of the study ``name``, if there is one."""
+    return next((path for path in (Path(name), Path(runs) / name) if (path / "study.json").is_file()), None)
+
+
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """The cells of a study that have runs. Raises ValueError when none has."""
+    cells = [cell for cell in Run(folder).read_json("study.json")["cells"] if cell["n"]]
+    if not cells:
+        raise ValueError(f"{folder} has no finished run yet; continue the study first")
+    return cells
+
+
+def study_groups(folder: Path) -> list[Group]:
+    """The arms of a study's first network at the largest size."""
+    cells = finished(folder)
+    largest = max(cell["size"] or 0 for cell in cells)
+    chosen = [c for c in cells if c["model"] == cells[0]["model"] and (c["size"] or 0) == largest]
+    found = [groups.open_group((folder / cell["folder"]).as_posix()) for cell in chosen[:3]]
+    return [Group(name=cell["arm"], runs=group.runs) for cell, group in zip(chosen, found, strict=False)]
+
+
+def lines_of(cells: Cells) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """By network and arm, the cells with a size, smallest first; networks with one size only are left out."""
+    lines: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for cell in sorted((c for c in cells if c["size"]), key=lambda c: int(c["size"])):
+        lines.setdefault(cell["model"], {}).setdefault(cell["arm"], []).append(cell)
+    return {model: arms for model, arms in lines.items() if any(len(line) > 1 for line in arms.values())}
+
+
+def draw_study(folder: Path) -> list[Path]:
+    """Draws accuracy against training images per class, a picture for each network, into the study's folder."""
+    lines = lines_of(finished(folder)).items()
+    return [_efficiency(arms, model)(folder / f"{model.replace(':', '_')}.png") for model, arms in lines]
+
+
+def _efficiency(lines: dict[str, list[dict[str, Any]]], model: str) -> Callable[[Path], Path]:
+    return lambda out: figures.efficiency(lines, out, model)
+
+
+def arms_of(comparisons: Sequence[Comparison], found: Sequence[Group]) -> list[Arm]:
+    """The arm of each group of ``found``, from ``compare.all_pairs`` of them."""
+    return [comparisons[0].a, *(pair.b for pair, _ in zip(comparisons, found[1:], strict=False))]
+
+
+def progress(comparisons: Sequence[Comparison], found: Sequence[Group], out: Path) -> Path:
+    """Draws the picture of a comparison to ``out``."""
+    arms = zip(arms_of(comparisons, found), found, strict=True)
+    return figures.comparison(
+        [
+            {"name": arm.name, "curve": group.curve(), "top1": arm.top1, "interval": arm.top1_interval,
+             "runs": [run.top1 for run in arm.runs]}
+            for arm, group in arms
+        ],
+        out,
+    )  # fmt: skip
+
+
+def _class_table(page: Page, run: Tested) -> None:
+    rows: list[list[Cell]] = []
+    for name, share in run.by_class().items():
+        mine = [answer for answer in run.answers.values() if answer.label == name]
+        wrong = [answer.prediction for answer in mine if not answer.right]
+        often = max(sorted(set(wrong)), key=wrong.count, default="")
+        right, n = len(mine) - len(wrong), len(mine)
+        taken = f"{often} ({wrong.count(often)})" if often else ""
+        rows.append(
+            [text(name), number(n, "d"), number(right, "d"), percent(share, metrics.wilson(right, n)), text(taken)]
+        )
+    rows.sort(key=lambda row: row[3][1])
+    page.table("classes", ("class", "images", "right", "share", "mistaken"), rows)
+
+
+def _gains_table(page: Page, c: Comparison) -> None:
+    rows = [
+        [text(row.name), number(row.n, "d"), percent(row.a, row.a_interval), percent(row.b, row.b_interval),
+         number(row.gain, "+.1f")]
+        for row in c.classes
+    ]  # fmt: skip
+    page.table("gains_table", ("class", "images", f"{c.a.name}, %", f"{c.b.name}, %", "gain"), rows)
+
+
+def _arms_table(page: Page, arms: Sequence[Arm]) -> None:
+    heads = ("arm", "network", "runs", "top1", "mean_per_class", "validation", "minutes", "steps", "images_seen")
+    rows = []
+    for arm in arms:
+        cost = [float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("seconds", "steps", "images")]
+        top1 = percent(arm.top1, arm.top1_interval) if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
+        scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
+        costs = [number(cost[0] / 60, ".1f"), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
+        rows.append([text(arm.name), text(arm.network), number(len(arm.runs), "d"), *scores, *costs])
+    page.table("arms", heads, rows)
+    started = [
+        [text(arm.name), number(run.seed, "d"), text(run.init_hash[7:19]),
+         text(arm.init_source if run.start == "pretrained" else run.start)]
+        for arm in arms
+        for run in arm.runs
+    ]  # fmt: skip
+    page.table("starts", ("arm", "seed", "init_hash", "start"), started)
+
+
+def _differences_table(page: Page, comparisons: Sequence[Comparison]) -> None:
+    """The differences with their intervals, McNemar's tests, and who reaches whom after how many steps."""
+    rows, pairs, reach = [], [], []
+    for c in comparisons:
+        name = f"{c.a.name} – {c.b.name}"
+        intervals = (c.difference_interval, c.crossed.interval if c.crossed else None, c.over_splits)
+        spans = [
+            text(f"{low:+.2f} – {high:+.2f}" if found else "–")
+            for found in intervals
+            for low, high in [found or (0, 0)]
+        ]
+        rows.append(
+            [text(name), number(c.difference, "+.2f"), *spans, number(c.crossed.p if c.crossed else None, ".2g")]
+        )
+        pairs += [
+            [text(p.a), text(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")] for p in c.mcnemar
+        ]
+        for arm, other in ((c.a, c.b), (c.b, c.a)):
+            if other.validation is not None:
+                minutes = None if arm.seconds_to_other is None else arm.seconds_to_other / 60
+                after = [number(arm.steps_to_other, ",.0f"), number(minutes, ".1f")]
+                reach.append([text(arm.name), text(other.name), number(other.validation), *after])
+    page.table("differences", ("pair", "gain", "over_images", "over_images_and_runs", "over_splits", "p"), rows)
+    page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs)
+    page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach)
+
+
+def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
+    """Confusions, examples and calibration of one run; with ``root`` also the images."""
+    found = mistakes.confusion(run.answers)
+    worst = mistakes.pairs(run.answers)
+    alt = page.say("confusion_alt", pairs="; ".join(f"{a} → {b} ({n})" for a, b, n in worst[:3]))
+    draw = lambda out: figures.confusion(found.names, found.counts, found.blocks, out)  # noqa: E731
+    page.picture("confusion", draw, alt, name, shown=len(found.names), hidden=found.hidden)
+    if root:
+        page.add("pairs", "pairs", name, pairs=mistakes.pair_examples(run, root))
+    else:
+        rows = [[text(label), text(prediction), number(count, "d")] for label, prediction, count in worst]
+        page.table("pairs", ("class", "prediction", "images"), rows, name)
+    for key, right in (("mistakes", False), ("hits", True)):
+        page.add("gallery", key, name, examples=mistakes.examples(run.answers, right, root))
+    if "calibration" in run.test:
+        before, after = run.test["calibration"], run.test.get("calibration_scaled")
+        lines = {f"as trained (ECE {before['ece']:.3f})": before["bins"]}
+        if after:
+            lines[f"with temperature {after['temperature']:.2f} (ECE {after['ece']:.3f})"] = after["bins"]
+        scaled = page.say("scaled", t=after["temperature"], ece=after["ece"]) if after else page.words["unscaled"]
+        values = {"ece": before["ece"], "scaled": scaled}
+        alt = page.say("reliability_text", name=name, **values)
+        page.picture("reliability", lambda out: figures.reliability(lines, out), alt, name, **values)
+
+
+def _facts(page: Page, runs: Sequence[Tested]) -> None:
+    """Split, environment and the commands that make it all again."""
+    first, machine = runs[0], runs[0].env.get("world", {})
+    sizes = " / ".join(f"{len(first.manifest.subsets[name]):,}" for name in ("train", "val", "test"))
+    splits = dict.fromkeys((run.split, run.manifest.seed) for run in runs)
+    facts = [("protocol", first.manifest.protocol), ("sizes", sizes)]
+    facts += [("manifest", f"{split} (seed {seed})") for split, seed in splits]
+    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in run.env.get("versions", {}).items()) for run in runs)
+    facts += [("versions", shown) for shown in versions if shown]
+    facts.append(("machine", ", ".join(map(str, [*machine.values(), *first.env.get("machine", {}).values()]))))
+    facts.append(("times_scored", ", ".join(str(run.test.get("times_scored", 1)) for run in runs)))
+    page.add("facts", "protocol_title", facts=[(page.words[key], value) for key, value in facts])
+    commands = [run.env["command"] for run in runs if run.env.get("command")]
+    commands += [f"finetune101 evaluate {run.run.path.as_posix()}" for run in runs]
+    page.add("code", "commands", lines=list(dict.fromkeys(commands)))

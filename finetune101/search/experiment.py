@@ -1,0 +1,239 @@
+"""The whole study: seeds x splits x arms x networks x training sizes, each an ordinary run; resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune101.config import DataConfig, StudyConfig, TrainConfig, to_dict, validate
+from finetune101.data import dataset, splits
+from finetune101.evaluation.evaluate import evaluate
+from finetune101.runs import Run, write_json
+from finetune101.training.loop import fit
+from finetune101.training.prepare import check_same, make_manifest, prepare
+from finetune101.training.recipes import named
+from finetune101.training.tensorboard import log
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One network, arm and number of training images per class (None: all), and the runs of it, by seed and split."""
+
+    model: str
+    arm: str
+    size: int | None
+    folder: str
+    runs: tuple[TrainConfig, ...]
+
+
+def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
+    """Every run of ``study``, checked. Raises ValueError for settings that cannot work."""
+    for name, value in (("--seeds", study.seeds), ("--splits", study.splits)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")
+    if not study.arms or not study.models or any(size < 1 for size in study.train_per_class):
+        raise ValueError("a study needs at least one of --arms and of --models, and --train-per-class of at least 1")
+    cells = []
+    for model, size, arm in itertools.product(study.models, study.train_per_class or (None,), study.arms):
+        folder = f"{model.replace(':', '_')}/{arm}/{'all' if size is None else f'{size}_per_class'}"
+        draws = itertools.product(range(study.splits), range(study.seeds))
+        runs = [_configure(study, index, model, arm, size, folder, split, seed) for split, seed in draws]
+        for config in runs:
+            validate(config)
+        cells.append(Cell(model=model, arm=arm, size=size, folder=folder, runs=tuple(runs)))
+    return cells
+
+
+def _configure(
+    study: StudyConfig, index: dataset.Index, model: str, arm: str, size: int | None, folder: str, split: int, seed: int
+) -> TrainConfig:
+    recipe = {"finetune": study.finetune_recipe, "scratch": study.scratch_recipe, "probe": study.probe_recipe}[arm]
+    split_seed = study.split_seed + split
+    config = named(recipe)(f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
+    data = DataConfig(
+        root=study.data, protocol=study.protocol, split_seed=split_seed, max_test_per_class=study.max_test_per_class
+    )
+    network = dataclasses.replace(config.model, name=model, size=study.size)
+    if arm == "probe" and network.head == "random":
+        network = dataclasses.replace(network, freeze=True)
+    optim = config.optim
+    if study.batch_size is not None:
+        optim = dataclasses.replace(optim, batch_size=study.batch_size)
+    if study.epochs is not None and optim.epochs > 0:
+        optim = dataclasses.replace(optim, epochs=study.epochs)
+    if size is not None:
+        data = dataclasses.replace(data, protocol="standard", split=str(_split_file(study, split_seed, size)))
+        optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
+        network = dataclasses.replace(network, probe_l2=(study.probe_l2,))  # no validation images choose one
+    system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
+    return dataclasses.replace(config, runs=study.runs, data=data, model=network, optim=optim, system=system)
+
+
+def _as_many_steps(optim: Any, classes: int, size: int, largest: int) -> Any:
+    """``optim`` with the epochs that make, on ``size`` images per class, the steps that it makes on ``largest``."""
+    per_epoch, full = (-(-classes * n // optim.batch_size) for n in (size, largest))
+    epochs = max(1, round(optim.epochs * full / per_epoch)) if optim.epochs else 0
+    longer = epochs / optim.epochs if optim.epochs else 1
+    step_size = max(1, round(optim.step_size * longer))
+    return dataclasses.replace(
+        optim, epochs=epochs, step_size=step_size, warmup_epochs=min(optim.warmup_epochs * longer, max(epochs - 1, 0))
+    )
+
+
+def _split_file(study: StudyConfig, split_seed: int, size: int) -> Path:
+    return Path(study.runs) / study.exp / "splits" / f"split{split_seed}_{size}_per_class.json"
+
+
+def write_splits(study: StudyConfig, index: dataset.Index) -> None:
+    """Writes the splits of every size that are not there yet: small ones are parts of the larger, all test the same.
+
+    All of a size's images train; none validates, so recipe and number of steps have to be fixed beforehand.
+    """
+    for split_seed in range(study.split_seed, study.split_seed + study.splits):
+        files = {size: _split_file(study, split_seed, size) for size in study.train_per_class}
+        if all(file.is_file() for file in files.values()):
+            continue
+        data = DataConfig(
+            root=study.data, protocol="standard", train_per_class=max(files), split_seed=split_seed,
+            max_test_per_class=study.max_test_per_class,
+        )  # fmt: skip
+        whole = make_manifest(index, data)
+        for size, file in files.items():
+            write_json(file, subsample(whole, index, size).to_json())
+
+
+def subsample(whole: splits.Manifest, index: dataset.Index, size: int) -> splits.Manifest:
+    """``whole`` with ``size`` training images per class, drawn from those for training and validation."""
+    order = np.random.RandomState(whole.seed)
+    train: list[str] = []
+    for name in whole.classes:
+        pool = sorted(p for part in ("train", "val") for p in whole.subsets[part] if dataset.class_of(p) == name)
+        train += [pool[i] for i in order.permutation(len(pool))[:size]]
+    subsets = {"train": tuple(sorted(train)), "val": (), "test": whole.subsets["test"]}
+    used = [path for paths in subsets.values() for path in paths]
+    options = {**whole.options, "train_per_class": size, "val_per_class": 0}
+    content = dataset.content_hash(index.digests, used)
+    return dataclasses.replace(whole, options=options, content_hash=content, subsets=subsets)
+
+
+def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Trains and tests what is not done yet, seed by seed; writes study.json after every run and returns it.
+
+    A run whose training fails stands there with the reason, and the others go on.
+    """
+    if study.train_per_class:
+        write_splits(study, index)
+    folder = Path(study.runs) / study.exp
+    errors: dict[str, str] = {}
+    order = [config for runs in zip(*(cell.runs for cell in cells), strict=True) for config in runs]
+    summary = summarise(study, cells, errors)
+    for number, config in enumerate(order, 1):
+        done = is_done(config)
+        if not done:
+            print(f"[{number}/{len(order)}] {config.exp}", flush=True)
+            try:
+                _train(config)
+            except ValueError as error:
+                if not Run(Path(config.runs) / config.exp).has("config.json"):
+                    raise  # nothing was trained: the settings, the images or the weights are wrong for all of them
+                errors[config.exp] = str(error)
+                print(f"  failed: {error}")
+            summary = summarise(study, cells, errors)
+            write_json(folder / "study.json", summary)
+    write_json(folder / "study.json", summary)
+    return summary
+
+
+def is_done(config: TrainConfig) -> bool:
+    """Whether the run of ``config`` is trained and tested. Raises ValueError when it had other settings."""
+    run = Run(Path(config.runs) / config.exp)
+    if run.has("config.json"):
+        try:
+            check_same(run.config(), config)
+        except ValueError as error:
+            raise ValueError(f"{error}; or give the study another --exp") from error
+    return run.has("test.json")
+
+
+def _train(config: TrainConfig) -> None:
+    job = prepare(config, resume=Run(Path(config.runs) / config.exp).has("config.json"))
+    for _ in log(job.run, fit(job)):
+        pass
+    result = evaluate(job.run)
+    job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
+    print(f"  {result['top1']:.2f} % of {result['n']} test images", flush=True)
+
+
+def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str]) -> dict[str, Any]:
+    """What study.json holds: the settings and, for each cell, means and standard deviations over its finished runs."""
+    rows = []
+    for cell in cells:
+        runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
+        done = [run for run in runs if run.has("test.json")]
+        row: dict[str, Any] = {"model": cell.model, "arm": cell.arm, "size": cell.size, "folder": cell.folder}
+        row |= {"n": len(done), "planned": len(runs), "seconds": None}
+        for key in ("top1", "mean_per_class"):
+            values = [run.read_json("test.json")[key] for run in done]
+            row[key] = statistics.mean(values) if values else None
+            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        if done:
+            row["seconds"] = statistics.mean(_seconds(run) for run in done)
+        rows.append(row | {"errors": [errors[c.exp] for c in cell.runs if c.exp in errors]})
+    return {"settings": to_dict(study), "cells": rows}
+
+
+def _seconds(run: Run) -> float:
+    return float(sum(r["seconds"] + r.get("val_seconds", 0.0) for r in run.metrics()))
+
+
+def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) -> str:
+    """How long the runs that are not done take, from the runs below RUNS with the same network, size and kind."""
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    for file in Path(study.runs).glob("**/config.json"):
+        run = Run(file.parent)
+        records, config = run.metrics(), run.config()
+        if records and run.has("split.json"):
+            images = len(run.read_json("split.json")["subsets"]["train"]) * len(records)
+            rates.setdefault(_kind(config), []).append(_seconds(run) / images)
+    seconds, unknown = 0.0, set()
+    for cell in cells:
+        per_class = cell.size or _usual_size(study, index)
+        for config in cell.runs:
+            if not is_done(config):
+                passes = max(config.optim.epochs, 1)
+                rate = statistics.median(rates.get(_kind(config), [math.nan]))
+                unknown |= {f"{cell.arm} with {cell.model}"} if math.isnan(rate) else set()
+                seconds += 0 if math.isnan(rate) else rate * passes * per_class * len(index.classes)
+    hours = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {seconds / 60:.0f} minutes"
+    return hours + (f", without {', '.join(sorted(unknown))}, of which no run is recorded" if unknown else "")
+
+
+def _kind(config: TrainConfig) -> tuple[Any, ...]:
+    """What decides the time that an image takes."""
+    return config.model.name, config.model.size, config.model.freeze, config.optim.epochs == 0
+
+
+def _usual_size(study: StudyConfig, index: dataset.Index) -> float:
+    """Training images per class of a protocol that says no number."""
+    return 25 if study.protocol == "standard" else 0.7 * len(index.paths) / len(index.classes)
+
+
+def text(summary: dict[str, Any]) -> str:
+    """The cells as lines for a terminal."""
+    lines = [f"{'network':22}{'arm':10}{'per class':>10}  {'top-1':17}{'mean per class':17}runs"]
+    for c in summary["cells"]:
+        shown = [
+            "–" if c[key] is None else f"{c[key]:.2f}" + (f" ± {c[f'{key}_sd']:.2f}" if c[f"{key}_sd"] else "")
+            for key in ("top1", "mean_per_class")
+        ]
+        size = "all" if c["size"] is None else str(c["size"])
+        lines.append(f"{c['model']:22}{c['arm']:10}{size:>10}  {shown[0]:17}{shown[1]:17}{c['n']} of {c['planned']}")
+    return "\n".join(lines + [f"failed: {error}" for c in summary["cells"] for error in c["errors"]])

@@ -1,0 +1,128 @@
+"""The verbs about several runs: ``study`` makes them, ``compare`` and ``report`` read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from finetune101.cli import ensure_data, parse
+from finetune101.config import DataConfig, Flat, StudyConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from finetune101.analysis.compare import Comparison
+    from finetune101.analysis.groups import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments:
+    """Compare tested runs, or groups of runs that differ in seed and split, on the same test images."""
+
+    groups: tyro.conf.Positional[tuple[str, ...]]
+    """Two or more: runs (folder or name), folders that hold runs, quoted globs; or one study."""
+    out: str = "comparison"
+    """Folder for comparison.json and comparison.png."""
+    runs: str = "runs"
+    """Folder of all runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Make one self-contained page, HTML and Markdown, about a tested run, a comparison or a study."""
+
+    target: tyro.conf.Positional[str]
+    """A run (folder or name), or the folder that compare or study wrote."""
+    out: str = "report"
+    """Folder for report.html, report.md and the pictures."""
+    lang: Literal["en", "zh"] = "en"
+    """Language of the page."""
+    gallery: bool = True
+    """Show example images; --no-gallery leaves them out, so that the images need not be there."""
+    data: str | None = None
+    """Where the images are, if not where the run found them."""
+    runs: str = "runs"
+    """Folder of all runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArguments:
+    """What was pretraining worth? Trains and tests every arm, network, size, split and seed that is not done yet."""
+
+    study: Annotated[StudyConfig, Flat]
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only say how many runs there are to do, and how long they take."""
+
+
+def compare(argv: Sequence[str]) -> int:
+    """``finetune101 compare``."""
+    arguments = parse(CompareArguments, argv, prog="finetune101 compare")
+    from finetune101.analysis.groups import open_group
+    from finetune101.analysis.report import study_folder, study_groups
+
+    names = arguments.groups
+    folder = study_folder(names[0], arguments.runs) if len(names) == 1 else None
+    found = study_groups(folder) if folder else [open_group(name, arguments.runs) for name in names]
+    run_comparison(found, Path(arguments.out))
+    return 0
+
+
+def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
+    """Prints the comparisons of every two groups, writes comparison.json and comparison.png; returns the first."""
+    from finetune101.analysis import compare as comparing
+    from finetune101.analysis.report import progress
+    from finetune101.runs import write_json
+
+    found = comparing.all_pairs(groups)
+    print("\n\n".join(comparing.text(one) for one in found))
+    write_json(out / "comparison.json", comparing.to_json(found, out))
+    progress(found, groups, out / "comparison.png")
+    print(f"Picture: {out / 'comparison.png'}. A page with all of it: finetune101 report {out}")
+    return found[0]
+
+
+def report(argv: Sequence[str]) -> int:
+    """``finetune101 report``."""
+    a = parse(ReportArguments, argv, prog="finetune101 report")
+    from finetune101.analysis.report import report as make
+
+    page = make(a.target, Path(a.out), runs=a.runs, lang=a.lang, gallery=a.gallery, data=a.data)
+    print(f"Report: {page} ({page.stat().st_size / 1e6:.2f} MB), also as {page.with_suffix('.md')}")
+    return 0
+
+
+def study(argv: Sequence[str]) -> int:
+    """``finetune101 study``."""
+    arguments = parse(StudyArguments, _lists(argv), prog="finetune101 study")
+    config: StudyConfig = arguments.study
+    from finetune101.analysis.report import draw_study
+    from finetune101.data import dataset
+    from finetune101.search import experiment
+
+    ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
+    layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
+    index = dataset.index(dataset.find(config.data), layout)
+    cells = experiment.plan(config, index)
+    left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
+    total, time = sum(len(cell.runs) for cell in cells), experiment.estimate(config, index, cells)
+    print(f"{total} runs, {left} to do: {time}")
+    if not arguments.dry_run:
+        print(experiment.text(experiment.run(config, index, cells)))
+        folder = Path(config.runs) / config.exp
+        for picture in draw_study(folder):
+            print(f"Picture: {picture}")
+        print(f"A page with all of it: finetune101 report {folder}")
+    return 0
+
+
+def _lists(argv: Sequence[str]) -> list[str]:
+    """Lists may have commas: --train-per-class 1,2,5 is --train-per-class 1 2 5."""
+    words: list[str] = []
+    flag = ""
+    for word in argv:
+        flag = word if word.startswith("--") else flag
+        listed = flag.replace("_", "-") in ("--train-per-class", "--models", "--arms")
+        words += [part for part in word.split(",") if part] if listed else [word]
+    return words

@@ -1,0 +1,106 @@
+"""A small study, trained for real: its runs, its splits, and what a second call does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune101.analysis import report
+from finetune101.config import StudyConfig
+from finetune101.data import dataset, splits
+from finetune101.runs import Run
+from finetune101.search import experiment
+
+
+@pytest.fixture(scope="module")
+def index(tiny_data: Path) -> dataset.Index:
+    return dataset.index(tiny_data)
+
+
+@pytest.fixture(scope="module")
+def study(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    return StudyConfig(
+        exp="s",
+        runs=str(tmp_path_factory.mktemp("study")),
+        data=str(tiny_data),
+        arms=("probe", "scratch"),
+        seeds=1,
+        train_per_class=(2, 4),
+        epochs=1,
+        batch_size=6,
+        size=32,
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(study: StudyConfig, index: dataset.Index) -> Path:
+    experiment.run(study, index, experiment.plan(study, index))
+    return Path(study.runs) / "s"
+
+
+def test_every_cell_is_trained_and_tested(folder: Path) -> None:
+    cells = json.loads((folder / "study.json").read_text())["cells"]
+    assert [(c["arm"], c["size"], c["n"]) for c in cells] == [
+        (arm, size, 1) for size in (2, 4) for arm in ("probe", "scratch")
+    ]
+    for cell in cells:
+        run = Run(folder / cell["folder"] / "split42_seed0")
+        assert run.has("test.json") and run.best.is_file() and not run.last.exists()
+        assert cell["top1"] == run.read_json("test.json")["top1"] and cell["seconds"] > 0
+
+
+def test_sizes_are_nested_and_share_test_images_and_steps(folder: Path) -> None:
+    small, large = (splits.read(folder / "splits" / f"split42_{size}_per_class.json") for size in (2, 4))
+    assert small.subsets["test"] == large.subsets["test"] and len(small.subsets["test"]) == 3 * 8
+    assert set(small.subsets["train"]) < set(large.subsets["train"])
+    assert (len(small.subsets["train"]), small.subsets["val"]) == (6, ())
+    runs = [Run(folder / "efficientnet_lite0" / "scratch" / f"{n}_per_class" / "split42_seed0") for n in (2, 4)]
+    assert [len(run.metrics()) for run in runs] == [2, 1]
+    assert [run.metrics()[-1]["step"] for run in runs] == [2, 2]
+    assert runs[0].config().optim.step_size == 2 * runs[1].config().optim.step_size
+
+
+def test_a_second_call_trains_nothing(folder: Path, study: StudyConfig, index: dataset.Index) -> None:
+    times = {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")}
+    cells = experiment.plan(study, index)
+    assert all(experiment.is_done(config) for cell in cells for config in cell.runs)
+    experiment.run(study, index, cells)
+    assert times == {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")} and len(times) == 4
+
+
+def test_the_estimate_comes_from_recorded_runs(folder: Path, study: StudyConfig, index: dataset.Index) -> None:
+    more = dataclasses.replace(study, seeds=3)
+    assert "minutes" in experiment.estimate(more, index, experiment.plan(more, index))
+    other = dataclasses.replace(study, exp="t", models=("squeezenet1_1",), arms=("scratch",))
+    said = experiment.estimate(other, index, experiment.plan(other, index))
+    assert said.endswith("without scratch with squeezenet1_1, of which no run is recorded")
+
+
+def test_other_settings_are_another_study(folder: Path, study: StudyConfig, index: dataset.Index) -> None:
+    other = dataclasses.replace(study, epochs=2)
+    with pytest.raises(ValueError, match="give the study another --exp"):
+        experiment.run(other, index, experiment.plan(other, index))
+
+
+def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: dataset.Index) -> None:
+    for change, message in (
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"arms": ()}, "at least one of --arms"),
+        ({"scratch_recipe": "none"}, "there is no recipe none"),
+        ({"epochs": 0}, "--epochs is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experiment.plan(dataclasses.replace(study, **change), index)
+
+
+def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:
+    assert [picture.name for picture in report.draw_study(folder)] == ["efficientnet_lite0.png"]
+    page = report.report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
+    assert "Accuracy against training images per class" in page and "probe against scratch" in page
+    assert (tmp_path / "report" / "report.md").is_file()
+    groups = report.study_groups(folder)
+    assert [(group.name, len(group.runs)) for group in groups] == [("probe", 1), ("scratch", 1)]
