@@ -41,7 +41,7 @@ def run_demo(out: Path, epochs: int) -> None:
     _title("4. Train the same network from random initialisation, for twice as many epochs")
     random = _arm(out, data, "random", 2 * epochs, pretrain=False)
     _title("5. Compare them on the same test images")
-    groups = [open_group(str(run.path)) for run in (finetune, random)]
+    groups = [open_group(run.path.as_posix()) for run in (finetune, random)]
     comparison = run_comparison(groups, out / "comparison")
     _title("6. Label one test image")
     image = finetune.read_json("split.json")["subsets"]["test"][0]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from finetune101.analysis.groups import Group, Tested, common_splits, mean_sd, proof, read
+from finetune101.analysis.groups import Group, Tested, common_splits, mean_sd, proof, read, shortened
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
 
@@ -121,7 +121,7 @@ class Comparison:
 
 def compare(run_a: Run, run_b: Run) -> Comparison:
     """Compares two runs image by image: ``compare_groups`` of one run each."""
-    return compare_groups(*(Group(name=run.name, runs=(read(run),)) for run in (run_a, run_b)))
+    return all_pairs([Group(name=run.path.as_posix(), runs=(read(run),)) for run in (run_a, run_b)])[0]
 
 
 def compare_groups(a: Group, b: Group) -> Comparison:
@@ -131,8 +131,6 @@ def compare_groups(a: Group, b: Group) -> Comparison:
     been evaluated, its files contradict each other, or the arms were split differently.
     """
     found = common_splits(a, b)
-    if a.name == b.name:
-        a, b = (dataclasses.replace(group, name=_path_name(group)) for group in (a, b))
     sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
     several = len(found) > 1
@@ -157,7 +155,7 @@ def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
     """Every two of ``groups``, in their order. Raises ValueError with fewer than two."""
     if len(groups) < 2:
         raise ValueError("compare needs two runs or groups of runs; give another one")
-    return [compare_groups(a, b) for a, b in itertools.combinations(groups, 2)]
+    return [compare_groups(a, b) for a, b in itertools.combinations(shortened(groups), 2)]
 
 
 def over_splits(differences: Sequence[float], run: Tested) -> tuple[float, float]:
@@ -252,10 +250,6 @@ def _gains(a: Group, b: Group) -> list[ClassGain]:
         intervals = [metrics.wilson(min(n, share / 100 * n), n) for share in (x, y)]
         rows.append(ClassGain(name=name, n=n, a=x, b=y, gain=x - y, a_interval=intervals[0], b_interval=intervals[1]))
     return sorted(rows, key=lambda row: -row.gain)
-
-
-def _path_name(group: Group) -> str:
-    return group.runs[0].run.path.as_posix()
 
 
 def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:

@@ -139,19 +139,23 @@ def gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) 
 
     ``rows`` hold ``name``, ``n``, ``a`` and ``b`` (percent), the greatest gain first.
     """
-    shown = list(rows) if len(rows) <= 24 else [*rows[:14], *rows[-10:]]
+    shown: list[Mapping[str, Any] | None] = list(rows)
+    if len(rows) > 24:
+        shown = [*rows[:14], None, *rows[-10:]]
     with _style():
         figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(shown)), layout="constrained")
         axes = figure.subplots()
+        labels = []
         for y, row in enumerate(reversed(shown)):
+            if row is None:
+                labels.append("…")
+                axes.text(50, y, f"{len(rows) - 24} classes between", ha="center", va="center", color=GREY, fontsize=9)
+                continue
+            labels.append(f"{_short(row['name'], 30)} ({row['n']})")
             axes.plot([row["b"], row["a"]], [y, y], color="#B5B5B5", linewidth=3, zorder=1)
             axes.plot(row["b"], y, "s", color=VERMILION, markersize=7)
             axes.plot(row["a"], y, "o", color=BLUE, markersize=8)
-        axes.set_yticks(range(len(shown)), [f"{_short(row['name'], 30)} ({row['n']})" for row in reversed(shown)])
-        if len(shown) < len(rows):
-            axes.axhline(9.5, color=GREY, linestyle=":")
-            axes.text(50, 9.5, f"{len(rows) - len(shown)} classes between", ha="center", va="center", color=GREY,
-                      backgroundcolor="white", fontsize=9)  # fmt: skip
+        axes.set_yticks(range(len(shown)), labels)
         axes.set(xlim=(-3, 103), ylim=(-0.7, len(shown) - 0.3), xlabel="right answers on test images of the class (%)")
         axes.set_title("Classes that gain most (top) and least (bottom); number of test images in brackets")
         legend = [(Line2D([], [], color=BLUE, marker="o", linestyle=""), _short(names[0], 40))]

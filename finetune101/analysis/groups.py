@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import glob
 import itertools
 import statistics
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from finetune101.config import TrainConfig
-from finetune101.data import splits
+from finetune101.data import dataset, splits
 from finetune101.models.build import build
 from finetune101.runs import Run, open_run
 
@@ -116,14 +117,23 @@ def open_group(name: str, runs: str = "runs") -> Group:
         folders = [open_run(name, runs).path]  # which says what there is
     tested = [read(Run(folder)) for folder in folders]
     tested.sort(key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
-    label = folders[0].name if len(folders) == 1 else Path(name).as_posix()
     if len({one.config.model.name for one in tested}) > 1:
         raise ValueError(f"{name} holds several networks; give a folder or a glob with one of them")
     for one, other in itertools.pairwise(tested):
         if (one.split, one.config.system.seed) == (other.split, other.config.system.seed):
             same = f"{one.run.path} and {other.run.path} have the same seed and split"
             raise ValueError(f"{same}; give a folder or a glob that holds one run of each")
-    return Group(name=label, runs=tuple(tested))
+    return Group(name=(folders[0] if len(folders) == 1 else Path(name)).as_posix(), runs=tuple(tested))
+
+
+def shortened(groups: Sequence[Group]) -> list[Group]:
+    """``groups`` with the shortest ends of their names that tell them apart."""
+    parts = [group.name.split("/") for group in groups]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return [dataclasses.replace(group, name=name) for group, name in zip(groups, names, strict=True)]
 
 
 def read(run: Run) -> Tested:
@@ -133,7 +143,10 @@ def read(run: Run) -> Tested:
     """
     answers, test, manifest = read_answers(run), run.read_json("test.json"), read_manifest(run)
     correct = sum(answer.right for answer in answers.values())
-    if (test.get("n"), test.get("correct"), test.get("manifest_hash")) != (len(answers), correct, manifest.hash()):
+    stated = (test.get("n"), test.get("correct"), test.get("manifest_hash"))
+    wanted = {path: dataset.class_of(path) for path in manifest.subsets["test"]}
+    labels = {path: answer.label for path, answer in answers.items()}
+    if stated != (len(answers), correct, manifest.hash()) or labels != wanted:
         raise ValueError(
             f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
             f"run: finetune101 evaluate {run.path}"
@@ -182,12 +195,6 @@ def common_splits(a: Group, b: Group) -> list[str]:
             f"{one.run.path} and {other.run.path} were split differently ({_differing(one.manifest, other.manifest)}); "
             f"train one of them again with --split {(one.run.path / 'split.json').as_posix()}"
         )
-    for split in mine:
-        for run in (*a.on(split), *b.on(split)):
-            if {p: x.label for p, x in run.answers.items()} != {p: x.label for p, x in mine[split].answers.items()}:
-                raise ValueError(
-                    f"{mine[split].run.path} and {run.run.path} were tested on different images; evaluate both again"
-                )
     return list(mine)
 
 

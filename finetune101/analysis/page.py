@@ -82,6 +82,6 @@ def spread(mean: float, sd: float | None) -> Cell:
     return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else ""), mean
 
 
-def percent(value: float, interval: tuple[float, float] | None = None) -> Cell:
-    """A cell with a share in percent and its interval."""
-    return f"{value:.1f}" + (f" ({interval[0]:.0f}–{interval[1]:.0f})" if interval else ""), value
+def percent(value: float, interval: tuple[float, float], form: str = ".0f") -> Cell:
+    """A cell with a share in percent and its interval, the latter in ``form``."""
+    return f"{value:{'.1f' if form == '.0f' else form}} ({interval[0]:{form}}–{interval[1]:{form}})", value

@@ -48,17 +48,18 @@ def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
 
 
 def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | None) -> None:
+    found = groups.shortened(found)
     comparisons = compare.all_pairs(found)
     first = comparisons[0]
     (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
     page.title = " – ".join(group.name for group in found)
-    values = {"a": first.a.name, "b": first.b.name, "gain": first.difference, "low": low, "high": high, "over": over}
-    page.headline = page.say("compare_headline", **values)
+    values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
+    page.headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
     arms = arms_of(comparisons, found)
     alt = page.say("progress_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
     page.picture("progress", lambda out: progress(comparisons, found, out), alt)
     _arms_table(page, arms)
-    _differences_table(page, comparisons)
+    _reach_table(page, comparisons)
     rows = [vars(row) for row in first.classes]
     best = ", ".join(f"{row['name']} {row['gain']:+.0f}" for row in rows[:3])
     draw = lambda out: figures.gains(rows, (first.a.name, first.b.name), out)  # noqa: E731
@@ -67,6 +68,8 @@ def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | N
     root = mistakes.image_root(found[0].runs, data) if gallery else None
     for group in found:
         _details(page, group.runs[0], group.name, root)
+    _tests_tables(page, comparisons)
+    _starts_table(page, arms)
     _facts(page, [run for group in found for run in group.runs])
 
 
@@ -187,11 +190,14 @@ def _arms_table(page: Page, arms: Sequence[Arm]) -> None:
     rows = []
     for arm in arms:
         cost = [float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("seconds", "steps", "images")]
-        top1 = percent(arm.top1, arm.top1_interval) if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
+        top1 = percent(arm.top1, arm.top1_interval, ".2f") if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
         scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
         costs = [number(cost[0] / 60, ".1f"), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
         rows.append([text(arm.name), text(arm.network), number(len(arm.runs), "d"), *scores, *costs])
     page.table("arms", heads, rows)
+
+
+def _starts_table(page: Page, arms: Sequence[Arm]) -> None:
     started = [
         [text(arm.name), number(run.seed, "d"), text(run.init_hash[7:19]),
          text(arm.init_source if run.start == "pretrained" else run.start)]
@@ -201,9 +207,9 @@ def _arms_table(page: Page, arms: Sequence[Arm]) -> None:
     page.table("starts", ("arm", "seed", "init_hash", "start"), started)
 
 
-def _differences_table(page: Page, comparisons: Sequence[Comparison]) -> None:
-    """The differences with their intervals, McNemar's tests, and who reaches whom after how many steps."""
-    rows, pairs, reach = [], [], []
+def _tests_tables(page: Page, comparisons: Sequence[Comparison]) -> None:
+    """The differences with their intervals, and McNemar's tests."""
+    rows, pairs = [], []
     for c in comparisons:
         name = f"{c.a.name} – {c.b.name}"
         intervals = (c.difference_interval, c.crossed.interval if c.crossed else None, c.over_splits)
@@ -218,14 +224,22 @@ def _differences_table(page: Page, comparisons: Sequence[Comparison]) -> None:
         pairs += [
             [text(p.a), text(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")] for p in c.mcnemar
         ]
+    over = [f"95 %: {page.words[key]}" for key in ("over_images", "over_images_and_runs", "over_splits")]
+    page.table("differences", ("pair", "gain", *over, "p"), rows)
+    page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs)
+
+
+def _reach_table(page: Page, comparisons: Sequence[Comparison]) -> None:
+    """Who reaches whose validation accuracy after how many steps."""
+    reach = []
+    for c in comparisons:
         for arm, other in ((c.a, c.b), (c.b, c.a)):
             if other.validation is not None:
                 minutes = None if arm.seconds_to_other is None else arm.seconds_to_other / 60
                 after = [number(arm.steps_to_other, ",.0f"), number(minutes, ".1f")]
                 reach.append([text(arm.name), text(other.name), number(other.validation), *after])
-    page.table("differences", ("pair", "gain", "over_images", "over_images_and_runs", "over_splits", "p"), rows)
-    page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs)
-    page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach)
+    if reach:
+        page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach)
 
 
 def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
