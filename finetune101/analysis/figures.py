@@ -89,33 +89,40 @@ def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
     accuracies of its runs), in percent.
     """
     with _style():
-        figure = Figure(figsize=(12.5, 4.7), layout="constrained")
-        by_step, by_time, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
-        minutes = max((p["seconds"] for arm in arms for p in arm["curve"]), default=0) < 2 * 3600
-        unit, seconds = ("minutes", 60) if minutes else ("hours", 3600)
-        for arm, colour, style in zip(arms, ARMS, LINES, strict=False):
-            for axes, key, scale in ((by_step, "step", 1), (by_time, "seconds", seconds)):
-                x = [point[key] / scale for point in arm["curve"]]
-                mean, sd = ([point[k] for point in arm["curve"]] for k in ("mean", "sd"))
-                marker = "o" if len(x) <= 12 else ""
-                axes.plot(x, mean, color=colour, linestyle=style, marker=marker, markersize=4)
-                _band(axes, x, mean, sd, colour)
-        for axes, title, label in (
-            (by_step, "Accuracy against steps", "optimizer steps"),
-            (by_time, "Accuracy against time", f"{unit} of training, on the machine that trained"),
-        ):
-            axes.set(title=title, xlabel=label, ylim=(0, 101))
-            axes.set_xlim(left=-0.02 * axes.get_xlim()[1] if axes.has_data() else 0)
-            if not any(arm["curve"] for arm in arms):
-                axes.text(0.5, 0.5, "no validation images", transform=axes.transAxes, ha="center", color=GREY)
-        by_step.set_ylabel("right answers on validation images (%)")
+        trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
+        figure = Figure(figsize=(12.5 if trained else 6.5, 4.7), layout="constrained")
+        if trained:
+            by_step, by_time, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
+            _progress(by_step, by_time, arms)
+        else:
+            test = figure.subplots()
         _tests(test, arms)
         legend = [
             (Line2D([], [], color=colour, linestyle=style), _short(arm["name"], 60))
             for arm, colour, style in zip(arms, ARMS, LINES, strict=False)
         ]
-        figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=2)
+        if trained:
+            figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=len(arms))
         return _save(figure, out)
+
+
+def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
+    """Validation accuracy of each arm against steps and against time."""
+    hours = max(point["seconds"] for arm in arms for point in arm["curve"]) >= 2 * 3600
+    unit, seconds = ("hours", 3600) if hours else ("minutes", 60)
+    for arm, colour, style in zip(arms, ARMS, LINES, strict=False):
+        for axes, key, scale in ((by_step, "step", 1), (by_time, "seconds", seconds)):
+            x = [point[key] / scale for point in arm["curve"]]
+            mean, sd = ([point[k] for point in arm["curve"]] for k in ("mean", "sd"))
+            marker = "o" if len(x) <= 12 else ""
+            axes.plot(x, mean, color=colour, linestyle=style, marker=marker, markersize=4)
+            _band(axes, x, mean, sd, colour)
+    by_step.set(title="Accuracy against steps", xlabel="optimizer steps")
+    by_time.set(title="Accuracy against time", xlabel=f"{unit} of training, on the machine that trained")
+    by_step.set_ylabel("right answers on validation images (%)")
+    for axes in (by_step, by_time):
+        axes.set_ylim(0, 101)
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
 
 
 def _tests(axes: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
@@ -173,7 +180,7 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
     share = counts / counts.sum(1, keepdims=True).clip(1)
     side = max(5.0, 1.5 + 0.135 * len(names))
     with _style():
-        figure = Figure(figsize=(side, side), layout="constrained")
+        figure = Figure(figsize=(side, side), layout="compressed")
         axes = figure.subplots()
         image = axes.imshow(100 * share, cmap=CONFUSION, norm=PowerNorm(0.5, 0, 100), interpolation="none")
         size = 10.0 if len(names) <= 30 else 7.5
@@ -212,6 +219,9 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
         upper.legend(loc="upper left")
         lower.set(xlim=(0, 101), xlabel="confidence of the prediction (%)", ylabel="images")
         lower.set_yscale("symlog", linthresh=10)
+        ticks = [0, *(10**k for k in range(1, len(str(max(one["n"] for bins in lines.values() for one in bins)))))]
+        lower.set_yticks(ticks, [str(tick) for tick in ticks])  # the scale's own labels would need math text
+        lower.yaxis.set_minor_locator(NullLocator())
         return _save(figure, out)
 
 
@@ -229,9 +239,13 @@ def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title
             label = f"{name} ({'–'.join(str(n) for n in {runs[0]: 0, runs[-1]: 0})} runs each)"
             axes.plot(x, mean, color=colour, linestyle=style, marker=marker, label=label)
             _band(axes, x, mean, [c["top1_sd"] or 0.0 for c in cells], colour)
-            axes.annotate(
-                f"{mean[-1]:.1f} %", (x[-1], mean[-1]), (6, 0), textcoords="offset points", color=colour, va="center"
-            )
+        ends = sorted(
+            (cells[-1]["top1"], cells[-1]["size"], colour) for cells, colour in zip(arms.values(), ARMS, strict=False)
+        )
+        y = -100.0
+        for top1, size, colour in ends:
+            y = max(top1, y + 4)  # labels keep clear of one another
+            axes.annotate(f"{top1:.1f} %", (size, y), (8, 0), textcoords="offset points", color=colour, va="center")
         sizes = sorted({c["size"] for cells in arms.values() for c in cells})
         axes.set_xscale("log")
         axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -239,7 +253,7 @@ def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title
         axes.set(xlim=(sizes[0] * 0.9, sizes[-1] * 1.25), ylim=(0, 101), ylabel="right answers on test images (%)")
         axes.set_xlabel("training images per class (the same test images and the same steps everywhere)")
         axes.set_title(_short(title, 90))
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower left", ncols=3)
         return _save(figure, out)
 
 

@@ -35,7 +35,7 @@ class Page:
 
     def add(self, kind: str, key: str, /, name: str = "", **content: Any) -> None:
         """A section; its title and its text are the words ``key`` and ``key_text``, ``name`` is what it is about."""
-        title = self.words[key] + (f": {name}" if name else "")
+        title = self.words[key] + (f" – {name}" if name else "")
         note = self.words.get(f"{key}_text", "").format(name=name, **content)
         self.sections.append({"kind": kind, "title": title, "note": note, **content})
 

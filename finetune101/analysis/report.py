@@ -248,12 +248,12 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
     worst = mistakes.pairs(run.answers)
     alt = page.say("confusion_alt", pairs="; ".join(f"{a} → {b} ({n})" for a, b, n in worst[:3]))
     draw = lambda out: figures.confusion(found.names, found.counts, found.blocks, out)  # noqa: E731
-    page.picture("confusion", draw, alt, name, shown=len(found.names), hidden=found.hidden)
+    page.picture("confusion", draw, alt, name, shown=len(found.names), total=len(found.names) + found.hidden)
     if root:
         page.add("pairs", "pairs", name, pairs=mistakes.pair_examples(run, root))
     else:
         rows = [[text(label), text(prediction), number(count, "d")] for label, prediction, count in worst]
-        page.table("pairs", ("class", "prediction", "images"), rows, name)
+        page.table("pairs_table", ("class", "prediction", "images"), rows, name)
     for key, right in (("mistakes", False), ("hits", True)):
         page.add("gallery", key, name, examples=mistakes.examples(run.answers, right, root))
     if "calibration" in run.test:

@@ -231,7 +231,9 @@ def text(summary: dict[str, Any]) -> str:
     lines = [f"{'network':22}{'arm':10}{'per class':>10}  {'top-1':17}{'mean per class':17}runs"]
     for c in summary["cells"]:
         shown = [
-            "–" if c[key] is None else f"{c[key]:.2f}" + (f" ± {c[f'{key}_sd']:.2f}" if c[f"{key}_sd"] else "")
+            "–"
+            if c[key] is None
+            else f"{c[key]:.2f}" + (f" ± {c[f'{key}_sd']:.2f}" if c[f"{key}_sd"] is not None else "")
             for key in ("top1", "mean_per_class")
         ]
         size = "all" if c["size"] is None else str(c["size"])
