@@ -53,6 +53,8 @@ def compare(run_a: Run, run_b: Run) -> Comparison:
     Every number is computed from predictions.csv and must agree with test.json. Raises ValueError when a run has not
     been evaluated, its files contradict each other, or the two were split differently.
     """
+    if run_a.path.resolve() == run_b.path.resolve():
+        raise ValueError(f"{run_a.path} cannot be compared with itself; name two runs")
     split_a, split_b = (splits.from_json(run.read_json("split.json")).hash() for run in (run_a, run_b))
     if split_a != split_b:
         raise ValueError(
