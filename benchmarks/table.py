@@ -74,11 +74,8 @@ def rows() -> tuple[list[str], list[dict[str, Any]]]:
     if found := read("warm_start"):
         entry = claim("warm_start", found["seconds"], "s", len(found["all"]), None, "python benchmarks/warm_start.py")
         add("second start to first step, after import torch", "–", f"{found['seconds']} s", "–", entry)
-    for name, exp, model in (
-        ("time_to_reference", "time_to_reference", "resnet18"),
-        ("time_to_finetuned", "time_to_finetuned", "efficientnet_lite0"),
-    ):
-        ours, plain = read(f"time_{exp}"), read(f"paired_{model}")
+    for name, model in (("time_to_reference", "resnet18"), ("time_to_finetuned", "efficientnet_lite0")):
+        ours, plain = read(name), read(f"paired_{model}")
         if ours and plain:
             seconds = ours["seconds"] if name == "time_to_reference" else ours["reached"]["seconds"]
             ratio = round(plain["plain_20_epochs_s"] / seconds, 1)

@@ -1,7 +1,7 @@
 """Wall time from the start of a command to a model of a given accuracy, cache building and compiling included.
 
 ``python benchmarks/time_to_accuracy.py --data FOLDER -- --recipe probe`` runs ``finetune101 train`` with these flags in
-an empty cache folder, and writes results/speed/time_<exp>.json: seconds from the start of the process to every epoch's
+an empty cache folder, and writes results/speed/<exp>.json: seconds from the start of the process to every epoch's
 record and to its end. ``--goal`` (validation accuracy, percent) names the first epoch that reaches it. The test set is
 not touched; ``--warm`` runs the command a second time and measures the time to its first record with the cache there.
 """
@@ -57,7 +57,7 @@ def main() -> None:
     command = "finetune101 train " + " ".join(["--exp", arguments.exp, *arguments.flags])
     result |= {"command": command, "goal_val_top1": arguments.goal, "reached": reached, "cores": os.cpu_count()}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"time_{arguments.exp}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{arguments.exp}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{arguments.goal} % reached: {reached}; whole command {result['seconds']} s")
 
 

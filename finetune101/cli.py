@@ -9,6 +9,7 @@ import difflib
 import io
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -183,8 +184,10 @@ def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> 
 def _unboxed(box: str) -> str:
     """The one sentence in tyro's framed message: its lines up to the rule, without frame and full stop."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    told = itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)
-    return " ".join(told).strip().rstrip(".")
+    told = " ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)).strip().rstrip(".")
+    told = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", told)
+    told = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", told)
+    return re.sub(r"Missing from [^:]*: (?:([A-Z]+) (?=[A-Z]))?(.*) \(required\)", r"missing: \2", told)
 
 
 def _flags(kind: Any) -> list[str]:
@@ -332,6 +335,10 @@ def predict(argv: Sequence[str]) -> int:
     from finetune101.deploy import predict as deploy
     from finetune101.runs import open_run
 
+    if not arguments.inputs:
+        raise ValueError("no image given; name files, folders or patterns after the run")
+    if arguments.csv and arguments.json:
+        raise ValueError("--csv and --json cannot both be printed; leave one of them out")
     run = open_run(arguments.run, arguments.runs)
     rows, failed = deploy.predict(run, list(arguments.inputs), top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:

@@ -130,6 +130,8 @@ def compare_groups(a: Group, b: Group) -> Comparison:
     Every number is computed from predictions.csv and must agree with test.json. Raises ValueError when a run has not
     been evaluated, its files contradict each other, or the arms were split differently.
     """
+    if twice := {run.run.path.resolve() for run in a.runs} & {run.run.path.resolve() for run in b.runs}:
+        raise ValueError(f"{min(twice)} cannot be compared with itself; name other runs")
     found = common_splits(a, b)
     sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]

@@ -121,8 +121,10 @@ def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
 def environment() -> dict[str, Any]:
     """Command, versions and machine: what another person needs to repeat the run."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
+    name = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1]
+    start = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
     return {
-        "command": shlex.join([sys.argv[0].rsplit("/", 1)[-1], *sys.argv[1:]]),
+        "command": shlex.join([*start, *sys.argv[1:]]),
         "versions": {
             "finetune101": __version__,
             "python": platform.python_version(),

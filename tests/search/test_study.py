@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig, to_dict
+from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig, from_dict
 from finetune101.runs import Run
 from finetune101.search.study import configure, grid, points
 from finetune101.training.loop import fit
@@ -74,7 +74,7 @@ def test_a_grid_is_ranked_and_keeps_the_best_weights_only(base: TrainConfig, res
     assert sorted(entry["lr"] for entry in entries) == [0.01, 0.05]
     assert scores(entries) == sorted(scores(entries), reverse=True)
     saved = json.loads(results.read_text())
-    assert (saved["base"], saved["space"], saved["points"]) == (to_dict(base), SPACE, 2)
+    assert from_dict(saved["base"]) == base and (saved["space"], saved["points"]) == (SPACE, 2)
     for rank, entry in enumerate(entries):
         run = Run(Path(entry["run"]))
         records = run.metrics()
