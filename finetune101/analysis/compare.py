@@ -230,8 +230,8 @@ def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
     """Runs of the same split side by side, in the order of their seeds; never pooled, as they share their images."""
     return [
         Pair(
-            a=one.run.name,
-            b=other.run.name,
+            a=_run_name(a, one),
+            b=_run_name(b, other),
             only_a=int(np.sum(one.correct & ~other.correct)),
             only_b=int(np.sum(other.correct & ~one.correct)),
             p=metrics.mcnemar_exact(one.correct, other.correct),
@@ -239,6 +239,11 @@ def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
         for split in found
         for one, other in zip(a.on(split), b.on(split), strict=False)
     ]
+
+
+def _run_name(group: Group, run: Tested) -> str:
+    """The arm's name, with the run's where there are several: runs of two arms may share theirs."""
+    return group.name if len(group.runs) == 1 else f"{group.name}/{run.run.name}"
 
 
 def _gains(a: Group, b: Group) -> list[ClassGain]:
@@ -287,10 +292,7 @@ def text(c: Comparison) -> str:
         lines.append(f"{'':{width}}  t test over images and runs: p = {c.crossed.p:.2g} ({c.crossed.df:.1f} degrees)")
     lines.append("")
     for pair in c.mcnemar:
-        names = (c.a.name, c.b.name) if len(c.mcnemar) == 1 else (pair.a, pair.b)
-        lines.append(
-            f"Only {names[0]} is right: {_images(pair.only_a)}. Only {names[1]} is right: {_images(pair.only_b)}."
-        )
+        lines.append(f"Only {pair.a} is right: {_images(pair.only_a)}. Only {pair.b} is right: {_images(pair.only_b)}.")
         lines.append(f"  McNemar's exact test that both are equally good: p = {pair.p:.2g}.")
     lines.append(_verdict(c))
     if len(c.a.runs) == len(c.b.runs) == 1:

@@ -193,6 +193,7 @@ def test_groups_give_means_spreads_and_an_interval_over_runs(seeds):
     assert c.crossed.interval[0] < c.difference_interval[0] < c.difference_interval[1] < c.crossed.interval[1]
     assert len(c.mcnemar) == 3  # never pooled
     assert [p.only_a - p.only_b for p in c.mcnemar] == [26, 29, 32]
+    assert (c.mcnemar[0].a, c.mcnemar[0].b) == ("good/s0", "poor/s0")
     words = compare.text(c)
     assert "83.50 ± 1.50 %" in words and "n = 3 runs" in words and "over images and runs" in words
     assert max(map(len, words.splitlines())) <= 120
