@@ -38,6 +38,10 @@ class Job:
     built: Built
 
 
+class Diverged(ValueError):
+    """The loss or the weights are no longer finite: the settings' fault, not the machine's."""
+
+
 class Trainer:
     """Model, optimizer and counters of a job between two epochs: what a resumed run must find again."""
 
@@ -214,8 +218,8 @@ class Trainer:
         return int(state["epoch"])
 
 
-def _not_finite(what: str, step: int) -> ValueError:
-    return ValueError(f"{what} {step}; lower --lr or use --precision fp32 (the last checkpoint is kept)")
+def _not_finite(what: str, step: int) -> Diverged:
+    return Diverged(f"{what} {step}; lower --lr or use --precision fp32 (the last checkpoint is kept)")
 
 
 def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
