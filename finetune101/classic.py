@@ -82,8 +82,9 @@ def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None
 
 
 def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
-    config = cli.parse_train(argv, prog="search.py", model=MODEL).config
-    cli.run_search(config, dict(space), Path(f"gridsearch_results_{config.exp.replace('/', '_')}.json"))
+    arguments = cli.parse_train(argv, prog="search.py", model=MODEL, kind=cli.SearchArguments)
+    table = Path(f"gridsearch_results_{arguments.config.exp.replace('/', '_')}.json")
+    cli.run_search(arguments, table, Path(), dict(space))
     return 0
 
 

@@ -46,7 +46,7 @@ def curves(metrics: Records, out: Path, title: str) -> Path:
     ``metrics`` are the records of metrics.jsonl; validation may be null. Raises ValueError when there are none.
     """
     _check(metrics, title)
-    with _style():
+    with style():
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(_short(title, 90), x=0.01, ha="left", fontweight="bold", fontsize=12)
         loss, accuracy = figure.subplots(1, 2)
@@ -74,7 +74,7 @@ def curves(metrics: Records, out: Path, title: str) -> Path:
             )
             legend.append((_star_key(), words))
         figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=3)
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def comparison(
@@ -89,7 +89,7 @@ def comparison(
     ``tests`` are the two test.json (``top1`` and ``top1_interval`` in percent). Raises ValueError without records.
     """
     arms = list(zip((metrics_a, metrics_b), names, (BLUE, VERMILION), strict=True))
-    with _style():
+    with style():
         figure = Figure(figsize=(12.5, 4.7), layout="constrained")
         loss, accuracy, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
         for metrics, name, colour in arms:
@@ -109,7 +109,7 @@ def comparison(
         ]
         legend.append((_star_key(), "best epoch"))
         figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=3)
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def _tests(axes: Axes, names: tuple[str, str], tests: tuple[Mapping[str, Any], Mapping[str, Any]]) -> None:
@@ -174,13 +174,13 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
-def _style() -> Any:
+def style() -> Any:
     """The style, with the fonts for Chinese names that this machine has behind matplotlib's own."""
     wanted = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
     return matplotlib.rc_context({**STYLE, "font.family": [f for f in wanted if f in font_manager.get_font_names()]})
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save(figure: Figure, out: Path) -> Path:
     """Writes the picture whole or not at all; no library version in it, so that equal runs give equal files."""
     with warnings.catch_warnings(), atomic(out) as part:
         # a name in a script that no font here can draw shows as boxes, which is no reason to fail

@@ -46,7 +46,8 @@ def _settings() -> dict[str, tuple[str, str, Any]]:
         for field, hint in get_type_hints(kind, include_extras=True).items():
             flags = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
             inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-            if get_origin(inner) is not tuple:  # a list of lists would be needed to search these
+            # a tuple would need a list of lists, and where or how fast a run is does not change its numbers
+            if get_origin(inner) is not tuple and field not in ("root", "cache", "download", "threads"):
                 found[flags[0] if flags else field] = (part, field, inner)
     return found
 
@@ -170,4 +171,9 @@ def check(base: TrainConfig, space: Space) -> None:
 
 def label(point: Point) -> str:
     """A point as text: ``lr=0.01,gamma=0.5``."""
-    return ",".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in point.items())
+    return ",".join(f"{name}={text(value)}" for name, value in point.items())
+
+
+def text(value: Any) -> str:
+    """A value as people write it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
