@@ -586,6 +586,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   predict    label images with a run
   compare    two tested runs: paired difference with interval, McNemar's test, both curves
   search     hyper-parameters: grid, random or TPE, with pruning; search report DIR explains it
+  recipes    the named recipes of train
+  benchmark  how fast this machine trains
   demo       all of it on a small drawn data set"""
 
 

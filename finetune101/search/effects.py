@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,18 +162,12 @@ def importance(seen: Seen) -> dict[str, dict[str, float]]:
         distributions = {name: _distribution(seen, name) for name in seen.names}
         point = {name: curve.point[name] for name in seen.names}
         study.add_trial(optuna.create_trial(params=point, distributions=distributions, value=curve.best))
-    found = {}
-    for title, kind in (
-        ("PED-ANOVA", optuna.importance.PedAnovaImportanceEvaluator),
-        ("fANOVA", optuna.importance.FanovaImportanceEvaluator),
-    ):
-        try:
-            evaluator: Any = kind(seed=0) if title == "fANOVA" else kind()
-        except ImportError:
-            continue
-        if seen.names and len({curve.best for curve in seen.curves}) > 1:
-            found[title] = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return found
+    evaluators: dict[str, Any] = {"PED-ANOVA": optuna.importance.PedAnovaImportanceEvaluator()}
+    with contextlib.suppress(ImportError):
+        evaluators["fANOVA"] = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    if not seen.names or len({curve.best for curve in seen.curves}) == 1:
+        return {}
+    return {name: optuna.importance.get_param_importances(study, evaluator=e) for name, e in evaluators.items()}
 
 
 def _distribution(seen: Seen, name: str) -> optuna.distributions.BaseDistribution:

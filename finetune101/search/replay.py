@@ -14,7 +14,7 @@ from finetune101.search.study import Pruner, Sampler, make_pruner, make_sampler
 
 @dataclass(frozen=True)
 class Curve:
-    """One trial: its point, validation accuracy in percent and training steps at the end of each epoch, and how it ended."""
+    """One trial: its point, validation accuracy (%) and training steps at the end of each epoch, and how it ended."""
 
     point: Point
     scores: tuple[float, ...]
@@ -29,7 +29,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay saw: (steps of the search so far, accuracy) of each epoch in turn, and the pruned points' labels."""
+    """What a replay saw: (steps of the search so far, accuracy) of each epoch, and the labels of pruned points."""
 
     epochs: tuple[tuple[int, float], ...]
     pruned: frozenset[str]
