@@ -34,7 +34,7 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
     seen = effects.load(folder)
     found, importance = effects.variance(seen), effects.importance(seen)
     chosen = _pairs(seen, found, pairs)
-    change, drops = effects.rank_change(seen.complete), effects.pruning(seen)
+    change = effects.rank_change(seen.complete)
     out = folder / "report"
     figures: list[dict[str, str]] = []
 
@@ -71,19 +71,13 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
             importance,
         )
     for a, b in chosen:
-        add(
-            f"heat_{a}_{b}",
-            f"{a} × {b}",
-            "Mean best accuracy of the trials in each cell, and how many they are.",
-            draw_heat,
-            seen,
-            a,
-            b,
-        )
+        note = "Mean best accuracy of the trials in each cell, and how many they are."
+        add(f"heat_{a}_{b}", f"{a} × {b}", note, draw_heat, seen, a, b)
     if change:
         note = f"Ranks of the {change.trials} trials that ran to the end; the five best are drawn strongly."
         add("ranks", f"How ranks change from epoch {EARLY} to the last", note, draw_ranks, seen)
-    page = _page(seen, effects.words(seen, found, change, drops), figures)
+    said = effects.words(seen, found, change, effects.pruning(seen))
+    page = _page(seen, said, figures)
     with atomic(out / "index.html") as part:
         part.write_text(page, encoding="utf-8")
     return out / "index.html"

@@ -158,8 +158,8 @@ def open_storage(plan: Plan) -> BaseStorage:
 
 
 def _no_password(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    scheme, slashes, rest = url.partition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
 
 
 @contextlib.contextmanager
@@ -257,7 +257,8 @@ def work(plan: Plan, study: optuna.Study, deadline: float, worker: int = 0, on_e
 def keep_best(plan: Plan, study: optuna.Study) -> None:
     """Of all finished runs only the best keeps its weights, or 72 would fill the disk; finalists all do."""
     for entry in [] if plan.only else results(plan, study)[1:]:
-        Run(Path(entry["run"])).best.unlink(missing_ok=True)
+        if entry["run"]:
+            Run(Path(entry["run"])).best.unlink(missing_ok=True)
 
 
 def results(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:

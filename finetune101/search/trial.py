@@ -120,6 +120,7 @@ class Objective:
             if not finished and not pruned:
                 for record in self._epochs(run, config):
                     records.append(record)
+                    self.on_epoch(record)
                     if pruned := _report(trial, record) and record["epoch"] < config.optim.epochs:
                         break
         except (Diverged, torch.OutOfMemoryError) as error:  # the point's fault: the others go on
@@ -150,7 +151,6 @@ class Objective:
             for record in logged:
                 if record["val_top1"] is None:
                     raise ValueError("a search needs validation images; use --fit-on train and a --val-size above 0")
-                self.on_epoch(record)
                 yield record
                 if time.monotonic() > self.deadline and record["epoch"] < config.optim.epochs:
                     raise OutOfTime
