@@ -87,15 +87,15 @@ def kill_one(search: subprocess.Popen[str], rng: random.Random, tally: Tally) ->
 def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: Tally) -> None:
     """One search, given again until it is finished; it is killed at until the tally has ``kills``."""
     while True:
-        search = start(folder, data)
-        while search.poll() is None:
-            try:
-                search.wait(rng.uniform(0.05, 2.5))
-            except subprocess.TimeoutExpired:
-                if tally.kills < kills and workers(search.pid):  # before that it has not begun
-                    kill_one(search, rng, tally)
-        assert search.stderr is not None
-        said = search.stderr.read()
+        with start(folder, data) as search:
+            while search.poll() is None:
+                try:
+                    search.wait(rng.uniform(0.05, 2.5))
+                except subprocess.TimeoutExpired:
+                    if tally.kills < kills and workers(search.pid):  # before that it has not begun
+                        kill_one(search, rng, tally)
+            assert search.stderr is not None
+            said = search.stderr.read()
         if search.returncode == 0:
             return
         if search.returncode != -signal.SIGKILL:

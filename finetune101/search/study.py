@@ -133,6 +133,7 @@ def open_storage(plan: Plan) -> BaseStorage:
     if plan.storage is None:
         path = str(plan.folder / "optuna.journal")
         return JournalStorage(JournalFileBackend(path, KernelLock(path) if os.name == "posix" else None))
+    from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
     url = plan.storage
@@ -143,6 +144,7 @@ def open_storage(plan: Plan) -> BaseStorage:
             with _experimental():
                 return RDBStorage(
                     url,
+                    engine_kwargs={"poolclass": NullPool},  # epochs are long: servers close connections that idle
                     heartbeat_interval=plan.heartbeat,
                     grace_period=4 * plan.heartbeat,
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
