@@ -249,11 +249,14 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
             f"{name} explains {100 * share:.0f} % of the variance: on average {effect[0].mean:.1f} % at "
             f"{effect[0].value}, {effect[-1].mean:.1f} % at {effect[-1].value}."
         )
-        others = [f"{other} {100 * part:.0f} %" for other, part in ranked[1:4]]
-        said += [f"Then come {', '.join(others)}."] if others else []
+        others = [f"{other} {100 * part:.0f} %" for other, part in ranked[1:4] if part >= 0.01]
+        if others:
+            said.append(f"Then come {', '.join(others)}.")
+        elif ranked[1:]:
+            said.append("No other setting explains 1 %.")
         for value, gain, epochs in slow(seen, name)[:2]:
             said.append(
-                f"At {name} {value} {epochs} epochs are too few: the last third of them still gained {gain:.1f} points."
+                f"At {name} {value}, {epochs} epochs are too few: the last third still gained {gain:.1f} points."
             )
     if found.pairs and max(found.pairs.values()) >= 0.02:
         (a, b), share = max(found.pairs.items(), key=lambda item: item[1])

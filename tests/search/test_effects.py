@@ -75,7 +75,7 @@ def test_the_paragraph_is_made_of_the_numbers() -> None:
     found = effects.variance(seen)
     said = effects.words(seen, found, effects.rank_change(seen.curves), {"asha": 0.25})
     assert f"lr explains {100 * found.main['lr']:.0f} % of the variance" in said
-    assert "At lr 0.001 6 epochs are too few" in said and "asha in 25 % of cases" in said
+    assert "At lr 0.001, 6 epochs are too few" in said and "asha in 25 % of cases" in said
     assert f"{seen.best.best:.2f} %" in said
 
 
