@@ -51,22 +51,22 @@ def frozen(model: nn.Module, world: World, count: int) -> Callable[[Tensor], Ten
     norm folded in, which triples its speed; a smaller last batch is filled up, so that nothing is compiled twice.
     Without a C++ compiler, and elsewhere, it is ``model`` itself. Call it under autocast, without gradients.
     """
-
     if world.device.type != "cpu" or world.precision != "bf16" or count < COMPILE_FROM or shutil.which("g++") is None:
         return model
     import torch._inductor.config as inductor
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA, which is not asked for
     folded = fold_batch_norm(copy.deepcopy(model)).to(torch.bfloat16)
-    compiled, sizes = torch.compile(folded), list[int]()
+    compiled, full = torch.compile(folded), 0
 
     def quick(x: Tensor) -> Tensor:
-        sizes.append(len(x))
-        missing = sizes[0] - len(x)
+        nonlocal full
+        images, full = len(x), full or len(x)
+        missing = full - images
         if missing > 0:
             x = torch.cat([x, x[:1].expand(missing, -1, -1, -1)]).contiguous(memory_format=world.memory_format)
         with inductor.patch(freezing=True):
-            return compiled(x.to(torch.bfloat16))[: sizes[-1]].clone()
+            return compiled(x.to(torch.bfloat16))[:images].clone()
 
     return quick
 
