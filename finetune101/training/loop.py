@@ -49,7 +49,7 @@ class Trainer:
         self.job = job
         self.model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
         if job.config.system.fast_kernels and job.world.device.type == "cpu":
-            cpu.fast_depthwise(self.model)
+            cpu.fast_layers(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
         self.wrapped = self.model
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")

@@ -16,6 +16,7 @@ from finetune101.data import cache, dataset, splits
 from finetune101.models.build import build, check_size, freeze
 from finetune101.runs import create_run
 from finetune101.training import cpu, probe
+from finetune101.training.kernels import library
 from finetune101.training.loop import Job
 from finetune101.world import detect
 
@@ -130,5 +131,5 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },
-        "machine": {"system": platform.system(), "processor": platform.machine()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": library() is not None},
     }

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -96,8 +97,11 @@ def test_a_small_difference_is_not_called_one(tmp_path):
     assert "networks differ" in compare.text(c)
 
 
-def test_a_run_equals_itself(arms):
-    c = compare.compare(arms[0], arms[0])
+def test_a_run_equals_its_copy(arms, tmp_path):
+    copy = shutil.copytree(arms[0].path, tmp_path / "copy")
+    with pytest.raises(ValueError, match="with itself"):
+        compare.compare(arms[0], arms[0])
+    c = compare.compare(arms[0], Run(copy))
     assert (c.difference, c.difference_interval, c.mcnemar_p) == (0.0, (0.0, 0.0), 1.0)
 
 

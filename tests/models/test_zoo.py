@@ -15,6 +15,7 @@ def test_the_table_has_the_promised_networks() -> None:
         *("alexnet", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large"),
         *("squeezenet1_1", "efficientnet_b0", "convnext_tiny", "vit_b_16"),
         *("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
+        *("efficientnet_lite02", "efficientnet_lite012"),
     ]
 
 
