@@ -111,6 +111,8 @@ class SearchArguments:
     """NAME=VALUE,VALUE,... to try, or a range NAME=LOW..HIGH or NAME=LOW..HIGH:log for random and tpe. Repeat it."""
     space: str | None = None
     """YAML or TOML file: a list or a range for each name. Default without --grid: the original's 72 combinations."""
+    stage: Literal["all", "probe"] = "all"
+    """probe: search for the output layer alone, on frozen features computed once; a trial takes seconds."""
     sampler: Literal["grid", "random", "tpe"] = "grid"
     """Which points: all combinations, random ones, or what the scores so far suggest."""
     pruner: Literal["none", "median", "asha"] = "none"
@@ -447,6 +449,8 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
     from finetune101.search import space as spaces
 
     config: TrainConfig = arguments.config
+    if arguments.stage == "probe":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze=True, cached_features=True))
     given = arguments.grid or arguments.space or not usual
     space = spaces.parse(arguments.grid, arguments.space) if given else spaces.make(usual or {})
     validate(config)

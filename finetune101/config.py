@@ -100,6 +100,8 @@ class ModelConfig:
     """Keep the batch-norm statistics of the start; their weights are trained."""
     freeze: bool = False
     """Train the new output layer only (linear probe)."""
+    cached_features: bool = False
+    """With --freeze: compute the features of every whole image once, so that a run takes seconds; no augmentation."""
     size: int | None = None
     """Height and width of the input in pixels. Default: the network's own."""
 
@@ -254,6 +256,8 @@ def validate(config: TrainConfig) -> None:
             all(math.isfinite(l2) and l2 > 0 for l2 in config.model.probe_l2) and len(config.model.probe_l2) > 0,
             "--probe-l2 needs positive numbers such as 0.003",
         ),
+        (config.model.freeze or not config.model.cached_features, "--cached-features needs --freeze"),
+        (config.model.head == "random" or not config.model.cached_features, "--cached-features needs --head random"),
         (all(size >= 32 for size in config.augment.train_sizes), "--train-sizes must be at least 32 each"),
         (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
         (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),

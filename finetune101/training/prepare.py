@@ -57,6 +57,10 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     )
     for size in config.augment.train_sizes:
         check_size(config.model.name, built.model, size)
+    if config.model.cached_features:
+        probe.check(built, (), validates=True)
+        if world.size > 1:
+            raise ValueError("--cached-features trains in one process; start it without torchrun")
     if config.model.head == "probe":
         validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
         probe.check(built, config.model.probe_l2, validates)
