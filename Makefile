@@ -2,13 +2,14 @@
 PYTHON := .venv/bin/python
 STAMP := .venv/.finetune101-installed
 .DEFAULT_GOAL := help
-.PHONY: help env demo test fast lint claims clean
+.PHONY: help env demo test fast lint stress claims clean
 
 help:
 	@echo "make demo    fine-tune, train from scratch and compare, on an embedded data set (about 4 minutes)"
 	@echo "make test    lint, types and all tests"
 	@echo "make fast    the quick tests only"
 	@echo "make lint    lint and types only"
+	@echo "make stress  kill a small search 200 times and count what it loses (some 20 minutes)"
 	@echo "make claims  recompute every accuracy in results/claims.json from its predictions"
 	@echo "make env     create .venv and install everything into it (the others do this first)"
 	@echo "make clean   remove .venv, caches and the demo's output; runs/ and data/ stay"
@@ -45,6 +46,9 @@ test: lint
 
 fast: env
 	$(PYTHON) -m pytest -m "not slow and not caltech101"
+
+stress: env
+	$(PYTHON) benchmarks/stress.py --kills 200
 
 claims: env
 	@$(PYTHON) scripts/claims.py

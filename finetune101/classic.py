@@ -54,9 +54,14 @@ def _train(argv: Sequence[str]) -> int:
     return 0
 
 
+def file_name(exp: str) -> str:
+    """``exp`` as a part of the original's file names, which lie in one folder."""
+    return exp.replace("/", "_")
+
+
 def weights_file(exp: str) -> Path:
     """Where the original keeps the best weights of ``exp``."""
-    return Path(f"{exp.replace('/', '_')}_best.pth")
+    return Path(f"{file_name(exp)}_best.pth")
 
 
 def export(run: Run) -> None:
@@ -72,8 +77,9 @@ def export(run: Run) -> None:
     save_with(weights, lambda part: torch.save(state, part))
     plots = Path("training_plots_finetune" if config.model.pretrain else "training_plots_random")
     plots.mkdir(exist_ok=True)
-    shutil.copyfile(run.path / "curves.png", plots / f"{weights.name.removesuffix('_best.pth')}.png")
-    print(f"Weights: {weights}. Curves: {plots / (weights.name.removesuffix('_best.pth') + '.png')}")
+    curves = plots / f"{file_name(config.exp)}.png"
+    shutil.copyfile(run.path / "curves.png", curves)
+    print(f"Weights: {weights}. Curves: {curves}")
 
 
 def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None) -> int:
@@ -82,8 +88,9 @@ def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None
 
 
 def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
-    config = cli.parse_train(argv, prog="search.py", model=MODEL).config
-    cli.run_search(config, dict(space), Path(f"gridsearch_results_{config.exp.replace('/', '_')}.json"))
+    arguments = cli.parse_train(argv, prog="search.py", model=MODEL, kind=cli.SearchArguments)
+    table = Path(f"gridsearch_results_{file_name(arguments.config.exp)}.json")
+    cli.run_search(arguments, table, Path(), dict(space))
     return 0
 
 

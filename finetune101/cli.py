@@ -18,10 +18,24 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig, Flat, TrainConfig, validate
+from finetune101.config import (
+    SHEET_AUGMENT,
+    SHEET_PER_CLASS,
+    AugmentConfig,
+    Flat,
+    TrainConfig,
+    read_settings,
+    validate,
+    with_settings,
+)
 
 if TYPE_CHECKING:
     from finetune101.runs import Run
+
+
+Settings = Annotated[
+    str | None, tyro.conf.arg(name="config", help="Start from a recipe file such as a search's winner.yaml.")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +43,7 @@ class TrainArguments:
     """Train a network and keep everything about it in RUNS/EXP."""
 
     config: Annotated[TrainConfig, Flat]
+    settings: Settings = None
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue an interrupted run."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -73,19 +88,44 @@ class PredictArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchArguments:
-    """Train every combination of the listed values; interrupted, it goes on where it stopped."""
+    """Search hyper-parameters; stopped, the same command goes on. `search report DIR` explains what it saw."""
 
     config: Annotated[TrainConfig, Flat]
-    batch_sizes: tuple[int, ...] = (256, 128, 64)
-    """Batch sizes to try."""
-    lrs: tuple[float, ...] = (0.01, 0.001)
-    """Learning rates of the output layer to try."""
-    step_sizes: tuple[int, ...] = (10, 30)
-    """Step sizes to try."""
-    gammas: tuple[float, ...] = (0.5, 0.1)
-    """Gammas to try."""
-    weight_decays: tuple[float, ...] = (1e-4, 1e-5, 0.0)
-    """Weight decays to try."""
+    settings: Settings = None
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE,VALUE,... to try, or a range NAME=LOW..HIGH or NAME=LOW..HIGH:log for random and tpe. Repeat it."""
+    space: str | None = None
+    """YAML or TOML file: a list or a range for each name. Default without --grid: the original's 72 combinations."""
+    stage: Literal["all", "probe"] = "all"
+    """probe: search for the output layer alone, on frozen features computed once; a trial takes seconds."""
+    sampler: Literal["grid", "random", "tpe"] = "grid"
+    """Which points: all combinations, random ones, or what the scores so far suggest."""
+    pruner: Literal["none", "median", "asha"] = "none"
+    """Stop bad trials early: below the median, or outside of the best third at epochs 1, 3, 9, ..."""
+    trials: int | None = None
+    """How many points. Default: the whole grid."""
+    timeout: str | None = None
+    """Stop after this time, such as 30m or 2h."""
+    jobs: int = 1
+    """Worker processes."""
+    storage: str | None = None
+    """Database URL; the same command on several machines (with one --runs folder) shares the work."""
+    finalists: int = 0
+    """Train this many of the best again with several seeds; the best mean wins."""
+    seeds: int = 3
+    """Seeds of each finalist."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say how many trials there are and about how long they take, then stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Explain a search: one HTML page and pictures in DIR/report."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of the search: RUNS/EXP."""
+    pair: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME,NAME: a heat map of these two. Repeat it. Default: learning rate and batch size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,12 +247,13 @@ def _flags(kind: Any) -> list[str]:
 
 
 def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kind: Any = TrainArguments) -> Any:
-    """Arguments of ``train`` and ``search``; defaults come from --recipe, or, with --resume, from the run itself."""
+    """Arguments of ``train`` and ``search``; defaults: --recipe, --config, or with --resume the run itself."""
     from finetune101.runs import open_run
     from finetune101.training.recipes import named
 
     first = _Unparsed(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=None)
+    first.add_argument("--config", default=None)
     first.add_argument("--no-pretrain", "--no_pretrain", action="store_true")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--exp", default="")
@@ -220,6 +261,10 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
     seen, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if seen.resume and seen.exp:
         config = open_run(seen.exp, seen.runs).config()
+    elif seen.config:
+        if seen.recipe:
+            raise ValueError("--recipe and --config both say where to start; give one of them")
+        config = with_settings(TrainConfig(exp=tyro.MISSING), read_settings(Path(seen.config)), seen.config)
     else:
         usual = "original" if model or seen.no_pretrain else "finetune_fast"
         config = named(seen.recipe or usual)(tyro.MISSING, pretrain=not seen.no_pretrain)
@@ -372,34 +417,61 @@ def study(argv: Sequence[str]) -> int:
 
 
 def search(argv: Sequence[str]) -> int:
-    """``finetune101 search``."""
+    """``finetune101 search`` and ``finetune101 search report``."""
+    if list(argv[:1]) == ["report"]:
+        return search_report(argv[1:])
     arguments = parse_train(argv, prog="finetune101 search", kind=SearchArguments)
-    space = {
-        "batch_size": arguments.batch_sizes,
-        "lr": arguments.lrs,
-        "step_size": arguments.step_sizes,
-        "gamma": arguments.gammas,
-        "weight_decay": arguments.weight_decays,
-    }
-    run_search(arguments.config, space, Path(arguments.config.runs) / arguments.config.exp / "gridsearch.json")
+    folder = Path(arguments.config.runs) / arguments.config.exp
+    run_search(arguments, folder / f"gridsearch_results_{folder.name}.json", folder)
     return 0
 
 
-def run_search(config: TrainConfig, space: dict[str, Sequence[Any]], results: Path) -> None:
-    """Runs the grid and prints its ranking."""
-    from finetune101.search.study import configure, grid, points
+def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] | None = None) -> None:
+    """Searches; ``usual`` is the space without --grid and --space. Nothing is imported before the flags are checked."""
+    from finetune101.search import space as spaces
 
-    for point in points(space):
-        validate(configure(config, point))  # before anything is downloaded
+    config: TrainConfig = arguments.config
+    if arguments.stage == "probe":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze=True, cached_features=True))
+    given = arguments.grid or arguments.space or not usual
+    space = spaces.parse(arguments.grid, arguments.space) if given else spaces.make(usual or {})
+    validate(config)
+    spaces.check(config, space)  # before anything is downloaded
+
+    from finetune101 import searching
+    from finetune101.search.study import Plan, check
+
+    timeout = None if arguments.timeout is None else searching.seconds(arguments.timeout)
+    plan = Plan(
+        base=config,
+        space=space,
+        sampler=arguments.sampler,
+        pruner=arguments.pruner,
+        trials=arguments.trials,
+        timeout=timeout,
+        jobs=arguments.jobs,
+        storage=arguments.storage,
+    )
+    check(plan)
     ensure_data(config)
-    entries: list[dict[str, Any]] = []
-    for entries in grid(config, space, results):
-        done = entries[0]
-        print(f"  best so far: {done['best_val_top1'] or 0:.2f} % validation, {done['run']}")
-    print(f"\nRanking ({results}):")
-    for rank, entry in enumerate(entries[:10], 1):
-        score = entry["error"] or f"{entry['best_val_top1']:.2f} %"
-        print(f"{rank:3d}. {score}  " + "  ".join(f"{name} {entry[name]}" for name in space))
+    if arguments.dry_run:
+        print(searching.dry_run(plan))
+        return
+    plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
+    try:
+        searching.run_search(plan, table, plots, arguments.finalists, arguments.seeds)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def search_report(argv: Sequence[str]) -> int:
+    """``finetune101 search report``."""
+    arguments = parse(ReportArguments, argv, prog="finetune101 search report")
+    from finetune101.analysis.search_report import report
+
+    print(f"Page: {report(Path(arguments.folder), [tuple(pair.split(',')) for pair in arguments.pair])}")
+    return 0
 
 
 def data_download(argv: Sequence[str]) -> int:
@@ -503,7 +575,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study
   study      seeds x splits x arms x networks x training sizes, trained, tested and summed up
-  search     a resumable grid over hyper-parameters
+  search     hyper-parameters: grid, random or TPE, with pruning; search report DIR explains it
   recipes    the named recipes of train
   benchmark  how fast this machine trains
   demo       all of it on a small drawn data set"""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -97,6 +100,8 @@ class ModelConfig:
     """Keep the batch-norm statistics of the start; their weights are trained."""
     freeze: bool = False
     """Train the new output layer only (linear probe)."""
+    cached_features: bool = False
+    """With --freeze: compute the features of every whole image once, so that a run takes seconds; no augmentation."""
     size: int | None = None
     """Height and width of the input in pixels. Default: the network's own."""
 
@@ -216,7 +221,7 @@ class StudyConfig:
     """CPU threads. Default: all cores."""
 
 
-_PARTS: dict[str, type] = {
+PARTS: dict[str, type] = {
     "data": DataConfig,
     "augment": AugmentConfig,
     "model": ModelConfig,
@@ -233,7 +238,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> TrainConfig:
     """The inverse of ``to_dict`` for a TrainConfig. Raises ValueError on keys this version does not know."""
     try:
-        parts = {key: _PARTS[key](**_tuples(value)) if key in _PARTS else value for key, value in values.items()}
+        parts = {key: PARTS[key](**_tuples(value)) if key in PARTS else value for key, value in values.items()}
         return TrainConfig(**parts)
     except TypeError as error:
         raise ValueError(f"config.json was written by another version of finetune101: {error}") from error
@@ -241,6 +246,41 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}  # JSON has lists
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The table in a YAML, TOML or JSON file. Raises ValueError when it cannot be read or holds no table."""
+    if file.suffix not in (".yaml", ".yml", ".toml", ".json"):
+        raise ValueError(f"{file} is no file of settings; give one that ends in .yaml, .toml or .json")
+    import yaml  # only where a file is read: the command line starts without it
+
+    try:
+        text = file.read_text(encoding="utf-8")
+        read = {".toml": tomllib.loads, ".json": json.loads}.get(file.suffix, yaml.safe_load)
+        values = read(text)
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}; check its name") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not valid {file.suffix[1:].upper()} ({reason}); correct it") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{file} holds no table of names and values; write lines such as lr: [0.01, 0.001]")
+    return values
+
+
+def with_settings(config: TrainConfig, values: dict[str, Any], source: str) -> TrainConfig:
+    """``config`` with the parts in ``values`` (such as {"optim": {"lr": 0.02}}), which were read from ``source``.
+
+    Raises ValueError for a part or a setting that does not exist.
+    """
+    for part, fields in values.items():
+        if part not in PARTS or not isinstance(fields, dict):
+            raise ValueError(f"{source} has {part!r}, which is no part of a recipe; use {', '.join(PARTS)}")
+        unknown = fields.keys() - {f.name for f in dataclasses.fields(PARTS[part])}
+        if unknown:
+            raise ValueError(f"{source} has {part}.{min(unknown)}, which is no setting; see finetune101 train --help")
+        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **_tuples(fields))})
+    return config
 
 
 def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing:
@@ -260,6 +300,8 @@ def validate(config: TrainConfig) -> None:
             all(math.isfinite(l2) and l2 > 0 for l2 in config.model.probe_l2) and len(config.model.probe_l2) > 0,
             "--probe-l2 needs positive numbers such as 0.003",
         ),
+        (config.model.freeze or not config.model.cached_features, "--cached-features needs --freeze"),
+        (config.model.head == "random" or not config.model.cached_features, "--cached-features needs --head random"),
         (all(size >= 32 for size in config.augment.train_sizes), "--train-sizes must be at least 32 each"),
         (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
         (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),

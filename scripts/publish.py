@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finetune101.runs import Run, write_json
 
-KEPT = ("config.json", "env.json", "metrics.jsonl", "predictions.csv", "curves.png")
+KEPT = ("metrics.jsonl", "predictions.csv", "curves.png")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
@@ -22,6 +22,10 @@ def publish(run: Path, claim: str, command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(run / name, folder / name)
+    config, env = Run(run).read_json("config.json"), Run(run).read_json("env.json")
+    # where one machine keeps its runs and images, means nothing on another
+    write_json(folder / "config.json", {**config, "runs": "runs", "data": {**config["data"], "root": None}})
+    write_json(folder / "env.json", {**env, "command": command})
     split, test = Run(run).read_json("split.json"), Run(run).read_json("test.json")
     per_class = split["options"].get("train_per_class", "")
     manifest = f"{split['protocol']}{per_class}_seed{split['seed']}"

@@ -29,12 +29,12 @@ ORDER = (
     ("search",),
     ("analysis",),
     ("deploy",),
-    ("cli", "verbs", "classic", "demo"),
+    ("cli", "verbs", "classic", "demo", "searching"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard", "jinja2"}
-LIGHT = ("config", "runs", "cli", "data.dataset", "data.splits")
+HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard", "jinja2", "optuna"}
+LIGHT = ("config", "runs", "cli", "search.space", "data.dataset", "data.splits")
 
 
 def module_name(file: Path) -> str:

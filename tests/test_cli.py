@@ -188,13 +188,32 @@ def test_study_counts_runs_before_it_trains(tiny_data: Path, here: Path, capsys:
     assert "scratch" in capsys.readouterr().out and (here / "runs" / "s" / "study.json").is_file()
 
 
-def test_search_ranks_the_grid(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grid = ["--batch-sizes", "8", "--lrs", "0.01", "0.02", "--step-sizes", "1", "--gammas", "0.1"]
-    words = ["search", "--exp", "s", "--data", str(tiny_data), "--no-pretrain", *SMALL, *grid, "--weight-decays", "0"]
-    assert main(words) == 0
+def test_search_ranks_writes_and_explains(tiny_data: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data", str(tiny_data), "--no-pretrain", *SMALL, "--grid", "lr=0.01,0.02", "--grid", "gamma=0.1,0.5"]
+    words = ["search", "--exp", "s", *flags]
+    assert main([*words, "--dry-run"]) == 0
+    assert "4 trials, 0 of them finished; 4 epochs of 21 training images" in capsys.readouterr().out
+    assert not (here / "runs" / "s").exists()
+    assert main([*words, "--finalists", "1", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
-    assert "[1/2]" in out and "[2/2]" in out and "  1. " in out and "  2. " in out
-    assert len(json.loads((here / "runs" / "s" / "gridsearch.json").read_text())["results"]) == 2
+    assert "  1. " in out and "  4. " in out and "finalist 1: " in out
+    folder = here / "runs" / "s"
+    rows = json.loads((folder / "gridsearch_results_s.json").read_text())
+    assert len(rows) == 4 and set(rows[0][0]) == {"lr", "gamma"} and rows[0][1] >= rows[3][1]
+    saved = json.loads((folder / "search.json").read_text())
+    assert saved["points"] == 4 and saved["winner"]["point"] in [row[0] for row in rows]
+    assert len(list((folder / "training_plots_random").glob("*.png"))) == 4
+    kept = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    assert main([*words, "--finalists", "1", "--seeds", "2"]) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == kept
+    assert main([*words, "--dry-run"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(["search", "report", str(folder)]) == 0
+    assert (folder / "report" / "index.html").is_file()
+    assert main(["train", "--config", str(folder / "winner.yaml"), "--exp", "w", "--data", str(tiny_data)]) == 0
+    config = Run(here / "runs" / "w").config()
+    assert (config.optim.lr, config.optim.gamma) == tuple(saved["winner"]["point"].values())
+    assert config.model.name == "squeezenet1_1" and not config.model.pretrain
 
 
 # mistakes
@@ -235,7 +254,7 @@ MISTAKES = {
     "unknown flag far off": (["train", "--exp", "x", "--zzzz"], "--zzzz; see finetune101 train --help"),
     "stray word": (["train", "--exp", "x", "word"], "unknown argument word"),
     "unknown flag of evaluate": (["evaluate", "a", "--batchsize", "8"], "did you mean --batch-size?"),
-    "unknown flag of search": (["search", "--exp", "x", "--lrss", "1"], "did you mean --lrs?"),
+    "unknown flag of search": (["search", "--exp", "x", "--gird", "lr=1"], "did you mean --grid?"),
     "unknown verb": (["trian"], "unknown verb 'trian'; did you mean train?"),
     "unknown data verb": (["data", "verfy"], "unknown data verb 'verfy'; did you mean verify?"),
     "unknown recipe": (["train", "--exp", "x", "--recipe", "best"], "there is no recipe best; choose from original"),
@@ -261,7 +280,16 @@ MISTAKES = {
     "study without data": (["study", "--exp", "s", "--data", "none"], "--data none does not exist"),
     "report nothing": (["report", "nope", "--runs", "{runs}"], "no run named nope; there are: a, b, other"),
     "compare splits": (["compare", "a", "other", "--runs", "{runs}"], "split"),
-    "search a NaN": (["search", *TRAIN[1:], "--lrs", "nan"], "--lr is nan; give a positive number"),
+    "search a NaN": (["search", *TRAIN[1:], "--grid", "lr=nan"], "--lr is nan; give a positive number"),
+    "search nothing": (["search", *TRAIN[1:], "--grid", "lr="], "lr has no values to search; give at least one"),
+    "search an unknown": (["search", *TRAIN[1:], "--grid", "rate=1"], "rate is not a setting to search; choose from"),
+    "search a range": (["search", *TRAIN[1:], "--grid", "lr=0.1..1"], "a grid needs a list; or add --sampler random"),
+    "search for ever": (["search", *TRAIN[1:], "--sampler", "tpe"], "goes on for ever; add --trials"),
+    "search time": (["search", *TRAIN[1:], "--timeout", "soon"], "--timeout soon is no time; write it like 90s"),
+    "search database": (["search", *TRAIN[1:], "--storage", "x"], "--storage x cannot be used"),
+    "report of a run": (["search", "report", "{runs}/a"], "has no search.json"),
+    "no such recipe file": (["train", "--exp", "x", "--config", "no.yaml"], "cannot read no.yaml"),
+    "recipe and file": (["train", "--exp", "x", "--config", "a.yaml", "--recipe", "original"], "give one of them"),
     "no card": ([*TRAIN, "--precision", "fp16"], "--precision fp16 needs a CUDA card"),
     "wrong rate and no data": (["train", "--exp", "x", "--lr", "0"], "--lr is 0.0; give a positive number"),
     "absolute name": ([*TRAIN, "--exp", "/tmp/x"], "cannot name a folder"),
@@ -326,7 +354,7 @@ def test_a_reader_that_closes_early_is_no_error(here: Path) -> None:
 
 
 def test_search_refuses_a_bad_value_before_it_looks_for_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--lr is -1.0" in refused(capsys, "search", "--exp", "g", "--lrs", "-1", "--data", "nowhere")
+    assert "--lr is -1.0" in refused(capsys, "search", "--exp", "g", "--grid", "lr=-1", "--data", "nowhere")
 
 
 def test_missing_weights_name_every_way(

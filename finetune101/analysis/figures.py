@@ -51,7 +51,7 @@ def curves(metrics: Records, out: Path, title: str) -> Path:
     ``metrics`` are the records of metrics.jsonl; validation may be null. Raises ValueError when there are none.
     """
     _check(metrics, title)
-    with _style():
+    with style():
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(_short(title, 90), x=0.01, ha="left", fontweight="bold", fontsize=12)
         loss, accuracy = figure.subplots(1, 2)
@@ -79,7 +79,7 @@ def curves(metrics: Records, out: Path, title: str) -> Path:
             )
             legend.append((_star_key(), words))
         figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=3)
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
@@ -88,7 +88,7 @@ def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
     An arm holds ``name``, ``curve`` (points with step, seconds, mean, sd), ``top1``, ``interval`` and ``runs`` (test
     accuracies of its runs), in percent.
     """
-    with _style():
+    with style():
         trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
         figure = Figure(figsize=(12.5 if trained else 6.5, 4.7), layout="constrained")
         if trained:
@@ -103,7 +103,7 @@ def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
         ]
         if trained:
             figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=len(arms))
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
@@ -149,7 +149,7 @@ def gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) 
     shown: list[Mapping[str, Any] | None] = list(rows)
     if len(rows) > 24:
         shown = [*rows[:14], None, *rows[-10:]]
-    with _style():
+    with style():
         figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(shown)), layout="constrained")
         axes = figure.subplots()
         labels = []
@@ -168,7 +168,7 @@ def gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) 
         legend = [(Line2D([], [], color=BLUE, marker="o", linestyle=""), _short(names[0], 40))]
         legend.append((Line2D([], [], color=VERMILION, marker="s", linestyle=""), _short(names[1], 40)))
         figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=2)
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Path) -> Path:
@@ -179,7 +179,7 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
     """
     share = counts / counts.sum(1, keepdims=True).clip(1)
     side = max(5.0, 1.5 + 0.135 * len(names))
-    with _style():
+    with style():
         figure = Figure(figsize=(side, side), layout="compressed")
         axes = figure.subplots()
         image = axes.imshow(100 * share, cmap=CONFUSION, norm=PowerNorm(0.5, 0, 100), interpolation="none")
@@ -198,19 +198,19 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
         axes.set(xlabel="prediction", ylabel="true class")
         bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=40, ticks=[0, 1, 5, 20, 50, 100])
         bar.set_label("images of the true class (%)")
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
     """Draws accuracy against confidence for each of ``lines`` (label -> bins), and how many images, as a PNG."""
-    with _style():
+    with style():
         figure = Figure(figsize=(7.5, 5.6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.5, label="as sure as right")
         for k, (label, bins) in enumerate(lines.items()):
             points = [(one["confidence"], one["top1"]) for one in bins if one["n"]]
-            style = {"color": ARMS[k], "linestyle": LINES[k], "marker": "os"[k], "markersize": 5}
-            upper.plot(*zip(*points, strict=True), label=label, **style)
+            look = {"color": ARMS[k], "linestyle": LINES[k], "marker": "os"[k], "markersize": 5}
+            upper.plot(*zip(*points, strict=True), label=label, **look)
             width = 100 / len(bins)
             x = [width * (i + 0.3 + 0.4 * k) for i in range(len(bins))]
             lower.bar(x, [one["n"] for one in bins], width=0.38 * width, color=ARMS[k])
@@ -222,7 +222,7 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
         ticks = [0, *(10**k for k in range(1, len(str(max(one["n"] for bins in lines.values() for one in bins)))))]
         lower.set_yticks(ticks, [str(tick) for tick in ticks])  # the scale's own labels would need math text
         lower.yaxis.set_minor_locator(NullLocator())
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title: str) -> Path:
@@ -230,14 +230,14 @@ def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title
 
     ``arms`` are lists of ``size``, ``top1``, ``top1_sd`` and ``n``, smallest size first.
     """
-    with _style():
+    with style():
         figure = Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()
-        for (name, cells), colour, style, marker in zip(arms.items(), ARMS, LINES, "os^", strict=False):
+        for (name, cells), colour, line, marker in zip(arms.items(), ARMS, LINES, "os^", strict=False):
             x, mean = [c["size"] for c in cells], [c["top1"] for c in cells]
             runs = sorted({c["n"] for c in cells})
             label = f"{name} ({'–'.join(str(n) for n in {runs[0]: 0, runs[-1]: 0})} runs each)"
-            axes.plot(x, mean, color=colour, linestyle=style, marker=marker, label=label)
+            axes.plot(x, mean, color=colour, linestyle=line, marker=marker, label=label)
             _band(axes, x, mean, [c["top1_sd"] or 0.0 for c in cells], colour)
         ends = sorted(
             (cells[-1]["top1"], cells[-1]["size"], colour) for cells, colour in zip(arms.values(), ARMS, strict=False)
@@ -254,7 +254,7 @@ def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title
         axes.set_xlabel("training images per class (the same test images and the same steps everywhere)")
         axes.set_title(_short(title, 90))
         figure.legend(loc="outside lower left", ncols=3)
-        return _save(figure, out)
+        return save(figure, out)
 
 
 def _band(axes: Axes, x: Sequence[float], mean: Sequence[float], sd: Sequence[float], colour: str) -> None:
@@ -313,13 +313,13 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
-def _style() -> Any:
+def style() -> Any:
     """The style, with the fonts for Chinese names that this machine has behind matplotlib's own."""
     wanted = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
     return matplotlib.rc_context({**STYLE, "font.family": [f for f in wanted if f in font_manager.get_font_names()]})
 
 
-def _save(figure: Figure, out: Path) -> Path:
+def save(figure: Figure, out: Path) -> Path:
     """Writes the picture whole or not at all; no library version in it, so that equal runs give equal files."""
     with warnings.catch_warnings(), atomic(out) as part:
         # a name in a script that no font here can draw shows as boxes, which is no reason to fail

@@ -128,9 +128,12 @@ class SideBySide(nn.Module):
         seen = []
         for part, own in zip(self.parts, self.sizes, strict=True):
             size = round(own * x.shape[-1] / max(self.sizes))
-            smaller = F.interpolate(x.float(), size, mode="bilinear", antialias=True).to(x.dtype)
-            seen.append(part(x if size == x.shape[-1] else smaller))
+            seen.append(part(x if size == x.shape[-1] else self._shrink(x, size)))
         return self.classifier(torch.cat(seen, 1))
+
+    @staticmethod
+    def _shrink(x: Tensor, size: int) -> Tensor:
+        return F.interpolate(x.float(), size, mode="bilinear", antialias=True).to(x.dtype)
 
 
 def _side_by_side(name: str, parts: Sequence[Entry]) -> Entry:

@@ -1,85 +1,334 @@
-"""A plain, resumable grid: every combination is a run below RUNS/EXP, ranked by its best validation accuracy."""
+"""A search is an Optuna study: a queue of trials in a storage, and workers that call ``study.optimize`` on it.
+
+A trial in state FAIL was interrupted, by Ctrl-C, kill or the end of its time: it is queued again, and its run goes on
+from the last epoch. Points that cannot be trained are PRUNED with the reason.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from finetune101.config import OptimConfig, TrainConfig, to_dict
-from finetune101.runs import Run, write_json
-from finetune101.training.loop import fit
-from finetune101.training.prepare import check_same, prepare
-from finetune101.training.tensorboard import log
+import numpy as np
+import optuna
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
 
-Point = dict[str, Any]
+from finetune101.config import TrainConfig, to_dict
+from finetune101.runs import Run
+from finetune101.search.space import Point, Range, Space, configure, label, points
+from finetune101.search.trial import FINISHED, NotMine, Objective, OutOfTime, essence, split_hash
 
-
-def points(space: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """Every combination of ``space`` (name of an optimizer setting -> values). Raises ValueError for unknown names."""
-    known = {field.name for field in dataclasses.fields(OptimConfig)}
-    for name, values in space.items():
-        if name not in known:
-            raise ValueError(f"{name} is not a setting to search; choose from {', '.join(sorted(known))}")
-        if not values:
-            raise ValueError(f"{name} has no values to search; give at least one")
-    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+Sampler = Literal["grid", "random", "tpe"]
+Pruner = Literal["none", "median", "asha"]
+MAX_RETRIES = 20  # a trial that kills its worker each time must end
 
 
-def configure(base: TrainConfig, point: Point) -> TrainConfig:
-    """``base`` with the settings of ``point``, as the run EXP/<name=value,...>."""
-    name = ",".join(f"{key}={value}" for key, value in point.items())
-    return dataclasses.replace(base, exp=f"{base.exp}/{name}", optim=dataclasses.replace(base.optim, **point))
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to search, and how."""
+
+    base: TrainConfig
+    space: Space
+    sampler: Sampler = "grid"
+    pruner: Pruner = "none"
+    trials: int | None = None
+    """How many. Default: the whole grid."""
+    timeout: float | None = None
+    """Seconds."""
+    jobs: int = 1
+    """Worker processes."""
+    storage: str | None = None
+    """Database for several machines. Default: a journal file in the folder of the search."""
+    only: tuple[Point, ...] = ()
+    """Train these points rather than the space's (finalists)."""
+    heartbeat: int = 15
+    """Seconds between two signs of life in a database; a worker silent for four times as long is dead."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything about the search is."""
+        return Path(self.base.runs) / self.base.exp
+
+    def queue(self) -> list[Point]:
+        """The points to train; {} where the sampler draws one. Raises ValueError for a grid of ranges."""
+        if self.only:
+            return list(self.only)
+        if self.sampler != "grid":
+            return [{}] * (self.trials or 0)
+        found = points(self.space)
+        if self.trials or self.pruner != "none":  # a part of a grid in order would be a corner of it
+            order = np.random.default_rng(self.base.system.seed).permutation(len(found))
+            found = [found[i] for i in order]
+        return found[: self.trials]
 
 
-def grid(base: TrainConfig, space: Mapping[str, Sequence[Any]], results: Path) -> Iterator[list[dict[str, Any]]]:
-    """Trains every point of ``space`` that is not finished yet; after each, writes and yields the results so far.
+def check(plan: Plan) -> None:
+    """Raises ValueError, in one sentence that says what to do, for a plan that cannot work."""
+    rules = [
+        (plan.trials is None or plan.trials >= 1, f"--trials is {plan.trials}; give at least 1"),
+        (plan.sampler == "grid" or plan.trials, f"--sampler {plan.sampler} goes on for ever; add --trials such as 20"),
+        (plan.jobs >= 1, f"--jobs is {plan.jobs}; give at least 1"),
+        (plan.timeout is None or plan.timeout > 0, "--timeout must be above 0; write it like 30m or 2h"),
+        (plan.base.data.fit_on == "train", "a search chooses by validation images; leave --fit-on train+val out"),
+    ]
+    for fine, message in rules:
+        if not fine:
+            raise ValueError(message)
+    plan.queue()
 
-    ``results`` (JSON) holds the base configuration, the space and one entry per point, best first. A point that was
-    interrupted goes on where it stopped; a point whose training failed stands there with the reason.
+
+def study_name(plan: Plan) -> str:
+    """Names the study: another base, split, space, sampler or pruner is another one (the runs are shared by all)."""
+    text = json.dumps(
+        [essence(plan.base), split_hash(plan.base.data), described(plan.space), plan.sampler, plan.pruner, plan.only]
+    )
+    return f"{plan.base.exp}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+def described(space: Space) -> dict[str, Any]:
+    """The space as JSON types, as ``space.make`` reads it."""
+    return {name: str(values) if isinstance(values, Range) else values for name, values in space.items()}
+
+
+class KernelLock(JournalFileOpenLock):
+    """The journal's lock, held by the kernel: a killed worker lets go of it at once, not after a grace period."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path, self._descriptor = path + ".lock", -1
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Waits for the lock; without ``blocking`` False when another process has it."""
+        import fcntl
+
+        self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+            return True
+        except BaseException as error:
+            os.close(self._descriptor)
+            if isinstance(error, BlockingIOError):
+                return False
+            raise
+
+    def release(self) -> None:
+        """Lets go of the lock."""
+        os.close(self._descriptor)
+
+
+def open_storage(plan: Plan) -> BaseStorage:
+    """The database of --storage, else the journal. Raises ValueError for a database that cannot be reached."""
+    if plan.storage is None:
+        path = str(plan.folder / "optuna.journal")
+        return JournalStorage(JournalFileBackend(path, KernelLock(path) if os.name == "posix" else None))
+    from sqlalchemy import NullPool
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
+
+    url = plan.storage
+    if url.startswith(("postgresql://", "postgres://")):
+        url = "postgresql+psycopg://" + url.partition("://")[2]  # psycopg 3, which this project locks
+    for attempt in range(5):
+        try:
+            with _experimental():
+                return RDBStorage(
+                    url,
+                    engine_kwargs={"poolclass": NullPool},  # epochs are long: servers close connections that idle
+                    heartbeat_interval=plan.heartbeat,
+                    grace_period=4 * plan.heartbeat,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
+                )
+        except (ArgumentError, NoSuchModuleError, OperationalError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--storage {_no_password(plan.storage)} cannot be used: {reason}") from error
+        except SQLAlchemyError:  # another machine makes the same tables at this moment
+            if attempt == 4:
+                raise
+            time.sleep(1)
+    raise AssertionError
+
+
+def _no_password(url: str) -> str:
+    scheme, slashes, rest = url.partition("://")
+    return scheme + slashes + rest.rpartition("@")[2]
+
+
+@contextlib.contextmanager
+def _experimental() -> Iterator[None]:
+    """Heartbeats are what Optuna has for dead workers, and it calls them experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def open_study(plan: Plan) -> optuna.Study:
+    """The study of ``plan``, made when it is new."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar says what there is to say
+    storage, name, pruner = open_storage(plan), study_name(plan), make_pruner(plan.pruner)
+    with contextlib.suppress(KeyError):  # create_study would write to the journal even where there is nothing to make
+        return optuna.load_study(storage=storage, study_name=name, pruner=pruner)
+    return optuna.create_study(
+        storage=storage, study_name=name, pruner=pruner, direction="maximize", load_if_exists=True
+    )
+
+
+def make_pruner(name: Pruner) -> optuna.pruners.BasePruner:
+    """The pruner of that name: asha keeps the best third at epochs 1, 3, 9, ..., median all above the median."""
+    if name == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    return optuna.pruners.MedianPruner() if name == "median" else optuna.pruners.NopPruner()
+
+
+def make_sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler of that name; a grid's points are queued, so that nothing is left to draw."""
+    return optuna.samplers.TPESampler(seed=seed) if name == "tpe" else optuna.samplers.RandomSampler(seed=seed)
+
+
+def fill(plan: Plan, study: optuna.Study) -> None:
+    """Queues what is not there yet; the same plan twice adds nothing the second time."""
+    if plan.storage is None:
+        retry(study, lambda trial: trial.state == TrialState.RUNNING)  # the folder is ours: their workers are dead
+    retry(study)
+    wanted = plan.queue()
+    if wanted and not wanted[0]:
+        known = [
+            t
+            for t in study.get_trials(deepcopy=False)
+            if "queued" in t.user_attrs and "failed_trial" not in t.system_attrs
+        ]
+        wanted = wanted[len(known) :]
+    for point in wanted:
+        study.enqueue_trial(point, user_attrs={"queued": True}, skip_if_exists=bool(point))
+
+
+def retry(study: optuna.Study, dead: Callable[[FrozenTrial], bool] = lambda trial: False) -> int:
+    """Queues again what was interrupted: ``dead`` trials, which are failed first, and failed ones that nobody retried.
+
+    Returns how many.
     """
-    todo = points(space)
+    trials = study.get_trials(deepcopy=False)
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    count = 0
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and dead(trial):
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except ValueError:  # told by its worker after all
+                continue
+        elif trial.state != TrialState.FAIL:
+            continue
+        if trial.number not in retried and "queued" in trial.user_attrs and "same_as" not in trial.user_attrs:
+            again = copy.deepcopy(study.trials[trial.number])
+            again.user_attrs.pop("worker", None)  # the parent would take the new trial for one of the dead worker's
+            with _experimental():
+                RetryHeartbeatStaleTrialCallback(MAX_RETRIES)(study, again)
+            count += 1
+    return count
+
+
+def work(plan: Plan, study: optuna.Study, deadline: float, worker: int = 0, on_epoch: Any = None) -> None:
+    """Trains queued trials until none is left or the time is over; in a database, dead workers' trials as well."""
+    goal = Objective(base=plan.base, space=plan.space, deadline=deadline, on_epoch=on_epoch or (lambda record: None))
+    while time.monotonic() < deadline:
+        trials = study.get_trials(deepcopy=False)
+        waiting = [trial.number for trial in trials if trial.state == TrialState.WAITING]
+        if waiting:
+            seed = int(np.random.SeedSequence([plan.base.system.seed, waiting[0], worker]).generate_state(1)[0])
+            study.sampler = make_sampler(plan.sampler, seed)  # a seed per trial: a resumed search draws new points
+            study.optimize(goal, n_trials=1, catch=(NotMine, OutOfTime))
+            keep_best(plan, study)
+        elif plan.storage and any(trial.state == TrialState.RUNNING for trial in trials):
+            time.sleep(min(1, plan.heartbeat))  # for the end of the others, or of their heartbeats
+            with _experimental():
+                optuna.storages.fail_stale_trials(study)
+        elif not (plan.storage and retry(study)):
+            break
+
+
+def keep_best(plan: Plan, study: optuna.Study) -> None:
+    """Of all finished runs only the best keeps its weights, or 72 would fill the disk; finalists all do."""
+    for entry in [] if plan.only else results(plan, study)[1:]:
+        if entry["run"]:
+            Run(Path(entry["run"])).best.unlink(missing_ok=True)
+
+
+def results(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
+    """One entry per finished point, best first; points that could not be trained stand last, with the reason."""
     entries: list[dict[str, Any]] = []
-    for number, point in enumerate(todo, 1):
-        config = configure(base, point)
-        print(f"[{number}/{len(todo)}] {config.exp}")
-        entries.append({**point, **_train(config)})
-        entries.sort(key=lambda entry: -(entry["best_val_top1"] or 0))
-        _keep_only_the_best(base, space, entries)
-        write_json(results, {"base": to_dict(base), "space": dict(space), "points": len(todo), "results": entries})
-        yield entries
+    for trial in study.get_trials(deepcopy=False, states=FINISHED):
+        if "same_as" in trial.user_attrs:
+            continue
+        attrs, error = trial.user_attrs, trial.user_attrs.get("error")
+        state = "failed" if error else "complete" if trial.state == TrialState.COMPLETE else "pruned"
+        rungs = {k.removeprefix("completed_rung_"): v for k, v in trial.system_attrs.items() if "completed_rung" in k}
+        entries.append(
+            {
+                "point": {name: trial.params[name] for name in plan.space},
+                "state": state,
+                **{key: attrs.get(key) for key in ("best_val_top1", "best_epoch", "epochs", "steps", "seconds")},
+                "error": error,
+                "rungs": rungs,
+                "trial": trial.number,
+                "run": str(plan.folder / attrs["run"]) if "run" in attrs else None,
+            }
+        )
+    first = {label(point): i for i, point in enumerate(plan.queue())}
+    entries.sort(
+        key=lambda e: (e["error"] is not None, -(e["best_val_top1"] or 0), first.get(label(e["point"]), e["trial"]))
+    )
+    return entries
 
 
-def _train(config: TrainConfig) -> dict[str, Any]:
-    run = Run(Path(config.runs) / config.exp)
-    entry: dict[str, Any] = {"run": str(run.path), "best_val_top1": None, "best_epoch": None, "error": None}
-    records, resume = run.metrics(), run.has("config.json")
-    if resume:
-        try:
-            check_same(run.config(), config)  # also when it is finished: its score would be another search's
-        except ValueError as error:
-            raise ValueError(f"{error}; or give the search another --exp") from error
-    if len(records) < config.optim.epochs:
-        job = prepare(config, resume=resume)
-        try:
-            for _ in log(job.run, fit(job)):
-                pass
-        except ValueError as error:  # such as a loss that is not finite: the other points go on
-            entry["error"] = str(error)
-        records = run.metrics()
-    if records:
-        best = max(records, key=lambda record: record["val_top1"] or 0)
-        entry |= {"best_val_top1": best["val_top1"], "best_epoch": best["epoch"], "epochs": len(records)}
-    return entry
+def finals(plan: Plan, entries: list[dict[str, Any]], count: int, seeds: int) -> Plan:
+    """The plan that trains the best ``count`` of ``entries`` with ``seeds`` seeds each, the search's own among them."""
+    first = plan.base.system.seed
+    best = [entry["point"] for entry in entries if entry["state"] == "complete"][:count]
+    only = tuple({**point, "seed": seed} for point in best for seed in range(first, first + seeds))
+    space: Space = {name: [] for name in [*plan.space, "seed"]}
+    for point in only:
+        for name, values in space.items():
+            assert isinstance(values, list)
+            if point[name] not in values:
+                values.append(point[name])
+    return dataclasses.replace(plan, space=space, only=only, sampler="grid", pruner="none", trials=None)
 
 
-def _keep_only_the_best(base: TrainConfig, space: Mapping[str, Sequence[Any]], entries: list[dict[str, Any]]) -> None:
-    """Finished points keep their metrics; only the best keeps its weights, or 72 points would fill the disk."""
-    for rank, entry in enumerate(entries):
-        run = Run(Path(entry["run"]))
-        if entry["error"] is None:
-            run.last.unlink(missing_ok=True)
-        if rank > 0:
-            run.best.unlink(missing_ok=True)
+def averages(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The finalists by their mean over the seeds, best first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(label({k: v for k, v in entry["point"].items() if k != "seed"}), []).append(entry)
+    found = []
+    for group in groups.values():
+        scores = [entry["best_val_top1"] for entry in group if entry["best_val_top1"] is not None]
+        found.append(
+            {
+                "point": {k: v for k, v in group[0]["point"].items() if k != "seed"},
+                "mean": float(np.mean(scores)) if scores else None,
+                "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
+                "seeds": {str(entry["point"]["seed"]): entry["best_val_top1"] for entry in group},
+                "run": group[0]["run"],
+            }
+        )
+    return sorted(found, key=lambda f: -(f["mean"] or 0))
+
+
+def recipe(base: TrainConfig, point: Point) -> dict[str, Any]:
+    """The settings of ``point`` as ``train --config`` reads them: all that decides the numbers, but not the seed."""
+    parts = essence(configure(base, point))
+    assert parts.keys() <= to_dict(base).keys()
+    return {
+        part: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "seed"}
+        for part, values in parts.items()
+    }

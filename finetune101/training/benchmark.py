@@ -68,7 +68,7 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
     labels = [index.classes.index(dataset.class_of(path)) for path in index.paths]
     model = built.model.to(world.device, memory_format=world.memory_format).train()  # type: ignore[call-overload]
     if world.device.type == "cpu":
-        cpu.fast_depthwise(model)
+        cpu.fast_layers(model)
     model_config, optim = ModelConfig(name=name, pretrain=False), OptimConfig(lr=1e-4, batch_size=work.batch_size)
     sgd = optimizer(model, built.head, TrainConfig(exp="benchmark", model=model_config, optim=optim))
 

@@ -16,6 +16,7 @@ from finetune101.data import cache, dataset, splits
 from finetune101.models.build import build, check_size, freeze
 from finetune101.runs import create_run
 from finetune101.training import cpu, probe
+from finetune101.training.kernels import library
 from finetune101.training.loop import Job
 from finetune101.world import detect
 
@@ -56,6 +57,10 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     )
     for size in config.augment.train_sizes:
         check_size(config.model.name, built.model, size)
+    if config.model.cached_features:
+        probe.check(built, (), validates=True)
+        if world.size > 1:
+            raise ValueError("--cached-features trains in one process; start it without torchrun")
     if config.model.head == "probe":
         validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
         probe.check(built, config.model.probe_l2, validates)
@@ -130,5 +135,5 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },
-        "machine": {"system": platform.system(), "processor": platform.machine()},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": library() is not None},
     }

@@ -57,9 +57,11 @@ def fit_head(
     y = torch.tensor(train[1])
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     found, solution = [], None
+    standard = (x - mean) / std
     for l2 in sorted(penalties, reverse=True):  # from strong to weak, each from the solution before
-        solution = solve((x - mean) / std, y, head.out_features, l2, solution)
-        weight, bias = solution[:-1].T / std, solution[-1] - (solution[:-1].T / std) @ mean
+        solution = solve(standard, y, head.out_features, l2, solution)
+        weight = solution[:-1].T / std
+        bias = solution[-1] - weight @ mean
         score = (0.0, 0.0)
         if val:
             output, target = F.linear(x_val, weight, bias), torch.tensor(val[1])

@@ -1,150 +1,260 @@
-"""The grid: every point once, ranked, and resumed wherever it was interrupted."""
+"""The search: every point once, resumed wherever it was interrupted, and blind to the test images."""
 
 from __future__ import annotations
 
-import json
+import ast
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
-from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig, from_dict
+from finetune101.config import OptimConfig, TrainConfig, from_dict, to_dict
 from finetune101.runs import Run
-from finetune101.search.study import configure, grid, points
-from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
+from finetune101.search import space, study
+from finetune101.search.study import Plan
+from finetune101.search.trial import identity
+from finetune101.search.workers import alone, run
 
-SPACE = {"lr": [0.01, 0.05], "gamma": [0.1]}
-
-
-@pytest.fixture
-def base(tiny_data: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        exp="s",
-        runs=str(tmp_path / "runs"),
-        data=DataConfig(root=str(tiny_data)),
-        model=ModelConfig(name="squeezenet1_1", pretrain=False, size=32),
-        optim=OptimConfig(epochs=2, batch_size=8),
-        system=SystemConfig(threads=1),
-    )
+MakePlan = Callable[..., Plan]
 
 
-@pytest.fixture
-def results(tmp_path: Path) -> Path:
-    return tmp_path / "results.json"
+def search(plan: Plan, watch: Any = lambda study, record: None) -> optuna.Study:
+    """The study of ``plan`` after it was run."""
+    with alone(plan):
+        return run(plan, watch)
 
 
-def search(base: TrainConfig, results: Path, space: dict[str, list[Any]] = SPACE) -> list[dict[str, Any]]:
-    for _ in grid(base, space, results):
-        pass
-    return json.loads(results.read_text())["results"]
+def stop_at(epochs: int) -> Any:
+    """A watcher that presses Ctrl-C after so many epochs."""
+    seen: list[Any] = []
+
+    def watch(_: optuna.Study, record: dict[str, Any] | None) -> None:
+        seen.extend([record] if record else [])
+        if len(seen) == epochs:
+            raise KeyboardInterrupt
+
+    return watch
 
 
-def scores(entries: list[dict[str, Any]]) -> list[float]:
-    return [entry["best_val_top1"] for entry in entries]
+def told(plan: Plan, found: optuna.Study) -> list[tuple[Any, ...]]:
+    """What is known of every point, apart from time and order."""
+    entries = study.results(plan, found)
+    keys = ("state", "best_val_top1", "best_epoch", "epochs", "steps", "error")
+    return sorted((space.label(e["point"]), *(e[key] for key in keys)) for e in entries)
 
 
-def test_points_are_all_combinations_in_order() -> None:
-    assert points({"lr": [1, 2], "gamma": [0.5, 0.1]}) == [
-        {"lr": 1, "gamma": 0.5}, {"lr": 1, "gamma": 0.1}, {"lr": 2, "gamma": 0.5}, {"lr": 2, "gamma": 0.1}
-    ]  # fmt: skip
+def trained(found: optuna.Study) -> int:
+    """How many trials trained at least one epoch."""
+    return sum(trial.user_attrs.get("trained", 0) > 0 for trial in found.trials)
 
 
-@pytest.mark.parametrize(
-    ("space", "message"),
-    [
-        ({"learning_rate": [1]}, "learning_rate is not a setting to search; choose from .*lr"),
-        ({"lr": []}, "lr has no values to search; give at least one"),
-    ],
-)
-def test_points_refuse(space: dict[str, list[float]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        points(space)
-
-
-def test_a_point_is_the_base_with_its_settings(base: TrainConfig) -> None:
-    config = configure(base, {"lr": 0.5, "weight_decay": 0.0})
-    assert config.exp == "s/lr=0.5,weight_decay=0.0"
-    assert (config.optim.lr, config.optim.weight_decay, config.optim.batch_size) == (0.5, 0.0, 8)
-    assert (config.data, config.model, config.system) == (base.data, base.model, base.system)
-
-
-def test_a_grid_is_ranked_and_keeps_the_best_weights_only(base: TrainConfig, results: Path) -> None:
-    entries = search(base, results)
-    assert sorted(entry["lr"] for entry in entries) == [0.01, 0.05]
-    assert scores(entries) == sorted(scores(entries), reverse=True)
-    saved = json.loads(results.read_text())
-    assert from_dict(saved["base"]) == base and (saved["space"], saved["points"]) == (SPACE, 2)
+def test_a_grid_is_ranked_and_keeps_the_best_weights_only(plan: MakePlan) -> None:
+    one = plan()
+    entries = study.results(one, search(one))
+    assert sorted(entry["point"]["lr"] for entry in entries) == [0.01, 0.05]
+    scores = [entry["best_val_top1"] for entry in entries]
+    assert scores == sorted(scores, reverse=True)
     for rank, entry in enumerate(entries):
         run = Run(Path(entry["run"]))
         records = run.metrics()
-        assert entry["epochs"] == 2 and entry["error"] is None
-        best = max(record["val_top1"] for record in records)
-        assert entry["best_val_top1"] == best
-        assert records[entry["best_epoch"] - 1]["val_top1"] == best
-        assert run.config().optim.lr == entry["lr"]
-        assert run.best.exists() == (rank == 0) and not run.last.exists()
-        assert list(run.path.glob("events.out.tfevents.*"))
+        assert entry["state"] == "complete" and entry["epochs"] == len(records) == 2 and entry["error"] is None
+        assert entry["best_val_top1"] == max(record["val_top1"] for record in records)
+        assert entry["steps"] == records[-1]["step"]
+        assert run.config().optim.lr == entry["point"]["lr"]
+        assert run.name == identity(run.config())
+        assert run.best.exists() == (rank == 0) and not run.last.exists() and not run.has("test.json")
 
 
-def test_results_are_written_after_every_point(base: TrainConfig, results: Path) -> None:
-    for number, entries in enumerate(grid(base, SPACE, results), 1):
-        assert len(entries) == number
-        assert json.loads(results.read_text())["results"] == entries
+def test_tensorboard_shows_a_run_per_point_and_no_other(plan: MakePlan) -> None:
+    one = plan()
+    search(one)
+    folders = {file.parent for file in one.folder.rglob("events.out.tfevents.*")}
+    assert folders == {file.parent for file in one.folder.rglob("config.json")} and len(folders) == 2
+    assert len(list(one.folder.rglob("*.hparams"))) == 2
 
 
-def test_a_finished_grid_trains_nothing_again(base: TrainConfig, results: Path) -> None:
-    first = search(base, results)
-    kept = {path: path.stat().st_mtime_ns for path in Path(base.runs).rglob("*.*") if path.is_file()}
-    results.unlink()
-    assert search(base, results) == first
-    assert {path: path.stat().st_mtime_ns for path in Path(base.runs).rglob("*.*") if path.is_file()} == kept
+def test_the_same_search_twice_changes_nothing_the_second_time(plan: MakePlan) -> None:
+    one = plan()
+    search(one)
+    kept = {path: path.stat().st_mtime_ns for path in one.folder.rglob("*") if path.is_file()}
+    kept = {path: time for path, time in kept.items() if not path.name.endswith(".lock")}
+    search(one)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (
+        not {path for path in one.folder.rglob("*.*") if path.is_file()} - kept.keys() - set(one.folder.glob("*.lock"))
+    )
 
 
-def test_an_interrupted_grid_ends_like_an_uninterrupted_one(base: TrainConfig, results: Path, tmp_path: Path) -> None:
-    whole = search(base, tmp_path / "whole.json")
-    other = TrainConfig(**{**vars(base), "exp": "again"})
-    stopped = grid(other, SPACE, results)
-    next(stopped)
-    stopped.close()  # between the points
-    job = prepare(configure(other, points(SPACE)[1]))
-    epochs = fit(job, quiet=True)
-    next(epochs)
-    epochs.close()  # within the second one
-    entries = search(other, results)
-    assert [{**entry, "run": None} for entry in entries] == [{**entry, "run": None} for entry in whole]
+@pytest.mark.slow
+def test_a_grid_of_12_that_grows_by_4_trains_4(plan: MakePlan, base: TrainConfig) -> None:
+    short = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1))
+    first = plan({"lr": [0.01, 0.02, 0.03, 0.04], "gamma": [0.1, 0.2, 0.5]}, base=short)
+    assert trained(search(first)) == 12
+    second = plan({"lr": [0.01, 0.02, 0.03, 0.04], "gamma": [0.1, 0.2, 0.5, 1]}, base=short)
+    found = search(second)
+    assert trained(found) == 4 and len(study.results(second, found)) == 16
 
 
-def test_a_point_that_fails_stands_there_with_the_reason(base: TrainConfig, results: Path) -> None:
-    entries = search(base, results, {"lr": [1e30, 0.01]})
-    assert [entry["lr"] for entry in entries] == [0.01, 1e30]
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_an_interrupted_search_ends_like_an_uninterrupted_one(epochs: int, plan: MakePlan, base: TrainConfig) -> None:
+    whole, other = plan(), plan(base=dataclasses.replace(base, exp="again"))
+    with pytest.raises(KeyboardInterrupt):
+        search(other, stop_at(epochs))
+    again = search(other)
+    assert told(other, again) == told(whole, search(whole))
+    assert sum(trial.user_attrs.get("trained", 0) for trial in again.trials) == 4  # no epoch twice
+
+
+def test_out_of_time_it_stops_after_the_epoch_and_goes_on_later(plan: MakePlan) -> None:
+    short = plan(timeout=1e-3)
+    with alone(short):
+        found = study.open_study(short)
+        study.fill(short, found)
+        study.work(short, found, deadline=0)
+        assert trained(found) == 0
+        goal = study.Objective(base=short.base, space=short.space, deadline=0)
+        found.optimize(goal, n_trials=1, catch=(study.OutOfTime,))
+    assert [t.state.name for t in found.trials] == ["FAIL", "WAITING"] and trained(found) == 1
+    whole = search(plan())
+    assert len(study.results(plan(), whole)) == 2
+    assert sum(trial.user_attrs.get("trained", 0) for trial in whole.trials) == 4
+
+
+def test_a_trial_whose_process_was_killed_is_taken_up(plan: MakePlan) -> None:
+    one = plan()
+    with alone(one):
+        found = study.open_study(one)
+        study.fill(one, found)
+        found.ask()  # and the process is gone
+    assert len(study.results(one, search(one))) == 2
+
+
+def test_a_journal_that_a_full_disk_cut_is_read(plan: MakePlan) -> None:
+    one = plan()
+    search(one)
+    with (one.folder / "optuna.journal").open("ab") as journal:
+        journal.write(b'{"op_code": 4, "wor')
+    assert len(study.results(one, search(one))) == 2
+
+
+def test_a_point_that_is_queued_twice_is_trained_once(plan: MakePlan) -> None:
+    one = plan()
+    with alone(one):
+        found = study.open_study(one)
+        for _ in range(2):
+            found.enqueue_trial({"lr": 0.01, "gamma": 0.1}, user_attrs={"queued": True})
+    found = search(one)
+    assert trained(found) == 2 and len(study.results(one, found)) == 2
+
+
+def test_a_point_that_diverges_stands_last_with_the_reason_and_stays_so(plan: MakePlan) -> None:
+    one = plan({"lr": [1e30, 0.01]})
+    entries = study.results(one, search(one))
+    assert [entry["point"]["lr"] for entry in entries] == [0.01, 1e30]
     assert entries[0]["error"] is None and "the loss is not finite at step" in entries[1]["error"]
-    assert entries[1]["best_val_top1"] is None
+    assert entries[1]["best_val_top1"] is None and entries[1]["state"] == "failed"
+    assert study.results(one, search(one)) == entries
 
 
-def test_a_point_that_failed_stays_so_when_the_grid_is_resumed(base: TrainConfig, results: Path) -> None:
-    first = search(base, results, {"lr": [1e30, 0.01]})
-    assert search(base, results, {"lr": [1e30, 0.01]}) == first
+def test_two_values_that_contradict_each_other_fail_alone(plan: MakePlan) -> None:
+    one = plan({"nesterov": [True], "momentum": [0.0, 0.5]})
+    states = {entry["point"]["momentum"]: entry["state"] for entry in study.results(one, search(one))}
+    assert states == {0.0: "failed", 0.5: "complete"}
 
 
-def test_a_setting_that_cannot_work_stops_the_grid(base: TrainConfig, results: Path) -> None:
-    with pytest.raises(ValueError, match="--lr is -1; give a positive number"):
-        search(base, results, {"lr": [-1]})
-    assert not results.exists()
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_samplers_draw_as_many_points_as_asked(sampler: str, plan: MakePlan) -> None:
+    grid = {"lr": "1e-4..1e-1:log", "batch_size": "4..16", "flip": [True, False]}
+    one = plan(grid, sampler=sampler, trials=2)
+    first = told(one, search(one))
+    more = search(plan(grid, sampler=sampler, trials=3))
+    assert len(more.trials) == 3 and trained(more) == 3
+    assert set(first) < set(told(one, more))
+    assert all(1e-4 <= trial.params["lr"] <= 0.1 for trial in more.trials)
+    assert all(type(trial.params["batch_size"]) is int for trial in more.trials)
 
 
-def test_another_base_needs_another_name(base: TrainConfig, results: Path) -> None:
-    job = prepare(configure(base, points(SPACE)[0]))
-    next(fit(job, quiet=True))
-    other = TrainConfig(**{**vars(base), "optim": OptimConfig(epochs=2, batch_size=8, momentum=0.5)})
-    with pytest.raises(
-        ValueError, match=r"--resume cannot change optim\.momentum .*; or give the search another --exp"
-    ):
-        search(other, results)
+def test_pruned_trials_keep_what_they_reached_and_their_rungs(plan: MakePlan, base: TrainConfig) -> None:
+    longer = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=3))
+    one = plan({"lr": [0.001, 0.01, 0.03, 0.05]}, base=longer, pruner="asha")
+    entries = study.results(one, search(one))
+    assert len(entries) == 4 and all(entry["rungs"] for entry in entries)
+    for entry in entries:
+        assert (entry["state"] == "complete") == (entry["epochs"] == 3)
+        assert len(Run(Path(entry["run"])).metrics()) == entry["epochs"]
+    assert told(one, search(one)) == sorted(told(one, study.open_study(one)))
 
 
-def test_a_finished_point_of_another_base_is_not_taken_for_its_own(base: TrainConfig, results: Path) -> None:
-    search(base, results)
-    other = TrainConfig(**{**vars(base), "optim": OptimConfig(epochs=2, batch_size=8, momentum=0.5)})
-    with pytest.raises(ValueError, match=r"optim\.momentum"):
-        search(other, results)
+def test_other_settings_share_nothing_but_the_folder(plan: MakePlan, base: TrainConfig) -> None:
+    search(plan())
+    other = plan(base=dataclasses.replace(base, optim=OptimConfig(epochs=2, batch_size=8, momentum=0.5)))
+    assert trained(search(other)) == 2
+
+
+def test_identity_ignores_where_and_how_fast(base: TrainConfig) -> None:
+    moved = from_dict({**to_dict(base), "runs": "elsewhere", "exp": "t", "recipe": "original"})
+    faster = dataclasses.replace(moved, system=dataclasses.replace(base.system, threads=2))
+    assert identity(base) == identity(moved) == identity(faster)
+    assert identity(base) != identity(space.configure(base, {"lr": 0.5}))
+    assert identity(base) != identity(space.configure(base, {"split_seed": 1}))
+
+
+def test_a_second_search_in_the_folder_is_refused(plan: MakePlan) -> None:
+    with alone(plan()), pytest.raises(ValueError, match=r"another search is at work in .*; wait for it"):
+        search(plan())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trials": 0}, "--trials is 0; give at least 1"),
+        ({"sampler": "tpe"}, "--sampler tpe goes on for ever; add --trials"),
+        ({"jobs": 0}, "--jobs is 0; give at least 1"),
+    ],
+)
+def test_plans_that_cannot_work(options: dict[str, Any], message: str, plan: MakePlan) -> None:
+    with pytest.raises(ValueError, match=message):
+        study.check(plan(**options))
+
+
+def test_a_database_that_is_not_there_is_one_sentence_without_the_password(plan: MakePlan) -> None:
+    with pytest.raises(ValueError, match="cannot be used") as error:
+        search(plan(storage="postgresql://someone:secret@127.0.0.1:9/none"))
+    assert "secret" not in str(error.value)
+
+
+def test_finalists_are_ranked_by_their_mean(plan: MakePlan) -> None:
+    one = plan()
+    last = study.finals(one, study.results(one, search(one)), 2, 2)
+    found = search(last)
+    assert trained(found) == 2  # the search's own seed is there already
+    best = study.averages(study.results(last, found))
+    assert [set(entry["seeds"]) for entry in best] == [{"0", "1"}] * 2
+    assert best[0]["mean"] >= best[1]["mean"] and "seed" not in best[0]["point"]
+
+
+def test_the_search_cannot_reach_the_test_images() -> None:
+    package = Path(study.__file__).parents[1]
+    for file in [*(package / "search").glob("*.py"), package / "searching.py"]:
+        text = file.read_text(encoding="utf-8")
+        names = [
+            ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        assert not [name for name in names if "evaluat" in name], file
+        assert '"test"' not in text and "'test'" not in text, file
+
+
+@pytest.mark.slow
+def test_two_workers_do_what_one_does(plan: MakePlan, base: TrainConfig) -> None:
+    one = plan()
+    two = plan(base=dataclasses.replace(base, exp="two"), jobs=2)
+    assert told(one, search(one)) == told(two, search(two))
+
+
+@pytest.mark.slow
+def test_a_workers_mistake_is_the_searchs(plan: MakePlan) -> None:
+    with pytest.raises(ValueError, match="there is no model 'resnet17'"):
+        search(plan({"model": ["resnet17"]}, jobs=2))

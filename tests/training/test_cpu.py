@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from finetune101.training.cpu import Depthwise, fast_depthwise, fold_batch_norm, tune_allocator
 
-CHANNELS = 8
+CHANNELS = 8  # too narrow for the kernels; WIDE suits them
+WIDE = 32
 LAYERS = [
     pytest.param(kind, kernel, stride, size, id=f"{kind.__name__}-k{kernel}-s{stride}-{size[0]}x{size[1]}")
     for kind in (nn.Conv2d, Conv2dSame)
@@ -25,14 +26,16 @@ LAYERS = [
 ]
 
 
-def make(kind: type[nn.Conv2d], kernel: int, stride: int, bias: bool = False) -> nn.Sequential:
+def make(
+    kind: type[nn.Conv2d], kernel: int, stride: int, bias: bool = False, channels: int = CHANNELS
+) -> nn.Sequential:
     padding = 0 if kind is Conv2dSame else kernel // 2
     torch.manual_seed(0)
-    return nn.Sequential(kind(CHANNELS, CHANNELS, kernel, stride=stride, padding=padding, groups=CHANNELS, bias=bias))
+    return nn.Sequential(kind(channels, channels, kernel, stride=stride, padding=padding, groups=channels, bias=bias))
 
 
-def images(size: tuple[int, int]) -> Tensor:
-    x = torch.randn(4, CHANNELS, *size, generator=torch.Generator().manual_seed(1))
+def images(size: tuple[int, int], channels: int = CHANNELS) -> Tensor:
+    x = torch.randn(5, channels, *size, generator=torch.Generator().manual_seed(1))
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -49,17 +52,18 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
+@pytest.mark.parametrize("channels", [CHANNELS, WIDE])
 @pytest.mark.parametrize(("kind", "kernel", "stride", "size"), LAYERS)
 def test_bf16_gradients_agree_with_plain_autograd(
-    kind: type[nn.Conv2d], kernel: int, stride: int, size: tuple[int, int]
+    kind: type[nn.Conv2d], kernel: int, stride: int, size: tuple[int, int], channels: int
 ) -> None:
-    plain = make(kind, kernel, stride, bias=True)
+    plain = make(kind, kernel, stride, bias=True, channels=channels)
     fast = copy.deepcopy(plain)
     assert fast_depthwise(fast) == 1
-    exact = gradients(plain, images(size), bf16=False)[1]
+    exact = gradients(plain, images(size, channels), bf16=False)[1]
     plain.zero_grad()
-    plain_out, expected = gradients(plain, images(size), bf16=True)
-    fast_out, got = gradients(fast, images(size), bf16=True)
+    plain_out, expected = gradients(plain, images(size, channels), bf16=True)
+    fast_out, got = gradients(fast, images(size, channels), bf16=True)
     assert torch.equal(fast_out, plain_out)
     assert len(got) == len(expected) == 3
     for a, b, c in zip(got, expected, exact, strict=True):

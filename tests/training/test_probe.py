@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from finetune101.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
@@ -54,9 +54,33 @@ def test_epochs_after_the_probe_start_from_it(base: TrainConfig) -> None:
     assert (first["epoch"], second["epoch"], second["step"]) == (0, 1, 3)
 
 
+def test_cached_features_train_as_the_frozen_network_does(base: TrainConfig) -> None:
+    """The same order, steps and rates: only what the network sees of an image is not computed anew."""
+    model = dataclasses.replace(base.model, head="random", freeze=True)
+    config = dataclasses.replace(
+        base,
+        model=model,
+        optim=OptimConfig(epochs=3, batch_size=8, lr=0.05, weight_decay=1e-3),
+        augment=AugmentConfig(flip=False),
+        system=SystemConfig(threads=1, precision="fp32"),
+    )
+    cached = dataclasses.replace(config, exp="cached", model=dataclasses.replace(model, cached_features=True))
+    plain, fast = prepare(config), prepare(cached)
+    for a, b in zip(fit(plain, quiet=True), fit(fast, quiet=True), strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-4)
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-4)
+    states = [job.built.model.state_dict() for job in (plain, fast)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
+    assert evaluate(fast.run, subset="val")["top1"] == pytest.approx(fast.run.metrics()[-1]["val_top1"])
+
+
 @pytest.mark.parametrize(
     ("part", "values", "message"),
     [
+        ("model", {"head": "random", "cached_features": True}, "--cached-features needs --freeze"),
+        ("model", {"freeze": True, "cached_features": True}, "--cached-features needs --head random"),
         ("model", {"name": "squeezenet1_1"}, "linear layer"),
         ("data", {"fit_on": "train+val"}, "--probe-l2"),
         ("model", {"head": "random"}, "--epochs is 0"),

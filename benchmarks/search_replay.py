@@ -1,0 +1,79 @@
+"""What samplers and pruners would have cost on a recorded grid: ``python benchmarks/search_replay.py RUNS/EXP``.
+
+RUNS/EXP is a finished grid (search.json and its run directories): the truth. Each strategy is replayed over many seeds
+on the recorded curves until it has seen an accuracy within 0.5 points of the grid's best; the cost is its training
+steps as a share of the whole grid's. A strategy that never gets there counts with all the steps that it made, and is
+counted as missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune101.search.effects import load
+from finetune101.search.replay import Curve, replay
+from finetune101.search.study import Pruner, Sampler
+
+STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {
+    "random": ("random", "none"),
+    "asha": ("grid", "asha"),
+    "median": ("grid", "median"),
+    "tpe": ("tpe", "none"),
+    "tpe+asha": ("tpe", "asha"),
+}
+
+
+def shares(curves: tuple[Curve, ...], sampler: Sampler, pruner: Pruner, seeds: int, target: float) -> dict[str, Any]:
+    """Steps to ``target`` as shares of the whole grid's steps, one for each seed, and how many seeds missed it."""
+    whole = sum(curve.steps[-1] for curve in curves)
+    found, missed = [], 0
+    for seed in range(seeds):
+        replayed = replay(curves, sampler, pruner, seed)
+        steps = replayed.steps_to(target)
+        missed += steps is None
+        found.append((replayed.epochs[-1][0] if steps is None else steps) / whole)
+    low, median, high = np.quantile(found, [0.25, 0.5, 0.75])
+    return {
+        "mean": float(np.mean(found)),
+        "median": float(median),
+        "quartiles": [float(low), float(high)],
+        "missed": missed,
+        "shares": found,
+    }
+
+
+def main() -> int:
+    """Prints a line per strategy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--within", type=float, default=0.5, help="points of the best that are good enough")
+    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
+    arguments = parser.parse_args()
+    curves = load(arguments.folder).complete
+    best = max(curve.best for curve in curves)
+    good = sum(curve.best >= best - arguments.within for curve in curves)
+    print(f"{len(curves)} points, best {best:.2f} %, {good} within {arguments.within} points of it")
+    values: dict[str, Any] = {"points": len(curves), "best": best, "within": arguments.within, "good_points": good}
+    values |= {"steps_of_the_grid": sum(curve.steps[-1] for curve in curves), "seeds": arguments.seeds}
+    for name, (sampler, pruner) in STRATEGIES.items():
+        found = shares(curves, sampler, pruner, arguments.seeds, best - arguments.within)
+        values[name] = found
+        print(
+            f"{name:9s} mean {found['mean']:.3f}  median {found['median']:.3f}  "
+            f"quartiles {found['quartiles'][0]:.3f} to {found['quartiles'][1]:.3f}  missed {found['missed']}"
+        )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

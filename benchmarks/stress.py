@@ -1,0 +1,187 @@
+"""Kills a search at random moments and counts what it costs: ``python benchmarks/stress.py --kills 200``.
+
+A small search over drawn images with two workers runs again and again; four kills of five hit a worker, one the parent,
+all with SIGKILL, and the same command is given again where the parent died. Each finished search is compared with one
+that nobody disturbed: every point once, no epoch trained twice, the same metrics. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GRID = ["--grid", "lr=0.01,0.02,0.03,0.05", "--grid", "gamma=0.1,0.5", "--grid", "batch_size=8,16"]
+POINTS = 16
+SMALL = ["--model", "squeezenet1_1", "--no-pretrain", "--size", "32", "--epochs", "3", "--threads", "1"]
+COMPARED = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1")
+
+
+@dataclass
+class Tally:
+    """What the kills cost, over all searches."""
+
+    kills: int = 0
+    of_parents: int = 0
+    searches: int = 0
+    lost: int = 0
+    repeated: int = 0
+    different: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def start(folder: Path, data: Path, jobs: int = 2) -> subprocess.Popen[str]:
+    """The search command, in a session of its own."""
+    command = [sys.executable, "-m", "finetune101", "search", "--exp", "s", "--runs", str(folder), "--data", str(data)]
+    return subprocess.Popen(
+        [*command, *SMALL, *GRID, "--jobs", str(jobs)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    """Process numbers of the children of ``pid``."""
+    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in done.stdout.split()]
+
+
+def workers(pid: int) -> list[int]:
+    """The worker processes of the search ``pid``: the children of its fork server."""
+    found = []
+    for child in children(pid):
+        try:
+            server = "forkserver" in Path(f"/proc/{child}/cmdline").read_text()
+        except OSError:
+            continue
+        found += children(child) if server else []
+    return found
+
+
+def kill_one(search: subprocess.Popen[str], rng: random.Random, tally: Tally) -> None:
+    """Kills a worker or, one time in five, the parent."""
+    victims = workers(search.pid)
+    parent = rng.random() < 0.2
+    if not parent and not victims:
+        return
+    try:
+        os.kill(search.pid if parent else rng.choice(victims), signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    tally.kills += 1
+    tally.of_parents += parent
+
+
+def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: Tally) -> None:
+    """One search, given again until it is finished; it is killed at until the tally has ``kills``."""
+    while True:
+        with start(folder, data) as search:
+            while search.poll() is None:
+                try:
+                    search.wait(rng.uniform(0.05, 2.5))
+                except subprocess.TimeoutExpired:
+                    if tally.kills < kills and workers(search.pid):  # before that it has not begun
+                        kill_one(search, rng, tally)
+            assert search.stderr is not None
+            said = search.stderr.read()
+        if search.returncode == 0:
+            return
+        if search.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"the search ended with {search.returncode}: {said[-2000:]}")
+
+
+def metrics(run: Path) -> list[list[Any]]:
+    """What a run learned, epoch by epoch."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[record[key] for key in COMPARED] for record in records]
+
+
+def events_twice(run: Path) -> list[int]:
+    """The epochs whose validation accuracy is in the run's TensorBoard events more than once."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    seen: Counter[int] = Counter()
+    for file in run.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(file)).Load():
+            seen.update(event.step for value in event.summary.value if value.tag == "accuracy/val")
+    return [step for step, count in seen.items() if count > 1]
+
+
+def judge(folder: Path, truth: dict[str, list[list[Any]]], tally: Tally) -> None:
+    """Adds to the tally what the finished search in ``folder`` lost, repeated or changed."""
+    import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = JournalStorage(JournalFileBackend(str(folder / "s" / "optuna.journal")))
+    (name,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+    finished = [t for t in trials if t.state == optuna.trial.TrialState.COMPLETE and "same_as" not in t.user_attrs]
+    times = Counter(trial.user_attrs["run"] for trial in finished)
+    tally.searches += 1
+    for run in truth:
+        path = folder / "s" / run
+        if times[run] == 0 or not (path / "metrics.jsonl").is_file():
+            tally.lost += 1
+        elif times[run] > 1 or events_twice(path):
+            tally.repeated += 1
+            tally.notes.append(f"{run}: finished {times[run]} times, epochs {events_twice(path)} trained twice")
+        elif metrics(path) != truth[run]:
+            tally.different += 1
+            tally.notes.append(f"{run}: {metrics(path)} rather than {truth[run]}")
+
+
+def stress(kills: int, seed: int, folder: Path, data: Path) -> Tally:
+    """Kills until there were ``kills``, and judges every search."""
+    search = start(folder / "truth", data, jobs=1)
+    _, said = search.communicate()
+    if search.returncode != 0:
+        raise RuntimeError(f"the undisturbed search failed: {said[-2000:]}")
+    truth = {path.parent.name: metrics(path.parent) for path in (folder / "truth" / "s").glob("*/metrics.jsonl")}
+    assert len(truth) == POINTS
+    tally, rng = Tally(), random.Random(seed)
+    while tally.kills < kills:
+        place = folder / f"search_{tally.searches}"
+        disturbed(place, data, kills, rng, tally)
+        judge(place, truth, tally)
+        print(tally, flush=True)
+    return tally
+
+
+def main() -> int:
+    """1 when anything was lost, repeated or changed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the counts to this JSON file")
+    arguments = parser.parse_args()
+    from finetune101.data.synthetic import draw
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["FINETUNE101_CACHE"] = str(Path(name) / "cache")
+        data = draw(Path(name) / "images", classes=3, images_per_class=20)
+        tally = stress(arguments.kills, arguments.seed, Path(name), data)
+    failures = tally.lost + tally.repeated + tally.different
+    values = {**vars(tally), "failures": failures, "points": POINTS, "seconds": round(time.perf_counter() - started)}
+    print(json.dumps(values, indent=1))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The report of a search: pictures and one HTML page that needs no network, from its run directories."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from finetune101.analysis.figures import BLUE, GREY, VERMILION, save, style
+from finetune101.runs import atomic
+from finetune101.search import effects
+from finetune101.search.effects import EARLY, Seen, Variance, levels
+from finetune101.search.space import text
+
+ACCURACY = "validation accuracy (%)"
+UNITS = {"lr": "lr (learning rate)", "batch_size": "batch_size (images)", "step_size": "step_size (epochs)"}
+UNITS |= {"size": "size (pixels)", "epochs": "epochs", "warmup_epochs": "warmup_epochs (epochs)"}
+
+
+def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
+    """Writes ``folder``/report/index.html and its pictures; ``pairs`` are the heat maps to draw.
+
+    Raises ValueError when ``folder`` is no search, or a pair is not two of its settings.
+    """
+    seen = effects.load(folder)
+    found, importance = effects.variance(seen), effects.importance(seen)
+    chosen = _pairs(seen, found, pairs)
+    change = effects.rank_change(seen.complete)
+    out = folder / "report"
+    figures: list[dict[str, str]] = []
+
+    def add(name: str, title: str, note: str, draw: Callable[..., Figure], *arguments: Any) -> None:
+        with style():
+            file = save(draw(*arguments), out / f"{name}.png")
+        figures.append({"title": title, "note": note, "data": base64.b64encode(file.read_bytes()).decode()})
+
+    first = max(found.main, key=lambda name: found.main[name], default=None)
+    add(
+        "curves",
+        "Accuracy against training steps",
+        "One line per trial, its colour the value of the setting that explains most; a cross ends a pruned trial.",
+        draw_curves,
+        seen,
+        first,
+    )
+    if seen.names:
+        add(
+            "effects",
+            "Effect of each setting",
+            "Mean best accuracy at each value with the other settings held even; bars are 95 % intervals.",
+            draw_effects,
+            seen,
+            found,
+        )
+        add(
+            "variance",
+            "What explains the variance, and importance",
+            "Left: shares of the variance of the best accuracy, pairs beyond the effects of their two settings. Right: "
+            "Optuna's importance; PED-ANOVA asks what brings a trial among the best tenth, fANOVA what moves any.",
+            draw_shares,
+            found,
+            importance,
+        )
+    for a, b in chosen:
+        note = "Mean best accuracy of the trials in each cell, and how many they are."
+        add(f"heat_{a}_{b}", f"{a} × {b}", note, draw_heat, seen, a, b)
+    if change:
+        note = f"Ranks of the {change.trials} trials that ran to the end; the five best are drawn strongly."
+        add("ranks", f"How ranks change from epoch {EARLY} to the last", note, draw_ranks, seen)
+    said = effects.words(seen, found, change, effects.pruning(seen))
+    page = _page(seen, said, figures)
+    with atomic(out / "index.html") as part:
+        part.write_text(page, encoding="utf-8")
+    return out / "index.html"
+
+
+def _page(seen: Seen, words: str, figures: list[dict[str, str]]) -> str:
+    loader = jinja2.PackageLoader("finetune101.analysis")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    top = sorted(seen.curves, key=lambda curve: -curve.best)[:15]
+    return environment.get_template("search.html").render(seen=seen, words=words, figures=figures, top=top, text=text)
+
+
+def _pairs(seen: Seen, found: Variance, asked: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
+    for pair in asked:
+        if len(pair) != 2 or not set(pair) <= set(seen.names) or pair[0] == pair[1]:
+            raise ValueError(f"--pair {','.join(pair)} cannot be drawn; give two of {', '.join(seen.names) or 'none'}")
+    if asked:
+        return [(a, b) for a, b in asked]
+    pairs = [("lr", "batch_size")] if {"lr", "batch_size"} <= set(seen.names) else []
+    if found.pairs:
+        most = max(found.pairs, key=lambda pair: found.pairs[pair])
+        pairs += [most] if set(most) != {"lr", "batch_size"} else []
+    return pairs
+
+
+def _colours(count: int) -> list[Any]:
+    """``count`` colours in order from cividis, which colour-blind people read like all others; no pale yellow."""
+    return [matplotlib.colormaps["cividis"](0.85 * k / max(1, count - 1)) for k in range(count)]
+
+
+def draw_curves(seen: Seen, name: str | None) -> Figure:
+    """Best accuracy so far against training steps, a line per trial."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots()
+    values, which = levels(seen, name) if name else (["all"], [0] * len(seen.curves))
+    colours, dashes = _colours(len(values)), list[Any](["-", "--", "-.", ":"])
+    for curve, k in zip(seen.curves, which, strict=True):
+        best = curve is seen.best
+        line: dict[str, Any] = {"color": VERMILION, "linewidth": 3, "zorder": 5} if best else {"color": colours[k]}
+        style_ = "-" if best else dashes[k % 4]
+        axes.plot(curve.steps, np.maximum.accumulate(curve.scores), style_, **{"linewidth": 1.2, "alpha": 0.9, **line})
+        if curve.state == "pruned":
+            axes.plot(curve.steps[-1], curve.best, "x", color=colours[k], markersize=7)
+    handles = [Line2D([], [], color=colours[k], linestyle=dashes[k % 4]) for k in range(len(values))]
+    words = [f"{name} {value}" for value in values] if name else ["trial"]
+    handles.append(Line2D([], [], color=VERMILION, linewidth=3))
+    axes.legend(
+        [
+            *handles,
+        ],
+        [*words, "winner"],
+        loc="lower right",
+    )
+    axes.set(xlabel="training steps (batches)", ylabel=f"best {ACCURACY} so far")
+    axes.set_xlim(left=0)
+    return figure
+
+
+def draw_effects(seen: Seen, found: Variance) -> Figure:
+    """A panel per setting: mean accuracy of each value with its interval."""
+    columns = min(3, len(seen.names))
+    rows = math.ceil(len(seen.names) / columns)
+    figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
+    for axes, name in zip(panels, seen.names, strict=False):
+        effect = found.effects[name]
+        at = range(len(effect))
+        axes.plot(at, [level.mean for level in effect], color=BLUE, marker="o", linewidth=1)
+        for x, level in zip(at, effect, strict=True):
+            if level.low is not None and level.high is not None:
+                axes.plot([x, x], [level.low, level.high], color=BLUE, linewidth=2.5, alpha=0.6)
+        many = max(len(level.value) for level in effect) * len(effect) > 28
+        axes.set_xticks(list(at), [f"{e.value}\n({e.trials})" for e in effect], fontsize=8 if many else 9.5)
+        axes.set(xlabel=UNITS.get(name, name), title=f"{100 * found.main[name]:.0f} % of variance")
+        axes.margins(x=0.2)
+    for axes in panels[len(seen.names) :]:
+        axes.set_visible(False)
+    for axes in panels[::columns]:
+        axes.set_ylabel(ACCURACY)
+    return figure
+
+
+def draw_shares(found: Variance, importance: dict[str, dict[str, float]]) -> Figure:
+    """Bars: shares of variance on the left, Optuna's importance on the right."""
+    shares = {**found.main, **{f"{a} × {b}": share for (a, b), share in found.pairs.items()}}
+    strongest = sorted(shares.items(), key=lambda item: -item[1])[:9]
+    bars = [*strongest, ("the rest", max(0.0, 1 - sum(share for _, share in strongest)))][::-1]
+    figure = Figure(figsize=(10, 0.8 + 0.42 * max(len(bars), 6)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = [GREY if name == "the rest" else VERMILION if "×" in name else BLUE for name, _ in bars]
+    left.barh([name for name, _ in bars], [100 * share for _, share in bars], color=colours, height=0.6)
+    for y, (_, share) in enumerate(bars):
+        left.text(100 * share + 1, y, f"{100 * share:.0f}", va="center", fontsize=9)
+    left.set(xlabel="share of variance (%)", xlim=(0, 112), title="Analysis of variance")
+    left.grid(axis="y", visible=False)
+    names = list(found.main)[::-1]
+    for k, (title, colour) in enumerate((("PED-ANOVA", BLUE), ("fANOVA", VERMILION))):
+        if title in importance:
+            values = [importance[title].get(name, 0) for name in names]
+            right.barh(np.arange(len(names)) + 0.2 - 0.4 * k, values, height=0.36, color=colour, label=title)
+    right.set_yticks(range(len(names)), names)
+    right.set(xlabel="importance (share of 1)", xlim=(0, 1), title="Optuna's importance")
+    right.grid(axis="y", visible=False)
+    if importance:
+        right.legend(loc="lower right")
+    return figure
+
+
+def draw_heat(seen: Seen, a: str, b: str) -> Figure:
+    """Mean best accuracy for each pair of values of ``a`` (upwards) and ``b`` (to the right)."""
+    rows, row = levels(seen, a)
+    columns, column = levels(seen, b)
+    cells: dict[tuple[int, int], list[float]] = {}
+    for curve, y, x in zip(seen.curves, row, column, strict=True):
+        cells.setdefault((y, x), []).append(curve.best)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for cell, scores in cells.items():
+        grid[cell] = np.mean(scores)
+    figure = Figure(figsize=(2.6 + 1.5 * len(columns), 1.8 + 0.8 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="cividis", aspect="auto", origin="lower")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for (y, x), scores in cells.items():
+        colour = "white" if grid[y, x] < middle else "black"
+        axes.text(x, y, f"{grid[y, x]:.1f}\n({len(scores)})", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=UNITS.get(b, b), ylabel=UNITS.get(a, a))
+    axes.grid(visible=False)
+    figure.colorbar(image, label="mean best accuracy (%)")
+    return figure
+
+
+def draw_ranks(seen: Seen) -> Figure:
+    """A line per trial from its rank at the early epoch to its last."""
+    long = [curve for curve in seen.complete if len(curve.scores) > EARLY]
+    then = np.argsort(np.argsort([-max(curve.scores[:EARLY]) for curve in long], kind="stable")) + 1
+    last = np.argsort(np.argsort([-curve.best for curve in long], kind="stable")) + 1
+    figure = Figure(figsize=(7, min(9.0, 2.5 + 0.16 * len(long))), layout="constrained")
+    axes = figure.subplots()
+    for a, b in zip(then, last, strict=True):
+        colour, width = (VERMILION, 3.0) if b == 1 else (BLUE, 2.0) if b <= 5 else ("#B0B0B0", 1.0)
+        axes.plot([0, 1], [a, b], color=colour, linewidth=width, marker="o", markersize=4, zorder=3 if b <= 5 else 1)
+    axes.set_xticks([0, 1], [f"epoch {EARLY}", "last epoch"])
+    axes.set(ylabel="rank by best validation accuracy (1 = best)", xlim=(-0.1, 1.1))
+    axes.set_ylim(len(long) + 1, 0)
+    axes.grid(axis="x", visible=False)
+    handles = [Line2D([], [], color=c, linewidth=w) for c, w in ((VERMILION, 3), (BLUE, 2), ("#B0B0B0", 1))]
+    figure.legend(handles, ["winner", "best five", "others"], loc="outside lower left", ncols=3)
+    return figure

@@ -1,0 +1,275 @@
+"""What a search saw, in numbers and in words: effects, interactions, importance, changes of rank, costs of pruning."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from scipy import stats
+
+from finetune101.runs import Run
+from finetune101.search.replay import Curve, dropped
+from finetune101.search.space import text
+
+Floats = NDArray[np.float64]
+EARLY = 3  # the epoch whose ranking is compared with the last one's
+LEVELS = 6  # more values than this are put into bins
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The trials of a search that have a curve, and the settings that it varied."""
+
+    name: str
+    names: tuple[str, ...]
+    curves: tuple[Curve, ...]
+    failed: int
+
+    @property
+    def best(self) -> Curve:
+        """The winner."""
+        return max(self.curves, key=lambda curve: curve.best)
+
+    @property
+    def complete(self) -> tuple[Curve, ...]:
+        """The trials that were not stopped early."""
+        return tuple(curve for curve in self.curves if curve.state == "complete")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a setting: trials that had it and their mean accuracy, the other settings held even."""
+
+    value: str
+    trials: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Shares of the accuracy's variance: of each setting, of each pair beyond its two settings, and what is left."""
+
+    effects: dict[str, tuple[Level, ...]]
+    main: dict[str, float]
+    pairs: dict[tuple[str, str], float]
+    rest: float
+
+
+def load(folder: Path) -> Seen:
+    """The search in ``folder``, from its search.json and run directories.
+
+    Raises ValueError when it is none or has fewer than two trials.
+    """
+    saved = Run(folder).read_json("search.json")
+    curves = []
+    for entry in saved["results"]:
+        records = Run(folder / Path(entry["run"]).name).metrics() if entry["run"] else []
+        if records and entry["state"] != "failed":
+            scores, steps = (tuple(record[key] for record in records) for key in ("val_top1", "step"))
+            curves.append(Curve(entry["point"], scores, steps, entry["state"]))
+    if len(curves) < 2:
+        raise ValueError(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
+    names = tuple(name for name in saved["space"] if len({str(curve.point[name]) for curve in curves}) > 1)
+    return Seen(folder.name, names, tuple(curves), sum(entry["state"] == "failed" for entry in saved["results"]))
+
+
+def levels(seen: Seen, name: str) -> tuple[list[str], list[int]]:
+    """The values of setting ``name`` in order, as text, and which of them each trial has; many numbers become bins."""
+    values = [curve.point[name] for curve in seen.curves]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    distinct = sorted(set(values)) if numbers else list(dict.fromkeys(values))
+    if numbers and len(distinct) > LEVELS:
+        edges = np.quantile(values, [0.25, 0.5, 0.75])
+        which = np.searchsorted(edges, values, side="right")
+        order = sorted(set(which.tolist()))
+        ends = [[v for v, w in zip(values, which, strict=True) if w == bin] for bin in order]
+        return [f"{min(e):.2g} to {max(e):.2g}" for e in ends], [order.index(w) for w in which]
+    return [text(value) for value in distinct], [distinct.index(value) for value in values]
+
+
+def variance(seen: Seen) -> Variance:
+    """Analysis of variance by least squares on the settings' values; intervals are 95 %, from what it leaves over."""
+    y = np.array([curve.best for curve in seen.curves])
+    columns = {name: _dummies(levels(seen, name)[1]) for name in seen.names}
+    total = float(((y - y.mean()) ** 2).sum()) or 1.0
+    additive = _design(list(columns.values()), len(y))
+    left, free = _residual(additive, y)
+    main = {
+        name: max(0.0, _residual(_design([c for n, c in columns.items() if n != name], len(y)), y)[0] - left) / total
+        for name in seen.names
+    }
+    pairs = {}
+    for a, b in itertools.combinations(seen.names, 2):
+        product = (columns[a][:, :, None] * columns[b][:, None, :]).reshape(len(y), -1)
+        pairs[a, b] = max(0.0, left - _residual(np.hstack([additive, product]), y)[0]) / total
+    effects = {name: _effect(seen, name, columns, y, left, free) for name in seen.names}
+    return Variance(effects, main, pairs, max(0.0, left / total - sum(pairs.values())))
+
+
+def _dummies(which: list[int]) -> Floats:
+    """A column for each value but the first, which is 0 in all of them."""
+    return (np.array(which)[:, None] == np.arange(1, max(which) + 1)).astype(float)
+
+
+def _design(columns: list[Floats], n: int) -> Floats:
+    return np.hstack([np.ones((n, 1)), *columns])
+
+
+def _residual(design: Floats, y: Floats) -> tuple[float, int]:
+    """Sum of squares that least squares leaves, and its degrees of freedom."""
+    coefficients, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    return float(((y - design @ coefficients) ** 2).sum()), len(y) - int(rank)
+
+
+def _effect(seen: Seen, name: str, columns: dict[str, Floats], y: Floats, left: float, free: int) -> tuple[Level, ...]:
+    design = _design(list(columns.values()), len(y))
+    inverse = np.linalg.pinv(design.T @ design)
+    coefficients = inverse @ design.T @ y
+    values, which = levels(seen, name)
+    found = []
+    for k, value in enumerate(values):
+        one = np.zeros((1, len(values) - 1))
+        if k:
+            one[0, k - 1] = 1
+        # the mean over all trials, had each of them this value
+        parts = [np.repeat(one, len(y), 0) if n == name else c for n, c in columns.items()]
+        at = _design(parts, len(y)).mean(0)
+        mean, half = float(at @ coefficients), None
+        if free > 0:
+            half = float(stats.t.ppf(0.975, free) * np.sqrt(max(0.0, at @ inverse @ at) * left / free))
+        low, high = (None, None) if half is None else (mean - half, mean + half)
+        found.append(Level(value, which.count(k), mean, low, high))
+    return tuple(found)
+
+
+def importance(seen: Seen) -> dict[str, dict[str, float]]:
+    """Optuna's two measures, PED-ANOVA (being among the best tenth) and fANOVA (all variance), each summing to 1.
+
+    fANOVA is left out where scikit-learn is not installed.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="maximize")
+    for curve in seen.curves:
+        distributions = {name: _distribution(seen, name) for name in seen.names}
+        point = {name: curve.point[name] for name in seen.names}
+        study.add_trial(optuna.create_trial(params=point, distributions=distributions, value=curve.best))
+    evaluators: dict[str, Any] = {"PED-ANOVA": optuna.importance.PedAnovaImportanceEvaluator()}
+    with contextlib.suppress(ImportError):
+        evaluators["fANOVA"] = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    if not seen.names or len({curve.best for curve in seen.curves}) == 1:
+        return {}
+    return {name: optuna.importance.get_param_importances(study, evaluator=e) for name, e in evaluators.items()}
+
+
+def _distribution(seen: Seen, name: str) -> optuna.distributions.BaseDistribution:
+    values = [curve.point[name] for curve in seen.curves]
+    if all(isinstance(value, float) for value in values) and len(set(values)) > LEVELS:
+        return optuna.distributions.FloatDistribution(min(values), max(values), log=min(values) > 0)
+    return optuna.distributions.CategoricalDistribution(list(dict.fromkeys(values)))
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """How the ranking after ``early`` epochs foretells the final one, over the ``trials`` that ran to the end."""
+
+    early: int
+    trials: int
+    correlation: float | None
+    winner_then: int
+    kept: int
+    top: int
+
+
+def rank_change(curves: Sequence[Curve], early: int = EARLY) -> RankChange | None:
+    """Compares the ranks at epoch ``early`` and at the end; None with fewer than three trials longer than that."""
+    long = [curve for curve in curves if len(curve.scores) > early]
+    if len(long) < 3:
+        return None
+    then, last = np.array([max(c.scores[:early]) for c in long]), np.array([c.best for c in long])
+    varied = len(set(then)) > 1 and len(set(last)) > 1
+    top = min(5, len(long) // 2)
+    best_then, best_last = (set(np.argsort(-scores, kind="stable")[:top].tolist()) for scores in (then, last))
+    return RankChange(
+        early=early,
+        trials=len(long),
+        correlation=float(stats.spearmanr(then, last).statistic) if varied else None,
+        winner_then=int((then > then[last.argmax()]).sum()) + 1,
+        kept=len(best_then & best_last),
+        top=top,
+    )
+
+
+def pruning(seen: Seen) -> dict[str, float]:
+    """For each pruner the share of random orders in which it would have dropped the winner; {} with too few curves."""
+    if len(seen.complete) < 4:
+        return {}
+    return {"asha": dropped(seen.complete, "asha"), "median": dropped(seen.complete, "median")}
+
+
+def slow(seen: Seen, name: str) -> list[tuple[str, float, int]]:
+    """(value of ``name``, points still gained over the last third, epochs) where trials with that value still rise."""
+    values, which = levels(seen, name)
+    found = []
+    for k, value in enumerate(values):
+        mine = [c for c, w in zip(seen.curves, which, strict=True) if w == k and c.state == "complete"]
+        epochs = min((len(c.scores) for c in mine), default=0)
+        if epochs < 3:
+            continue
+        third = max(1, epochs // 3)
+        gain = float(np.mean([max(c.scores) - max(c.scores[: len(c.scores) - third]) for c in mine]))
+        if gain > 1:
+            found.append((value, gain, epochs))
+    return found
+
+
+def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[str, float]) -> str:
+    """A paragraph for people, every number of it computed."""
+    best = seen.best
+    at = ", ".join(f"{name} {text(value)}" for name, value in best.point.items())
+    said = [f"The best of {len(seen.curves)} trials reached {best.best:.2f} % of the validation images with {at}."]
+    stopped = len(seen.curves) - len(seen.complete)
+    if stopped:
+        said.append(f"{stopped} of them were stopped early and count with what they had reached.")
+    if seen.failed:
+        said.append(f"{seen.failed} more could not be trained to an end.")
+    ranked = sorted(found.main.items(), key=lambda item: -item[1])
+    if ranked:
+        name, share = ranked[0]
+        effect = sorted(found.effects[name], key=lambda level: -level.mean)
+        said.append(
+            f"{name} explains {100 * share:.0f} % of the variance: on average {effect[0].mean:.1f} % at "
+            f"{effect[0].value}, {effect[-1].mean:.1f} % at {effect[-1].value}."
+        )
+        others = [f"{other} {100 * part:.0f} %" for other, part in ranked[1:4] if part >= 0.01]
+        if others:
+            said.append(f"Then come {', '.join(others)}.")
+        elif ranked[1:]:
+            said.append("No other setting explains 1 %.")
+        for value, gain, epochs in slow(seen, name)[:2]:
+            said.append(
+                f"At {name} {value}, {epochs} epochs are too few: the last third still gained {gain:.1f} points."
+            )
+    if found.pairs and max(found.pairs.values()) >= 0.02:
+        (a, b), share = max(found.pairs.items(), key=lambda item: item[1])
+        said.append(f"{a} and {b} act on each other: beyond their own effects this is {100 * share:.0f} %.")
+    if change and change.correlation is not None:
+        said.append(
+            f"The ranking after epoch {change.early} agrees with the last one to a rank correlation of "
+            f"{change.correlation:.2f}; {change.kept} of the {change.top} best were among the {change.top} best then, "
+            f"the winner was number {change.winner_then}."
+        )
+    if drops:
+        parts = [f"{pruner} in {100 * share:.0f} %" for pruner, share in drops.items()]
+        said.append(
+            f"In random order of the trials, pruning would have dropped the winner: {', '.join(parts)} of cases."
+        )
+    return " ".join(said)

@@ -1,0 +1,179 @@
+"""The space of a search: name of a setting -> the values to try, or a range to draw from; imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from finetune101.config import PARTS, TrainConfig, read_settings, validate
+
+Point = dict[str, Any]
+
+ORIGINAL: dict[str, list[Any]] = {  # the original project's 72 combinations
+    "batch_size": [256, 128, 64],
+    "lr": [0.01, 0.001],
+    "step_size": [10, 30],
+    "gamma": [0.5, 0.1],
+    "weight_decay": [1e-4, 1e-5, 0.0],
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from ``low`` to ``high``, whole ones for whole settings; ``log``: evenly in their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}{':log' if self.log else ''}"
+
+
+Space = dict[str, "list[Any] | Range"]
+
+
+def _settings() -> dict[str, tuple[str, str, Any]]:
+    """Every setting that can be searched, by the name of its flag: (part of the configuration, field, type)."""
+    found: dict[str, tuple[str, str, Any]] = {}
+    for part, kind in PARTS.items():
+        for field, hint in get_type_hints(kind, include_extras=True).items():
+            flags = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
+            inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
+            # a tuple would need a list of lists, and where or how fast a run is does not change its numbers
+            if get_origin(inner) is not tuple and field not in ("root", "cache", "download", "threads"):
+                found[flags[0] if flags else field] = (part, field, inner)
+    return found
+
+
+SETTINGS = _settings()
+
+
+def make(given: Mapping[str, Any]) -> Space:
+    """``given`` (name -> list of values, or a range such as "1e-4..1e-1:log") with every value in its setting's type.
+
+    Raises ValueError for an unknown name, an empty list, and a value that its setting cannot have.
+    """
+    if not given:
+        raise ValueError("the space of the search is empty; give at least one --grid NAME=VALUE,VALUE")
+    space: Space = {}
+    for flag, values in given.items():
+        name = flag.replace("-", "_")
+        if name not in SETTINGS:
+            raise ValueError(f"{flag} is not a setting to search; choose from {', '.join(sorted(SETTINGS))}")
+        if isinstance(values, Range) or (isinstance(values, str) and ".." in values):
+            space[name] = _range(name, str(values))
+            continue
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise ValueError(f"{name} is {values!r}; give a list of values, or a range such as 1e-4..1e-1:log")
+        if not values:
+            raise ValueError(f"{name} has no values to search; give at least one")
+        typed = [_typed(name, value) for value in values]
+        space[name] = [value for i, value in enumerate(typed) if value not in typed[:i]]
+    return space
+
+
+def parse(words: Iterable[str], file: str | None = None) -> Space:
+    """The space in ``--space FILE`` (YAML or TOML: name -> list or range) with the ``--grid NAME=...`` of ``words``.
+
+    Without either it is the original's. Raises ValueError as ``make`` does, and for a file that cannot be read.
+    """
+    given: dict[str, Any] = read_settings(Path(file)) if file else {}
+    for word in words:
+        name, equals, values = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--grid {word} names no values; write it as --grid lr=0.01,0.001 or lr=1e-4..1e-1:log")
+        given[name] = values if ".." in values else [value for value in values.split(",") if value.strip()]
+    return make(given or ORIGINAL)
+
+
+def _range(name: str, text: str) -> Range:
+    bounds, _, scale = text.partition(":")
+    low, _, high = bounds.partition("..")
+    try:
+        found = Range(_typed(name, low), _typed(name, high), scale == "log")
+        numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (found.low, found.high))
+        fine = numbers and scale in ("", "log") and found.low < found.high and (not found.log or found.low > 0)
+    except (TypeError, OverflowError):
+        fine = False
+    if not fine:
+        raise ValueError(f"{name}={text} is no range; write LOW..HIGH, or LOW..HIGH:log with LOW above 0")
+    return found
+
+
+def _typed(name: str, value: Any) -> Any:
+    """``value`` in the type of the setting ``name``; text is read as on the command line."""
+    hint = SETTINGS[name][2]
+    options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    word = value.strip() if isinstance(value, str) else value
+    for option in options:
+        if option is type(None):
+            if word is None or word in ("none", "None", "null"):
+                return None
+        elif get_origin(option) is Literal:
+            if word in get_args(option):
+                return word
+        elif option is bool:
+            if isinstance(word, bool) or str(word).lower() in ("true", "false"):
+                return str(word).lower() == "true"
+        elif option is str:
+            if isinstance(word, str):
+                return word
+        elif not isinstance(word, bool):
+            try:
+                number = option(word)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if isinstance(word, str) or number == word or number != number:
+                return number
+    kinds = " or ".join(
+        "none" if option is type(None)
+        else ", ".join(map(str, get_args(option))) if get_origin(option) is Literal
+        else {bool: "true, false", int: "a whole number", float: "a number", str: "text"}[option]
+        for option in options
+    )  # fmt: skip
+    raise ValueError(f"{name} cannot be {value!r}; give {kinds}")
+
+
+def points(space: Space) -> list[Point]:
+    """Every combination of a space of lists. Raises ValueError when it holds a range."""
+    for name, values in space.items():
+        if isinstance(values, Range):
+            raise ValueError(f"{name}={values} is a range, a grid needs a list; or add --sampler random --trials 20")
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]  # type: ignore[arg-type]
+
+
+def configure(base: TrainConfig, point: Point) -> TrainConfig:
+    """``base`` with the settings of ``point``."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in point.items():
+        part, field, _ = SETTINGS[name]
+        parts.setdefault(part, {})[field] = value
+    changed = {part: dataclasses.replace(getattr(base, part), **fields) for part, fields in parts.items()}
+    return dataclasses.replace(base, **changed)
+
+
+def check(base: TrainConfig, space: Space) -> None:
+    """Raises ValueError for a value that cannot work, each tried alone; what two of them do together shows later."""
+    for name, values in space.items():
+        for value in [values.low, values.high] if isinstance(values, Range) else values:
+            config = configure(base, {name: value})
+            if name != "warmup_epochs" and "warmup_epochs" in space:  # bounded by epochs, which may be searched too
+                config = configure(config, {"warmup_epochs": 0.0})
+            validate(config)
+
+
+def label(point: Point) -> str:
+    """A point as text: ``lr=0.01,gamma=0.5``."""
+    return ",".join(f"{name}={text(value)}" for name, value in point.items())
+
+
+def text(value: Any) -> str:
+    """A value as people write it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

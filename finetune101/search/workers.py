@@ -1,0 +1,175 @@
+"""The processes of a search: one that works itself, or a parent with workers, which notices those that die."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from finetune101.search.study import KernelLock, Plan, fill, open_study, retry, work
+from finetune101.search.trial import signature
+
+Watch = Callable[[optuna.Study, dict[str, Any] | None], None]
+NEWBORN = 10.0  # seconds in which a worker must have signed the trial that it took
+
+
+@contextlib.contextmanager
+def alone(plan: Plan) -> Iterator[None]:
+    """Keeps a second search out of a folder with a journal. Raises ValueError when there is one already."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    if plan.storage is not None or os.name != "posix":
+        yield
+        return
+    lock = KernelLock(str(plan.folder / "search"))
+    if not lock.acquire(blocking=False):
+        raise ValueError(f"another search is at work in {plan.folder}; wait for it, or give this one another --exp")
+    try:
+        _mend(plan)
+        yield
+    finally:
+        lock.release()
+
+
+def _mend(plan: Plan) -> None:
+    """Takes off the journal's last line where a crash or a full disk cut it, or nobody could read the rest."""
+    journal = plan.folder / "optuna.journal"
+    text = journal.read_bytes() if journal.is_file() else b""
+    if text and not text.endswith(b"\n"):
+        os.truncate(journal, text.rfind(b"\n") + 1)
+
+
+def run(plan: Plan, watch: Watch) -> optuna.Study:
+    """Trains all of ``plan`` that is not finished; ``watch(study, epoch record or None)`` is called every so often.
+
+    Raises ValueError when settings, data or weights cannot work. Ctrl-C stops at once; the same plan then goes on.
+    """
+    study = open_study(plan)
+    fill(plan, study)
+    deadline = time.monotonic() + (plan.timeout or float("inf"))
+    watch(study, None)
+    if plan.jobs == 1:
+        work(plan, study, deadline, on_epoch=lambda record: watch(study, record))
+    else:
+        _Parent(plan, study, deadline).run(watch)
+    watch(study, None)
+    return study
+
+
+@dataclass
+class _Worker:
+    process: Any
+    errors: Any  # the end of a pipe on which the worker says why it stopped
+
+
+@dataclass
+class _Parent:
+    """Starts workers while trials wait, and gives the trials of dead ones back to the queue."""
+
+    plan: Plan
+    study: optuna.Study
+    deadline: float
+    workers: list[_Worker] = field(default_factory=list)
+    started: int = 0
+
+    def run(self, watch: Watch) -> None:
+        """Until nothing waits and no worker is left."""
+        try:
+            while True:
+                dead = self._reap()
+                journal = self.plan.storage is None  # in a database the heartbeat tells who is dead
+                if journal and (dead or not self.workers):
+                    retry(self.study, self._orphan)
+                states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+                waiting = TrialState.WAITING in states and time.monotonic() < self.deadline
+                if waiting and len(self.workers) < self.plan.jobs:
+                    self._start()
+                    continue
+                if not self.workers and not (journal and TrialState.RUNNING in states):
+                    break
+                watch(self.study, None)
+                time.sleep(0.2 if self.plan.storage is None else 1)
+        finally:
+            self._stop()
+
+    def _reap(self) -> bool:
+        """Takes the ended workers off the list; whether one was killed. Raises ValueError when one met an error."""
+        ended = [worker for worker in self.workers if worker.process.exitcode is not None]
+        self.workers = [worker for worker in self.workers if worker not in ended]
+        for worker in ended:
+            if worker.errors.poll():
+                with contextlib.suppress(EOFError):
+                    raise ValueError(worker.errors.recv())
+            if worker.process.exitcode > 0:
+                raise ValueError("a worker met an error, which stands above; mend it, and the same command goes on")
+        return any(worker.process.exitcode != 0 for worker in ended)
+
+    def _orphan(self, trial: FrozenTrial) -> bool:
+        owner = trial.user_attrs.get("worker")
+        if owner is None:  # taken, not signed yet
+            assert trial.datetime_start is not None
+            return time.time() - trial.datetime_start.timestamp() > NEWBORN
+        return owner not in {signature(worker.process.pid) for worker in self.workers}
+
+    def _start(self) -> None:
+        context = _context()
+        ours, theirs = context.Pipe(duplex=False)
+        plan = self.plan
+        if plan.base.system.threads is None:  # the workers share the cores
+            threads = max(1, (os.cpu_count() or 1) // plan.jobs)
+            base = dataclasses.replace(plan.base, system=dataclasses.replace(plan.base.system, threads=threads))
+            plan = dataclasses.replace(plan, base=base)
+        left = self.deadline - time.monotonic()
+        self.started += 1
+        process = context.Process(target=_main, args=(plan, left, self.started, theirs), name="search-worker")
+        process.start()
+        theirs.close()
+        self.workers.append(_Worker(process, ours))
+
+    def _stop(self) -> None:
+        """Asks the workers that are left to stop, and makes them."""
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join(15)
+            worker.process.kill()
+            worker.process.join()
+
+
+def _context() -> Any:
+    """How workers are born: from a server that has PyTorch loaded, where there is such a thing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune101.search.workers"])
+    return context
+
+
+def _main(plan: Plan, seconds: float, number: int, errors: Any) -> None:
+    """A worker process; it ends with its parent, and by the parent's SIGTERM as by Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        work(plan, open_study(plan), time.monotonic() + seconds, number)
+    except ValueError as error:
+        errors.send(str(error))
+    except KeyboardInterrupt:
+        pass
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)  # as if killed: whoever starts the search again finds the last epoch

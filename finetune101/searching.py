@@ -1,0 +1,212 @@
+"""A search from the command line: progress, ranking, finalists, and the files that it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from tqdm import tqdm
+
+from finetune101.analysis.figures import curves
+from finetune101.config import TrainConfig, to_dict
+from finetune101.runs import Run, atomic, write_json
+from finetune101.search import study as studies
+from finetune101.search.space import configure, label
+from finetune101.search.study import Plan
+from finetune101.search.trial import FINISHED, identity, is_finished
+from finetune101.search.workers import alone, run
+from finetune101.training.loop import fit
+from finetune101.training.prepare import prepare
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str) -> float:
+    """A time such as 90s, 30m or 2h in seconds. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if not match:
+        raise ValueError(f"--timeout {text} is no time; write it like 90s, 30m or 2h")
+    return float(match[1]) * UNITS[match[2]]
+
+
+class Progress:
+    """A bar over the trials, with the best score so far."""
+
+    def __init__(self, plan: Plan, words: str) -> None:
+        total = len(plan.queue())
+        self.bar = tqdm(total=total, desc=f"{plan.base.exp}{words}", unit="trial", dynamic_ncols=True, mininterval=0.5)
+
+    def __call__(self, study: optuna.Study, record: dict[str, Any] | None) -> None:
+        """Brings the bar to where ``study`` stands; ``record`` is the epoch that just ended, if this process saw it."""
+        done = study.get_trials(deepcopy=False, states=FINISHED)
+        scores = [t.user_attrs["best_val_top1"] for t in done if t.user_attrs.get("best_val_top1") is not None]
+        best = f"best {max(scores):.2f} %" if scores else ""
+        self.bar.set_postfix_str(best + (f", epoch {record['epoch']}" if record else ""), refresh=False)
+        self.bar.update(min(len(done), self.bar.total) - self.bar.n)
+
+
+def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: int = 3) -> None:
+    """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
+
+    ``table`` gets the original's form, ``plots`` the curves of every trial. Raises ValueError for a plan, data or
+    weights that cannot work.
+    """
+    studies.check(plan)
+    if finalists < 0 or seeds < 1:
+        raise ValueError(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
+    with alone(plan):
+        started, best = time.perf_counter(), None
+        study = studies.open_study(plan)
+        before = _training_seconds(plan, study)
+        try:
+            _run(plan, "")
+            entries = studies.results(plan, study)
+            if finalists and any(entry["state"] == "complete" for entry in entries):
+                last = studies.finals(plan, entries, finalists, seeds)
+                best = studies.averages(studies.results(last, _run(last, " finalists")))
+        finally:
+            entries = studies.results(plan, study)
+            if entries:
+                trained = _training_seconds(plan, study) - before
+                took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
+                write(plan, entries, best, took, table, plots)
+    tell(plan, entries, best, table)
+
+
+def _run(plan: Plan, words: str) -> optuna.Study:
+    progress = Progress(plan, words)
+    try:
+        return run(plan, progress)
+    finally:
+        progress.bar.close()
+
+
+def _training_seconds(plan: Plan, study: optuna.Study) -> float:
+    return sum(float(trial.user_attrs.get("seconds", 0)) for trial in study.get_trials(deepcopy=False, states=FINISHED))
+
+
+def write(
+    plan: Plan,
+    entries: list[dict[str, Any]],
+    best: list[dict[str, Any]] | None,
+    took: dict[str, float] | None,
+    table: Path,
+    plots: Path,
+) -> None:
+    """Writes ``table``, search.json, the winner's recipe and the curves that are not drawn yet."""
+    file = plan.folder / "search.json"
+    known = Run(plan.folder).read_json("search.json") if file.is_file() else {}
+    name = studies.study_name(plan)
+    commands = known.get("commands", []) if known.get("study") == name else []
+    winner = (best or entries)[0]
+    value = {
+        "study": name,
+        "base": to_dict(plan.base),
+        "space": studies.described(plan.space),
+        "sampler": plan.sampler,
+        "pruner": plan.pruner,
+        "points": len(plan.queue()),
+        "chosen_by": "mean validation accuracy over seeds" if best else "validation accuracy",
+        "winner": {"point": winner["point"], "run": winner["run"]},
+        "results": entries,
+        "finalists": best or (known.get("finalists", []) if commands else []),
+        "commands": [*commands, *([took] if took else [])],
+    }
+    if json.loads(json.dumps(value)) != known:
+        write_json(file, value)
+    rows = [[entry["point"], entry["best_val_top1"]] for entry in entries]
+    if not table.is_file() or took:
+        write_json(table, rows)
+    write_recipe(plan, winner)
+    for entry in entries:
+        source = Run(Path(entry["run"])) if entry["run"] else None
+        if source and source.has("metrics.jsonl"):
+            out = plots / f"{plan.base.exp.replace('/', '_')}_{label(entry['point'])}_{source.name[:6]}.png"
+            if not out.is_file() or out.stat().st_mtime < (source.path / "metrics.jsonl").stat().st_mtime:
+                curves(source.metrics(), out, label(entry["point"]))
+
+
+def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
+    """Writes the winner's settings as a file for ``train --config``."""
+    out = plan.folder / "winner.yaml"
+    score = winner.get("mean", winner.get("best_val_top1"))
+    text = (
+        f"# Found by a search of {plan.base.exp}: {label(winner['point'])}, {score or 0:.2f} % on validation images.\n"
+    )
+    text += f"# finetune101 train --config {out} --exp NAME\n"
+    text += yaml.safe_dump(studies.recipe(plan.base, winner["point"]), sort_keys=False)
+    if not out.is_file() or out.read_text(encoding="utf-8") != text:
+        with atomic(out) as part:
+            part.write_text(text, encoding="utf-8")
+    return out
+
+
+def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path) -> None:
+    """Prints the ranking and where everything is."""
+    print(f"\nRanking of {len(entries)} points by validation accuracy ({table}):")
+    for rank, entry in enumerate(entries[:10], 1):
+        score = entry["error"] or f"{entry['best_val_top1']:.2f} %"
+        stopped = f", stopped after epoch {entry['epochs']}" if entry["state"] == "pruned" else ""
+        print(f"{rank:3d}. {score}{stopped}  " + "  ".join(f"{k} {v}" for k, v in entry["point"].items()))
+    for rank, entry in enumerate(best or [], 1):
+        sd = f" ± {entry['sd']:.2f}" if entry["sd"] is not None else ""
+        print(
+            f"finalist {rank}: {entry['mean'] or 0:.2f}{sd} % over {len(entry['seeds'])} seeds  {label(entry['point'])}"
+        )
+    print(f"Train the winner: finetune101 train --config {plan.folder / 'winner.yaml'} --exp NAME")
+    print(f"What the search saw: finetune101 search report {plan.folder}")
+
+
+def dry_run(plan: Plan) -> str:
+    """What ``plan`` would do, and about how long; trains a few steps of its first point to know."""
+    studies.check(plan)
+    queue = plan.queue()
+    if plan.sampler == "grid":
+        configs = [configure(plan.base, point) for point in queue]
+        runs = [(config, Run(plan.folder / identity(config))) for config in configs]
+        left = [config for config, run in runs if not is_finished(run, config)]
+    else:
+        left = [plan.base] * len(queue)
+    text = f"{len(queue)} trials, {len(queue) - len(left)} of them finished"
+    if not left:
+        return f"{text}: nothing to do."
+    rate, train, val = measure(left[0])
+    total = sum(config.optim.epochs * (train + val / 3) / rate for config in left)  # validating: forward only
+    epochs = sum(config.optim.epochs for config in left)
+    less = "" if plan.pruner == "none" else ", less what the pruner saves"
+    return (
+        f"{text}; {epochs} epochs of {train} training images are left{less}.\n"
+        f"About {_duration(total)} one after another, at the {rate:.0f} images/s measured on "
+        f"{label(queue[0]) or 'the base'}; other sizes and networks take other times."
+    )
+
+
+def measure(config: TrainConfig) -> tuple[float, int, int]:
+    """(training images per second, training images, validation images) of ``config``, from a few steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(config, exp="measure", runs=folder, recipe=None)
+        short = configure(short, {"epochs": 2, "warmup_epochs": 0.0})
+        job = prepare(short)
+        subsets = job.manifest.subsets
+        train, val = len(subsets["train"]), len(subsets["val"])
+        few = {**subsets, "train": subsets["train"][: 6 * config.optim.batch_size], "val": subsets["val"][:2]}
+        job = dataclasses.replace(job, manifest=dataclasses.replace(job.manifest, subsets=few))
+        *_, last = fit(job, quiet=True)
+    return float(last["images_per_s"]), train, val
+
+
+def _duration(total: float) -> str:
+    return (
+        f"{total:.0f} seconds"
+        if total < 120
+        else f"{total / 60:.0f} minutes"
+        if total < 7200
+        else f"{total / 3600:.1f} hours"
+    )

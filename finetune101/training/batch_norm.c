@@ -1,0 +1,161 @@
+/* Batch norm with a clamp (ReLU, ReLU6 or none) in one pass, forward and backward, for bf16 activations.
+ *
+ * x, g, y, dx: (rows, c) bf16, rows = N*H*W of a channels_last batch. All sums are fp32 within a block and double
+ * beyond it, in an order that does not depend on the number of threads. Built and called by cpu_norm.py.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+enum { CHUNK = 2048, BLOCK = 128, LANES = 32 }; /* rows of a partial sum; rows summed in fp32; elements of a register pair */
+
+static inline float wide(bf16 h) {
+  union { uint32_t u; float f; } v = {(uint32_t)h << 16};
+  return v.f;
+}
+
+static inline bf16 narrow(float f) { /* to nearest, ties to even */
+  union { float f; uint32_t u; } v = {f};
+  return (bf16)((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
+}
+
+/* Narrow channels leave registers half empty: k rows are taken as one row of k*c channels. */
+static long rows_together(long c) {
+  long k = 1;
+  while (k * c % LANES && k < LANES) k++;
+  return k;
+}
+
+static float *repeated(const float *v, long c, long k) {
+  float *out = malloc(sizeof(float) * c * k);
+  for (long j = 0; j < k; j++) memcpy(out + j * c, v, sizeof(float) * c);
+  return out;
+}
+
+/* The gradient of what came before the clamp. */
+static inline float passed(float v, float a, float b, float low, float high, float g) {
+  float y = v * a + b;
+  return y <= low || y >= high ? 0.f : g;
+}
+
+static void add_moments(const bf16 *restrict x, long rows, long w, float *restrict s, float *restrict q) {
+  for (long r = 0; r < rows; r++, x += w)
+    for (long i = 0; i < w; i++) {
+      float v = wide(x[i]);
+      s[i] += v;
+      q[i] += v * v;
+    }
+}
+
+static void add_gradients(const bf16 *restrict x, const bf16 *restrict g, long rows, long w, const float *restrict a,
+                          const float *restrict b, float low, float high, float *restrict s, float *restrict q) {
+  for (long r = 0; r < rows; r++, x += w, g += w)
+    for (long i = 0; i < w; i++) {
+      float v = wide(x[i]), d = passed(v, a[i], b[i], low, high, wide(g[i]));
+      s[i] += d;
+      q[i] += d * v;
+    }
+}
+
+static void sums(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low, float high,
+                 double *out) {
+  long k = rows_together(c), chunks = (rows + CHUNK - 1) / CHUNK;
+  double *parts = calloc(chunks * 2 * c, sizeof(double));
+#pragma omp parallel
+  {
+    float *s = malloc(sizeof(float) * 2 * k * c), *q = s + k * c;
+#pragma omp for schedule(static)
+    for (long n = 0; n < chunks; n++) {
+      double *part = parts + n * 2 * c;
+      long row = n * CHUNK, end = row + CHUNK < rows ? row + CHUNK : rows;
+      while (row < end) {
+        long left = end - row, together = left >= k ? k : 1, w = together * c;
+        long many = left / together < BLOCK ? left / together : BLOCK;
+        memset(s, 0, sizeof(float) * w);
+        memset(q, 0, sizeof(float) * w);
+        if (g)
+          add_gradients(x + row * c, g + row * c, many, w, a, b, low, high, s, q);
+        else
+          add_moments(x + row * c, many, w, s, q);
+        for (long j = 0; j < w; j += c)
+          for (long i = 0; i < c; i++) {
+            part[i] += s[j + i];
+            part[c + i] += q[j + i];
+          }
+        row += many * together;
+      }
+    }
+    free(s);
+  }
+  memset(out, 0, sizeof(double) * 2 * c);
+  for (long n = 0; n < chunks; n++)
+    for (long i = 0; i < 2 * c; i++) out[i] += parts[n * 2 * c + i];
+  free(parts);
+}
+
+/* out (2, c): sums over rows of x and of x squared. */
+void moments(const bf16 *x, long rows, long c, double *out) { sums(x, 0, rows, c, 0, 0, 0, 0, out); }
+
+/* out (2, c): sums over rows of d and of d*x, where d is the gradient g of y = clamp(a*x + b), zero where it clamps. */
+void gradient_sums(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low,
+                   float high, double *out) {
+  long k = rows_together(c);
+  float *aa = repeated(a, c, k), *bb = repeated(b, c, k);
+  sums(x, g, rows, c, aa, bb, low, high, out);
+  free(aa);
+  free(bb);
+}
+
+static void clamp_rows(const bf16 *restrict x, long rows, long w, const float *restrict a, const float *restrict b,
+                       float low, float high, bf16 *restrict y) {
+  for (long r = 0; r < rows; r++, x += w, y += w)
+    for (long i = 0; i < w; i++) {
+      float v = wide(x[i]) * a[i] + b[i];
+      v = v < low ? low : v; /* not a number stays one */
+      v = v > high ? high : v;
+      y[i] = narrow(v);
+    }
+}
+
+static void dx_rows(const bf16 *restrict x, const bf16 *restrict g, long rows, long w, const float *restrict a,
+                    const float *restrict b, float low, float high, const float *restrict e, const float *restrict f,
+                    bf16 *restrict dx) {
+  for (long r = 0; r < rows; r++, x += w, g += w, dx += w)
+    for (long i = 0; i < w; i++) {
+      float v = wide(x[i]);
+      dx[i] = narrow(a[i] * passed(v, a[i], b[i], low, high, wide(g[i])) + e[i] * v + f[i]);
+    }
+}
+
+/* y = clamp(a*x + b), or with a gradient g: dx = a*d + e*x + f. */
+static void map(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low, float high,
+                const float *e, const float *f, bf16 *out) {
+  long k = rows_together(c), w = k * c, groups = rows / k, done = groups * k * c;
+  float *aa = repeated(a, c, k), *bb = repeated(b, c, k), *ee = e ? repeated(e, c, k) : 0, *ff = f ? repeated(f, c, k) : 0;
+#pragma omp parallel for schedule(static)
+  for (long n = 0; n < groups; n += BLOCK) {
+    long many = groups - n < BLOCK ? groups - n : BLOCK, at = n * w;
+    if (g)
+      dx_rows(x + at, g + at, many, w, aa, bb, low, high, ee, ff, out + at);
+    else
+      clamp_rows(x + at, many, w, aa, bb, low, high, out + at);
+  }
+  if (g)
+    dx_rows(x + done, g + done, rows - groups * k, c, a, b, low, high, e, f, out + done);
+  else
+    clamp_rows(x + done, rows - groups * k, c, a, b, low, high, out + done);
+  free(aa);
+  free(bb);
+  free(ee);
+  free(ff);
+}
+
+void apply(const bf16 *x, long rows, long c, const float *a, const float *b, float low, float high, bf16 *y) {
+  map(x, 0, rows, c, a, b, low, high, 0, 0, y);
+}
+
+void input_gradient(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low,
+                    float high, const float *e, const float *f, bf16 *dx) {
+  map(x, g, rows, c, a, b, low, high, e, f, dx);
+}

@@ -1,0 +1,62 @@
+"""The C files of this folder, built with gcc when first needed (a second) and kept in the cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from finetune101.data.cache import cache_dir
+from finetune101.runs import save_with
+
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+
+_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+_ARGUMENTS = {
+    "moments": [_POINTER, _LONG, _LONG, _POINTER],
+    "gradient_sums": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
+    "apply": [_POINTER] + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
+    "input_gradient": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 3,
+    "depthwise_weight_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
+    "depthwise_input_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
+}
+
+
+@functools.cache
+def library() -> Any:
+    """The functions of batch_norm.c and depthwise.c, or None where they cannot be built: only with gcc on Linux."""
+    gcc = shutil.which("gcc")
+    if platform.system() != "Linux" or gcc is None:
+        return None
+    try:
+        target = subprocess.run([gcc, "-march=native", "-Q", "--help=target"], capture_output=True, check=True).stdout
+        sources = b"".join(source.read_bytes() for source in SOURCES)
+        key = hashlib.sha256(sources + target + " ".join(FLAGS).encode()).hexdigest()[:16]
+        file = cache_dir() / f"kernels_{key}.so"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_with(file, lambda part: _build(gcc, part))
+        found = ctypes.CDLL(str(file))
+        for name, kinds in _ARGUMENTS.items():
+            getattr(found, name).argtypes, getattr(found, name).restype = kinds, None
+        return found
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+
+
+def _build(gcc: str, part: Path) -> None:
+    """Not linked against an OpenMP of its own: the symbols are found in PyTorch's, whose threads it then shares."""
+    objects = [part.with_name(f"{part.name}_{source.stem}.o") for source in SOURCES]
+    try:
+        for source, built in zip(SOURCES, objects, strict=True):
+            subprocess.run([gcc, *FLAGS, "-c", source, "-o", built], capture_output=True, check=True)
+        subprocess.run([gcc, "-shared", *objects, "-o", part], capture_output=True, check=True)
+    finally:
+        for built in objects:
+            built.unlink(missing_ok=True)

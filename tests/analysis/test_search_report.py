@@ -1,0 +1,59 @@
+"""The report of a search: one page that needs no network, with every picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from finetune101.analysis.search_report import report
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A finished search of 8 points with 4 epochs, one of them pruned, one failed, one named like HTML."""
+    results: list[dict[str, Any]] = []
+    space = {"lr": [0.01, 0.001], "batch_size": [64, 128], "schedule": ["step", "cosine"]}
+    for i, values in enumerate(itertools.product(*space.values())):
+        run, point = tmp_path / "<s>" / f"run{i}", dict(zip(space, values, strict=True))
+        run.mkdir(parents=True)
+        epochs = 2 if i == 3 else 4
+        scores = [60 + 5 * epoch + 9 * (point["lr"] == 0.01) + i for epoch in range(1, epochs + 1)]
+        records = [{"epoch": e, "step": 10 * e, "val_top1": score} for e, score in enumerate(scores, 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        state = "pruned" if i == 3 else "failed" if i == 7 else "complete"
+        results.append({"point": point, "run": f"runs/s/run{i}", "state": state})
+    (tmp_path / "<s>" / "search.json").write_text(json.dumps({"space": space, "results": results}))
+    return tmp_path / "<s>"
+
+
+def test_the_page_holds_everything_itself(folder: Path) -> None:
+    page = report(folder, [("batch_size", "schedule")])
+    text = page.read_text(encoding="utf-8")
+    assert "http" not in text and "<script" not in text and "<s>" not in text and "&lt;s&gt;" in text
+    pictures = sorted(path.name for path in page.parent.glob("*.png"))
+    assert pictures == ["curves.png", "effects.png", "heat_batch_size_schedule.png", "ranks.png", "variance.png"]
+    assert text.count("data:image/png;base64,") == len(pictures)
+    assert "1 of them were stopped early" in text and "1 more could not be trained" in text
+    for name in pictures:
+        with Image.open(page.parent / name) as picture:
+            assert picture.width >= 500 and picture.height >= 250
+
+
+def test_learning_rate_and_batch_size_are_drawn_unasked(folder: Path) -> None:
+    assert (report(folder).parent / "heat_lr_batch_size.png").is_file()
+
+
+@pytest.mark.parametrize("pair", [("lr",), ("lr", "gamma"), ("lr", "lr")])
+def test_a_pair_that_cannot_be_drawn(pair: tuple[str, ...], folder: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be drawn; give two of lr, batch_size, schedule"):
+        report(folder, [pair])
+
+
+def test_no_search_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no search\.json"):
+        report(tmp_path)

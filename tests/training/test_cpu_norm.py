@@ -1,0 +1,140 @@
+"""Batch norm and ReLU in one pass agree with plain autograd in float64; nothing else about a model changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from finetune101.training import kernels
+from finetune101.training.cpu_norm import DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d, fast_norm
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="needs Linux and gcc")
+ACTS = [nn.Identity, nn.ReLU, nn.ReLU6]
+
+
+def layers(channels: int, act: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(channels)
+    nn.init.uniform_(norm.weight, -1, 3)
+    nn.init.normal_(norm.bias, 1)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    return nn.Sequential(norm, act())
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(out.dtype)
+    out.backward(grad)
+    return out.detach(), [p.grad for p in (x, *model.parameters())]
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("channels", "size"), [(32, 30), (24, 17), (7, 5), (1, 3), (100, 1)])
+def test_agrees_with_float64(act: type[nn.Module], training: bool, channels: int, size: int) -> None:
+    """Rows that fill a register, several together, and remainders of each."""
+    plain = layers(channels, act).train(training)
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    assert fast_norm(fast) == 1
+    x = torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(1)) * 2 + 1
+    x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    out, grads = run(fast, x)
+    expected, wanted = run(exact, x.double())
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, expected) < 0.004
+    for got, want in zip(grads, wanted, strict=True):
+        assert got is not None and want is not None
+        assert relative_error(got, want) < 0.004
+    for got, want in zip(fast.buffers(), exact.buffers(), strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    x = torch.randn(64, 24, 40, 40).bfloat16().contiguous(memory_format=torch.channels_last)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            model = layers(24, nn.ReLU6)
+            fast_norm(model)
+            results.append(run(model, x)[1])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True) if a is not None and b is not None)
+
+
+def test_a_relu_skips_only_what_was_clamped() -> None:
+    model = layers(8, nn.ReLU6)
+    fast_norm(model)
+    norm, act = model
+    assert isinstance(norm, FastBatchNorm2d) and isinstance(act, DoneReLU6)
+    x = torch.randn(2, 8, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    y = norm(x)
+    assert act(y) is y
+    assert torch.equal(act(y - 3), nn.functional.relu6(y - 3))
+    assert act(y) is not y  # the mark is used up: y could have been changed meanwhile
+
+
+def test_not_a_number_stays_one() -> None:
+    model = layers(16, nn.ReLU6).eval()
+    fast_norm(model)
+    x = torch.full((2, 16, 2, 2), float("nan")).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert model(x).isnan().all()
+
+
+def test_fp32_and_no_grad_are_untouched() -> None:
+    plain = layers(16, nn.ReLU)
+    fast = copy.deepcopy(plain)
+    fast_norm(fast)
+    x = torch.randn(4, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    for a, b in zip(run(fast, x)[1], run(plain, x)[1], strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(fast.eval()(x.bfloat16()), plain.eval()(x.bfloat16()))
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenet_v2", "resnet18"])
+def test_networks_keep_their_names_and_their_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    zoo = timm.create_model if "lite" in name else torchvision.models.get_model
+    plain = zoo(name, num_classes=5).to(memory_format=torch.channels_last)
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    assert fast_norm(fast) == norms
+    assert fast_norm(fast) == 0
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    x = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    losses = []
+    for model, bf16 in ((exact, False), (plain, True), (fast, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(model.train()(x).float(), torch.arange(8) % 5)
+        loss.backward()
+        losses.append(loss.item())
+    assert abs(losses[2] - losses[0]) < 0.05
+    gradient = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (exact, plain, fast)]
+    assert relative_error(gradient[2], gradient[0]) < 1.2 * relative_error(gradient[1], gradient[0])
+    if "lite" in name:
+        assert any(isinstance(module, FastBatchNormAct2d) for module in fast.modules())
+
+
+def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    kernels.library.cache_clear()
+    try:
+        assert kernels.library() is None
+        assert fast_norm(layers(8, nn.ReLU)) == 0
+    finally:
+        kernels.library.cache_clear()
