@@ -218,7 +218,7 @@ class StudyConfig:
     max_test_per_class: int | None = None
     """At most this many test images per class (standard)."""
     threads: int | None = None
-    """CPU threads. Default: all cores."""
+    """CPU threads of a run. Default: all cores, shared by --jobs."""
 
 
 PARTS: dict[str, type] = {

@@ -33,6 +33,28 @@ def atomic(path: Path) -> Iterator[Path]:
             part.unlink()
 
 
+@contextlib.contextmanager
+def claim(lock: Path) -> Iterator[bool]:
+    """Whether this process alone holds the file ``lock``: until the end of the block, or of the process, however it ends.
+
+    The kernel keeps it, on this machine and on folders that machines share (NFS 4); without such locks (Windows) it is
+    always granted.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as JSON, whole or not at all."""
     with atomic(path) as part:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from finetune101.cli import ensure_data, parse
+from finetune101.cli import ensure_data, parse, search_report
 from finetune101.config import DataConfig, Flat, StudyConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ class CompareArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Make one self-contained page, HTML and Markdown, about a tested run, a comparison or a study."""
+    """Make one self-contained page about a tested run, a comparison, a study or a search."""
 
     target: tyro.conf.Positional[str]
-    """A run (folder or name), or the folder that compare or study wrote."""
+    """A run (folder or name), or the folder that compare, study or search wrote."""
     out: str = "report"
     """Folder for report.html, report.md and the pictures."""
     lang: Literal["en", "zh"] = "en"
@@ -52,6 +52,8 @@ class StudyArguments:
     """What was pretraining worth? Trains and tests every arm, network, size, split and seed that is not done yet."""
 
     study: Annotated[StudyConfig, Flat]
+    jobs: int = 1
+    """Runs at a time. The same command on other machines that share the folder takes runs as well."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only say how many runs there are to do, and how long they take."""
 
@@ -86,6 +88,9 @@ def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
 def report(argv: Sequence[str]) -> int:
     """``finetune101 report``."""
     a = parse(ReportArguments, argv, prog="finetune101 report")
+    search = next((p for p in (Path(a.target), Path(a.runs) / a.target) if (p / "search.json").is_file()), None)
+    if search:
+        return search_report([str(search)])
     from finetune101.analysis.report import report as make
 
     page = make(a.target, Path(a.out), runs=a.runs, lang=a.lang, gallery=a.gallery, data=a.data)
@@ -97,6 +102,8 @@ def study(argv: Sequence[str]) -> int:
     """``finetune101 study``."""
     arguments = parse(StudyArguments, _lists(argv), prog="finetune101 study")
     config: StudyConfig = arguments.study
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs is {arguments.jobs}; give at least 1")
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset
     from finetune101.search import experiment
@@ -109,7 +116,7 @@ def study(argv: Sequence[str]) -> int:
     total, time = sum(len(cell.runs) for cell in cells), experiment.estimate(config, index, cells)
     print(f"{total} runs, {left} to do: {time}")
     if not arguments.dry_run:
-        print(experiment.text(experiment.run(config, index, cells)))
+        print(experiment.text(experiment.run(config, index, cells, arguments.jobs)))
         folder = Path(config.runs) / config.exp
         for picture in draw_study(folder):
             print(f"Picture: {picture}")

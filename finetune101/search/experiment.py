@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
+import multiprocessing
+import os
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from finetune101.config import DataConfig, StudyConfig, TrainConfig, to_dict, validate
 from finetune101.data import dataset, splits
 from finetune101.evaluation.evaluate import evaluate
-from finetune101.runs import Run, write_json
+from finetune101.runs import Run, claim, write_json
 from finetune101.training.loop import fit
 from finetune101.training.prepare import check_same, make_manifest, prepare
 from finetune101.training.recipes import named
@@ -124,32 +131,66 @@ def subsample(whole: splits.Manifest, index: dataset.Index, size: int) -> splits
     return dataclasses.replace(whole, options=options, content_hash=content, subsets=subsets)
 
 
-def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) -> dict[str, Any]:
+def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: int = 1) -> dict[str, Any]:
     """Trains and tests what is not done yet, seed by seed; writes study.json after every run and returns it.
 
-    A run whose training fails stands there with the reason, and the others go on.
+    ``jobs`` runs at a time; the same command on other machines with the same folder shares the runs. A run whose
+    training fails stands in study.json with the reason, and the others go on.
     """
     if study.train_per_class:
         write_splits(study, index)
     folder = Path(study.runs) / study.exp
     errors: dict[str, str] = {}
     order = [config for runs in zip(*(cell.runs for cell in cells), strict=True) for config in runs]
-    summary = summarise(study, cells, errors)
-    for number, config in enumerate(order, 1):
-        done = is_done(config)
-        if not done:
-            print(f"[{number}/{len(order)}] {config.exp}", flush=True)
-            try:
-                _train(config)
-            except ValueError as error:
+    left = [config for config in order if not is_done(config)]
+    with _bar(study, order, left) as bar:
+        for config, result in _train_all(left, jobs, folder / "claims"):
+            if "error" in result:
                 if not Run(Path(config.runs) / config.exp).has("config.json"):
-                    raise  # nothing was trained: the settings, the images or the weights are wrong for all of them
-                errors[config.exp] = str(error)
-                print(f"  failed: {error}")
-            summary = summarise(study, cells, errors)
-            write_json(folder / "study.json", summary)
+                    raise ValueError(result["error"])  # nothing was trained: settings, images or weights are wrong
+                errors[config.exp] = result["error"]
+            tqdm.write(f"{config.exp}: {_told(result)}", file=sys.stdout)
+            bar.update()
+            write_json(folder / "study.json", summarise(study, cells, errors))
+    summary = summarise(study, cells, errors)
     write_json(folder / "study.json", summary)
     return summary
+
+
+def _bar(study: StudyConfig, order: Sequence[Any], left: Sequence[Any]) -> Any:
+    """Runs over all runs; one at a time shows its own bar below."""
+    done = len(order) - len(left)
+    return tqdm(total=len(order), initial=done, desc=study.exp, unit="run", dynamic_ncols=True)
+
+
+def _told(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"failed: {result['error']}"
+    return f"{result['top1']:.2f} % of {result['n']} test images" if result else "is being trained elsewhere"
+
+
+def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Iterator[tuple[TrainConfig, dict[str, Any]]]:
+    """Each run with its test.json, {} for those that another process trains, or its error; in the order they end."""
+    if jobs == 1:
+        for config in configs:
+            yield config, _train(config, claims, quiet=False)
+        return
+    shared = [_sharing(config, jobs) for config in configs]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(_train, s, claims, True): c for s, c in zip(shared, configs, strict=True)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise ValueError("a worker was killed; the same command goes on from the last epochs") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _sharing(config: TrainConfig, jobs: int) -> TrainConfig:
+    """``config`` with its share of the cores."""
+    threads = config.system.threads or max(1, (os.cpu_count() or 1) // jobs)
+    return dataclasses.replace(config, system=dataclasses.replace(config.system, threads=threads))
 
 
 def is_done(config: TrainConfig) -> bool:
@@ -157,19 +198,36 @@ def is_done(config: TrainConfig) -> bool:
     run = Run(Path(config.runs) / config.exp)
     if run.has("config.json"):
         try:
-            check_same(run.config(), config)
+            check_same(run.config(), _as_started(config, run))
         except ValueError as error:
             raise ValueError(f"{error}; or give the study another --exp") from error
     return run.has("test.json")
 
 
-def _train(config: TrainConfig) -> None:
-    job = prepare(config, resume=Run(Path(config.runs) / config.exp).has("config.json"))
-    for _ in log(job.run, fit(job)):
-        pass
-    result = evaluate(job.run)
-    job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
-    print(f"  {result['top1']:.2f} % of {result['n']} test images", flush=True)
+def _as_started(config: TrainConfig, run: Run) -> TrainConfig:
+    """``config`` with the threads of ``run``: the number of jobs may differ now."""
+    threads = run.config().system.threads
+    return dataclasses.replace(config, system=dataclasses.replace(config.system, threads=threads))
+
+
+def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
+    run = Run(Path(config.runs) / config.exp)
+    lock = claims / (hashlib.sha256(config.exp.encode()).hexdigest()[:16] + ".lock")
+    with claim(lock) as mine:
+        if not mine:
+            return {}
+        if run.has("test.json"):  # meanwhile, elsewhere
+            return run.read_json("test.json")
+        try:
+            resume = run.has("config.json")
+            job = prepare(_as_started(config, run) if resume else config, resume=resume)
+            for _ in log(job.run, fit(job, quiet=quiet)):
+                pass
+            result = evaluate(job.run)
+        except ValueError as error:
+            return {"error": str(error)}
+        job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
+        return result
 
 
 def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str]) -> dict[str, Any]:
