@@ -35,7 +35,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claim(lock: Path) -> Iterator[bool]:
-    """Whether this process alone holds the file ``lock``: until the end of the block, or of the process, however it ends.
+    """Whether this process alone holds the file ``lock``, until the end of the block or of the process.
 
     The kernel keeps it, on this machine and on folders that machines share (NFS 4); without such locks (Windows) it is
     always granted.

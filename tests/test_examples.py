@@ -1,0 +1,59 @@
+"""The README's own commands, in its order, in one folder with small images; only sizes and lengths are cut."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from finetune101.cli import ABOUT, main
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = [
+    line.split(" #")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S)
+    for line in block.splitlines()
+    if line.startswith("finetune101 ")
+]
+SMALL = ["--size", "64", "--batch-size", "8", "--epochs", "1"]
+CUTS = {
+    "train": [*SMALL, "--train-per-class", "6"],
+    "search": [*SMALL, "--model", "squeezenet1_1", "--no-pretrain", "--seeds", "1"],
+    "study": [*SMALL, "--seeds", "1", "--splits", "1", "--train-per-class", "2"],
+    "benchmark": ["--models", "squeezenet1_1", "--size", "64", "--steps", "1", "--repeats", "1"],
+    "demo": ["--epochs", "1"],
+}
+ELSEWHERE = ("data download", "demo")  # needs the network; is make demo, with a test of its own
+
+
+def test_every_verb_has_an_example() -> None:
+    verbs = re.findall(r"^  (\w+)", ABOUT, flags=re.M)
+    assert len(verbs) >= 10
+    for verb in verbs:
+        assert verb == "demo" or any(line.split()[1] == verb for line in EXAMPLES), f"README.md has no {verb}"
+
+
+@pytest.mark.slow
+def test_the_examples_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FINETUNE101_DATA", raising=False)
+    for folder in ("data/101_ObjectCategories", "path/to/photos", "photos"):
+        source = tiny_data / "ball" if folder == "photos" else tiny_data
+        shutil.copytree(source, tmp_path / folder)
+    shutil.copyfile(tiny_data / "box/image_0001.jpg", tmp_path / "photo.jpg")
+    ran = []
+    for line in EXAMPLES:
+        words = shlex.split(line)[1:]
+        if " ".join(words[:2]).startswith(ELSEWHERE):
+            continue
+        cut = [] if words[1:2] == ["report"] else list(CUTS.get(words[0], []))
+        if "--recipe" in words or "winner.yaml" in line:
+            cut = [] if "winner.yaml" in line else SMALL[:4]
+        assert main([*words, *cut]) == 0, f"{line}: {capsys.readouterr().err}"
+        ran.append(words[0])
+    assert len(ran) >= 20 and (tmp_path / "report" / "report.html").is_file()
