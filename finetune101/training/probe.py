@@ -19,7 +19,7 @@ from finetune101.data.cache import Images, cache_dir
 from finetune101.evaluation.inference import logits
 from finetune101.models.build import Built, state_hash
 from finetune101.runs import atomic
-from finetune101.training import cpu
+from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 BATCH = 64  # images per forward pass
@@ -98,7 +98,7 @@ def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = 
 def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Tensor:
     """What the head of ``built.model`` sees of whole images: float32 (N, D) on the CPU, kept in the cache folder.
 
-    ``fast`` allows ``cpu.frozen``.
+    ``fast`` allows ``cpu_frozen``.
     """
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
@@ -108,7 +108,7 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     if images.pixels is not None and file.is_file():
         return torch.from_numpy(np.load(file))
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = cpu.frozen(model, world, len(paths)) if fast else model
+    forward = frozen(model, world) if fast else model
     batches = eval_batches(images, paths, [0] * len(paths), batch_size=BATCH, world=world)
     steps = -(-len(paths) // BATCH)
     result, _ = logits(forward, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world)

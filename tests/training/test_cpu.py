@@ -13,7 +13,7 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from finetune101.training.cpu import Depthwise, fast_depthwise, fold_batch_norm, tune_allocator
+from finetune101.training.cpu import Depthwise, fast_depthwise, tune_allocator
 
 CHANNELS = 8  # too narrow for the kernels; WIDE suits them
 WIDE = 32
@@ -175,17 +175,3 @@ def test_allocator_is_tuned_on_glibc_only() -> None:
 def test_allocator_is_harmless_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert tune_allocator() is False
-
-
-def test_folding_batch_norm_changes_no_output() -> None:
-    torch.manual_seed(0)
-    model = timm.create_model("tf_efficientnet_lite0", num_classes=3).eval()
-    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
-        norm.running_mean.normal_()
-        norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        before = model(x)
-        torch.testing.assert_close(fold_batch_norm(model)(x), before, rtol=1e-3, atol=1e-3)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    assert norms and all(bool((norm.running_mean == 0).all()) for norm in norms)

@@ -1,0 +1,67 @@
+"""The second baseline: frozen features by a plain loop, for a linear head that is fitted afterwards.
+
+ImageFolder-like reading with PIL in a DataLoader with num_workers=0, fp32, NCHW, eager. Times the networks of the probe
+recipe on the first images of the split, after one batch, and scales to all training and validation images; fitting the
+head is not counted. ``python benchmarks/plain_features.py --data FOLDER`` writes results/speed/plain_features.json.
+Random weights: they cost what pretrained ones cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from plain import NORMALIZE, Images, build
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+HERE = Path(__file__).resolve().parent
+NETWORKS = {"efficientnet_lite0": 224, "efficientnet_lite2": 260}  # and their input sizes
+BATCH, BATCHES = 64, 4
+
+
+def rate(name: str, size: int, data: Path, split: dict[str, dict[str, list[str]]], classes: list[str]) -> float:
+    """Images/s of the frozen network, decoding included."""
+    steps = transforms.Compose([transforms.Resize((size, size)), transforms.ToTensor(), NORMALIZE])
+    paths = split["subsets"]["train"][:: len(split["subsets"]["train"]) // (BATCH * (BATCHES + 1))]
+    model = build(name, len(classes)).eval()
+    started = 0.0
+    with torch.no_grad():
+        for number, (inputs, _) in enumerate(DataLoader(Images(data, paths, classes, steps), BATCH, num_workers=0)):
+            if number == 0:
+                model(inputs)  # what only the first batch pays for is not counted
+                started = time.perf_counter()
+                continue
+            model(inputs)
+            if number == BATCHES:
+                break
+    return BATCH * BATCHES / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--split", type=Path, default=HERE.parent / "results/splits/reference_seed42.json")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    split = json.loads(arguments.split.read_text())
+    images = len(split["subsets"]["train"]) + len(split["subsets"]["val"])
+    rows = []
+    for _ in range(arguments.repeats):
+        rates = {name: rate(name, size, arguments.data, split, split["classes"]) for name, size in NETWORKS.items()}
+        rows.append({**rates, "seconds": sum(images / one for one in rates.values())})
+        print({key: round(value, 1) for key, value in rows[-1].items()}, flush=True)
+    medians = {key: round(statistics.median(row[key] for row in rows), 1) for key in rows[0]}
+    result = {"images": images, **medians, "measurements": rows, "cores": os.cpu_count()}
+    (HERE.parent / "results/speed/plain_features.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(medians)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Fused layers compute what the network computes, within the rounding of bf16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from finetune101.config import SystemConfig
+from finetune101.training.cpu_frozen import FusedConv2d, fold_batch_norm, frozen, fuse
+from finetune101.world import detect
+
+IMAGES = torch.randn(5, 3, 75, 64, generator=torch.Generator().manual_seed(0))
+NETWORKS = ["tf_efficientnet_lite0", "resnet18", "mobilenet_v2", "alexnet", "squeezenet1_1", "efficientnet_b0"]
+
+
+def network(name: str) -> nn.Module:
+    """With batch norms as after some training."""
+    torch.manual_seed(0)
+    model = timm.create_model(name) if "lite" in name else torchvision.models.get_model(name, weights=None)
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 75, 64))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_agree(name: str) -> None:
+    model = network(name)
+    fused = fuse(copy.deepcopy(model), IMAGES[:1])
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    assert sum(isinstance(module, FusedConv2d) for module in fused.modules()) == convolutions
+    with torch.no_grad():
+        exact, got = model(IMAGES), fused(IMAGES.bfloat16()).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = model(IMAGES).float()
+    centre = exact.mean(0)  # what all images share says nothing
+    assert (got - exact).norm() < 1.5 * (plain - exact).norm() + 0.01 * (exact - centre).norm()
+
+
+def test_folding_changes_no_output() -> None:
+    model = network("tf_efficientnet_lite0")
+    with torch.no_grad():
+        before = model(IMAGES)
+        assert len(fold_batch_norm(model, IMAGES[:1])) == 49
+        torch.testing.assert_close(model(IMAGES), before, rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_used_twice_is_left_alone() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+            self.norm.running_mean.fill_(0.3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.b(self.norm(self.a(x))))
+
+    model = Twice().eval()
+    fused = fuse(copy.deepcopy(model), IMAGES[:1])
+    with torch.no_grad():
+        expected, got = model(IMAGES), fused(IMAGES.bfloat16()).float()
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+def test_other_precisions_keep_the_model() -> None:
+    model = network("squeezenet1_1")
+    assert frozen(model, detect(SystemConfig(device="cpu", precision="fp32"))) is model
