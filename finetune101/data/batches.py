@@ -21,9 +21,13 @@ def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tens
     x = pixels.to(world.device, non_blocking=True).to(torch.float32, memory_format=world.memory_format)
     if x.shape[-1] != preprocessing.size:
         x = F.interpolate(x, preprocessing.size, mode="bilinear", antialias=True).round_()
-    mean = torch.tensor(preprocessing.mean, device=x.device).view(3, 1, 1) * 255
-    std = torch.tensor(preprocessing.std, device=x.device).view(3, 1, 1) * 255
-    return x.sub_(mean).div_(std).contiguous(memory_format=world.memory_format)
+    mean = torch.tensor(preprocessing.mean, device=x.device) * 255
+    std = torch.tensor(preprocessing.std, device=x.device) * 255
+    if x.is_contiguous(memory_format=torch.channels_last):  # whole rows at a time: three times as fast as by channel
+        height, width = x.shape[2:]
+        x.permute(0, 2, 3, 1).view(-1, height, 3 * width).sub_(mean.repeat(width)).div_(std.repeat(width))
+        return x.contiguous(memory_format=world.memory_format)
+    return x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1)).contiguous(memory_format=world.memory_format)
 
 
 Boxes = list[tuple[int, int, int, int]]  # top, left, height, width
@@ -51,7 +55,13 @@ def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int) -> Tensor
     if any(box != (0, 0, side, side) for box in boxes):
         cut = [TF.resized_crop(image[None], *box, [size, size]) for image, box in zip(pixels, boxes, strict=True)]
         pixels = torch.cat(cut)
-    return torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels) if mirrored.any() else pixels
+    if not mirrored.any():
+        return pixels
+    rows = pixels.permute(0, 2, 3, 1)  # as they lie in memory
+    result = torch.empty_like(rows)
+    for out, image, turn in zip(result, rows, mirrored.tolist(), strict=True):
+        out.copy_(image.flip(1) if turn else image)
+    return result.permute(0, 3, 1, 2)
 
 
 def read(images: Images, paths: Sequence[str]) -> Tensor:
