@@ -49,6 +49,7 @@ def start(folder: Path, data: Path, jobs: int = 2) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in what they start behind
     )
 
 

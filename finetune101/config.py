@@ -292,6 +292,8 @@ def validate(config: TrainConfig) -> None:
     """Raises ValueError, in one sentence that says what to do, for a setting that cannot work."""
     o, d = config.optim, config.data
     rules = [
+        (config.model.freeze or not config.model.cached_features, "--cached-features needs --freeze"),
+        (config.model.head == "random" or not config.model.cached_features, "--cached-features needs --head random"),
         (
             o.epochs >= (config.model.head == "random"),
             f"--epochs is {o.epochs}; give at least 1, or 0 with --head probe",
@@ -300,8 +302,6 @@ def validate(config: TrainConfig) -> None:
             all(math.isfinite(l2) and l2 > 0 for l2 in config.model.probe_l2) and len(config.model.probe_l2) > 0,
             "--probe-l2 needs positive numbers such as 0.003",
         ),
-        (config.model.freeze or not config.model.cached_features, "--cached-features needs --freeze"),
-        (config.model.head == "random" or not config.model.cached_features, "--cached-features needs --head random"),
         (all(size >= 32 for size in config.augment.train_sizes), "--train-sizes must be at least 32 each"),
         (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
         (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),

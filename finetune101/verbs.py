@@ -104,9 +104,9 @@ def study(argv: Sequence[str]) -> int:
     config: StudyConfig = arguments.study
     if arguments.jobs < 1:
         raise ValueError(f"--jobs is {arguments.jobs}; give at least 1")
+    from finetune101 import experiment
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset
-    from finetune101.search import experiment
 
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"

@@ -29,7 +29,7 @@ ORDER = (
     ("search",),
     ("analysis",),
     ("deploy",),
-    ("cli", "verbs", "classic", "demo", "searching"),
+    ("cli", "verbs", "classic", "demo", "searching", "experiment"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune101 import experiment
 from finetune101.analysis import report
 from finetune101.config import StudyConfig
 from finetune101.data import dataset, splits
 from finetune101.runs import Run
-from finetune101.search import experiment
 
 
 @pytest.fixture(scope="module")
