@@ -266,7 +266,8 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
             raise ValueError("--recipe and --config both say where to start; give one of them")
         config = with_settings(TrainConfig(exp=tyro.MISSING), read_settings(Path(seen.config)), seen.config)
     else:
-        usual = "original" if model or seen.no_pretrain else "finetune_fast"
+        known = model or seen.no_pretrain or kind is SearchArguments  # whose usual space is the original's
+        usual = "original" if known else "finetune_fast"
         config = named(seen.recipe or usual)(tyro.MISSING, pretrain=not seen.no_pretrain)
         if model and seen.recipe in (None, "original"):
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
@@ -432,7 +433,9 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
 
     config: TrainConfig = arguments.config
     if arguments.stage == "probe":
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, freeze=True, cached_features=True))
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, head="random", freeze=True, cached_features=True)
+        )
     given = arguments.grid or arguments.space or not usual
     space = spaces.parse(arguments.grid, arguments.space) if given else spaces.make(usual or {})
     validate(config)

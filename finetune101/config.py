@@ -151,7 +151,7 @@ class SystemConfig:
     threads: int | None = None
     """CPU threads. Default: all cores."""
     fast_kernels: bool = True
-    """Faster memory allocation, depthwise gradients and batch norms on CPUs."""
+    """Faster memory allocation, depthwise gradients, batch norms and inference on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)

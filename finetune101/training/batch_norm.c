@@ -17,7 +17,7 @@ static inline float wide(bf16 h) {
 
 static inline bf16 narrow(float f) { /* to nearest, ties to even */
   union { float f; uint32_t u; } v = {f};
-  return (bf16)((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
+  return f != f ? 0x7fc0 : (bf16)((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
 }
 
 /* Narrow channels leave registers half empty: k rows are taken as one row of k*c channels. */

@@ -1,12 +1,14 @@
 """Batch norm and the ReLU after it as one pass over memory, for training in bf16 on CPUs (batch_norm.c).
 
 A training step of a small network waits for memory: plain PyTorch goes 13 times over every activation between two
-convolutions, this 8 times.
+convolutions (counted by reading it), this 8 times.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,10 +31,11 @@ def fast_norm(model: nn.Module) -> int:
     """
     if library() is None:
         return 0
+    owners = Counter(child for parent in model.modules() for child in parent.children())
     for parent in model.modules():
-        if isinstance(parent, nn.Sequential):
-            for norm, act in zip(list(parent), list(parent)[1:], strict=False):
-                if type(norm) is nn.BatchNorm2d and type(act) in _DONE:
+        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
+            for norm, act in pairwise(parent):
+                if type(norm) is nn.BatchNorm2d and type(act) in _DONE and owners[norm] == owners[act] == 1:
                     norm.limits = _CLAMPS[type(act)]  # type: ignore[assignment]
                     act.__class__ = _DONE[type(act)]
     layers = [m for m in model.modules() if type(m) in _FAST]
@@ -47,10 +50,12 @@ def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
         and x.dtype == torch.bfloat16
         and torch.is_grad_enabled()
         and x.is_contiguous(memory_format=torch.channels_last)
+        and x.shape[1] == norm.num_features
         and x.numel() > x.shape[1]
         and norm.weight is not None
         and norm.weight.dtype == torch.float32
         and norm.running_mean is not None
+        and norm.running_mean.dtype == torch.float32
         and norm.momentum is not None
     )
 
@@ -86,8 +91,8 @@ class FastBatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) -> (N, C, H, W)."""
         if not _applies(self, x):
             return super().forward(x)
-        y = _normed(self, x, self.limits)
-        if self.limits != NONE:
+        y = _normed(self, x, NONE if self._forward_hooks else self.limits)  # a hook sees what it would without us
+        if self.limits != NONE and not self._forward_hooks:
             y.clamped = True  # type: ignore[attr-defined]  # tells the ReLU that it has nothing left to do
         return y
 

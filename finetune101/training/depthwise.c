@@ -22,7 +22,8 @@ INLINE floats load(const bf16 *p) {
 
 INLINE void store(bf16 *p, floats f) { /* to nearest, ties to even */
   words u = (words)f;
-  halves h = __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, halves);
+  words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, not_a_number = (words)(f != f);
+  halves h = __builtin_convertvector((rounded & ~not_a_number) | (0x7fc0 & not_a_number), halves);
   memcpy(p, &h, sizeof h);
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +41,22 @@ def library() -> Any:
         sources = b"".join(source.read_bytes() for source in SOURCES)
         key = hashlib.sha256(sources + target + " ".join(FLAGS).encode()).hexdigest()[:16]
         file = cache_dir() / f"kernels_{key}.so"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_with(file, lambda part: _build(gcc, part))
-        found = ctypes.CDLL(str(file))
-        for name, kinds in _ARGUMENTS.items():
-            getattr(found, name).argtypes, getattr(found, name).restype = kinds, None
-        return found
-    except (OSError, ValueError, subprocess.CalledProcessError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            with contextlib.suppress(OSError, AttributeError):
+                return _load(file)
+        save_with(file, lambda part: _build(gcc, part))  # new, or the file there is damaged
+        return _load(file)
+    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
+        print(f"The quick CPU kernels cannot be built ({error}); training goes on without them.", file=sys.stderr)
         return None
+
+
+def _load(file: Path) -> Any:
+    found = ctypes.CDLL(str(file))
+    for name, kinds in _ARGUMENTS.items():
+        getattr(found, name).argtypes, getattr(found, name).restype = kinds, None
+    return found
 
 
 def _build(gcc: str, part: Path) -> None:

@@ -23,6 +23,7 @@ from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 BATCH = 64  # images per forward pass
+FUSED = "fused 2"  # the version of cpu_frozen, whose features differ by rounding
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -102,7 +103,15 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     """
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
-    key = [images.key, *paths, state_hash(model), built.preprocessing, world.precision, world.device.type, fast]
+    key = [
+        images.key,
+        *paths,
+        state_hash(model),
+        built.preprocessing,
+        world.precision,
+        world.device.type,
+        fast and FUSED,
+    ]
     name = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
     file = cache_dir() / f"features_{name}.npy"
     if images.pixels is not None and file.is_file():

@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 
 from finetune101.config import SystemConfig
+from finetune101.training.cpu import fast_layers
 from finetune101.training.cpu_frozen import FusedConv2d, fold_batch_norm, frozen, fuse
 from finetune101.world import detect
 
@@ -64,6 +65,27 @@ def test_a_norm_used_twice_is_left_alone() -> None:
     with torch.no_grad():
         expected, got = model(IMAGES), fused(IMAGES.bfloat16()).float()
     assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "resnetv2_18"])
+def test_layers_that_compute_something_else_are_left_alone(name: str) -> None:
+    """Weight-standardised convolutions are convolutions by class, and norms may come first."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    x = IMAGES[:, :, :64, :64].contiguous(memory_format=torch.channels_last)
+    world = detect(SystemConfig(device="cpu", precision="bf16"))
+    with torch.no_grad(), world.autocast():
+        exact, got = model(x).float(), frozen(model, world)(x).float()
+    assert (got - exact).norm() < 0.1 * exact.norm()
+
+
+def test_layers_made_fast_for_training_fuse_as_well() -> None:
+    model = network("mobilenet_v2")
+    before = fuse(copy.deepcopy(model), IMAGES[:1])
+    fast_layers(model)
+    after = fuse(model, IMAGES[:1])
+    acts = [[m.act for m in one.modules() if isinstance(m, FusedConv2d)] for one in (before, after)]
+    assert acts[0] == acts[1] and "hardtanh" in acts[0]
 
 
 def test_other_precisions_keep_the_model() -> None:

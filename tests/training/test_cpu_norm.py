@@ -88,11 +88,53 @@ def test_a_relu_skips_only_what_was_clamped() -> None:
     assert act(y) is not y  # the mark is used up: y could have been changed meanwhile
 
 
+def test_a_norm_or_sequence_that_is_used_otherwise_keeps_its_output() -> None:
+    class Taps(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[0](x)
+            return y + self[1](y)
+
+    plain = Taps(*layers(16, nn.ReLU))
+    fast = copy.deepcopy(plain)
+    fast_norm(fast)
+    x = torch.randn(4, 16, 6, 6).bfloat16().contiguous(memory_format=torch.channels_last)
+    assert relative_error(fast(x).detach(), plain(x.clone()).detach()) < 0.01
+    hooked = layers(16, nn.ReLU)
+    fast_norm(hooked)
+    hooked[0].register_forward_hook(lambda module, inputs, output: output.sub_(1))
+    assert hooked(x).min() == 0
+
+
+def test_wrong_channels_are_refused() -> None:
+    model = layers(8, nn.Identity).eval()
+    fast_norm(model)
+    with pytest.raises(RuntimeError, match="64"):
+        model(torch.randn(2, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last))
+
+
+def test_a_damaged_library_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path))
+    kernels.library.cache_clear()
+    try:
+        assert kernels.library() is not None
+        (file,) = tmp_path.glob("*.so")
+        file.unlink()
+        file.write_bytes(b"")
+        kernels.library.cache_clear()
+        assert kernels.library() is not None
+    finally:
+        kernels.library.cache_clear()
+
+
 def test_not_a_number_stays_one() -> None:
     model = layers(16, nn.ReLU6).eval()
     fast_norm(model)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the one that rounding up would wrap
     x = torch.full((2, 16, 2, 2), float("nan")).bfloat16().contiguous(memory_format=torch.channels_last)
     assert model(x).isnan().all()
+    with torch.no_grad():
+        model[0].bias.copy_(nan)  # type: ignore[union-attr, operator]
+    assert model(torch.zeros_like(x)).isnan().all()
 
 
 def test_fp32_and_no_grad_are_untouched() -> None:
