@@ -37,6 +37,8 @@ def publish(run: Path, claim: str, command: str) -> None:
     claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
     value = round(test[claim.rsplit(".", 1)[1]], 2)
     entry = {"id": claim, "value": value, "unit": "%", "n": 1, "spread": None, "command": command}
+    if claim.endswith(".top1"):  # of a single run: the interval over images
+        entry["spread"] = [round(bound, 2) for bound in test["top1_interval"]]
     claims = [old for old in claims if old["id"] != claim] + [{**entry, "evidence": run.name}]
     write_json(RESULTS / "claims.json", sorted(claims, key=lambda one: str(one["id"])))
     print(f"{claim} = {value} %, evidence in {folder}")
