@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
-from finetune101.runs import Run
+from finetune101.runs import Run, file_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,11 +52,6 @@ def _train(argv: Sequence[str]) -> int:
     export(run)
     print(f"Test it: python test.py --exp {arguments.config.exp} --batch_size {arguments.config.optim.batch_size}")
     return 0
-
-
-def file_name(exp: str) -> str:
-    """``exp`` as a part of the original's file names, which lie in one folder."""
-    return exp.replace("/", "_")
 
 
 def weights_file(exp: str) -> Path:

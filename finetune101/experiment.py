@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from finetune101.data import dataset, splits
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run, claim, write_json
 from finetune101.training.loop import fit
-from finetune101.training.prepare import check_same, make_manifest, prepare
+from finetune101.training.prepare import as_started, check_same, make_manifest, prepare, sharing
 from finetune101.training.recipes import named
 from finetune101.training.tensorboard import log
 
@@ -143,7 +142,8 @@ def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: i
     errors: dict[str, str] = {}
     order = [config for runs in zip(*(cell.runs for cell in cells), strict=True) for config in runs]
     left = [config for config in order if not is_done(config)]
-    with _bar(study, order, left) as bar:
+    done = len(order) - len(left)
+    with tqdm(total=len(order), initial=done, desc=study.exp, unit="run", dynamic_ncols=True) as bar:
         for config, result in _train_all(left, jobs, folder / "claims"):
             if "error" in result:
                 if not Run(Path(config.runs) / config.exp).has("config.json"):
@@ -155,12 +155,6 @@ def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: i
     summary = summarise(study, cells, errors)
     write_json(folder / "study.json", summary)
     return summary
-
-
-def _bar(study: StudyConfig, order: Sequence[Any], left: Sequence[Any]) -> Any:
-    """Runs over all runs; one at a time shows its own bar below."""
-    done = len(order) - len(left)
-    return tqdm(total=len(order), initial=done, desc=study.exp, unit="run", dynamic_ncols=True)
 
 
 def _told(result: dict[str, Any]) -> str:
@@ -175,7 +169,7 @@ def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Itera
         for config in configs:
             yield config, _train(config, claims, quiet=False)
         return
-    shared = [_sharing(config, jobs) for config in configs]
+    shared = [sharing(config, jobs) for config in configs]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_train, s, claims, True): c for s, c in zip(shared, configs, strict=True)}
         try:
@@ -187,27 +181,15 @@ def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Itera
             pool.shutdown(cancel_futures=True)
 
 
-def _sharing(config: TrainConfig, jobs: int) -> TrainConfig:
-    """``config`` with its share of the cores."""
-    threads = config.system.threads or max(1, (os.cpu_count() or 1) // jobs)
-    return dataclasses.replace(config, system=dataclasses.replace(config.system, threads=threads))
-
-
 def is_done(config: TrainConfig) -> bool:
     """Whether the run of ``config`` is trained and tested. Raises ValueError when it had other settings."""
     run = Run(Path(config.runs) / config.exp)
     if run.has("config.json"):
         try:
-            check_same(run.config(), _as_started(config, run))
+            check_same(run.config(), as_started(config, run))
         except ValueError as error:
             raise ValueError(f"{error}; or give the study another --exp") from error
     return run.has("test.json")
-
-
-def _as_started(config: TrainConfig, run: Run) -> TrainConfig:
-    """``config`` with the threads of ``run``: the number of jobs may differ now."""
-    threads = run.config().system.threads
-    return dataclasses.replace(config, system=dataclasses.replace(config.system, threads=threads))
 
 
 def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
@@ -220,7 +202,7 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
             return run.read_json("test.json")
         try:
             resume = run.has("config.json")
-            job = prepare(_as_started(config, run) if resume else config, resume=resume)
+            job = prepare(as_started(config, run) if resume else config, resume=resume)
             for _ in log(job.run, fit(job, quiet=quiet)):
                 pass
             result = evaluate(job.run)

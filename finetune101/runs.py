@@ -155,6 +155,11 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
     return run
 
 
+def file_name(exp: str) -> str:
+    """``exp`` as a part of the original's file names, which lie in one folder."""
+    return exp.replace("/", "_")
+
+
 def open_run(name: str, runs: str = "runs") -> Run:
     """The existing run ``name``: a folder, or a name below ``runs``. Raises ValueError naming the runs that exist."""
     for path in (Path(name), Path(runs) / name):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from finetune101.analysis.figures import curves
 from finetune101.config import TrainConfig, to_dict
-from finetune101.runs import Run, atomic, write_json
+from finetune101.runs import Run, atomic, file_name, write_json
 from finetune101.search import study as studies
 from finetune101.search.space import configure, label
 from finetune101.search.study import Plan
@@ -128,7 +128,7 @@ def write(
     for entry in entries:
         source = Run(Path(entry["run"])) if entry["run"] else None
         if source and source.has("metrics.jsonl"):
-            out = plots / f"{plan.base.exp.replace('/', '_')}_{label(entry['point'])}_{source.name[:6]}.png"
+            out = plots / f"{file_name(plan.base.exp)}_{label(entry['point'])}_{source.name[:6]}.png"
             if not out.is_file() or out.stat().st_mtime < (source.path / "metrics.jsonl").stat().st_mtime:
                 curves(source.metrics(), out, label(entry["point"]))
 

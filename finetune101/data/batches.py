@@ -69,6 +69,12 @@ def read(images: Images, paths: Sequence[str]) -> Tensor:
     return torch.from_numpy(images.read(paths)).permute(0, 3, 1, 2)
 
 
+def epoch_order(count: int, seed: int, epoch: int) -> tuple[Tensor, torch.Generator]:
+    """Random order of ``count`` images, int64 (count,), and the generator for everything else random in the epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator), generator
+
+
 def train_batches(
     images: Images,
     paths: Sequence[str],
@@ -88,10 +94,9 @@ def train_batches(
     """
     side = images.preprocessing.cache_size
     preprocessing = replace(images.preprocessing, size=size or images.preprocessing.size)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(paths), generator=generator).tolist()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    order, generator = epoch_order(len(paths), seed, epoch)
+    for indices in order.split(batch_size):
+        chosen = indices.tolist()
         boxes, mirrored = draw_boxes(len(chosen), side, config, generator)
         mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
         pixels = augment(

@@ -35,6 +35,11 @@ class Built:
     init_source: str
     init_hash: str
 
+    @property
+    def output_layer(self) -> nn.Module:
+        """The module that ``head`` names."""
+        return self.model.get_submodule(self.head.rstrip("."))
+
 
 def build(
     name: str,

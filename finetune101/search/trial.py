@@ -25,7 +25,7 @@ from finetune101.data import dataset
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure
 from finetune101.training.loop import Diverged, fit
-from finetune101.training.prepare import MAY_CHANGE, make_manifest, prepare
+from finetune101.training.prepare import MAY_CHANGE, as_started, make_manifest, prepare
 from finetune101.training.tensorboard import log
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -139,10 +139,7 @@ class Objective:
     def _epochs(self, run: Run, config: TrainConfig) -> Any:
         """The epochs that the run still lacks; raises OutOfTime between two of them."""
         resume = run.has("config.json")
-        if resume:  # as it was started: the number of workers, and so of threads, may differ now
-            system = dataclasses.replace(config.system, threads=run.config().system.threads)
-            config = dataclasses.replace(config, system=system, recipe=run.config().recipe)
-        job = prepare(config, resume=resume)
+        job = prepare(as_started(config, run) if resume else config, resume=resume)
         with contextlib.ExitStack() as stack:
             epochs: Any = fit(job, quiet=True)
             logged: Any = log(job.run, epochs)

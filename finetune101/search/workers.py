@@ -17,8 +17,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune101.search.study import KernelLock, Plan, fill, open_study, retry, work
+from finetune101.runs import claim
+from finetune101.search.study import Plan, fill, open_study, retry, work
 from finetune101.search.trial import signature
+from finetune101.training.prepare import sharing
 
 Watch = Callable[[optuna.Study, dict[str, Any] | None], None]
 NEWBORN = 10.0  # seconds in which a worker must have signed the trial that it took
@@ -31,14 +33,11 @@ def alone(plan: Plan) -> Iterator[None]:
     if plan.storage is not None or os.name != "posix":
         yield
         return
-    lock = KernelLock(str(plan.folder / "search"))
-    if not lock.acquire(blocking=False):
-        raise ValueError(f"another search is at work in {plan.folder}; wait for it, or give this one another --exp")
-    try:
+    with claim(plan.folder / "search.lock") as mine:
+        if not mine:
+            raise ValueError(f"another search is at work in {plan.folder}; wait for it, or give this one another --exp")
         _mend(plan)
         yield
-    finally:
-        lock.release()
 
 
 def _mend(plan: Plan) -> None:
@@ -124,11 +123,7 @@ class _Parent:
     def _start(self) -> None:
         context = _context()
         ours, theirs = context.Pipe(duplex=False)
-        plan = self.plan
-        if plan.base.system.threads is None:  # the workers share the cores
-            threads = max(1, (os.cpu_count() or 1) // plan.jobs)
-            base = dataclasses.replace(plan.base, system=dataclasses.replace(plan.base.system, threads=threads))
-            plan = dataclasses.replace(plan, base=base)
+        plan = dataclasses.replace(self.plan, base=sharing(self.plan.base, self.plan.jobs))
         left = self.deadline - time.monotonic()
         self.started += 1
         process = context.Process(target=_main, args=(plan, left, self.started, theirs), name="search-worker")

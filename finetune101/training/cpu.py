@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune101.training.cpu_norm import fast_norm
-from finetune101.training.kernels import library
+from finetune101.training.kernels import compiled
 
 Pair = tuple[int, ...]  # height, width
 
@@ -156,7 +156,7 @@ def _suits_kernels(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair) -> boo
         and weight.shape[0] % 16 == 0
         and tuple(weight.shape[2:]) in ((3, 3), (5, 5))
         and stride in ((1, 1), (2, 2))
-        and library() is not None
+        and compiled() is not None
     )
 
 
@@ -168,11 +168,11 @@ def _kernel_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tupl
         grad_x = torch.empty(ctx.input_shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
         filters = weight.float().view(channels, k * k).t().contiguous()
         shape = len(x), *ctx.input_shape[2:], *after, *ctx.before
-        library().depthwise_input_gradient(grad.data_ptr(), filters.data_ptr(), *shape, grad_x.data_ptr())
+        compiled().depthwise_input_gradient(grad.data_ptr(), filters.data_ptr(), *shape, grad_x.data_ptr())
     if ctx.needs_input_grad[1]:
         sums = torch.empty(k * k, channels)
         shape = len(x), *x.shape[2:], *after, *ctx.padding
-        library().depthwise_weight_gradient(x.data_ptr(), grad.data_ptr(), *shape, sums.data_ptr())
+        compiled().depthwise_weight_gradient(x.data_ptr(), grad.data_ptr(), *shape, sums.data_ptr())
         grad_weight = sums.t().reshape(weight.shape).to(weight.dtype)
     return grad_x, grad_weight
 

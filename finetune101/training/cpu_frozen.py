@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 
 from finetune101.training.cpu import FastConv2d, FastConv2dSame
-from finetune101.training.cpu_norm import DoneReLU, DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d
+from finetune101.training.cpu_norm import DoneReLU, DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d, followers
 from finetune101.world import World
 
 _ACTS: dict[type[nn.Module], tuple[str, list[float]]] = {
@@ -117,12 +116,12 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, 
     In fp32, before anything is rounded. The norms stay, but change nothing. ``example``: (1, 3, H, W).
     """
     calls = _calls(model, example, nn.Conv2d, nn.BatchNorm2d)
-    often = {module for module, _, _ in calls if sum(module is other for other, _, _ in calls) > 1}
+    times = Counter(module for module, _, _ in calls)
     outputs = {id(output): conv for conv, _, output in calls if type(conv) in _CONVOLUTIONS}  # calls keeps the tensors
     pairs = []
     for norm, inputs, _ in calls:
         conv = outputs.get(id(inputs[0])) if type(norm) in _NORMS else None
-        if conv is None or norm in often or conv in often or norm.weight is None or norm.running_var is None:
+        if conv is None or times[norm] > 1 or times[conv] > 1 or norm.weight is None or norm.running_var is None:
             continue
         with torch.no_grad():
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
@@ -142,11 +141,7 @@ def _activations(
 ) -> dict[nn.Module, tuple[type[nn.Module], list[nn.Module]]]:
     """For a convolution the kind of activation that follows it, and the modules that then have nothing left to do."""
     found: dict[nn.Module, tuple[type[nn.Module], list[nn.Module]]] = {}
-    after: dict[nn.Module, nn.Module] = {}  # the next module in the same nn.Sequential, used nowhere else
-    owners = Counter(child for parent in model.modules() for child in parent.children())
-    for parent in model.modules():
-        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            after.update((a, b) for a, b in pairwise(parent) if owners[a] == owners[b] == 1)
+    after = followers(model)
     for conv, norm in pairs:
         act = after.get(norm)
         if isinstance(norm, BatchNormAct2d):

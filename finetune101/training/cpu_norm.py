@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune101.training.kernels import library
+from finetune101.training.kernels import compiled
 
 Limits = tuple[float, float]
 NONE: Limits = (-math.inf, math.inf)
@@ -29,19 +29,23 @@ def fast_norm(model: nn.Module) -> int:
     the CPU and gradients are on; else the layers are the old ones. Outputs and gradients differ from plain ones by
     bf16 rounding. Returns the number of layers changed: 0 the second time, and where gcc is missing.
     """
-    if library() is None:
+    if compiled() is None:
         return 0
-    owners = Counter(child for parent in model.modules() for child in parent.children())
-    for parent in model.modules():
-        if isinstance(parent, nn.Sequential) and type(parent).forward is nn.Sequential.forward:
-            for norm, act in pairwise(parent):
-                if type(norm) is nn.BatchNorm2d and type(act) in _DONE and owners[norm] == owners[act] == 1:
-                    norm.limits = _CLAMPS[type(act)]  # type: ignore[assignment]
-                    act.__class__ = _DONE[type(act)]
+    for norm, act in followers(model).items():
+        if type(norm) is nn.BatchNorm2d and type(act) in _DONE:
+            norm.limits = _CLAMPS[type(act)]  # type: ignore[assignment]
+            act.__class__ = _DONE[type(act)]
     layers = [m for m in model.modules() if type(m) in _FAST]
     for layer in layers:
         layer.__class__ = _FAST[type(layer)]
     return len(layers)
+
+
+def followers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For a module of an ``nn.Sequential`` the next one, which alone sees its output; both are used nowhere else."""
+    owners = Counter(child for parent in model.modules() for child in parent.children())
+    chains = [m for m in model.modules() if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward]
+    return {a: b for chain in chains for a, b in pairwise(chain) if owners[a] == owners[b] == 1}
 
 
 def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -78,7 +82,7 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
 
 def _moments(x: Tensor, count: int) -> Tensor:
     out = torch.empty(2, x.shape[1], dtype=torch.float64)
-    library().moments(x.data_ptr(), count, x.shape[1], out.data_ptr())
+    compiled().moments(x.data_ptr(), count, x.shape[1], out.data_ptr())
     return out / count
 
 
@@ -143,7 +147,7 @@ class BatchNorm(torch.autograd.Function):
         b = (bias - mean * inverse * weight).float()
         y = torch.empty_like(x)
         count, channels = x.numel() // x.shape[1], x.shape[1]
-        library().apply(x.data_ptr(), count, channels, a.data_ptr(), b.data_ptr(), *limits, y.data_ptr())
+        compiled().apply(x.data_ptr(), count, channels, a.data_ptr(), b.data_ptr(), *limits, y.data_ptr())
         ctx.save_for_backward(x, a, b, mean, inverse)
         ctx.limits, ctx.batch = limits, batch
         return y
@@ -153,7 +157,7 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output."""
         x, a, b, mean, inverse = ctx.saved_tensors
-        count, channels, c = x.numel() // x.shape[1], x.shape[1], library()
+        count, channels, c = x.numel() // x.shape[1], x.shape[1], compiled()
         grad = grad.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         both = x.data_ptr(), grad.data_ptr(), count, channels, a.data_ptr(), b.data_ptr(), *ctx.limits
         e = f = torch.zeros(channels, dtype=torch.float64)

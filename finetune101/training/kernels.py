@@ -31,7 +31,7 @@ _ARGUMENTS = {
 
 
 @functools.cache
-def library() -> Any:
+def compiled() -> Any:
     """The functions of batch_norm.c and depthwise.c, or None where they cannot be built: only with gcc on Linux."""
     gcc = shutil.which("gcc")
     if platform.system() != "Linux" or gcc is None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from finetune101.config import TrainConfig, to_dict
-from finetune101.data.batches import eval_batches, train_batches
+from finetune101.data.batches import epoch_order, eval_batches, train_batches
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.evaluation.inference import logits
@@ -243,13 +243,12 @@ class HeadTrainer(Trainer):
 
     def wrap(self) -> None:
         """The output layer alone sees features."""
-        self.wrapped = self.model.get_submodule(self.job.built.head.rstrip("."))
+        self.wrapped = self.job.built.output_layer
 
     def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         """Features in the order that the images would have."""
-        generator = torch.Generator().manual_seed(self.job.config.system.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.x), generator=generator).to(self.x.device)
-        for chosen in order.split(self.job.config.optim.batch_size):
+        order, _ = epoch_order(len(self.x), self.job.config.system.seed, epoch)
+        for chosen in order.to(self.x.device).split(self.job.config.optim.batch_size):
             yield self.x[chosen], self.y[chosen], len(chosen)
 
     def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:

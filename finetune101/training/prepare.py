@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import shlex
 import sys
@@ -14,11 +15,11 @@ from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
 from finetune101.models.build import build, check_size, freeze
-from finetune101.runs import create_run
+from finetune101.runs import Run, create_run
 from finetune101.training import cpu, probe
-from finetune101.training.kernels import library
+from finetune101.training.kernels import compiled
 from finetune101.training.loop import Job
-from finetune101.world import detect
+from finetune101.world import World, detect
 
 MAY_CHANGE = ("root", "cache", "download")  # a resumed run may find its images elsewhere, but they must be the same
 
@@ -73,10 +74,24 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         if overwrite:
             run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
         run.write_json("split.json", manifest.to_json())
+        kernels = _uses_kernels(config, world)
         model = {"init_source": built.init_source, "init_hash": built.init_hash}
-        run.write_json("env.json", {"world": world.describe(), "model": model, **environment()})
+        run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels)})
         run.write_json("config.json", to_dict(config))
     return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built)
+
+
+def as_started(config: TrainConfig, run: Run) -> TrainConfig:
+    """``config`` with the threads and the recipe's name of ``run``: how many runs share the cores may differ now."""
+    started = run.config()
+    system = dataclasses.replace(config.system, threads=started.system.threads)
+    return dataclasses.replace(config, system=system, recipe=started.recipe)
+
+
+def sharing(config: TrainConfig, jobs: int) -> TrainConfig:
+    """``config`` with its share of the cores, where it names no number of threads itself."""
+    threads = config.system.threads or max(1, (os.cpu_count() or 1) // jobs)
+    return dataclasses.replace(config, system=dataclasses.replace(config.system, threads=threads))
 
 
 def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
@@ -123,7 +138,13 @@ def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
         )
 
 
-def environment() -> dict[str, Any]:
+def _uses_kernels(config: TrainConfig, world: World) -> bool:
+    """Whether training goes through the compiled kernels; they are built for those runs only."""
+    wanted = config.system.fast_kernels and world.device.type == "cpu" and world.precision == "bf16"
+    return wanted and compiled() is not None
+
+
+def environment(kernels: bool) -> dict[str, Any]:
     """Command, versions and machine: what another person needs to repeat the run."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     name = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1]
@@ -135,5 +156,5 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },
-        "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": library() is not None},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": kernels},
     }

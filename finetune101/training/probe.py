@@ -30,7 +30,7 @@ Labelled = tuple[Sequence[str], Sequence[int]]
 
 def check(built: Built, penalties: Sequence[float], validates: bool) -> None:
     """Raises ValueError when the network does not end in a linear layer, or nothing can choose between penalties."""
-    if not isinstance(built.model.get_submodule(built.head.rstrip(".")), nn.Linear):
+    if not isinstance(built.output_layer, nn.Linear):
         raise ValueError("this network does not end in a linear layer; take --head random or another --model")
     if not validates and len(penalties) > 1:
         raise ValueError("without validation images nothing can choose between --probe-l2 values; give one")
@@ -51,7 +51,7 @@ def fit_head(
     of the L2 ``penalties``; the one with the highest validation accuracy is kept, of equals the one with the lowest
     validation loss. Returns what the record of the run shows. ``check`` says what it cannot work with.
     """
-    head = built.model.get_submodule(built.head.rstrip("."))
+    head = built.output_layer
     assert isinstance(head, nn.Linear)
     shown = [*train[0], *(val[0] if val else ())]
     x, x_val = features(built, images, shown, world, fast).split([len(train[0]), len(shown) - len(train[0])])

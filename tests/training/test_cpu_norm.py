@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune101.training import kernels
 from finetune101.training.cpu_norm import DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d, fast_norm
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="needs Linux and gcc")
+pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="needs Linux and gcc")
 ACTS = [nn.Identity, nn.ReLU, nn.ReLU6]
 
 
@@ -114,16 +114,16 @@ def test_wrong_channels_are_refused() -> None:
 
 def test_a_damaged_library_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path))
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     try:
-        assert kernels.library() is not None
+        assert kernels.compiled() is not None
         (file,) = tmp_path.glob("*.so")
         file.unlink()
         file.write_bytes(b"")
-        kernels.library.cache_clear()
-        assert kernels.library() is not None
+        kernels.compiled.cache_clear()
+        assert kernels.compiled() is not None
     finally:
-        kernels.library.cache_clear()
+        kernels.compiled.cache_clear()
 
 
 def test_not_a_number_stays_one() -> None:
@@ -174,9 +174,9 @@ def test_networks_keep_their_names_and_their_gradients(name: str) -> None:
 
 def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    kernels.library.cache_clear()
+    kernels.compiled.cache_clear()
     try:
-        assert kernels.library() is None
+        assert kernels.compiled() is None
         assert fast_norm(layers(8, nn.ReLU)) == 0
     finally:
-        kernels.library.cache_clear()
+        kernels.compiled.cache_clear()
