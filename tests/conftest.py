@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+
 TINY_CLASSES = ("ball", "box", "stripes")
 IMAGES_PER_CLASS = 12
 
@@ -39,6 +41,19 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(1, IMAGES_PER_CLASS + 1):
             _draw(name, rng).save(root / name / f"image_{i:04d}.jpg", quality=90)
     return root
+
+
+@pytest.fixture
+def small(tiny_data: Path, tmp_path: Path) -> TrainConfig:
+    """Two epochs of a small network from random initialisation on ``tiny_data``; change it with dataclasses.replace."""
+    return TrainConfig(
+        exp="small",
+        runs=str(tmp_path / "runs"),
+        data=DataConfig(root=str(tiny_data)),
+        model=ModelConfig(name="squeezenet1_1", pretrain=False, size=32),
+        optim=OptimConfig(epochs=2, batch_size=8),
+        system=SystemConfig(threads=1),
+    )
 
 
 @pytest.fixture(scope="session")

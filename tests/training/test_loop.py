@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune101.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
 from finetune101.runs import Run
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
@@ -23,17 +23,10 @@ TIMING = ("seconds", "val_seconds", "images_per_s")
 
 
 @pytest.fixture
-def base(tiny_data: Path, tmp_path: Path) -> TrainConfig:
+def base(small: TrainConfig) -> TrainConfig:
     """Three epochs of a small network with dropout; the rate drops after the second."""
-    return TrainConfig(
-        exp="one",
-        runs=str(tmp_path / "runs"),
-        data=DataConfig(root=str(tiny_data)),
-        augment=AugmentConfig(crop_scale=0.5),
-        model=ModelConfig(name="squeezenet1_1", pretrain=False, size=32),
-        optim=OptimConfig(epochs=3, batch_size=8, lr=0.01, step_size=2, gamma=0.1),
-        system=SystemConfig(threads=1),
-    )
+    optim = OptimConfig(epochs=3, batch_size=8, lr=0.01, step_size=2, gamma=0.1)
+    return dataclasses.replace(small, exp="one", augment=AugmentConfig(crop_scale=0.5), optim=optim)
 
 
 def change(config: TrainConfig, part: str = "optim", **values: Any) -> TrainConfig:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from finetune101.config import AugmentConfig, DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
@@ -17,15 +17,9 @@ from finetune101.training.probe import solve
 
 
 @pytest.fixture
-def base(tiny_data: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        exp="probe",
-        runs=str(tmp_path / "runs"),
-        data=DataConfig(root=str(tiny_data)),
-        model=ModelConfig(name="resnet18", pretrain=False, size=32, head="probe"),
-        optim=OptimConfig(epochs=0, batch_size=8),
-        system=SystemConfig(threads=1),
-    )
+def base(small: TrainConfig) -> TrainConfig:
+    model = ModelConfig(name="resnet18", pretrain=False, size=32, head="probe")
+    return dataclasses.replace(small, exp="probe", model=model, optim=OptimConfig(epochs=0, batch_size=8))
 
 
 def test_solve_finds_where_the_gradient_is_zero() -> None:
