@@ -70,6 +70,10 @@ class AugmentConfig:
     """Mirror every second training image."""
     crop_scale: float = 1.0
     """Smallest share of the image that a random resized crop keeps; 1 leaves the crop out."""
+    policy: Literal["none", "trivial"] = "none"
+    """trivial: one random change of colour or shape to each image (TrivialAugment)."""
+    erasing: float = 0.0
+    """Share of training images in which a random box is painted over."""
     train_sizes: tuple[int, ...] = ()
     """Sizes in pixels of training images, one after the other over the epochs. Default: the size of the input."""
 
@@ -124,6 +128,10 @@ class OptimConfig:
     """Nesterov momentum."""
     weight_decay: float = 0.0
     """L2 penalty on all parameters."""
+    norm_weight_decay: bool = True
+    """Apply --weight-decay to biases and norms as well."""
+    ema: float = 0.0
+    """Validate and keep an exponential moving average of the weights, with this decay per step; 0 leaves it out."""
     schedule: Literal["step", "cosine"] = "step"
     """step: times --gamma every --step-size epochs. cosine: down to 0 over the run."""
     step_size: int = 30
@@ -315,6 +323,8 @@ def validate(config: TrainConfig) -> None:
             math.isfinite(o.weight_decay) and o.weight_decay >= 0,
             f"--weight-decay is {o.weight_decay}; give 0 or more",
         ),
+        (0 <= o.ema < 1, f"--ema is {o.ema}; give a number from 0 to below 1, such as 0.999"),
+        (0 <= config.augment.erasing <= 1, f"--erasing is {config.augment.erasing}; give a share from 0 to 1"),
         (o.step_size >= 1, f"--step-size is {o.step_size}; give at least 1"),
         (0 < o.gamma <= 1, f"--gamma is {o.gamma}; give a number above 0, at most 1"),
         (

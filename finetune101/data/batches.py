@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode, RandomErasing, RandomResizedCrop, TrivialAugmentWide
 from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
@@ -64,6 +64,26 @@ def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int) -> Tensor
     return result.permute(0, 3, 1, 2)
 
 
+def distort(pixels: Tensor, seeds: Sequence[int], config: AugmentConfig, fill: Sequence[int]) -> Tensor:
+    """uint8 (N, 3, h, w): each image changed and painted over as its seed says, with ``fill`` (RGB) where nothing is.
+
+    TrivialAugment (Müller & Hutter, 2021) and random erasing (Zhong et al., 2020).
+    """
+    changes: list[Callable[[Tensor], Tensor]] = []
+    if config.policy == "trivial":
+        changes.append(TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=list(fill)))
+    if config.erasing > 0:
+        changes.append(RandomErasing(config.erasing, value=list(fill)))
+    result = []
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        for image, seed in zip(pixels, seeds, strict=True):
+            torch.manual_seed(seed)
+            for change in changes:
+                image = change(image)
+            result.append(image)
+    return torch.stack(result)
+
+
 def read(images: Images, paths: Sequence[str]) -> Tensor:
     """uint8 (N, 3, h, w), a channels_last view of the decoded pixels."""
     return torch.from_numpy(images.read(paths)).permute(0, 3, 1, 2)
@@ -94,14 +114,19 @@ def train_batches(
     """
     side = images.preprocessing.cache_size
     preprocessing = replace(images.preprocessing, size=size or images.preprocessing.size)
+    distorts = config.policy != "none" or config.erasing > 0
+    fill = [round(255 * value) for value in preprocessing.mean]
     order, generator = epoch_order(len(paths), seed, epoch)
     for indices in order.split(batch_size):
         chosen = indices.tolist()
         boxes, mirrored = draw_boxes(len(chosen), side, config, generator)
+        seeds = torch.randint(2**62, (len(chosen),), generator=generator).tolist() if distorts else []
         mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
         pixels = augment(
             read(images, [paths[i] for i in chosen[mine]]), boxes[mine], mirrored[mine], preprocessing.size
         )
+        if distorts:
+            pixels = distort(pixels, seeds[mine], config, fill)
         y = torch.tensor([labels[i] for i in chosen[mine]]).to(world.device)
         yield to_input(pixels, preprocessing, world), y, len(chosen)
 

@@ -91,16 +91,25 @@ def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, i
     return model, bias.numel()
 
 
-def parameter_groups(model: nn.Module, head: str, lr: float, backbone_lr_ratio: float) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: the head at ``lr``, everything else at ``lr`` x ``backbone_lr_ratio``."""
+def parameter_groups(
+    model: nn.Module, head: str, lr: float, backbone_lr_ratio: float, norm_weight_decay: bool = True
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: the head at ``lr``, everything else at ``lr`` x ``backbone_lr_ratio``.
+
+    Without ``norm_weight_decay`` each is in two groups, and that of biases and norms has no weight decay.
+    """
     named = list(model.named_parameters())
     new = [parameter for name, parameter in named if name.startswith(head)]
     old = [parameter for name, parameter in named if not name.startswith(head)]
     assert new and old, f"no parameter, or every one, is called {head}*"
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": new, "lr": lr, "name": "head"},
         {"params": old, "lr": lr * backbone_lr_ratio, "name": "backbone"},
     ]
+    if norm_weight_decay:
+        return groups
+    flat = [{**group, "params": [p for p in group["params"] if p.dim() < 2], "weight_decay": 0.0} for group in groups]
+    return [{**group, "params": [p for p in group["params"] if p.dim() >= 2]} for group in groups] + flat
 
 
 def freeze(model: nn.Module, head: str) -> None:

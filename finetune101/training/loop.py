@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from finetune101.config import TrainConfig, to_dict
@@ -52,6 +53,7 @@ class Trainer:
             cpu.fast_layers(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
         self.wrapped = self.model
+        self.average = average(self.model, job.config.optim.ema) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
@@ -70,9 +72,16 @@ class Trainer:
             probe.fit_head(job.built, job.images, train, val, penalties, job.world, fast) if job.world.writes else {}
         )
         found = job.world.same_everywhere(self.model, found)
+        if self.average:
+            self.average.module.load_state_dict(self.model.state_dict())
         seconds = time.perf_counter() - started
         record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
         return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate()
+
+    @property
+    def shown(self) -> torch.nn.Module:
+        """The model that is validated and saved: the average where there is one."""
+        return self.average.module if self.average else self.model
 
     def wrap(self) -> None:
         """Makes all processes train one model, and gives every one the weights of the first."""
@@ -101,7 +110,7 @@ class Trainer:
         batches = eval_batches(
             job.images, paths[mine], labels[mine], batch_size=job.config.optim.batch_size, world=job.world
         )
-        return logits(self.model, batches, job.world)
+        return logits(self.shown, batches, job.world)
 
     def train_epoch(self, epoch: int, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass over the training images; raises ValueError when the loss is no longer finite."""
@@ -127,6 +136,8 @@ class Trainer:
             self.scaler.scale(loss * (mine * world.size / total)).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.average:
+                self.average.update_parameters(self.model)
             step += 1
             losses.append(loss.detach() * mine)
             correct += (output.detach().argmax(1) == y)[:mine].sum()
@@ -157,7 +168,7 @@ class Trainer:
         if not self.validates:
             return {"val_loss": None, "val_top1": None, "val_seconds": 0.0}
         job, world, started = self.job, self.job.world, time.perf_counter()
-        world.same_buffers(self.model)
+        world.same_buffers(self.shown)
         output, target = self.val_logits()
         sums = torch.stack(
             [
@@ -200,7 +211,7 @@ class Trainer:
             "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
             "epoch": str(record["epoch"]),
         }
-        state = {key: value.contiguous() for key, value in self.model.state_dict().items()}
+        state = {key: value.contiguous() for key, value in self.shown.state_dict().items()}
         save_with(self.job.run.best, lambda part: save_file(state, part, info))
 
     def _save_last(self, epoch: int) -> None:
@@ -209,6 +220,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "records": json.dumps(self.records),
         }
         save_with(self.job.run.last, lambda part: torch.save(state, part))
@@ -223,12 +235,24 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
             self.records = json.loads(state["records"])
         except Exception as error:
             raise ValueError(f"cannot resume from {file} ({error}); start anew with --overwrite") from error
         if self.job.world.writes:
             self.job.run.write_metrics(self.records)  # a crash may have come between the two files
         return int(state["epoch"])
+
+
+def average(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and buffers; it forgets the start sooner (decay (1 + n) / (10 + n))."""
+
+    def step(old: torch.Tensor, new: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
+        keep = min(decay, (1 + int(n)) / (10 + int(n)))
+        return old.lerp(new, 1 - keep) if old.is_floating_point() else new
+
+    return AveragedModel(model, avg_fn=step, use_buffers=True)
 
 
 class HeadTrainer(Trainer):
@@ -253,7 +277,8 @@ class HeadTrainer(Trainer):
 
     def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of the validation images."""
-        return logits(self.wrapped, [(self.x_val, torch.tensor(self.job.manifest.labels("val")))], self.job.world)
+        head = self.shown.get_submodule(self.job.built.head.rstrip("."))
+        return logits(head, [(self.x_val, torch.tensor(self.job.manifest.labels("val")))], self.job.world)
 
 
 def _not_finite(what: str, step: int) -> Diverged:

@@ -14,7 +14,7 @@ from finetune101.models.build import parameter_groups
 def optimizer(model: nn.Module, head: str, config: TrainConfig) -> SGD:
     """SGD with the head at ``lr`` and the backbone at ``lr * backbone_lr_ratio``; frozen parameters are left out."""
     o = config.optim
-    groups = parameter_groups(model, head, o.lr, config.backbone_lr_ratio())
+    groups = parameter_groups(model, head, o.lr, config.backbone_lr_ratio(), o.norm_weight_decay)
     for group in groups:
         group["initial_lr"] = group["lr"]
     return SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)

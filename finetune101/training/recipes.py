@@ -51,7 +51,26 @@ def finetune_fast(exp: str, *, pretrain: bool = True) -> TrainConfig:
     )  # fmt: skip
 
 
-RECIPES: dict[str, Callable[..., TrainConfig]] = {"original": original, "probe": probe, "finetune_fast": finetune_fast}
+def scratch(exp: str, *, pretrain: bool = False) -> TrainConfig:
+    """From random initialisation: a long cosine schedule with strong augmentation, and averaged weights.
+
+    ``finetune101 train --exp NAME --recipe scratch --no-pretrain``: trained at 128 px, validated and tested at 160 px.
+    """
+    return TrainConfig(
+        exp=exp,
+        recipe="scratch",
+        model=ModelConfig(pretrain=pretrain, size=160),
+        augment=AugmentConfig(crop_scale=0.3, policy="trivial", erasing=0.1, train_sizes=(128,)),
+        optim=OptimConfig(
+            epochs=60, lr=0.05, nesterov=True, weight_decay=1e-3, norm_weight_decay=False, ema=0.998,
+            schedule="cosine", warmup_epochs=3, label_smoothing=0.1,
+        ),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {
+    recipe.__name__: recipe for recipe in (original, probe, finetune_fast, scratch)
+}
 
 
 def named(name: str) -> Callable[..., TrainConfig]:
