@@ -41,7 +41,9 @@ class Progress:
 
     def __init__(self, plan: Plan, words: str) -> None:
         total = len(plan.queue())
-        self.bar = tqdm(total=total, desc=f"{plan.base.exp}{words}", unit="trial", dynamic_ncols=True, mininterval=0.5)
+        self.bar = tqdm(
+            total=total, desc=f"{plan.base.exp}{words}", unit="trial", dynamic_ncols=True, mininterval=0.5, smoothing=0
+        )
 
     def __call__(self, study: optuna.Study, record: dict[str, Any] | None) -> None:
         """Brings the bar to where ``study`` stands; ``record`` is the epoch that just ended, if this process saw it."""

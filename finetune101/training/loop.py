@@ -26,6 +26,8 @@ from finetune101.training import cpu, probe
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -248,11 +250,13 @@ class Trainer:
 def average(model: torch.nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of weights and buffers; it forgets the start sooner (decay (1 + n) / (10 + n))."""
 
-    def step(old: torch.Tensor, new: torch.Tensor, n: torch.Tensor | int) -> torch.Tensor:
-        keep = min(decay, (1 + int(n)) / (10 + int(n)))
-        return old.lerp(new, 1 - keep) if old.is_floating_point() else new
+    def step(old: Tensors, new: Tensors, n: torch.Tensor | int) -> None:
+        if old[0].is_floating_point():
+            torch._foreach_lerp_(old, new, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
+        else:
+            torch._foreach_copy_(old, new)
 
-    return AveragedModel(model, avg_fn=step, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=torch.no_grad()(step), use_buffers=True)
 
 
 class HeadTrainer(Trainer):

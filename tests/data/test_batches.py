@@ -10,13 +10,14 @@ from torch import Tensor
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data import dataset
-from finetune101.data.batches import augment, draw_boxes, eval_batches, read, to_input, train_batches
+from finetune101.data.batches import augment, distort, draw_boxes, eval_batches, read, to_input, train_batches
 from finetune101.data.cache import Images, decode, open_images
 from finetune101.world import World
 
 WORLD = World(torch.device("cpu"), "fp32", channels_last=False)
 CROP = AugmentConfig(crop_scale=0.3)
 PLAIN = AugmentConfig(flip=False)
+STRONG = AugmentConfig(crop_scale=0.3, policy="trivial", erasing=0.5)
 SHAPE = Preprocessing(
     size=24, cache_size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear"
 )
@@ -48,7 +49,7 @@ def test_every_image_comes_once_an_epoch(images: Images) -> None:
     assert sorted(y.tolist()) == list(range(36))
 
 
-@pytest.mark.parametrize("config", [CROP, AugmentConfig(), PLAIN], ids=["crop", "flip", "plain"])
+@pytest.mark.parametrize("config", [CROP, AugmentConfig(), PLAIN, STRONG], ids=["crop", "flip", "plain", "strong"])
 def test_seed_and_epoch_fix_everything(images: Images, config: AugmentConfig) -> None:
     first = epoch(images, config)
     torch.rand(7)  # the global random state plays no part
@@ -127,3 +128,21 @@ def test_the_memory_format_is_that_of_the_world(images: Images, channels_last: b
     x = to_input(read(images, images.paths[:4]), shape, world)
     assert x.shape == (4, 3, size, size) and x.is_contiguous(memory_format=world.memory_format)
     torch.testing.assert_close(x, to_input(read(images, images.paths[:4]), shape, WORLD), rtol=0, atol=0)
+
+
+def test_distortions_belong_to_an_image_not_to_its_batch(images: Images) -> None:
+    pixels, seeds = read(images, images.paths[:6]), [11, 12, 13, 14, 15, 16]
+    changed = distort(pixels, seeds, STRONG, [1, 2, 3])
+    assert changed.shape == pixels.shape and changed.dtype == torch.uint8
+    assert torch.equal(distort(pixels[2:4], seeds[2:4], STRONG, [1, 2, 3]), changed[2:4])
+    assert sum(not torch.equal(a, b) for a, b in zip(changed, pixels, strict=True)) >= 4
+
+
+def test_the_share_of_erased_images_and_their_colour(images: Images) -> None:
+    pixels = read(images, images.paths[:1]).expand(400, -1, -1, -1)
+    boxes = (distort(pixels, range(400), AugmentConfig(erasing=0.3), [9, 8, 7]) != pixels).any(1)
+    erased = boxes.flatten(1).any(1)
+    assert 0.2 < erased.float().mean() < 0.4
+    first = int(erased.nonzero()[0])
+    colours = distort(pixels[:1], [first], AugmentConfig(erasing=0.3), [9, 8, 7])[0][:, boxes[first]]
+    assert torch.equal(colours, torch.tensor([[9], [8], [7]], dtype=torch.uint8).expand_as(colours))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
 from finetune101.runs import Run
-from finetune101.training.loop import fit
+from finetune101.training.loop import average, fit
 from finetune101.training.prepare import prepare
 
 TIMING = ("seconds", "val_seconds", "images_per_s")
@@ -109,6 +109,42 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(base: TrainConfig, after: 
     again = train(config, resume=True)
     assert numbers(again) == numbers(whole)
     assert_same_weights(again, whole)
+
+
+def test_averaged_weights_and_distortions_resume_as_well(base: TrainConfig) -> None:
+    strong = change(change(base, ema=0.9), "augment", policy="trivial", erasing=0.2)
+    whole = train(strong)
+    run = interrupted(dataclasses.replace(strong, exp="two"), 2)
+    again = train(dataclasses.replace(strong, exp="two"), resume=True)
+    assert numbers(again) == numbers(whole)
+    assert again.path == run.path
+    assert_same_weights(again, whole)
+
+
+def test_the_average_is_validated_and_kept(base: TrainConfig) -> None:
+    run, plain = train(change(base, ema=0.9)), train(dataclasses.replace(base, exp="plain"))
+    assert [r["train_loss"] for r in run.metrics()] == [r["train_loss"] for r in plain.metrics()]
+    assert run.metrics()[0]["val_loss"] != plain.metrics()[0]["val_loss"]
+    last = train(change(dataclasses.replace(change(base, ema=0.9), exp="last"), "data", fit_on="train+val"))
+    kept, state = load_file(last.best), torch.load(last.last, weights_only=True)
+    assert all(torch.equal(kept[key], state["average"][f"module.{key}"]) for key in kept)
+    assert not all(torch.equal(kept[key], state["model"][key]) for key in kept)
+
+
+def test_the_average_forgets_its_start_first_and_then_by_its_decay() -> None:
+    layer = torch.nn.BatchNorm1d(1)
+    averaged, expected = average(layer, 0.8), None
+    for n, value in enumerate([5.0, 3.0, 1.0, 4.0, 2.0] * 12):
+        with torch.no_grad():
+            layer.weight.fill_(value)
+        layer.running_mean.fill_(-value)
+        layer.num_batches_tracked.fill_(n)
+        averaged.update_parameters(layer)
+        keep = min(0.8, (1 + n) / (10 + n))
+        expected = value if expected is None else keep * expected + (1 - keep) * value
+        assert averaged.module.weight.item() == pytest.approx(expected, rel=1e-5)
+        assert averaged.module.running_mean.item() == pytest.approx(-expected, rel=1e-5)
+        assert averaged.module.num_batches_tracked.item() == n
 
 
 def test_a_run_stopped_within_an_epoch_resumes_from_the_last_whole_one(base: TrainConfig) -> None:

@@ -110,3 +110,10 @@ def test_nesterov_reaches_the_optimizer() -> None:
     assert optimizer(Net(), "fc.", settings).param_groups[0]["nesterov"]
     plain = dataclasses.replace(settings, optim=OptimConfig())
     assert not optimizer(Net(), "fc.", plain).param_groups[0]["nesterov"]
+
+
+def test_biases_and_norms_can_be_left_undecayed() -> None:
+    sgd = optimizer(Net(), "fc.", config(weight_decay=0.1, norm_weight_decay=False))
+    decay = {tuple(p.shape): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
+    assert decay == {(4, 4): 0.1, (3, 4): 0.1, (4,): 0.0, (3,): 0.0}
+    assert rates(sgd) == pytest.approx({"head": 0.01, "backbone": 0.001})
