@@ -204,17 +204,17 @@ class StudyConfig:
     train_per_class: tuple[int, ...] = ()
     """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
     finetune_recipe: str = "finetune_fast"
-    """Recipe of the arm finetune."""
+    """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml."""
     scratch_recipe: str = "original"
-    """Recipe of the arm scratch."""
+    """Recipe of the arm scratch: a name, or a file such as a search's winner.yaml."""
     probe_recipe: str = "probe"
-    """Recipe of the arm probe."""
+    """Recipe of the arm probe: a name, or a file such as a search's winner.yaml."""
     epochs: int | None = None
     """Epochs of every arm that trains all layers. Default: its recipe's."""
     batch_size: int | None = None
     """Images per step. Default: the recipe's."""
     size: int | None = None
-    """Height and width of the input in pixels. Default: the network's own."""
+    """Height and width of the input in pixels. Default: the recipe's, then the network's own."""
     probe_l2: float = 0.003
     """L2 penalty of a linear output layer, with --train-per-class, where no validation images choose it."""
     data: str | None = None

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finetune101.config import DataConfig, StudyConfig, TrainConfig, to_dict, validate
+from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_settings, to_dict, validate, with_settings
 from finetune101.data import dataset, splits
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run, claim, write_json
@@ -63,11 +63,13 @@ def _configure(
 ) -> TrainConfig:
     recipe = {"finetune": study.finetune_recipe, "scratch": study.scratch_recipe, "probe": study.probe_recipe}[arm]
     split_seed = study.split_seed + split
-    config = named(recipe)(f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
+    config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
     data = DataConfig(
         root=study.data, protocol=study.protocol, split_seed=split_seed, max_test_per_class=study.max_test_per_class
     )
-    network = dataclasses.replace(config.model, name=model, size=study.size)
+    network, changes = dataclasses.replace(config.model, name=model), config.augment
+    if study.size is not None:
+        network, changes = dataclasses.replace(network, size=study.size), dataclasses.replace(changes, train_sizes=())
     if arm == "probe" and network.head == "random":
         network = dataclasses.replace(network, freeze=True)
     optim = config.optim
@@ -80,7 +82,16 @@ def _configure(
         optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
         network = dataclasses.replace(network, probe_l2=(study.probe_l2,))  # no validation images choose one
     system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
-    return dataclasses.replace(config, runs=study.runs, data=data, model=network, optim=optim, system=system)
+    parts = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
+    return dataclasses.replace(config, runs=study.runs, **parts)
+
+
+def _recipe(recipe: str, exp: str, pretrain: bool) -> TrainConfig:
+    """The configuration of a named recipe, or of a recipe file such as a search's winner.yaml."""
+    if not Path(recipe).suffix:
+        return named(recipe)(exp, pretrain=pretrain)
+    config = with_settings(TrainConfig(exp=exp, recipe=recipe), read_settings(Path(recipe)), recipe)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrain=pretrain))
 
 
 def _as_many_steps(optim: Any, classes: int, size: int, largest: int) -> Any:
@@ -258,7 +269,8 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) ->
 
 def _kind(config: TrainConfig) -> tuple[Any, ...]:
     """What decides the time that an image takes."""
-    return config.model.name, config.model.size, config.model.freeze, config.optim.epochs == 0
+    sizes = config.model.size, config.augment.train_sizes
+    return config.model.name, sizes, config.model.freeze, config.optim.epochs == 0
 
 
 def _usual_size(study: StudyConfig, index: dataset.Index) -> float:

@@ -97,6 +97,22 @@ def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: datase
             experiment.plan(dataclasses.replace(study, **change), index)
 
 
+def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
+    study: StudyConfig, index: dataset.Index, tmp_path: Path
+) -> None:
+    file = tmp_path / "winner.yaml"
+    file.write_text("optim: {epochs: 5, lr: 0.02}\nmodel: {name: alexnet, size: 64, pretrain: true}\n")
+    own = dataclasses.replace(study, arms=("scratch",), size=None, epochs=None, train_per_class=())
+    found = experiment.plan(dataclasses.replace(own, scratch_recipe=str(file)), index)[0].runs[0]
+    assert (found.model.name, found.model.size, found.model.pretrain) == ("efficientnet_lite0", 64, False)
+    assert (found.optim.epochs, found.optim.lr) == (5, 0.02)
+    recipe = dataclasses.replace(own, scratch_recipe="scratch")
+    found = experiment.plan(recipe, index)[0].runs[0]
+    assert (found.model.size, found.augment.train_sizes) == (160, (128,))
+    found = experiment.plan(dataclasses.replace(recipe, size=96), index)[0].runs[0]
+    assert (found.model.size, found.augment.train_sizes) == (96, ())
+
+
 def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:
     assert [picture.name for picture in report.draw_study(folder)] == ["efficientnet_lite0.png"]
     page = report.report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
