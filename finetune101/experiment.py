@@ -82,7 +82,7 @@ def _configure(
         optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
         network = dataclasses.replace(network, probe_l2=(study.probe_l2,))  # no validation images choose one
     system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
-    parts = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
+    parts: dict[str, Any] = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
     return dataclasses.replace(config, runs=study.runs, **parts)
 
 
