@@ -410,6 +410,13 @@ def report(argv: Sequence[str]) -> int:
     return verbs.report(argv)
 
 
+def lr_find(argv: Sequence[str]) -> int:
+    """``finetune101 lr-find``."""
+    from finetune101 import verbs
+
+    return verbs.lr_find(argv)
+
+
 def study(argv: Sequence[str]) -> int:
     """``finetune101 study``."""
     from finetune101 import verbs
@@ -565,6 +572,7 @@ VERBS: dict[str, Verb] = {
     "report": report,
     "study": study,
     "search": search,
+    "lr-find": lr_find,
     "recipes": recipes,
     "benchmark": benchmark,
     "demo": demo,
@@ -579,6 +587,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   report     one page about a run, a comparison or a study
   study      seeds x splits x arms x networks x training sizes, trained, tested and summed up
   search     hyper-parameters: grid, random or TPE, with pruning; search report DIR explains it
+  lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
   benchmark  how fast this machine trains
   demo       all of it on a small drawn data set"""

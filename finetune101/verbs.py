@@ -1,7 +1,8 @@
-"""The verbs about several runs: ``study`` makes them, ``compare`` and ``report`` read them."""
+"""Verbs beyond one run: ``study`` makes several, ``compare`` and ``report`` read them, ``lr-find`` comes before."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from finetune101.cli import ensure_data, parse, search_report
+from finetune101.cli import Settings, ensure_data, parse, parse_train, search_report
 from finetune101.config import DataConfig, Flat, StudyConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -56,6 +57,40 @@ class StudyArguments:
     """Runs at a time. The same command on other machines that share the folder takes runs as well."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only say how many runs there are to do, and how long they take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrFindArguments:
+    """Learning-rate range test: trains a few steps at growing rates, draws the loss, suggests --lr."""
+
+    config: Annotated[TrainConfig, Flat]
+    settings: Settings = None
+    low: float = 1e-5
+    """First learning rate of the output layer."""
+    high: float = 10.0
+    """Last learning rate of the output layer."""
+    steps: int = 100
+    """Steps from --low to --high."""
+    out: str = "lr_find.png"
+    """Picture to write."""
+
+
+def lr_find(argv: Sequence[str]) -> int:
+    """``finetune101 lr-find``."""
+    arguments = parse_train(["--exp", "lr-find", *argv], prog="finetune101 lr-find", kind=LrFindArguments)
+    from tempfile import TemporaryDirectory
+
+    from finetune101.analysis.figures import range_test as draw
+    from finetune101.training.lr_find import range_test
+    from finetune101.training.prepare import prepare
+
+    ensure_data(arguments.config)
+    with TemporaryDirectory() as runs:  # a job has a run, which nobody needs afterwards
+        job = prepare(dataclasses.replace(arguments.config, runs=runs))
+        found = range_test(job, arguments.low, arguments.high, arguments.steps)
+    print(f"Picture: {draw(found.rates, found.losses, found.suggestion, found.lowest, Path(arguments.out))}")
+    print(f"--lr {found.suggestion:.2g}: {found.reason}.")
+    return 0
 
 
 def compare(argv: Sequence[str]) -> int:

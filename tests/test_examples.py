@@ -24,13 +24,14 @@ CUTS = {
     "search": [*SMALL, "--model", "squeezenet1_1", "--no-pretrain", "--seeds", "1"],
     "study": [*SMALL, "--seeds", "1", "--splits", "1"],
     "benchmark": ["--models", "squeezenet1_1", "--size", "64", "--batch-size", "8", "--steps", "1", "--repeats", "1"],
+    "lr-find": ["--size", "64", "--batch-size", "8", "--steps", "10"],
     "demo": ["--epochs", "1"],
 }
 ELSEWHERE = ("data download", "demo")  # needs the network; is make demo, with a test of its own
 
 
 def test_every_verb_has_an_example() -> None:
-    verbs = re.findall(r"^  (\w+)", ABOUT, flags=re.M)
+    verbs = re.findall(r"^  ([\w-]+)", ABOUT, flags=re.M)
     assert len(verbs) >= 10
     for verb in verbs:
         assert verb == "demo" or any(line.split()[1] == verb for line in EXAMPLES), f"README.md has no {verb}"

@@ -82,6 +82,24 @@ def curves(metrics: Records, out: Path, title: str) -> Path:
         return save(figure, out)
 
 
+def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: float, lowest: float, out: Path) -> Path:
+    """Draws the smoothed training loss against the learning rate of the output layer, as a PNG at ``out``."""
+    with style():
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(rates, losses, color=BLUE)
+        for rate, colour, line, words in (
+            (suggestion, VERMILION, "--", f"suggested: {suggestion:.2g}"),
+            (lowest, GREY, ":", f"lowest loss: {lowest:.2g}"),
+        ):
+            axes.axvline(rate, color=colour, linestyle=line, label=words)
+        axes.set_ylim(top=min(max(losses), 1.3 * losses[0]))
+        axes.set(xscale="log", title="Learning-rate range test", xlabel="learning rate of the output layer")
+        axes.set_ylabel("training loss, smoothed")
+        axes.legend()
+        return save(figure, out)
+
+
 def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
     """Draws validation accuracy against steps and against time, and test accuracy, of two or three arms as a PNG.
 

@@ -1,0 +1,79 @@
+"""The learning-rate range test (Smith, 2017, https://arxiv.org/abs/1506.01186)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from finetune101.training.loop import Job, Trainer
+from finetune101.training.optim import set_rates
+
+SMOOTHING = 0.9  # of the loss that is judged: about the last ten steps
+TOO_HIGH = 4.0  # the test ends where the smoothed loss is this many times its lowest
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Rates of the output layer, smoothed training losses at them, and what follows."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float
+    lowest: float
+    """The rate at which the loss was lowest."""
+    reason: str
+
+
+def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100) -> RangeTest:
+    """Trains ``job`` for ``steps`` steps while its rates grow from ``low`` to ``high`` (output layer), others in ratio.
+
+    Suggests a tenth of the rate at which the smoothed loss was lowest: there it still falls quickly. Nothing is saved.
+    Raises ValueError for a range or a number of steps that cannot work.
+    """
+    if not (0 < low < high and math.isfinite(high)):
+        raise ValueError(f"the range {low} to {high} is none; give a --low above 0 and below --high")
+    if steps < 10:
+        raise ValueError(f"--steps is {steps}; give at least 10")
+    trainer, o = Trainer(job), job.config.optim
+    trainer.wrap()
+    torch.manual_seed(job.config.system.seed)  # dropout
+    trainer.model.train()
+    rates: list[float] = []
+    losses: list[float] = []
+    mean = 0.0
+    batches = itertools.chain.from_iterable(trainer.batches(1 + n % max(1, o.epochs)) for n in itertools.count())
+    for step, (x, y, _) in enumerate(tqdm(itertools.islice(batches, steps), total=steps, unit="step", desc="lr-find")):
+        rate = low * (high / low) ** (step / (steps - 1))
+        set_rates(trainer.optimizer, rate / o.lr)
+        with job.world.autocast():
+            loss = F.cross_entropy(trainer.wrapped(x).float(), y, label_smoothing=o.label_smoothing)
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.scaler.scale(loss).backward()
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * float(loss.detach())
+        smoothed = mean / (1 - SMOOTHING ** (step + 1))
+        if not math.isfinite(smoothed) or smoothed > TOO_HIGH * min([*losses, smoothed]):
+            break
+        rates.append(rate)
+        losses.append(smoothed)
+    return judge(rates, losses, stopped=len(rates) < steps)
+
+
+def judge(rates: list[float], losses: list[float], *, stopped: bool) -> RangeTest:
+    """What a range test's curve says. Raises ValueError when the loss never fell."""
+    best = min(range(len(losses)), key=losses.__getitem__) if losses else 0
+    if best < 3:
+        raise ValueError("the loss never fell; start from a smaller --low")
+    lowest = rates[best]
+    after = "from there it grows" if stopped or best < len(rates) - 1 else "--high is too low to see it grow"
+    reason = (
+        f"the training loss is lowest, {losses[best]:.2f}, at a learning rate of {lowest:.2g}, and {after};"
+        f" a tenth of it, {lowest / 10:.2g}, is where it still falls quickly"
+    )
+    return RangeTest(tuple(rates), tuple(losses), lowest / 10, lowest, reason)

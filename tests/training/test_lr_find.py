@@ -1,0 +1,46 @@
+"""The range test: rates grow as asked, the suggestion follows from the curve, nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from finetune101.config import TrainConfig
+from finetune101.training.lr_find import judge, range_test
+from finetune101.training.prepare import prepare
+
+
+def test_rates_grow_evenly_on_a_log_scale_until_the_loss_explodes(small: TrainConfig) -> None:
+    found = range_test(prepare(small), 1e-4, 100.0, 40)
+    ratios = [b / a for a, b in zip(found.rates, found.rates[1:], strict=False)]
+    assert ratios == pytest.approx([(1e6) ** (1 / 39)] * len(ratios))
+    assert found.rates[0] == pytest.approx(1e-4) and all(math.isfinite(loss) for loss in found.losses)
+    assert found.lowest == found.rates[found.losses.index(min(found.losses))]
+    assert found.suggestion == pytest.approx(found.lowest / 10) and f"{found.suggestion:.2g}" in found.reason
+
+
+def test_the_same_job_gives_the_same_curve(small: TrainConfig) -> None:
+    one, two = (range_test(prepare(dataclasses.replace(small, exp=name)), steps=12) for name in "ab")
+    assert one == two
+    assert not list(Path(small.runs).rglob("best.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("losses", "stopped", "said"),
+    [([4, 3, 2, 1, 2], False, "from there it grows"), ([5, 4, 3, 2], True, "grows"), ([4, 3, 2, 1], False, "too low")],
+)
+def test_what_a_curve_says(losses: list[float], stopped: bool, said: str) -> None:
+    found = judge([10.0**n for n in range(len(losses))], losses, stopped=stopped)
+    assert found.suggestion == 100.0 and said in found.reason
+
+
+def test_what_cannot_work_is_refused(small: TrainConfig) -> None:
+    job = prepare(small)
+    for low, high, steps, said in ((1.0, 0.1, 20, "range"), (0.0, 1.0, 20, "range"), (0.1, 1.0, 5, "--steps")):
+        with pytest.raises(ValueError, match=said):
+            range_test(job, low, high, steps)
+    with pytest.raises(ValueError, match="never fell"):
+        judge([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], stopped=True)
