@@ -94,7 +94,13 @@ def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: floa
         ):
             axes.axvline(rate, color=colour, linestyle=line, label=words)
         axes.set_ylim(top=min(max(losses), 1.3 * losses[0]))
-        axes.set(xscale="log", title="Learning-rate range test", xlabel="learning rate of the output layer")
+        axes.set(
+            xscale="log",
+            xlim=(rates[0], rates[-1]),
+            title="Learning-rate range test",
+            xlabel="learning rate of the output layer",
+        )
+        axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
         axes.set_ylabel("training loss, smoothed")
         axes.legend()
         return save(figure, out)
