@@ -403,6 +403,13 @@ def compare(argv: Sequence[str]) -> int:
     return verbs.compare(argv)
 
 
+def ensemble(argv: Sequence[str]) -> int:
+    """``finetune101 ensemble``."""
+    from finetune101 import verbs
+
+    return verbs.ensemble(argv)
+
+
 def report(argv: Sequence[str]) -> int:
     """``finetune101 report``."""
     from finetune101 import verbs
@@ -568,6 +575,7 @@ VERBS: dict[str, Verb] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "ensemble": ensemble,
     "compare": compare,
     "report": report,
     "study": study,
@@ -583,6 +591,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
   predict    label images with a run
+  ensemble   score the mean probabilities of several runs
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study
   study      seeds x splits x arms x networks x training sizes, trained, tested and summed up

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from finetune101.cli import Settings, ensure_data, parse, parse_train, search_report
+from finetune101.cli import Settings, ensure_data, parse, parse_train, score_text, search_report
 from finetune101.config import DataConfig, Flat, StudyConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -73,6 +73,38 @@ class LrFindArguments:
     """Steps from --low to --high."""
     out: str = "lr_find.png"
     """Picture to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnsembleArguments:
+    """Score the mean probabilities of several runs of one split."""
+
+    members: tyro.conf.Positional[tuple[str, ...]]
+    """Two or more runs (folder or name)."""
+    subset: Literal["test", "val", "train"] = "test"
+    """Which images. Choose members by val."""
+    out: str = "ensemble"
+    """Folder for test.json and predictions.csv."""
+    data: str | None = None
+    """Where the images are, if not where the runs found them."""
+    batch_size: int = 64
+    """Images per step."""
+    runs: str = "runs"
+    """Folder of all runs."""
+
+
+def ensemble(argv: Sequence[str]) -> int:
+    """``finetune101 ensemble``."""
+    a = parse(EnsembleArguments, argv, prog="finetune101 ensemble")
+    from finetune101.evaluation.ensemble import ensemble as score
+    from finetune101.runs import open_run
+
+    runs = [open_run(name, a.runs) for name in a.members]
+    result = score(runs, Path(a.out), subset=a.subset, data=a.data, batch_size=a.batch_size)
+    print(score_text(result, a.subset))
+    if a.subset == "test":
+        print(f"Every prediction: {Path(a.out) / 'predictions.csv'}")
+    return 0
 
 
 def lr_find(argv: Sequence[str]) -> int:

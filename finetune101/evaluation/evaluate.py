@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
             val = subset_logits(model, preprocessing, manifest, source, world_of(run), "val", batch_size)
             t = metrics.temperature(*val)
             result["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
-        write_predictions(run, manifest, output)
+        write_predictions(run.path / "predictions.csv", manifest, output)
         run.write_json("test.json", result)
     return result
 
@@ -95,10 +96,10 @@ def subset_logits(
     return logits(model, batches, world)
 
 
-def write_predictions(run: Run, manifest: splits.Manifest, output: Tensor) -> None:
-    """predictions.csv: path, label, prediction, confidence of every test image."""
+def write_predictions(out: Path, manifest: splits.Manifest, output: Tensor) -> None:
+    """A CSV file: path, label, prediction, confidence of every test image."""
     confidence, prediction = torch.softmax(output, 1).max(1)
-    with atomic(run.path / "predictions.csv") as part, open(part, "w", newline="", encoding="utf-8") as file:
+    with atomic(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "label", "prediction", "confidence"])
         for path, p, c in zip(manifest.subsets["test"], prediction.tolist(), confidence.tolist(), strict=True):

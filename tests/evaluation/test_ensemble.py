@@ -1,0 +1,61 @@
+"""An ensemble is the mean of its members' probabilities, on the images that all of them share."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune101.config import DataConfig, TrainConfig
+from finetune101.evaluation.ensemble import ensemble, mean_log_probabilities
+from finetune101.evaluation.evaluate import evaluate
+from finetune101.runs import Run
+from finetune101.training.loop import fit
+from finetune101.training.prepare import prepare
+
+
+def trained(config: TrainConfig, exp: str, seed: int = 0, **data: object) -> Run:
+    source = dataclasses.replace(config.data, **data)  # type: ignore[arg-type]
+    optim, system = dataclasses.replace(config.optim, epochs=1), dataclasses.replace(config.system, seed=seed)
+    job = prepare(dataclasses.replace(config, exp=exp, data=source, optim=optim, system=system))
+    list(fit(job, quiet=True))
+    return job.run
+
+
+def test_the_mean_of_probabilities() -> None:
+    a, b, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.tensor([0])
+    mean = (torch.softmax(a, 1) + torch.softmax(b, 1)) / 2
+    output, same = mean_log_probabilities([(a, labels), (b, labels)])
+    torch.testing.assert_close(output.exp(), mean)
+    assert torch.equal(same, labels)
+
+
+def test_twice_the_same_run_is_that_run_and_the_folder_holds_its_evidence(small: TrainConfig, tmp_path: Path) -> None:
+    run = trained(small, "one")
+    alone, twice = evaluate(run), ensemble([run, run], tmp_path / "both")
+    assert twice["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert {k: twice[k] for k in ("n", "correct", "top1")} == {k: alone[k] for k in ("n", "correct", "top1")}
+    assert json.loads((tmp_path / "both" / "test.json").read_text())["runs"] == [str(run.path)] * 2
+    with open(tmp_path / "both" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["label"] == row["prediction"] for row in rows) == alone["correct"] and len(rows) == alone["n"]
+
+
+def test_validation_is_not_written(small: TrainConfig, tmp_path: Path) -> None:
+    runs = [trained(small, "one"), trained(small, "two", seed=1)]
+    assert ensemble(runs, tmp_path / "out", subset="val")["n"] == 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_work_is_refused(small: TrainConfig, tmp_path: Path) -> None:
+    run = trained(small, "one")
+    with pytest.raises(ValueError, match="two runs or more"):
+        ensemble([run], tmp_path)
+    assert isinstance(small.data, DataConfig)
+    other = trained(small, "other", split_seed=7)
+    with pytest.raises(ValueError, match="another split"):
+        ensemble([run, other], tmp_path)
