@@ -366,12 +366,16 @@ def evaluate(argv: Sequence[str]) -> int:
 def score_text(result: dict[str, Any], subset: str = "test") -> str:
     """The numbers of one evaluation as a person reads them."""
     low, high = result["top1_interval"]
+    alone = result.get("without_duplicates", {"n": result["n"]})
+    twins, without = result["n"] - alone["n"], ""
+    if twins and alone["n"]:
+        without = f"\nWithout the {twins} that have a near-duplicate in training: {alone['top1']:.2f} %"
     return (
         f"{subset.capitalize()} loss: {result['loss']:.4f}\n"
         f"{subset.capitalize()} accuracy: {result['top1']:.2f} % ({result['correct']}/{result['n']}, "
         f"95 % interval {low:.2f} to {high:.2f} %)\n"
         f"Top-5 accuracy: {result['top5']:.2f} %\n"
-        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %"
+        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %{without}"
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +199,14 @@ def duplicate_groups(index: Index) -> dict[str, str]:
         low, high = sorted((first(a), first(b)))
         group[high] = low
     return {path: first(path) for path in index.paths}
+
+
+def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> set[str]:
+    """Those of ``paths`` that share a group of ``duplicate_groups`` with one of ``among``."""
+    paths, among = tuple(paths), tuple(among)
+    groups = duplicate_groups(replace(index, paths=tuple(sorted({*paths, *among}))))
+    known = {groups[path] for path in among}
+    return {path for path in paths if groups[path] in known}
 
 
 def _cached_thumbnails(index: Index) -> Thumbnails:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune101.config import DataConfig, Preprocessing
-from finetune101.data import cache, dataset, splits
+from finetune101.data import cache, dataset, splits, verify
 from finetune101.data.batches import eval_batches
 from finetune101.evaluation import metrics
 from finetune101.evaluation.inference import load_model, logits, read_checkpoint, world_of
@@ -63,9 +63,24 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
             val = subset_logits(model, preprocessing, manifest, source, world_of(run), "val", batch_size)
             t = metrics.temperature(*val)
             result["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
+        result["without_duplicates"] = _without_duplicates(manifest, source, output.argmax(1) == labels)
         write_predictions(run.path / "predictions.csv", manifest, output)
         run.write_json("test.json", result)
     return result
+
+
+def _without_duplicates(manifest: splits.Manifest, data: DataConfig, correct: Tensor) -> dict[str, Any]:
+    """Top-1 (percent) on the test images of which no near-duplicate was trained on, and how many those are."""
+    held = ("train", "val") if data.fit_on == "train+val" else ("train",)
+    trained = [path for subset in held for path in manifest.subsets[subset]]
+    known = verify.with_duplicate(_index(manifest, data), manifest.subsets["test"], trained)
+    alone = torch.tensor([path not in known for path in manifest.subsets["test"]])
+    n = int(alone.sum())
+    return {"n": n, "top1": 100 * int(correct[alone].sum()) / n if n else None}
+
+
+def _index(manifest: splits.Manifest, data: DataConfig) -> dataset.Index:
+    return dataset.index(dataset.find(data.root), "folders" if manifest.protocol == "folders" else "classes")
 
 
 def calibration(output: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -88,7 +103,7 @@ def subset_logits(
     paths = manifest.subsets[subset]
     if not paths:
         raise ValueError(f"the split has no {subset} images; choose another subset or make a split that has some")
-    index = dataset.index(dataset.find(data.root), "folders" if manifest.protocol == "folders" else "classes")
+    index = _index(manifest, data)
     splits.check(manifest, index)
     images = cache.open_images(index, preprocessing, data.cache, manifest.options.get("skipped", ()))
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]

@@ -1,0 +1,43 @@
+"""The score of a run says how much of it stands without test images that were trained on in another file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune101.cli import score_text
+from finetune101.config import DataConfig, TrainConfig
+from finetune101.evaluation.evaluate import evaluate
+from finetune101.training.loop import fit
+from finetune101.training.prepare import prepare
+
+
+@pytest.mark.parametrize("copies", [0, 1])
+def test_images_with_a_near_duplicate_in_training(
+    small: TrainConfig, tiny_data: Path, tmp_path: Path, copies: int
+) -> None:
+    for name in ("ball", "box"):
+        for i, path in enumerate(sorted((tiny_data / name).iterdir())):
+            part = ("train", "train", "val", "test")[i % 4]
+            (tmp_path / "data" / part / name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, tmp_path / "data" / part / name / path.name)
+    if copies:
+        with Image.open(tiny_data / "ball/image_0001.jpg") as image:  # trained on
+            image.resize((80, 60)).save(tmp_path / "data/test/ball/again.jpg", quality=80)
+        shutil.copyfile(tiny_data / "box/image_0003.jpg", tmp_path / "data/test/box/validated.jpg")
+    optim = dataclasses.replace(small.optim, epochs=1)
+    data = DataConfig(root=str(tmp_path / "data"), protocol="folders")
+    job = prepare(dataclasses.replace(small, data=data, optim=optim))
+    list(fit(job, quiet=True))
+    result = evaluate(job.run)
+    with open(job.run.path / "predictions.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if "again" not in row["path"]]
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert result["n"] == 6 + 2 * copies and len(rows) == 6 + copies
+    assert result["without_duplicates"] == {"n": len(rows), "top1": pytest.approx(100 * right / len(rows))}
+    assert ("Without the 1 that have a near-duplicate in training: " in score_text(result)) == bool(copies)
