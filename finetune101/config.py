@@ -74,6 +74,8 @@ class AugmentConfig:
     """trivial: one random change of colour or shape to each image (TrivialAugment)."""
     erasing: float = 0.0
     """Share of training images in which a random box is painted over."""
+    mix: float = 0.0
+    """Share of batches in which images are mixed in pairs, by MixUp or CutMix in turn of chance."""
     train_sizes: tuple[int, ...] = ()
     """Sizes in pixels of training images, one after the other over the epochs. Default: the size of the input."""
 
@@ -301,6 +303,7 @@ def validate(config: TrainConfig) -> None:
     o, d = config.optim, config.data
     rules = [
         (config.model.freeze or not config.model.cached_features, "--cached-features needs --freeze"),
+        (not (config.model.cached_features and config.augment.mix), "--cached-features leaves no images for --mix"),
         (config.model.head == "random" or not config.model.cached_features, "--cached-features needs --head random"),
         (
             o.epochs >= (config.model.head == "random"),
@@ -325,6 +328,7 @@ def validate(config: TrainConfig) -> None:
         ),
         (0 <= o.ema < 1, f"--ema is {o.ema}; give a number from 0 to below 1, such as 0.999"),
         (0 <= config.augment.erasing <= 1, f"--erasing is {config.augment.erasing}; give a share from 0 to 1"),
+        (0 <= config.augment.mix <= 1, f"--mix is {config.augment.mix}; give a share from 0 to 1"),
         (o.step_size >= 1, f"--step-size is {o.step_size}; give at least 1"),
         (0 < o.gamma <= 1, f"--gamma is {o.gamma}; give a number above 0, at most 1"),
         (

@@ -8,7 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import InterpolationMode, RandomErasing, RandomResizedCrop, TrivialAugmentWide
+from torchvision.transforms.v2 import (
+    CutMix,
+    InterpolationMode,
+    MixUp,
+    RandomErasing,
+    RandomResizedCrop,
+    TrivialAugmentWide,
+)
 from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
@@ -82,6 +89,24 @@ def distort(pixels: Tensor, seeds: Sequence[int], config: AugmentConfig, fill: S
                 image = change(image)
             result.append(image)
     return torch.stack(result)
+
+
+def mix(x: Tensor, y: Tensor, classes: int, share: float) -> tuple[Tensor, Tensor]:
+    """(N, 3, h, w), int64 (N,) -> images mixed in pairs and their shares of ``classes`` (N, classes), or as they were.
+
+    One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019). Draws from
+    the global generator.
+    """
+    if len(x) < 2 or float(torch.rand(())) >= share:
+        return x, y
+    change = MixUp(alpha=0.2, num_classes=classes) if float(torch.rand(())) < 0.5 else CutMix(num_classes=classes)
+    mixed, shares = change(x, y)
+    return mixed.contiguous(memory_format=_layout(x)), shares
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def read(images: Images, paths: Sequence[str]) -> Tensor:

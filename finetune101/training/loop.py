@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from finetune101.config import TrainConfig, to_dict
-from finetune101.data.batches import epoch_order, eval_batches, train_batches
+from finetune101.data.batches import epoch_order, eval_batches, mix, train_batches
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.evaluation.inference import logits
@@ -126,12 +126,13 @@ class Trainer:
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
         losses, correct, started = [], torch.zeros((), device=job.world.device), time.perf_counter()
-        step = (epoch - 1) * self.steps_per_epoch
+        step, classes, share = (epoch - 1) * self.steps_per_epoch, len(job.manifest.classes), job.config.augment.mix
         for x, y, total in self.batches(epoch):
+            x, target = mix(x, y, classes, share) if share else (x, y)
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
             with world.autocast():
                 output = self.wrapped(x)
-                loss = F.cross_entropy(output.float(), y, label_smoothing=o.label_smoothing)
+                loss = F.cross_entropy(output.float(), target, label_smoothing=o.label_smoothing)
             mine = len(range(total)[world.share(total)])
             self.optimizer.zero_grad(set_to_none=True)
             # processes hold unequal shares of the last batch, and their gradients are averaged

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data import dataset
-from finetune101.data.batches import augment, distort, draw_boxes, eval_batches, read, to_input, train_batches
+from finetune101.data.batches import augment, distort, draw_boxes, eval_batches, mix, read, to_input, train_batches
 from finetune101.data.cache import Images, decode, open_images
 from finetune101.world import World
 
@@ -146,3 +146,21 @@ def test_the_share_of_erased_images_and_their_colour(images: Images) -> None:
     first = int(erased.nonzero()[0])
     colours = distort(pixels[:1], [first], AugmentConfig(erasing=0.3), [9, 8, 7])[0][:, boxes[first]]
     assert torch.equal(colours, torch.tensor([[9], [8], [7]], dtype=torch.uint8).expand_as(colours))
+
+
+def test_mixed_images_carry_the_shares_of_their_classes() -> None:
+    torch.manual_seed(0)
+    x = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    y, kinds = torch.arange(6), set()
+    for _ in range(40):
+        mixed, shares = mix(x, y, 6, 1.0)
+        torch.testing.assert_close(shares.sum(1), torch.ones(6))
+        # each image's value is its class, so the mean value of a mixed one is the mean of its classes
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), shares @ torch.arange(6.0))
+        kinds.add("cut" if torch.equal(mixed, mixed.round()) else "up")
+        assert mixed.is_contiguous(memory_format=torch.channels_last)
+    assert kinds == {"cut", "up"}
+    same = mix(x, y, 6, 0.0)
+    assert torch.equal(same[0], x) and torch.equal(same[1], y)
+    changed = sum(mix(x, y, 6, 0.3)[1].dim() == 2 for _ in range(400))
+    assert 80 < changed < 160

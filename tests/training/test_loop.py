@@ -112,7 +112,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(base: TrainConfig, after: 
 
 
 def test_averaged_weights_and_distortions_resume_as_well(base: TrainConfig) -> None:
-    strong = change(change(base, ema=0.9), "augment", policy="trivial", erasing=0.2)
+    strong = change(change(base, ema=0.9), "augment", policy="trivial", erasing=0.2, mix=0.5)
     whole = train(strong)
     run = interrupted(dataclasses.replace(strong, exp="two"), 2)
     again = train(dataclasses.replace(strong, exp="two"), resume=True)
