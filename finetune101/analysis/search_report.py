@@ -224,6 +224,7 @@ def draw_ranks(seen: Seen) -> Figure:
     axes.set_xticks([0, 1], [f"epoch {EARLY}", "last epoch"])
     axes.set(ylabel="rank by best validation accuracy (1 = best)", xlim=(-0.1, 1.1))
     axes.set_ylim(len(long) + 1, 0)
+    axes.set_yticks([1, *range(5, len(long) + 1, 5)])
     axes.grid(axis="x", visible=False)
     handles = [Line2D([], [], color=c, linewidth=w) for c, w in ((VERMILION, 3), (BLUE, 2), ("#B0B0B0", 1))]
     figure.legend(handles, ["winner", "best five", "others"], loc="outside lower left", ncols=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import contextlib
 import itertools
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ class Seen:
     names: tuple[str, ...]
     curves: tuple[Curve, ...]
     failed: int
+    images: int | None = None
+    """Validation images, where the winner's run is at hand."""
 
     @property
     def best(self) -> Curve:
@@ -79,7 +82,10 @@ def load(folder: Path) -> Seen:
     if len(curves) < 2:
         raise ValueError(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
     names = tuple(name for name in saved["space"] if len({str(curve.point[name]) for curve in curves}) > 1)
-    return Seen(folder.name, names, tuple(curves), sum(entry["state"] == "failed" for entry in saved["results"]))
+    winner = Run(folder / Path(saved["winner"]["run"] or "").name)
+    images = len(winner.read_json("split.json")["subsets"]["val"]) if winner.has("split.json") else None
+    failed = sum(entry["state"] == "failed" for entry in saved["results"])
+    return Seen(folder.name, names, tuple(curves), failed, images)
 
 
 def levels(seen: Seen, name: str) -> tuple[list[str], list[int]]:
@@ -236,6 +242,14 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
     best = seen.best
     at = ", ".join(f"{name} {text(value)}" for name, value in best.point.items())
     said = [f"The best of {len(seen.curves)} trials reached {best.best:.2f} % of the validation images with {at}."]
+    if seen.images:
+        error = 100 * math.sqrt(best.best / 100 * (1 - best.best / 100) / seen.images)
+        near = sum(curve.best >= best.best - error for curve in seen.curves) - 1
+        said.append(
+            f"On {seen.images} validation images its standard error is {error:.1f} points, and {near} other trials lie "
+            "within that"
+            + (": --finalists tells them apart by training the best again with several seeds." if near else ".")
+        )
     stopped = len(seen.curves) - len(seen.complete)
     if stopped:
         said.append(f"{stopped} of them were stopped early and count with what they had reached.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -96,3 +97,12 @@ def test_asha_costs_less_than_the_grid_and_may_drop_the_winner() -> None:
     seen = made(noise=0.5)
     assert replay(seen.curves, "grid", "asha", 0).epochs[-1][0] < sum(curve.steps[-1] for curve in seen.curves)
     assert 0 <= dropped(seen.curves, "asha", orders=4) <= 1
+
+
+def test_words_say_how_much_of_the_ranking_is_chance() -> None:
+    seen = dataclasses.replace(made(), images=400)
+    best, near = seen.best.best, sum(curve.best > seen.best.best - 1.5 for curve in seen.curves) - 1
+    said = effects.words(seen, effects.variance(seen), None, {})
+    error = 100 * math.sqrt(best / 100 * (1 - best / 100) / 400)
+    assert f"On 400 validation images its standard error is {error:.1f} points, and {near} other trials lie" in said
+    assert "--finalists" in said and "standard error" not in effects.words(made(), effects.variance(made()), None, {})
