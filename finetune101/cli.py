@@ -264,7 +264,9 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
     elif seen.config:
         if seen.recipe:
             raise ValueError("--recipe and --config both say where to start; give one of them")
-        config = with_settings(TrainConfig(exp=tyro.MISSING), read_settings(Path(seen.config)), seen.config)
+        config = with_settings(
+            TrainConfig(exp=tyro.MISSING, recipe=seen.config), read_settings(Path(seen.config)), seen.config
+        )
     else:
         known = model or seen.no_pretrain or kind is SearchArguments  # whose usual space is the original's
         usual = "original" if known else "finetune_fast"
@@ -329,7 +331,8 @@ def finish(run: Run) -> None:
     curves(records, run.path / "curves.png", run.name)
     best = [record for record in records if record["best"]][-1]
     score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
-    print(f"Best epoch {best['epoch']}{score}. Curves: {run.path / 'curves.png'}")
+    start = " (the linear output layer that training started from)" if best["epoch"] == 0 else ""
+    print(f"Best epoch {best['epoch']}{start}{score}. Curves: {run.path / 'curves.png'}")
 
 
 def ensure_data(config: TrainConfig) -> None:

@@ -173,7 +173,7 @@ class TrainConfig:
     runs: str = "runs"
     """Folder of all runs."""
     recipe: str | None = None
-    """Start from a named recipe (original); other flags override it."""
+    """Start from a named recipe (`finetune101 recipes` lists them); other flags override it."""
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     augment: Annotated[AugmentConfig, Flat] = field(default_factory=AugmentConfig)
     model: Annotated[ModelConfig, Flat] = field(default_factory=ModelConfig)

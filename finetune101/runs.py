@@ -165,7 +165,9 @@ def open_run(name: str, runs: str = "runs") -> Run:
     for path in (Path(name), Path(runs) / name):
         if (path / "config.json").is_file():
             return Run(path)
-    known = sorted(path.parent.relative_to(runs).as_posix() for path in Path(runs).glob("**/config.json"))
+    found = [path.parent for path in Path(runs).glob("**/config.json")]
+    names = [path.relative_to(runs).as_posix() for path in found if not (path.parent / "optuna.journal").exists()]
+    known = sorted(names, key=lambda name: (name.count("/"), name))  # trials of searches have no name of their own
     hint = f"there are: {', '.join(known[:10])}" if known else f"there is none yet in {runs}; train one first"
     raise ValueError(f"no run named {name}; {hint}")
 

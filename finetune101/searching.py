@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -15,10 +16,10 @@ import yaml
 from tqdm import tqdm
 
 from finetune101.analysis.figures import curves
-from finetune101.config import TrainConfig, to_dict
+from finetune101.config import TrainConfig, from_dict, to_dict
 from finetune101.runs import Run, atomic, file_name, write_json
 from finetune101.search import study as studies
-from finetune101.search.space import configure, label
+from finetune101.search.space import SETTINGS, configure, label
 from finetune101.search.study import Plan
 from finetune101.search.trial import FINISHED, identity, is_finished
 from finetune101.search.workers import alone, run
@@ -48,9 +49,11 @@ class Progress:
     def __call__(self, study: optuna.Study, record: dict[str, Any] | None) -> None:
         """Brings the bar to where ``study`` stands; ``record`` is the epoch that just ended, if this process saw it."""
         done = study.get_trials(deepcopy=False, states=FINISHED)
+        if not self.bar.n and record is None:  # what earlier commands trained tells nothing of the time left
+            self.bar.initial = self.bar.n = min(len(done), self.bar.total)
         scores = [t.user_attrs["best_val_top1"] for t in done if t.user_attrs.get("best_val_top1") is not None]
-        best = f"best {max(scores):.2f} %" if scores else ""
-        self.bar.set_postfix_str(best + (f", epoch {record['epoch']}" if record else ""), refresh=False)
+        told = [f"best {max(scores):.2f} %"] if scores else []
+        self.bar.set_postfix_str(", ".join([*told, *([f"epoch {record['epoch']}"] if record else [])]), refresh=False)
         self.bar.update(min(len(done), self.bar.total) - self.bar.n)
 
 
@@ -64,6 +67,7 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
     if finalists < 0 or seeds < 1:
         raise ValueError(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
     with alone(plan):
+        _check_same(plan)
         started, best = time.perf_counter(), None
         study = studies.open_study(plan)
         before = _training_seconds(plan, study)
@@ -80,6 +84,22 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
                 write(plan, entries, best, took, table, plots)
     tell(plan, entries, best, table)
+
+
+def _check_same(plan: Plan) -> None:
+    """Raises ValueError where the folder holds the results of a search with other settings beside the space."""
+    if not (plan.folder / "search.json").is_file():
+        return
+    known = Run(plan.folder).read_json("search.json")
+    before, now = studies.recipe(from_dict(known["base"]), {}), studies.recipe(plan.base, {})
+    searched = {SETTINGS[name][1] for name in {*known["space"], *plan.space} if name in SETTINGS}
+    for part, fields in now.items():
+        for name, value in fields.items():
+            old = before.get(part, {}).get(name)
+            if old != value and name not in searched:
+                raise ValueError(
+                    f"{plan.folder} holds a search with {name} {old}, not {value}; give this one another --exp"
+                )
 
 
 def _run(plan: Plan, words: str) -> optuna.Study:
@@ -124,7 +144,7 @@ def write(
     if json.loads(json.dumps(value)) != known:
         write_json(file, value)
     rows = [[entry["point"], entry["best_val_top1"]] for entry in entries]
-    if not table.is_file() or took:
+    if not table.is_file() or json.loads(table.read_text(encoding="utf-8")) != json.loads(json.dumps(rows)):
         write_json(table, rows)
     write_recipe(plan, winner)
     for entry in entries:
@@ -142,7 +162,7 @@ def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
     text = (
         f"# Found by a search of {plan.base.exp}: {label(winner['point'])}, {score or 0:.2f} % on validation images.\n"
     )
-    text += f"# finetune101 train --config {out} --exp NAME\n"
+    text += f"# {train_command(plan)}\n"
     text += yaml.safe_dump(studies.recipe(plan.base, winner["point"]), sort_keys=False)
     if not out.is_file() or out.read_text(encoding="utf-8") != text:
         with atomic(out) as part:
@@ -150,9 +170,21 @@ def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
     return out
 
 
+def train_command(plan: Plan) -> str:
+    """How the winner is trained, on the images of the search."""
+    root = plan.base.data.root
+    where = f" --data {shlex.quote(root)}" if root else ""
+    return f"finetune101 train --config {shlex.quote(str(plan.folder / 'winner.yaml'))} --exp NAME{where}"
+
+
 def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path) -> None:
     """Prints the ranking and where everything is."""
-    print(f"\nRanking of {len(entries)} points by validation accuracy ({table}):")
+    left = len(plan.queue()) - len(entries)
+    if left > 0:
+        print(f"\n{left} of {len(plan.queue())} points are left; the same command goes on.")
+    if not entries:
+        return
+    print(f"\nRanking of {len(entries)} point{'s' * (len(entries) != 1)} by validation accuracy ({table}):")
     for rank, entry in enumerate(entries[:10], 1):
         score = entry["error"] or f"{entry['best_val_top1']:.2f} %"
         stopped = f", stopped after epoch {entry['epochs']}" if entry["state"] == "pruned" else ""
@@ -162,7 +194,7 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         print(
             f"finalist {rank}: {entry['mean'] or 0:.2f}{sd} % over {len(entry['seeds'])} seeds  {label(entry['point'])}"
         )
-    print(f"Train the winner: finetune101 train --config {plan.folder / 'winner.yaml'} --exp NAME")
+    print(f"Train the winner: {train_command(plan)}")
     print(f"What the search saw: finetune101 search report {plan.folder}")
 
 
@@ -176,7 +208,7 @@ def dry_run(plan: Plan) -> str:
         left = [config for config, run in runs if not is_finished(run, config)]
     else:
         left = [plan.base] * len(queue)
-    text = f"{len(queue)} trials, {len(queue) - len(left)} of them finished"
+    text = f"{len(queue)} trial{'s' * (len(queue) != 1)}, {len(queue) - len(left)} of them finished"
     if not left:
         return f"{text}: nothing to do."
     rate, train, val = measure(left[0])

@@ -43,6 +43,7 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
             file = save(draw(*arguments), out / f"{name}.png")
         figures.append({"title": title, "note": note, "data": base64.b64encode(file.read_bytes()).decode()})
 
+    upto = f" up to epoch {seen.common}, the last that all trials reached" if seen.common else ""
     first = max(found.main, key=lambda name: found.main[name], default=None)
     add(
         "curves",
@@ -56,7 +57,7 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
         add(
             "effects",
             "Effect of each setting",
-            "Mean best accuracy at each value with the other settings held even; bars are 95 % intervals.",
+            f"Mean best accuracy{upto} at each value, with the other settings held even; bars are 95 % intervals.",
             draw_effects,
             seen,
             found,
@@ -71,7 +72,7 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
             importance,
         )
     for a, b in chosen:
-        note = "Mean best accuracy of the trials in each cell, and how many they are."
+        note = f"Mean best accuracy{upto} of the trials in each cell, and how many they are."
         add(f"heat_{a}_{b}", f"{a} × {b}", note, draw_heat, seen, a, b)
     if change:
         note = f"Ranks of the {change.trials} trials that ran to the end; the five best are drawn strongly."
@@ -118,6 +119,7 @@ def draw_curves(seen: Seen, name: str | None) -> Figure:
         best = curve is seen.best
         line: dict[str, Any] = {"color": VERMILION, "linewidth": 3, "zorder": 5} if best else {"color": colours[k]}
         style_ = "-" if best else dashes[k % 4]
+        line |= {"marker": "o", "markersize": 3} if len(curve.steps) <= 12 else {}
         axes.plot(curve.steps, np.maximum.accumulate(curve.scores), style_, **{"linewidth": 1.2, "alpha": 0.9, **line})
         if curve.state == "pruned":
             axes.plot(curve.steps[-1], curve.best, "x", color=colours[k], markersize=7)
@@ -125,9 +127,7 @@ def draw_curves(seen: Seen, name: str | None) -> Figure:
     words = [f"{name} {value}" for value in values] if name else ["trial"]
     handles.append(Line2D([], [], color=VERMILION, linewidth=3))
     axes.legend(
-        [
-            *handles,
-        ],
+        handles,
         [*words, "winner"],
         loc="lower right",
     )
@@ -150,7 +150,8 @@ def draw_effects(seen: Seen, found: Variance) -> Figure:
             if level.low is not None and level.high is not None:
                 axes.plot([x, x], [level.low, level.high], color=BLUE, linewidth=2.5, alpha=0.6)
         many = max(len(level.value) for level in effect) * len(effect) > 28
-        axes.set_xticks(list(at), [f"{e.value}\n({e.trials})" for e in effect], fontsize=8 if many else 9.5)
+        values = [e.value.replace(" to ", " to\n") if many else e.value for e in effect]
+        axes.set_xticks(list(at), [f"{v}\n({e.trials})" for v, e in zip(values, effect, strict=True)], fontsize=9)
         axes.set(xlabel=UNITS.get(name, name), title=f"{100 * found.main[name]:.0f} % of variance")
         axes.margins(x=0.2)
     for axes in panels[len(seen.names) :]:
@@ -192,7 +193,7 @@ def draw_heat(seen: Seen, a: str, b: str) -> Figure:
     columns, column = levels(seen, b)
     cells: dict[tuple[int, int], list[float]] = {}
     for curve, y, x in zip(seen.curves, row, column, strict=True):
-        cells.setdefault((y, x), []).append(curve.best)
+        cells.setdefault((y, x), []).append(seen.score(curve))
     grid = np.full((len(rows), len(columns)), np.nan)
     for cell, scores in cells.items():
         grid[cell] = np.mean(scores)
@@ -203,7 +204,7 @@ def draw_heat(seen: Seen, a: str, b: str) -> Figure:
     for (y, x), scores in cells.items():
         colour = "white" if grid[y, x] < middle else "black"
         axes.text(x, y, f"{grid[y, x]:.1f}\n({len(scores)})", ha="center", va="center", color=colour)
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), [column.replace(" to ", " to\n") for column in columns])
     axes.set_yticks(range(len(rows)), rows)
     axes.set(xlabel=UNITS.get(b, b), ylabel=UNITS.get(a, a))
     axes.grid(visible=False)
@@ -222,7 +223,7 @@ def draw_ranks(seen: Seen) -> Figure:
         colour, width = (VERMILION, 3.0) if b == 1 else (BLUE, 2.0) if b <= 5 else ("#B0B0B0", 1.0)
         axes.plot([0, 1], [a, b], color=colour, linewidth=width, marker="o", markersize=4, zorder=3 if b <= 5 else 1)
     axes.set_xticks([0, 1], [f"epoch {EARLY}", "last epoch"])
-    axes.set(ylabel="rank by best validation accuracy (1 = best)", xlim=(-0.1, 1.1))
+    axes.set(ylabel="rank (1 = best)", xlim=(-0.1, 1.1))
     axes.set_ylim(len(long) + 1, 0)
     axes.set_yticks([1, *range(5, len(long) + 1, 5)])
     axes.grid(axis="x", visible=False)

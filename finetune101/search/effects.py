@@ -41,6 +41,15 @@ class Seen:
         return max(self.curves, key=lambda curve: curve.best)
 
     @property
+    def common(self) -> int | None:
+        """The last epoch that all trials reached, where some were stopped early: the only fair comparison."""
+        return None if len(self.complete) == len(self.curves) else min(len(curve.scores) for curve in self.curves)
+
+    def score(self, curve: Curve) -> float:
+        """What the trial is compared by: its best accuracy up to the last common epoch."""
+        return max(curve.scores[: self.common])
+
+    @property
     def complete(self) -> tuple[Curve, ...]:
         """The trials that were not stopped early."""
         return tuple(curve for curve in self.curves if curve.state == "complete")
@@ -72,6 +81,13 @@ def load(folder: Path) -> Seen:
 
     Raises ValueError when it is none or has fewer than two trials.
     """
+    if not (folder / "search.json").is_file():
+        begun = (folder / "optuna.journal").exists()
+        raise ValueError(
+            f"the search in {folder} has finished no trial yet; run its command again, it goes on"
+            if begun
+            else f"{folder} is no folder of a search; give RUNS/EXP of one"
+        )
     saved = Run(folder).read_json("search.json")
     curves = []
     for entry in saved["results"]:
@@ -98,13 +114,15 @@ def levels(seen: Seen, name: str) -> tuple[list[str], list[int]]:
         which = np.searchsorted(edges, values, side="right")
         order = sorted(set(which.tolist()))
         ends = [[v for v, w in zip(values, which, strict=True) if w == bin] for bin in order]
-        return [f"{min(e):.2g} to {max(e):.2g}" for e in ends], [order.index(w) for w in which]
+        return [" to ".join(dict.fromkeys([f"{min(e):.3g}", f"{max(e):.3g}"])) for e in ends], [
+            order.index(w) for w in which
+        ]
     return [text(value) for value in distinct], [distinct.index(value) for value in values]
 
 
 def variance(seen: Seen) -> Variance:
     """Analysis of variance by least squares on the settings' values; intervals are 95 %, from what it leaves over."""
-    y = np.array([curve.best for curve in seen.curves])
+    y = np.array([seen.score(curve) for curve in seen.curves])
     columns = {name: _dummies(levels(seen, name)[1]) for name in seen.names}
     total = float(((y - y.mean()) ** 2).sum()) or 1.0
     additive = _design(list(columns.values()), len(y))
@@ -152,8 +170,8 @@ def _effect(seen: Seen, name: str, columns: dict[str, Floats], y: Floats, left: 
         mean, half = float(at @ coefficients), None
         if free > 0:
             half = float(stats.t.ppf(0.975, free) * np.sqrt(max(0.0, at @ inverse @ at) * left / free))
-        low, high = (None, None) if half is None else (mean - half, mean + half)
-        found.append(Level(value, which.count(k), mean, low, high))
+        low, high = (None, None) if half is None else (max(0.0, mean - half), min(100.0, mean + half))
+        found.append(Level(value, which.count(k), min(100.0, max(0.0, mean)), low, high))
     return tuple(found)
 
 
@@ -167,11 +185,11 @@ def importance(seen: Seen) -> dict[str, dict[str, float]]:
     for curve in seen.curves:
         distributions = {name: _distribution(seen, name) for name in seen.names}
         point = {name: curve.point[name] for name in seen.names}
-        study.add_trial(optuna.create_trial(params=point, distributions=distributions, value=curve.best))
+        study.add_trial(optuna.create_trial(params=point, distributions=distributions, value=seen.score(curve)))
     evaluators: dict[str, Any] = {"PED-ANOVA": optuna.importance.PedAnovaImportanceEvaluator()}
     with contextlib.suppress(ImportError):
         evaluators["fANOVA"] = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    if not seen.names or len({curve.best for curve in seen.curves}) == 1:
+    if not seen.names or len({seen.score(curve) for curve in seen.curves}) == 1:
         return {}
     return {name: optuna.importance.get_param_importances(study, evaluator=e) for name, e in evaluators.items()}
 
@@ -237,11 +255,21 @@ def slow(seen: Seen, name: str) -> list[tuple[str, float, int]]:
     return found
 
 
+def _means(seen: Seen, name: str) -> list[tuple[str, float]]:
+    """(value of ``name``, mean accuracy of the trials that had it)."""
+    values, which = levels(seen, name)
+    scores = [[seen.score(c) for c, w in zip(seen.curves, which, strict=True) if w == k] for k in range(len(values))]
+    return [(value, float(np.mean(own))) for value, own in zip(values, scores, strict=True)]
+
+
 def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[str, float]) -> str:
     """A paragraph for people, every number of it computed."""
     best = seen.best
     at = ", ".join(f"{name} {text(value)}" for name, value in best.point.items())
     said = [f"The best of {len(seen.curves)} trials reached {best.best:.2f} % of the validation images with {at}."]
+    equal = sum(curve.best == best.best for curve in seen.curves) - 1
+    if equal:
+        said.append(f"{equal} more reached the same.")
     if seen.images:
         error = 100 * math.sqrt(best.best / 100 * (1 - best.best / 100) / seen.images)
         near = sum(curve.best >= best.best - error for curve in seen.curves) - 1
@@ -252,16 +280,16 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
         )
     stopped = len(seen.curves) - len(seen.complete)
     if stopped:
-        said.append(f"{stopped} of them were stopped early and count with what they had reached.")
+        said.append(f"{stopped} of them were stopped early, so what follows compares all at epoch {seen.common}.")
     if seen.failed:
         said.append(f"{seen.failed} more could not be trained to an end.")
     ranked = sorted(found.main.items(), key=lambda item: -item[1])
     if ranked:
         name, share = ranked[0]
-        effect = sorted(found.effects[name], key=lambda level: -level.mean)
+        means = sorted(_means(seen, name), key=lambda item: -item[1])
         said.append(
-            f"{name} explains {100 * share:.0f} % of the variance: on average {effect[0].mean:.1f} % at "
-            f"{effect[0].value}, {effect[-1].mean:.1f} % at {effect[-1].value}."
+            f"{name} explains {100 * share:.0f} % of the variance: on average {means[0][1]:.1f} % at "
+            f"{means[0][0]}, {means[-1][1]:.1f} % at {means[-1][0]}."
         )
         others = [f"{other} {100 * part:.0f} %" for other, part in ranked[1:4] if part >= 0.01]
         if others:

@@ -43,16 +43,19 @@ def _settings() -> dict[str, tuple[str, str, Any]]:
     """Every setting that can be searched, by the name of its flag: (part of the configuration, field, type)."""
     found: dict[str, tuple[str, str, Any]] = {}
     for part, kind in PARTS.items():
+        if part == "data":
+            continue
         for field, hint in get_type_hints(kind, include_extras=True).items():
             flags = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
             inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-            # a tuple would need a list of lists, and where or how fast a run is does not change its numbers
-            if get_origin(inner) is not tuple and field not in ("root", "cache", "download", "threads"):
+            # a tuple would need a list of lists, and threads do not change a run's numbers
+            if get_origin(inner) is not tuple and field != "threads":
                 found[flags[0] if flags else field] = (part, field, inner)
     return found
 
 
 SETTINGS = _settings()
+DATA = {field.name for field in dataclasses.fields(PARTS["data"])} - {"root", "cache", "download"}  # not searched
 
 
 def make(given: Mapping[str, Any]) -> Space:
@@ -65,6 +68,8 @@ def make(given: Mapping[str, Any]) -> Space:
     space: Space = {}
     for flag, values in given.items():
         name = flag.replace("-", "_")
+        if name in DATA:
+            raise ValueError(f"{name} changes the validation images, by which trials are compared; it is not searched")
         if name not in SETTINGS:
             raise ValueError(f"{flag} is not a setting to search; choose from {', '.join(sorted(SETTINGS))}")
         if isinstance(values, Range) or (isinstance(values, str) and ".." in values):
@@ -85,11 +90,19 @@ def parse(words: Iterable[str], file: str | None = None) -> Space:
     Without either it is the original's. Raises ValueError as ``make`` does, and for a file that cannot be read.
     """
     given: dict[str, Any] = read_settings(Path(file)) if file else {}
+    seen: set[str] = set()
     for word in words:
         name, equals, values = word.partition("=")
         if not equals or not name:
             raise ValueError(f"--grid {word} names no values; write it as --grid lr=0.01,0.001 or lr=1e-4..1e-1:log")
-        given[name] = values if ".." in values else [value for value in values.split(",") if value.strip()]
+        if ".." in values or (name in seen and ".." in given[name]):
+            if name in seen:
+                raise ValueError(f"--grid {name} is given twice; write one range, or one list of values")
+            given[name] = values
+        else:
+            more = [value for value in values.split(",") if value.strip()]
+            given[name] = [*(given[name] if name in seen else []), *more]
+        seen.add(name)
     return make(given or ORIGINAL)
 
 
@@ -162,6 +175,8 @@ def configure(base: TrainConfig, point: Point) -> TrainConfig:
 def check(base: TrainConfig, space: Space) -> None:
     """Raises ValueError for a value that cannot work, each tried alone; what two of them do together shows later."""
     for name, values in space.items():
+        if base.model.cached_features and SETTINGS[name][0] == "augment":
+            raise ValueError(f"{name} changes nothing on cached features; search it without --stage probe")
         for value in [values.low, values.high] if isinstance(values, Range) else values:
             config = configure(base, {name: value})
             if name != "warmup_epochs" and "warmup_epochs" in space:  # bounded by epochs, which may be searched too

@@ -110,7 +110,7 @@ class _Parent:
                 with contextlib.suppress(EOFError):
                     raise ValueError(worker.errors.recv())
             if worker.process.exitcode > 0:
-                raise ValueError("a worker met an error, which stands above; mend it, and the same command goes on")
+                raise ValueError("a worker, or what starts them, came to a sudden end; the same command goes on")
         return any(worker.process.exitcode != 0 for worker in ended)
 
     def _orphan(self, trial: FrozenTrial) -> bool:

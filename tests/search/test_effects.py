@@ -106,3 +106,25 @@ def test_words_say_how_much_of_the_ranking_is_chance() -> None:
     error = 100 * math.sqrt(best / 100 * (1 - best / 100) / 400)
     assert f"On 400 validation images its standard error is {error:.1f} points, and {near} other trials lie" in said
     assert "--finalists" in said and "standard error" not in effects.words(made(), effects.variance(made()), None, {})
+
+
+def test_pruned_trials_are_compared_with_the_others_at_the_epoch_that_all_reached() -> None:
+    seen = made()
+    cut = [dataclasses.replace(c, scores=c.scores[:2], steps=c.steps[:2], state="pruned") for c in seen.curves[6:8]]
+    pruned = dataclasses.replace(seen, curves=(*seen.curves[:6], *cut, *seen.curves[8:]))
+    assert (seen.common, pruned.common) == (None, 2)
+    early = dataclasses.replace(seen, curves=tuple(dataclasses.replace(c, scores=c.scores[:2]) for c in seen.curves))
+    assert effects.variance(pruned) == effects.variance(early)
+    said = effects.words(pruned, effects.variance(pruned), None, {})
+    assert "2 of them were stopped early, so what follows compares all at epoch 2" in said
+
+
+def test_intervals_stay_within_what_an_accuracy_can_be() -> None:
+    curves = tuple(
+        Curve({"lr": lr, "gamma": g}, (s,), (1,), "complete")
+        for lr, g, s in [(1, 1, 0.0), (1, 2, 100.0), (2, 1, 100.0), (2, 2, 100.0), (3, 1, 100.0)]
+    )
+    for levels in effects.variance(Seen("x", ("lr", "gamma"), curves, 0)).effects.values():
+        for level in levels:
+            assert level.low is not None and level.high is not None
+            assert 0 <= level.low <= level.mean <= level.high <= 100

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune101.config import OptimConfig, TrainConfig
+from finetune101.config import ModelConfig, OptimConfig, TrainConfig
 from finetune101.search.space import ORIGINAL, Range, check, configure, label, make, parse, points
 from search import hyper_param_opts
 
@@ -109,3 +109,22 @@ def test_a_point_changes_its_settings_only() -> None:
 def test_a_value_that_cannot_work_is_found_before_anything_runs(grid: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"--lr is -1.* give a positive number"):
         check(TrainConfig(exp="s"), make(grid))
+
+
+def test_a_name_given_twice_is_one_list() -> None:
+    assert parse(["lr=0.01", "lr=0.02,0.01"]) == {"lr": [0.01, 0.02]}
+    for words in (["lr=0.01..0.1", "lr=0.2"], ["lr=0.2", "lr=0.01..0.1"]):
+        with pytest.raises(ValueError, match="--grid lr is given twice"):
+            parse(words)
+
+
+@pytest.mark.parametrize("name", ["split_seed", "fit_on", "val_size", "train_per_class", "skip_bad_images"])
+def test_what_changes_the_validation_images_is_not_searched(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} changes the validation images"):
+        parse([f"{name}=1"])
+
+
+def test_augmentation_is_not_searched_on_cached_features() -> None:
+    model = ModelConfig(freeze=True, cached_features=True)
+    with pytest.raises(ValueError, match="crop_scale changes nothing on cached features"):
+        check(TrainConfig(exp="x", model=model), parse(["crop_scale=0.5,1"]))
