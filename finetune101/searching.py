@@ -51,7 +51,8 @@ class Progress:
         done = study.get_trials(deepcopy=False, states=FINISHED)
         if not self.bar.n and record is None:  # what earlier commands trained tells nothing of the time left
             self.bar.initial = self.bar.n = min(len(done), self.bar.total)
-        scores = [t.user_attrs["best_val_top1"] for t in done if t.user_attrs.get("best_val_top1") is not None]
+        fine = [t.user_attrs for t in done if "error" not in t.user_attrs]
+        scores = [attrs["best_val_top1"] for attrs in fine if attrs.get("best_val_top1") is not None]
         told = [f"best {max(scores):.2f} %"] if scores else []
         self.bar.set_postfix_str(", ".join([*told, *([f"epoch {record['epoch']}"] if record else [])]), refresh=False)
         self.bar.update(min(len(done), self.bar.total) - self.bar.n)
@@ -83,7 +84,7 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
                 trained = _training_seconds(plan, study) - before
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
                 write(plan, entries, best, took, table, plots)
-    tell(plan, entries, best, table)
+    tell(plan, entries, best, table, studies.unfinished(study))
 
 
 def _check_same(plan: Plan) -> None:
@@ -127,7 +128,7 @@ def write(
     known = Run(plan.folder).read_json("search.json") if file.is_file() else {}
     name = studies.study_name(plan)
     commands = known.get("commands", []) if known.get("study") == name else []
-    winner = (best or entries)[0]
+    winner = next((e for e in best or entries if e.get("state") == "complete" or e.get("mean") is not None), None)
     value = {
         "study": name,
         "base": to_dict(plan.base),
@@ -136,7 +137,7 @@ def write(
         "pruner": plan.pruner,
         "points": len(plan.queue()),
         "chosen_by": "mean validation accuracy over seeds" if best else "validation accuracy",
-        "winner": {"point": winner["point"], "run": winner["run"]},
+        "winner": winner and {"point": winner["point"], "run": winner["run"]},
         "results": entries,
         "finalists": best or (known.get("finalists", []) if commands else []),
         "commands": [*commands, *([took] if took else [])],
@@ -146,7 +147,8 @@ def write(
     rows = [[entry["point"], entry["best_val_top1"]] for entry in entries]
     if not table.is_file() or json.loads(table.read_text(encoding="utf-8")) != json.loads(json.dumps(rows)):
         write_json(table, rows)
-    write_recipe(plan, winner)
+    if winner:
+        write_recipe(plan, winner)
     for entry in entries:
         source = Run(Path(entry["run"])) if entry["run"] else None
         if source and source.has("metrics.jsonl"):
@@ -177,10 +179,9 @@ def train_command(plan: Plan) -> str:
     return f"finetune101 train --config {shlex.quote(str(plan.folder / 'winner.yaml'))} --exp NAME{where}"
 
 
-def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path) -> None:
+def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path, left: int) -> None:
     """Prints the ranking and where everything is."""
-    left = len(plan.queue()) - len(entries)
-    if left > 0:
+    if left:
         print(f"\n{left} of {len(plan.queue())} points are left; the same command goes on.")
     if not entries:
         return
@@ -191,10 +192,11 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         print(f"{rank:3d}. {score}{stopped}  " + "  ".join(f"{k} {v}" for k, v in entry["point"].items()))
     for rank, entry in enumerate(best or [], 1):
         sd = f" ± {entry['sd']:.2f}" if entry["sd"] is not None else ""
-        print(
-            f"finalist {rank}: {entry['mean'] or 0:.2f}{sd} % over {len(entry['seeds'])} seeds  {label(entry['point'])}"
-        )
-    print(f"Train the winner: {train_command(plan)}")
+        failed = f", {entry['failed']} of them failed" if entry["failed"] else ""
+        mean, seeds = entry["mean"] or 0, len(entry["seeds"])
+        print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {label(entry['point'])}")
+    if any(entry["state"] == "complete" for entry in entries):
+        print(f"Train the winner: {train_command(plan)}")
     print(f"What the search saw: finetune101 search report {plan.folder}")
 
 

@@ -81,8 +81,8 @@ class EnsembleArguments:
 
     members: tyro.conf.Positional[tuple[str, ...]]
     """Two or more runs (folder or name)."""
-    subset: Literal["test", "val", "train"] = "test"
-    """Which images. Choose members by val."""
+    subset: Literal["test", "val", "train"] = "val"
+    """Which images: val chooses the members, test is for the end."""
     out: str = "ensemble"
     """Folder for test.json and predictions.csv."""
     data: str | None = None

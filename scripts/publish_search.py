@@ -31,15 +31,16 @@ def publish(search: Path) -> Path:
     name = f"{split['protocol']}{split['options'].get('train_per_class', '')}_seed{split['seed']}"
     write_json(RESULTS / "splits" / f"{name}.json", split)
     # where one machine keeps its images and splits, means nothing on another
-    data = {**saved["base"]["data"], "root": None, "split": f"{name}.json" if saved["base"]["data"]["split"] else None}
+    data = {**saved["base"]["data"], "root": None, "split": None}
     saved["winner"]["run"] = f"runs/{search.name}/{winner.name}"
     saved["base"] = {**saved["base"], "runs": "runs", "data": data}
     write_json(folder / "search.json", {**saved, "manifest": name})
     rows = [[entry["point"], entry["best_val_top1"]] for entry in saved["results"]]
     write_json(folder / f"gridsearch_results_{search.name}.json", rows)
-    text = (search / "winner.yaml").read_text(encoding="utf-8")
-    given = Run(winner).read_json("config.json")["data"]["split"]
-    (folder / "winner.yaml").write_text(text.replace(str(given), f"{name}.json"), encoding="utf-8")
+    lines = (search / "winner.yaml").read_text(encoding="utf-8").splitlines()
+    lines = ["  split: null" if line.startswith("  split: ") else line for line in lines]  # its settings make the same
+    lines[1] = f"# finetune101 train --config results/{folder.name}/winner.yaml --exp NAME"
+    (folder / "winner.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shutil.copyfile(winner / "split.json", folder / winner.name / "split.json")
     page = report(folder)
     (folder / winner.name / "split.json").unlink()  # stands in results/splits

@@ -91,16 +91,20 @@ def distort(pixels: Tensor, seeds: Sequence[int], config: AugmentConfig, fill: S
     return torch.stack(result)
 
 
-def mix(x: Tensor, y: Tensor, classes: int, share: float) -> tuple[Tensor, Tensor]:
+def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """(N, 3, h, w), int64 (N,) -> images mixed in pairs and their shares of ``classes`` (N, classes), or as they were.
 
-    One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019). Draws from
-    the global generator.
+    One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019). ``seed``
+    decides all of it, in all processes alike; the partners are those of the process.
     """
-    if len(x) < 2 or float(torch.rand(())) >= share:
+    if len(x) < 2:
         return x, y
-    change = MixUp(alpha=0.2, num_classes=classes) if float(torch.rand(())) < 0.5 else CutMix(num_classes=classes)
-    mixed, shares = change(x, y)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.manual_seed(seed)
+        mixes, by_adding = (torch.rand(2) < torch.tensor([share, 0.5])).tolist()
+        if not mixes:
+            return x, y
+        mixed, shares = (MixUp(alpha=0.2, num_classes=classes) if by_adding else CutMix(num_classes=classes))(x, y)
     return mixed.contiguous(memory_format=_layout(x)), shares
 
 

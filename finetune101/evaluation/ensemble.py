@@ -22,12 +22,18 @@ def ensemble(
 ) -> dict[str, Any]:
     """Scores the mean probabilities of ``runs`` on ``subset``; "test" is written to ``out`` like an evaluation's.
 
-    Raises ValueError for fewer than two runs, runs of different splits, and images that are not those of the split.
+    The test is counted in the members' own test.json too. Raises ValueError for fewer than two runs, runs of different
+    splits, images that are not those of the split, and validation images that a member was trained on.
     """
     if len(runs) < 2:
         raise ValueError("an ensemble needs two runs or more; name them all")
     if batch_size < 1:
         raise ValueError(f"--batch-size is {batch_size}; give at least 1")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} is a run of its own; give the ensemble another --out")
+    for run in runs:
+        if subset == "val" and run.config().data.fit_on == "train+val":
+            raise ValueError(f"{run.path} was trained on the validation images; name runs with --fit-on train")
     manifest = splits.from_json(runs[0].read_json("split.json"))
     for run in runs[1:]:
         if splits.from_json(run.read_json("split.json")).hash() != manifest.hash():
@@ -44,6 +50,12 @@ def ensemble(
         if manifest.subsets["val"] and all(run.config().data.fit_on == "train" for run in runs):
             t = metrics.temperature(*outputs("val"))
             result["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
+        for run in runs:  # a test set that is looked at often is no test set
+            if run.has("test.json"):
+                known = run.read_json("test.json")
+                run.write_json("test.json", {**known, "times_scored": known.get("times_scored", 0) + 1})
+        before = Run(out).read_json("test.json") if Run(out).has("test.json") else {}
+        result["times_scored"] = before.get("times_scored", 0) + 1
         write_json(out / "test.json", result)
         write_predictions(out / "predictions.csv", manifest, output)
     return result

@@ -17,7 +17,7 @@ from scipy import stats
 
 from finetune101.runs import Run
 from finetune101.search.replay import Curve, dropped
-from finetune101.search.space import text
+from finetune101.search.space import Point, text
 
 Floats = NDArray[np.float64]
 EARLY = 3  # the epoch whose ranking is compared with the last one's
@@ -34,11 +34,16 @@ class Seen:
     failed: int
     images: int | None = None
     """Validation images, where the winner's run is at hand."""
+    winner: Point | None = None
+    """What the search chose, where that is not simply the best trial."""
+    finalists: int = 0
+    """Points that were trained again with several seeds to choose it."""
 
     @property
     def best(self) -> Curve:
         """The winner."""
-        return max(self.curves, key=lambda curve: curve.best)
+        chosen = [curve for curve in self.curves if curve.point == self.winner]
+        return chosen[0] if chosen else max(self.curves, key=lambda curve: curve.best)
 
     @property
     def common(self) -> int | None:
@@ -98,10 +103,11 @@ def load(folder: Path) -> Seen:
     if len(curves) < 2:
         raise ValueError(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
     names = tuple(name for name in saved["space"] if len({str(curve.point[name]) for curve in curves}) > 1)
-    winner = Run(folder / Path(saved["winner"]["run"] or "").name)
+    chosen = saved["winner"] or saved["results"][0]
+    winner = Run(folder / Path(chosen["run"] or "").name)
     images = len(winner.read_json("split.json")["subsets"]["val"]) if winner.has("split.json") else None
     failed = sum(entry["state"] == "failed" for entry in saved["results"])
-    return Seen(folder.name, names, tuple(curves), failed, images)
+    return Seen(folder.name, names, tuple(curves), failed, images, chosen["point"], len(saved.get("finalists", [])))
 
 
 def levels(seen: Seen, name: str) -> tuple[list[str], list[int]]:
@@ -121,22 +127,35 @@ def levels(seen: Seen, name: str) -> tuple[list[str], list[int]]:
 
 
 def variance(seen: Seen) -> Variance:
-    """Analysis of variance by least squares on the settings' values; intervals are 95 %, from what it leaves over."""
+    """Analysis of variance by least squares on the settings' values; intervals are 95 %, from what it leaves over.
+
+    Shares are omega squared (Hays, 1963), which is 0 on average where there is no effect. A pair is left out where too
+    few trials are left to judge it by, or where the F test cannot tell it from chance (5 %, over all pairs).
+    """
     y = np.array([seen.score(curve) for curve in seen.curves])
     columns = {name: _dummies(levels(seen, name)[1]) for name in seen.names}
     total = float(((y - y.mean()) ** 2).sum()) or 1.0
     additive = _design(list(columns.values()), len(y))
     left, free = _residual(additive, y)
+
+    def omega(without: tuple[float, int], with_it: tuple[float, int]) -> float:
+        error = with_it[0] / with_it[1] if with_it[1] else 0.0
+        return max(0.0, without[0] - with_it[0] - (without[1] - with_it[1]) * error) / (total + error)
+
     main = {
-        name: max(0.0, _residual(_design([c for n, c in columns.items() if n != name], len(y)), y)[0] - left) / total
+        name: omega(_residual(_design([c for n, c in columns.items() if n != name], len(y)), y), (left, free))
         for name in seen.names
     }
-    pairs = {}
+    pairs, possible = {}, math.comb(len(seen.names), 2)
     for a, b in itertools.combinations(seen.names, 2):
         product = (columns[a][:, :, None] * columns[b][:, None, :]).reshape(len(y), -1)
-        pairs[a, b] = max(0.0, left - _residual(np.hstack([additive, product]), y)[0]) / total
+        rest, still_free = _residual(np.hstack([additive, product]), y)
+        if 0 < still_free < free:
+            f = (left - rest) / (free - still_free) / (rest / still_free or 1e-12)
+            if stats.f.sf(f, free - still_free, still_free) * possible < 0.05:
+                pairs[a, b] = omega((left, free), (rest, still_free))
     effects = {name: _effect(seen, name, columns, y, left, free) for name in seen.names}
-    return Variance(effects, main, pairs, max(0.0, left / total - sum(pairs.values())))
+    return Variance(effects, main, pairs, max(0.0, 1 - sum(main.values()) - sum(pairs.values())))
 
 
 def _dummies(which: list[int]) -> Floats:
@@ -267,6 +286,11 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
     best = seen.best
     at = ", ".join(f"{name} {text(value)}" for name, value in best.point.items())
     said = [f"The best of {len(seen.curves)} trials reached {best.best:.2f} % of the validation images with {at}."]
+    if seen.finalists:
+        said = [
+            f"Of {len(seen.curves)} trials, {seen.finalists} were trained again with several seeds. The best mean is "
+            f"that of {at}, which reached {best.best:.2f} % of the validation images in the search."
+        ]
     equal = sum(curve.best == best.best for curve in seen.curves) - 1
     if equal:
         said.append(f"{equal} more reached the same.")
@@ -276,7 +300,7 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
         said.append(
             f"On {seen.images} validation images its standard error is {error:.1f} points, and {near} other trials lie "
             "within that"
-            + (": --finalists tells them apart by training the best again with several seeds." if near else ".")
+            + (": --finalists trains the best again with several seeds." if near and not seen.finalists else ".")
         )
     stopped = len(seen.curves) - len(seen.complete)
     if stopped:
@@ -312,6 +336,6 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
     if drops:
         parts = [f"{pruner} in {100 * share:.0f} %" for pruner, share in drops.items()]
         said.append(
-            f"In random order of the trials, pruning would have dropped the winner: {', '.join(parts)} of cases."
+            f"In 40 random orders of the trials, pruning would have dropped the winner: {', '.join(parts)} of them."
         )
     return " ".join(said)

@@ -57,7 +57,8 @@ def replay(curves: Sequence[Curve], sampler: Sampler, pruner: Pruner, seed: int)
         point = {name: trial.suggest_categorical(name, values) for name, values in choices.items()}
         name = label(point)
         if name in tried or name not in known:  # a point that diverged has no curve
-            study.tell(trial, tried.get(name), state=None if name in tried else optuna.trial.TrialState.FAIL)
+            state = optuna.trial.TrialState.PRUNED if name in pruned else optuna.trial.TrialState.FAIL
+            study.tell(trial, *([tried[name]] if name in tried and name not in pruned else [None, state]))
             continue
         curve, before = known[name], spent
         for epoch, (score, steps) in enumerate(zip(curve.scores, curve.steps, strict=True), 1):

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from finetune101.config import TrainConfig, to_dict
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure, label, points
-from finetune101.search.trial import FINISHED, NotMine, Objective, OutOfTime, essence, split_hash
+from finetune101.search.trial import FINISHED, NotMine, Objective, OutOfTime, changed, essence, split_hash
 
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "asha"]
@@ -92,7 +92,7 @@ def check(plan: Plan) -> None:
 def study_name(plan: Plan) -> str:
     """Names the study: another base, split, space, sampler or pruner is another one (the runs are shared by all)."""
     text = json.dumps(
-        [essence(plan.base), split_hash(plan.base.data), described(plan.space), plan.sampler, plan.pruner, plan.only]
+        [changed(plan.base), split_hash(plan.base.data), described(plan.space), plan.sampler, plan.pruner, plan.only]
     )
     return f"{plan.base.exp}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -231,9 +231,12 @@ def retry(study: optuna.Study, dead: Callable[[FrozenTrial], bool] = lambda tria
         if trial.number not in retried and "queued" in trial.user_attrs and "same_as" not in trial.user_attrs:
             again = copy.deepcopy(study.trials[trial.number])
             again.user_attrs.pop("worker", None)  # the parent would take the new trial for one of the dead worker's
+            before = len(study.get_trials(deepcopy=False))
+            if again.user_attrs.get("trained"):  # it came further: not the trial that kills its worker
+                again.system_attrs.pop("retry_history", None)
             with _experimental():
                 RetryHeartbeatStaleTrialCallback(MAX_RETRIES)(study, again)
-            count += 1
+            count += len(study.get_trials(deepcopy=False)) > before
     return count
 
 
@@ -254,6 +257,19 @@ def work(plan: Plan, study: optuna.Study, deadline: float, worker: int = 0, on_e
                 optuna.storages.fail_stale_trials(study)
         elif not (plan.storage and retry(study)):
             break
+
+
+def unfinished(study: optuna.Study) -> int:
+    """Trials that wait, run, or were interrupted and not queued again."""
+    trials = study.get_trials(deepcopy=False)
+    again = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    return sum(
+        trial.state not in FINISHED
+        and "queued" in trial.user_attrs
+        and "same_as" not in trial.user_attrs
+        and trial.number not in again
+        for trial in trials
+    )
 
 
 def keep_best(plan: Plan, study: optuna.Study) -> None:
@@ -311,17 +327,20 @@ def averages(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(label({k: v for k, v in entry["point"].items() if k != "seed"}), []).append(entry)
     found = []
     for group in groups.values():
-        scores = [entry["best_val_top1"] for entry in group if entry["best_val_top1"] is not None]
+        scores = [entry["best_val_top1"] for entry in group if entry["state"] == "complete"]
         found.append(
             {
                 "point": {k: v for k, v in group[0]["point"].items() if k != "seed"},
                 "mean": float(np.mean(scores)) if scores else None,
                 "sd": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
                 "seeds": {str(entry["point"]["seed"]): entry["best_val_top1"] for entry in group},
-                "run": group[0]["run"],
+                "failed": len(group) - len(scores),
+                "run": next(
+                    (e["run"] for e in group if e["run"] and Run(Path(e["run"])).best.is_file()), group[0]["run"]
+                ),
             }
         )
-    return sorted(found, key=lambda f: -(f["mean"] or 0))
+    return sorted(found, key=lambda f: (f["failed"], -(f["mean"] or 0)))
 
 
 def recipe(base: TrainConfig, point: Point) -> dict[str, Any]:

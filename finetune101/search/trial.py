@@ -40,6 +40,13 @@ class NotMine(Exception):
     """The trial is another's: its point is being trained elsewhere, or nobody queued it."""
 
 
+NETWORK = {"model", "size", "weights", "pretrain", "head", "freeze", "cached_features"}  # some do not go together
+
+
+class Impossible(Exception):
+    """The point's settings do not go together; the images are fine, as their split was made before."""
+
+
 class OutOfTime(Exception):
     """The search's time is over; the trial goes on when the search does."""
 
@@ -59,9 +66,17 @@ def essence(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+def changed(config: TrainConfig) -> dict[str, Any]:
+    """``essence`` without the split's file, and without defaults: a new setting must rename no run."""
+    values = essence(config)
+    values["data"].pop("split")
+    usual = essence(TrainConfig(exp=""))
+    return {part: {k: v for k, v in own.items() if v != usual[part].get(k)} for part, own in values.items()}
+
+
 def identity(config: TrainConfig) -> str:
-    """The name of the run of ``config``: a hash of the full configuration and of the split."""
-    text = json.dumps([essence(config), split_hash(config.data)], sort_keys=True)
+    """The name of the run of ``config``: a hash of the configuration and of the split."""
+    text = json.dumps([changed(config), split_hash(config.data)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -108,7 +123,7 @@ class Objective:
         return self._train(trial, dataclasses.replace(config, exp=f"{self.base.exp}/{key}"), point)
 
     def _train(self, trial: optuna.Trial, config: TrainConfig, point: Point) -> float:
-        run, started = Run(Path(config.runs) / config.exp), time.perf_counter()
+        run = Run(Path(config.runs) / config.exp)
         for leftover in run.path.glob(".*.part"):  # of a killed worker
             leftover.unlink(missing_ok=True)
         finished = is_finished(run, config)
@@ -123,10 +138,10 @@ class Objective:
                     self.on_epoch(record)
                     if pruned := _report(trial, record) and record["epoch"] < config.optim.epochs:
                         break
-        except (Diverged, torch.OutOfMemoryError) as error:  # the point's fault: the others go on
+        except (Diverged, Impossible, torch.OutOfMemoryError) as error:  # the point's fault: the others go on
             raise _failed(trial, error) from error
         finally:
-            _describe(trial, records, before, time.perf_counter() - started)
+            _describe(trial, records, before)
         best = max(record["val_top1"] for record in records)
         if len(records) > before or not any(run.path.glob("*.hparams")):
             write_hparams(run, point, best)
@@ -139,7 +154,12 @@ class Objective:
     def _epochs(self, run: Run, config: TrainConfig) -> Any:
         """The epochs that the run still lacks; raises OutOfTime between two of them."""
         resume = run.has("config.json")
-        job = prepare(as_started(config, run) if resume else config, resume=resume)
+        try:
+            job = prepare(as_started(config, run) if resume else config, resume=resume)
+        except ValueError as error:
+            if NETWORK & set(self.space):  # such as a network that cannot take this size
+                raise Impossible(str(error)) from error
+            raise
         with contextlib.ExitStack() as stack:
             epochs: Any = fit(job, quiet=True)
             logged: Any = log(job.run, epochs)
@@ -183,7 +203,7 @@ def _failed(trial: optuna.Trial, error: Exception) -> optuna.TrialPruned:
     return optuna.TrialPruned()
 
 
-def _describe(trial: optuna.Trial, records: list[dict[str, Any]], before: int, seconds: float) -> None:
+def _describe(trial: optuna.Trial, records: list[dict[str, Any]], before: int) -> None:
     if records:
         best = max(records, key=lambda record: record["val_top1"] or 0)
         trial.set_user_attr("best_val_top1", best["val_top1"])
@@ -191,7 +211,7 @@ def _describe(trial: optuna.Trial, records: list[dict[str, Any]], before: int, s
         trial.set_user_attr("epochs", records[-1]["epoch"])
         trial.set_user_attr("steps", records[-1]["step"])
     trial.set_user_attr("trained", len(records) - before)
-    trial.set_user_attr("seconds", round(seconds, 3) if len(records) > before else 0.0)
+    trial.set_user_attr("seconds", round(sum(r["seconds"] + r["val_seconds"] for r in records[before:]), 3))
 
 
 def write_hparams(run: Run, point: Point, best: float) -> None:

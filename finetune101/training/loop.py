@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from finetune101.config import TrainConfig, to_dict
@@ -25,8 +25,6 @@ from finetune101.runs import Run, save_with
 from finetune101.training import cpu, probe
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
-
-Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Trainer:
             cpu.fast_layers(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
         self.wrapped = self.model
-        self.average = average(self.model, job.config.optim.ema) if job.config.optim.ema else None
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
@@ -75,7 +73,7 @@ class Trainer:
         )
         found = job.world.same_everywhere(self.model, found)
         if self.average:
-            self.average.module.load_state_dict(self.model.state_dict())
+            self.average.load_state_dict(self.model.state_dict())
         seconds = time.perf_counter() - started
         record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
         return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate()
@@ -83,7 +81,7 @@ class Trainer:
     @property
     def shown(self) -> torch.nn.Module:
         """The model that is validated and saved: the average where there is one."""
-        return self.average.module if self.average else self.model
+        return self.average or self.model
 
     def wrap(self) -> None:
         """Makes all processes train one model, and gives every one the weights of the first."""
@@ -114,21 +112,25 @@ class Trainer:
         )
         return logits(self.shown, batches, job.world)
 
+    def train_mode(self) -> None:
+        """Dropout on, batch norms learning; frozen ones stay as they are."""
+        self.wrapped.train()
+        if self.job.config.model.freeze:
+            self.wrapped.eval()
+        if self.job.config.model.freeze_norm:
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
     def train_epoch(self, epoch: int, bar: tqdm[Any]) -> dict[str, Any]:
         """One pass over the training images; raises ValueError when the loss is no longer finite."""
         job, o, world = self.job, self.job.config.optim, self.job.world
         torch.manual_seed((job.config.system.seed * 1_000_003 + epoch) * 1009 + world.rank)  # dropout
-        self.wrapped.train()
-        if job.config.model.freeze:
-            self.wrapped.eval()  # batch-norm statistics and dropout of a frozen network stay as they are
-        if job.config.model.freeze_norm:
-            for module in self.model.modules():
-                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        self.train_mode()
         losses, correct, started = [], torch.zeros((), device=job.world.device), time.perf_counter()
-        step, classes, share = (epoch - 1) * self.steps_per_epoch, len(job.manifest.classes), job.config.augment.mix
+        step = (epoch - 1) * self.steps_per_epoch
         for x, y, total in self.batches(epoch):
-            x, target = mix(x, y, classes, share) if share else (x, y)
+            x, target = self.mixed(x, y, step)
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
             with world.autocast():
                 output = self.wrapped(x)
@@ -140,7 +142,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.average:
-                self.average.update_parameters(self.model)
+                move_towards(self.average, self.model, o.ema, step)
             step += 1
             plain = F.cross_entropy(output.detach().float(), target)  # without smoothing, as validation's
             losses.append(plain * mine)
@@ -161,6 +163,11 @@ class Trainer:
             "seconds": round(seconds, 3),
             "images_per_s": round(len(self.paths) / seconds, 2),
         }
+
+    def mixed(self, x: torch.Tensor, y: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of ``step`` with its images mixed where ``augment.mix`` says so, and its targets."""
+        share, classes = self.job.config.augment.mix, len(self.job.manifest.classes)
+        return mix(x, y, classes, share, self.job.config.system.seed * 1_000_003 + step) if share else (x, y)
 
     def _check_finite(self, losses: list[torch.Tensor], step: int) -> None:
         bad = (~torch.isfinite(torch.stack(losses))).nonzero()
@@ -249,16 +256,17 @@ class Trainer:
         return int(state["epoch"])
 
 
-def average(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of weights and buffers; it forgets the start sooner (decay (1 + n) / (10 + n))."""
+def move_towards(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
+    """Makes ``average`` the exponential moving average of the weights and buffers of ``model`` after ``step`` (from 0).
 
-    def step(old: Tensors, new: Tensors, n: torch.Tensor | int) -> None:
-        if old[0].is_floating_point():
-            torch._foreach_lerp_(old, new, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
-        else:
-            torch._foreach_copy_(old, new)
-
-    return AveragedModel(model, multi_avg_fn=torch.no_grad()(step), use_buffers=True)
+    The start is forgotten sooner: the decay grows from 1/10 as (1 + step) / (10 + step).
+    """
+    ours, theirs = (list(module.state_dict().values()) for module in (average, model))
+    floats = [[tensor for tensor in side if tensor.is_floating_point()] for side in (ours, theirs)]
+    torch._foreach_lerp_(floats[0], floats[1], 1 - min(decay, (1 + step) / (10 + step)))
+    for old, new in zip(ours, theirs, strict=True):
+        if not old.is_floating_point():
+            old.copy_(new)
 
 
 class HeadTrainer(Trainer):

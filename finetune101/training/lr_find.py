@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from finetune101.training.loop import Job, Trainer
+from finetune101.training.loop import HeadTrainer, Job, Trainer
 from finetune101.training.optim import set_rates
 
 SMOOTHING = 0.9  # of the loss that is judged: about the last ten steps
@@ -39,10 +39,15 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
         raise ValueError(f"the range {low} to {high} is none; give a --low above 0 and below --high")
     if steps < 10:
         raise ValueError(f"--steps is {steps}; give at least 10")
-    trainer, o = Trainer(job), job.config.optim
+    o = job.config.optim
+    if o.epochs < 1:
+        raise ValueError(f"recipe {job.config.recipe} has no epoch to find a rate for; take another, or --epochs 1")
+    trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)
+    if job.config.model.head == "probe":
+        trainer.probe()
     trainer.wrap()
     torch.manual_seed(job.config.system.seed)  # dropout
-    trainer.model.train()
+    trainer.train_mode()
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0
@@ -50,6 +55,7 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
     for step, (x, y, _) in enumerate(tqdm(itertools.islice(batches, steps), total=steps, unit="step", desc="lr-find")):
         rate = low * (high / low) ** (step / (steps - 1))
         set_rates(trainer.optimizer, rate / o.lr)
+        x, y = trainer.mixed(x, y, step)
         with job.world.autocast():
             loss = F.cross_entropy(trainer.wrapped(x).float(), y, label_smoothing=o.label_smoothing)
         trainer.optimizer.zero_grad(set_to_none=True)

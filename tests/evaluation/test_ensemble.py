@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune101.config import DataConfig, TrainConfig
+from finetune101.config import TrainConfig
 from finetune101.evaluation.ensemble import ensemble, mean_log_probabilities
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run
@@ -37,6 +37,7 @@ def test_the_mean_of_probabilities() -> None:
 def test_twice_the_same_run_is_that_run_and_the_folder_holds_its_evidence(small: TrainConfig, tmp_path: Path) -> None:
     run = trained(small, "one")
     alone, twice = evaluate(run), ensemble([run, run], tmp_path / "both")
+    assert run.read_json("test.json")["times_scored"] == 3 and twice["times_scored"] == 1
     assert twice["loss"] == pytest.approx(alone["loss"], abs=1e-5)
     assert {k: twice[k] for k in ("n", "correct", "top1")} == {k: alone[k] for k in ("n", "correct", "top1")}
     assert json.loads((tmp_path / "both" / "test.json").read_text())["runs"] == [str(run.path)] * 2
@@ -55,7 +56,11 @@ def test_what_cannot_work_is_refused(small: TrainConfig, tmp_path: Path) -> None
     run = trained(small, "one")
     with pytest.raises(ValueError, match="two runs or more"):
         ensemble([run], tmp_path)
-    assert isinstance(small.data, DataConfig)
     other = trained(small, "other", split_seed=7)
     with pytest.raises(ValueError, match="another split"):
         ensemble([run, other], tmp_path)
+    with pytest.raises(ValueError, match="is a run of its own"):
+        ensemble([run, run], run.path)
+    both = trained(small, "both", fit_on="train+val")
+    with pytest.raises(ValueError, match="was trained on the validation images"):
+        ensemble([run, both], tmp_path, subset="val")

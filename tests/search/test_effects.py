@@ -76,7 +76,7 @@ def test_the_paragraph_is_made_of_the_numbers() -> None:
     found = effects.variance(seen)
     said = effects.words(seen, found, effects.rank_change(seen.curves), {"asha": 0.25})
     assert f"lr explains {100 * found.main['lr']:.0f} % of the variance" in said
-    assert "At lr 0.001, 6 epochs are too few" in said and "asha in 25 % of cases" in said
+    assert "At lr 0.001, 6 epochs are too few" in said and "asha in 25 % of them" in said
     assert f"{seen.best.best:.2f} %" in said
 
 
@@ -96,7 +96,9 @@ def test_a_replay_sees_every_point_once(sampler: str, pruner: str) -> None:
 def test_asha_costs_less_than_the_grid_and_may_drop_the_winner() -> None:
     seen = made(noise=0.5)
     assert replay(seen.curves, "grid", "asha", 0).epochs[-1][0] < sum(curve.steps[-1] for curve in seen.curves)
-    assert 0 <= dropped(seen.curves, "asha", orders=4) <= 1
+    late = [Curve({"lr": k}, (50.0 + k, 50.0 + k, 60.0 + k), (1, 2, 3), "complete") for k in range(1, 9)]
+    late.append(Curve({"lr": 0}, (1.0, 1.0, 99.0), (1, 2, 3), "complete"))  # worst until its last epoch
+    assert dropped(late, "asha", orders=20) > 0.8 and dropped(late[:-1], "asha", orders=20) == 0
 
 
 def test_words_say_how_much_of_the_ranking_is_chance() -> None:
@@ -128,3 +130,16 @@ def test_intervals_stay_within_what_an_accuracy_can_be() -> None:
         for level in levels:
             assert level.low is not None and level.high is not None
             assert 0 <= level.low <= level.mean <= level.high <= 100
+
+
+def test_chance_is_no_interaction() -> None:
+    rng, found, main = np.random.default_rng(1), 0, []
+    for _ in range(60):
+        grid = itertools.product([0.1, 0.03, 0.01, 0.003], [32, 64, 128], [0.1, 1.0])
+        curves = [Curve({"lr": a, "b": b, "r": r}, (70 + rng.normal(),), (1,), "complete") for a, b, r in grid]
+        seen = effects.variance(Seen("x", ("lr", "b", "r"), tuple(curves), 0))
+        found += bool(seen.pairs)
+        main.append(max(seen.main.values()))
+    assert found <= 8 and np.mean(main) < 0.15
+    single = [Curve({"lr": a, "b": b}, (10.0 * a + b,), (1,), "complete") for a in (1, 2, 3, 4) for b in (1, 2)]
+    assert effects.variance(Seen("x", ("lr", "b"), tuple(single), 0)).pairs == {}

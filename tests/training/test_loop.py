@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
 from finetune101.runs import Run
-from finetune101.training.loop import average, fit
+from finetune101.training.loop import fit, move_towards
 from finetune101.training.prepare import prepare
 
 TIMING = ("seconds", "val_seconds", "images_per_s")
@@ -127,24 +127,26 @@ def test_the_average_is_validated_and_kept(base: TrainConfig) -> None:
     assert run.metrics()[0]["val_loss"] != plain.metrics()[0]["val_loss"]
     last = train(change(dataclasses.replace(change(base, ema=0.9), exp="last"), "data", fit_on="train+val"))
     kept, state = load_file(last.best), torch.load(last.last, weights_only=True)
-    assert all(torch.equal(kept[key], state["average"][f"module.{key}"]) for key in kept)
+    assert all(torch.equal(kept[key], state["average"][key]) for key in kept)
     assert not all(torch.equal(kept[key], state["model"][key]) for key in kept)
 
 
 def test_the_average_forgets_its_start_first_and_then_by_its_decay() -> None:
-    layer = torch.nn.BatchNorm1d(1)
-    averaged, expected = average(layer, 0.8), None
+    layer, averaged = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
+    expected = averaged.weight.item()
     for n, value in enumerate([5.0, 3.0, 1.0, 4.0, 2.0] * 12):
         with torch.no_grad():
             layer.weight.fill_(value)
         layer.running_mean.fill_(-value)
         layer.num_batches_tracked.fill_(n)
-        averaged.update_parameters(layer)
+        if n == 0:
+            averaged.running_mean.fill_(-expected)
+        move_towards(averaged, layer, 0.8, n)
         keep = min(0.8, (1 + n) / (10 + n))
-        expected = value if expected is None else keep * expected + (1 - keep) * value
-        assert averaged.module.weight.item() == pytest.approx(expected, rel=1e-5)
-        assert averaged.module.running_mean.item() == pytest.approx(-expected, rel=1e-5)
-        assert averaged.module.num_batches_tracked.item() == n
+        expected = keep * expected + (1 - keep) * value
+        assert averaged.weight.item() == pytest.approx(expected, rel=1e-5)
+        assert averaged.running_mean.item() == pytest.approx(-expected, rel=1e-5)
+        assert averaged.num_batches_tracked.item() == n
 
 
 def test_a_run_stopped_within_an_epoch_resumes_from_the_last_whole_one(base: TrainConfig) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import pytest
+import torch
 
 from finetune101.config import TrainConfig
 from finetune101.training.lr_find import judge, range_test
@@ -25,7 +25,6 @@ def test_rates_grow_evenly_on_a_log_scale_until_the_loss_explodes(small: TrainCo
 def test_the_same_job_gives_the_same_curve(small: TrainConfig) -> None:
     one, two = (range_test(prepare(dataclasses.replace(small, exp=name)), 1e-3, 3.0, 20) for name in "ab")
     assert one == two
-    assert not list(Path(small.runs).rglob("best.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +34,23 @@ def test_the_same_job_gives_the_same_curve(small: TrainConfig) -> None:
 def test_what_a_curve_says(losses: list[float], stopped: bool, said: str) -> None:
     found = judge([10.0**n for n in range(len(losses))], losses, stopped=stopped)
     assert found.suggestion == 100.0 and said in found.reason
+
+
+def test_it_starts_where_training_would(small: TrainConfig) -> None:
+    plain, solved = (
+        dataclasses.replace(small, exp=head, model=dataclasses.replace(small.model, name="resnet18", head=head))
+        for head in ("random", "probe")
+    )
+    first = [range_test(prepare(config), 1e-6, 1.0, 12).losses[0] for config in (plain, solved)]
+    assert first[1] < first[0]
+    kept = dataclasses.replace(plain, exp="kept", model=dataclasses.replace(plain.model, freeze_norm=True))
+    job = prepare(kept)
+    before = job.built.model.state_dict()["bn1.running_mean"].clone()
+    range_test(job, 1e-6, 1.0, 12)
+    assert torch.equal(job.built.model.state_dict()["bn1.running_mean"], before)
+    with pytest.raises(ValueError, match="has no epoch to find a rate for"):
+        none = dataclasses.replace(solved.optim, epochs=0)
+        range_test(prepare(dataclasses.replace(solved, exp="none", optim=none)))
 
 
 def test_what_cannot_work_is_refused(small: TrainConfig) -> None:
