@@ -1,4 +1,4 @@
-"""bf16 against fp32 fine-tuning: paired validation accuracies of a reduced run, same seeds.
+"""bf16 against fp32 fine-tuning, and bf16 with PyTorch's kernels: paired validation accuracies, same seeds.
 
 ``python benchmarks/precision.py --data FOLDER`` fine-tunes EfficientNet-Lite0 at 96 px for 3 epochs with both and with
 3 seeds, and writes results/speed/precision.json: mean paired difference in points, and the spread.
@@ -28,18 +28,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as runs:
         for seed in range(arguments.seeds):
             row: dict[str, float] = {"seed": seed}
-            for precision in ("bf16", "fp32"):
-                name = f"{precision}{seed}"
+            for kind in ("bf16", "fp32", "bf16_plain_kernels"):
+                name, precision = f"{kind}{seed}", kind[:4]
                 train = [sys.executable, "-m", "finetune101", "train", "--exp", name, "--runs", runs]
                 more = ["--data", arguments.data, "--seed", str(seed), "--precision", precision]
+                more += ["--no-fast-kernels"] if kind.endswith("kernels") else []
                 subprocess.run([*train, *flags, *more], check=True, stdout=subprocess.DEVNULL)
                 records = (Path(runs) / name / "metrics.jsonl").read_text().splitlines()
-                row[precision] = max(json.loads(record)["val_top1"] for record in records)
+                row[kind] = max(json.loads(record)["val_top1"] for record in records)
             print(row, flush=True)
             rows.append(row)
     differences = [row["bf16"] - row["fp32"] for row in rows]
+    plain = [row["bf16_plain_kernels"] - row["fp32"] for row in rows]
     mean, sd = statistics.mean(differences), statistics.stdev(differences)
     result = {"flags": flags, "mean_difference": round(mean, 3), "sd": round(sd, 3), "runs": rows}
+    result |= {"plain_kernels": round(statistics.mean(plain), 3), "plain_sd": round(statistics.stdev(plain), 3)}
     (HERE.parent / "results/speed/precision.json").write_text(json.dumps(result, indent=1) + "\n")
     print(result)
 

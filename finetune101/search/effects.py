@@ -146,14 +146,18 @@ def variance(seen: Seen) -> Variance:
         name: omega(_residual(_design([c for n, c in columns.items() if n != name], len(y)), y), (left, free))
         for name in seen.names
     }
-    pairs, possible = {}, math.comb(len(seen.names), 2)
-    for a, b in itertools.combinations(seen.names, 2):
-        product = (columns[a][:, :, None] * columns[b][:, None, :]).reshape(len(y), -1)
-        rest, still_free = _residual(np.hstack([additive, product]), y)
-        if 0 < still_free < free:
-            f = (left - rest) / (free - still_free) / (rest / still_free or 1e-12)
-            if stats.f.sf(f, free - still_free, still_free) * possible < 0.05:
-                pairs[a, b] = omega((left, free), (rest, still_free))
+    products = {
+        (a, b): (columns[a][:, :, None] * columns[b][:, None, :]).reshape(len(y), -1)
+        for a, b in itertools.combinations(seen.names, 2)
+    }
+    whole = _residual(np.hstack([additive, *products.values()]), y)
+    pairs = {}
+    for pair in products:
+        less = _residual(np.hstack([additive, *(p for other, p in products.items() if other != pair)]), y)
+        if 0 < whole[1] < less[1]:
+            f = (less[0] - whole[0]) / (less[1] - whole[1]) / (whole[0] / whole[1] or 1e-12)
+            if stats.f.sf(f, less[1] - whole[1], whole[1]) * len(products) < 0.05:
+                pairs[pair] = omega(less, whole)
     effects = {name: _effect(seen, name, columns, y, left, free) for name in seen.names}
     return Variance(effects, main, pairs, max(0.0, 1 - sum(main.values()) - sum(pairs.values())))
 
