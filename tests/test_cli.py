@@ -287,7 +287,7 @@ MISTAKES = {
     "search for ever": (["search", *TRAIN[1:], "--sampler", "tpe"], "goes on for ever; add --trials"),
     "search time": (["search", *TRAIN[1:], "--timeout", "soon"], "--timeout soon is no time; write it like 90s"),
     "search database": (["search", *TRAIN[1:], "--storage", "x"], "--storage x cannot be used"),
-    "report of a run": (["search", "report", "{runs}/a"], "has no search.json"),
+    "report of a run": (["search", "report", "{runs}/a"], "is no folder of a search"),
     "no such recipe file": (["train", "--exp", "x", "--config", "no.yaml"], "cannot read no.yaml"),
     "recipe and file": (["train", "--exp", "x", "--config", "a.yaml", "--recipe", "original"], "give one of them"),
     "no card": ([*TRAIN, "--precision", "fp16"], "--precision fp16 needs a CUDA card"),

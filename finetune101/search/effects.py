@@ -103,7 +103,7 @@ def load(folder: Path) -> Seen:
     if len(curves) < 2:
         raise ValueError(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
     names = tuple(name for name in saved["space"] if len({str(curve.point[name]) for curve in curves}) > 1)
-    chosen = saved["winner"] or saved["results"][0]
+    chosen = saved.get("winner") or saved["results"][0]
     winner = Run(folder / Path(chosen["run"] or "").name)
     images = len(winner.read_json("split.json")["subsets"]["val"]) if winner.has("split.json") else None
     failed = sum(entry["state"] == "failed" for entry in saved["results"])

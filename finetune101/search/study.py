@@ -26,6 +26,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune101.config import TrainConfig, to_dict
+from finetune101.models.zoo import lookup
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure, label, points
 from finetune101.search.trial import FINISHED, NotMine, Objective, OutOfTime, changed, essence, split_hash
@@ -86,6 +87,9 @@ def check(plan: Plan) -> None:
     for fine, message in rules:
         if not fine:
             raise ValueError(message)
+    models = plan.space.get("model", [])
+    for name in models if isinstance(models, list) else []:
+        lookup(name)
     plan.queue()
 
 

@@ -55,5 +55,5 @@ def test_a_pair_that_cannot_be_drawn(pair: tuple[str, ...], folder: Path) -> Non
 
 
 def test_no_search_no_report(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no search\.json"):
+    with pytest.raises(ValueError, match=r"is no folder of a search"):
         report(tmp_path)

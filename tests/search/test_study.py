@@ -256,5 +256,35 @@ def test_two_workers_do_what_one_does(plan: MakePlan, base: TrainConfig) -> None
 
 @pytest.mark.slow
 def test_a_workers_mistake_is_the_searchs(plan: MakePlan) -> None:
+    base = plan().base
+    lost = dataclasses.replace(base, model=dataclasses.replace(base.model, pretrain=True, weights="lost.safetensors"))
+    with pytest.raises(ValueError, match=r"lost\.safetensors"):
+        search(plan(base=lost, jobs=2))
+
+
+def test_settings_that_do_not_go_together_fail_alone(plan: MakePlan) -> None:
     with pytest.raises(ValueError, match="there is no model 'resnet17'"):
-        search(plan({"model": ["resnet17"]}, jobs=2))
+        study.check(plan({"model": ["resnet17"]}))
+    mixed = plan({"model": ["alexnet", "squeezenet1_1"]})  # at 32 px
+    entries = study.results(mixed, search(mixed))
+    assert [(e["point"]["model"], e["state"]) for e in entries] == [
+        ("squeezenet1_1", "complete"),
+        ("alexnet", "failed"),
+    ]
+    assert "32" in entries[1]["error"]
+
+
+def test_a_seed_that_failed_is_no_success() -> None:
+    def entry(lr: float, seed: int, score: float, state: str = "complete") -> dict[str, Any]:
+        return {"point": {"lr": lr, "seed": seed}, "state": state, "best_val_top1": score, "run": None}
+
+    found = study.averages([entry(1, 0, 90.0), entry(1, 1, 95.0, "failed"), entry(2, 0, 70.0), entry(2, 1, 72.0)])
+    assert [(f["point"]["lr"], f["mean"], f["failed"]) for f in found] == [(2, 71.0, 0), (1, 90.0, 1)]
+
+
+def test_a_trial_that_gains_epochs_may_be_interrupted_for_ever(plan: MakePlan) -> None:
+    made = plan({"lr": [0.01]}, base=dataclasses.replace(plan().base, optim=OptimConfig(epochs=40, batch_size=8)))
+    for _ in range(study.MAX_RETRIES + 3):
+        with pytest.raises(KeyboardInterrupt):
+            search(made, stop_at(1))
+    assert [e["state"] for e in study.results(made, search(made))] == ["complete"]
