@@ -98,6 +98,9 @@ def load(folder: Path) -> Seen:
     for entry in saved["results"]:
         records = Run(folder / Path(entry["run"]).name).metrics() if entry["run"] else []
         if records and entry["state"] != "failed":
+            if records[0]["epoch"] == 0 and len(records) > 1:  # a solved output layer's score counts with epoch 1
+                solved, first, *others = records
+                records = [{**first, "val_top1": max(solved["val_top1"], first["val_top1"])}, *others]
             scores, steps = (tuple(record[key] for record in records) for key in ("val_top1", "step"))
             curves.append(Curve(entry["point"], scores, steps, entry["state"]))
     if len(curves) < 2:

@@ -205,15 +205,31 @@ def fill(plan: Plan, study: optuna.Study) -> None:
         retry(study, lambda trial: trial.state == TrialState.RUNNING)  # the folder is ours: their workers are dead
     retry(study)
     wanted = plan.queue()
-    if wanted and not wanted[0]:
-        known = [
-            t
-            for t in study.get_trials(deepcopy=False)
-            if "queued" in t.user_attrs and "failed_trial" not in t.system_attrs
-        ]
-        wanted = wanted[len(known) :]
-    for point in wanted:
+    drawn = bool(wanted) and not wanted[0]
+    for point in wanted[len(_drawn(study)) :] if drawn else wanted:
         study.enqueue_trial(point, user_attrs={"queued": True}, skip_if_exists=bool(point))
+    if drawn:
+        _take_back(study, len(wanted))
+
+
+def _drawn(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials whose points a sampler draws, in order: no second tries, none that was taken back."""
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if "queued" in trial.user_attrs
+        and "failed_trial" not in trial.system_attrs
+        and not (trial.state == TrialState.FAIL and "same_as" in trial.user_attrs)
+    ]
+
+
+def _take_back(study: optuna.Study, wanted: int) -> None:
+    """Ends the waiting trials beyond ``wanted``: two machines that start in one moment both queue all of them."""
+    for trial in _drawn(study)[wanted:]:
+        if trial.state == TrialState.WAITING:
+            with contextlib.suppress(RuntimeError, KeyError):  # taken or ended meanwhile
+                study._storage.set_trial_user_attr(trial._trial_id, "same_as", None)
+                study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def retry(study: optuna.Study, dead: Callable[[FrozenTrial], bool] = lambda trial: False) -> int:

@@ -36,6 +36,14 @@ def test_the_table_follows_the_search_and_the_winner_its_images(base: Any, capsy
     search(Plan(base=longer, space=space.make({"lr": [0.02], "epochs": [1]})))  # searched: no other base
 
 
+def test_the_score_of_a_solved_output_layer_counts_with_the_first_epoch(base: Any) -> None:
+    model = dataclasses.replace(base.model, name="resnet18", head="probe")
+    plan = Plan(base=dataclasses.replace(base, model=model), space=space.make({"lr": [0.01, 0.02]}))
+    saved, seen = search(plan), effects.load(plan.folder)
+    assert [len(curve.scores) for curve in seen.curves] == [2, 2] and seen.curves[0].steps[0] > 0
+    assert [curve.best for curve in seen.curves] == [entry["best_val_top1"] for entry in saved["results"]]
+
+
 def test_a_search_out_of_time_says_what_is_left(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan(base=base, space=space.make({"lr": [0.01, 0.02]}), timeout=1e-6)
     run_search(plan, plan.folder / "table.json", plan.folder / "plots")

@@ -274,6 +274,21 @@ def test_settings_that_do_not_go_together_fail_alone(plan: MakePlan) -> None:
     assert "32" in entries[1]["error"]
 
 
+def test_what_two_machines_queued_at_once_is_taken_back(plan: MakePlan) -> None:
+    made = plan({"lr": [0.01, 0.02, 0.03, 0.04]}, sampler="random", trials=3)
+    with alone(made):
+        shared = study.open_study(made)
+        study.fill(made, shared)
+        for _ in range(3):  # as the other machine, which read the queue before we wrote
+            shared.enqueue_trial({}, user_attrs={"queued": True})
+        study.fill(made, shared)
+        assert [t.state.name for t in shared.get_trials()] == ["WAITING"] * 3 + ["FAIL"] * 3
+        assert study.unfinished(shared) == 3
+        more = dataclasses.replace(made, trials=4)
+        study.fill(more, shared)
+        assert [t.state.name for t in shared.get_trials()].count("WAITING") == 4
+
+
 def test_a_seed_that_failed_is_no_success() -> None:
     def entry(lr: float, seed: int, score: float, state: str = "complete") -> dict[str, Any]:
         return {"point": {"lr": lr, "seed": seed}, "state": state, "best_val_top1": score, "run": None}
