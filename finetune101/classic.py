@@ -120,20 +120,19 @@ def test_foreign(file: Path, model: str, data: str | None, batch_size: int) -> d
     """Scores a plain state dict on the reference test images with the original's preprocessing."""
     from finetune101.config import DataConfig, SystemConfig
     from finetune101.data import dataset, splits
-    from finetune101.evaluation.evaluate import scores, subset_logits
+    from finetune101.evaluation.evaluate import Opened, scores
     from finetune101.models.build import load_foreign
     from finetune101.models.zoo import lookup
     from finetune101.world import detect
 
     network, classes = load_foreign(file, model)
-    config = DataConfig(root=data)
-    manifest = splits.make(dataset.index(dataset.find(data)), config)
+    config, index = DataConfig(root=data), dataset.index(dataset.find(data))
+    manifest = splits.make(index, config)
     if classes != len(manifest.classes):
         found = len(manifest.classes)
         raise ValueError(f"{file} knows {classes} classes, the data set has {found}; give the --data it was trained on")
-    world = detect(SystemConfig())
-    output, labels = subset_logits(network, lookup(model).preprocessing, manifest, config, world, "test", batch_size)
-    return scores(output, labels)
+    opened = Opened(network, lookup(model).preprocessing, manifest, index, config, detect(SystemConfig()))
+    return scores(*opened.logits("test", batch_size))
 
 
 def get_dataloaders(

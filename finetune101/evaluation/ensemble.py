@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,14 @@ import torch
 from torch import Tensor
 
 from finetune101.data import splits
-from finetune101.evaluation import metrics
-from finetune101.evaluation.evaluate import calibration, scores, subset_logits, write_predictions
-from finetune101.evaluation.inference import load_model, world_of
+from finetune101.evaluation.evaluate import (
+    calibrations,
+    check_batch_size,
+    open_scored,
+    scores,
+    times_scored,
+    write_predictions,
+)
 from finetune101.runs import Run, write_json
 
 
@@ -27,37 +31,34 @@ def ensemble(
     """
     if len(runs) < 2:
         raise ValueError("an ensemble needs two runs or more; name them all")
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; give at least 1")
+    check_batch_size(batch_size)
     if (out / "config.json").exists():
         raise ValueError(f"{out} is a run of its own; give the ensemble another --out")
     for run in runs:
         if subset == "val" and run.config().data.fit_on == "train+val":
             raise ValueError(f"{run.path} was trained on the validation images; name runs with --fit-on train")
-    manifest = splits.from_json(runs[0].read_json("split.json"))
-    for run in runs[1:]:
-        if splits.from_json(run.read_json("split.json")).hash() != manifest.hash():
+    hashes = [splits.from_json(run.read_json("split.json")).hash() for run in runs]
+    for run, other in zip(runs, hashes, strict=True):
+        if other != hashes[0]:
             raise ValueError(f"{run.path} was trained on another split than {runs[0].path}; name runs of one split")
+    first = open_scored(runs[0], data)
+    members = [first, *(open_scored(run, data, first.index) for run in runs[1:])]
 
     def outputs(subset: str) -> tuple[Tensor, Tensor]:
-        return mean_log_probabilities([_logits(run, manifest, subset, data, batch_size) for run in runs])
+        return mean_log_probabilities([member.logits(subset, batch_size) for member in members])
 
     output, labels = outputs(subset)
     result = scores(output, labels)
     if subset == "test":
-        result |= {"runs": [str(run.path) for run in runs], "manifest_hash": manifest.hash()}
-        result |= {"protocol": manifest.protocol, "calibration": calibration(output, labels)}
-        if manifest.subsets["val"] and all(run.config().data.fit_on == "train" for run in runs):
-            t = metrics.temperature(*outputs("val"))
-            result["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
-        for run in runs:  # a test set that is looked at often is no test set
+        result |= {"runs": [str(run.path) for run in runs], "manifest_hash": hashes[0]}
+        result["protocol"] = first.manifest.protocol
+        result |= calibrations(output, labels, outputs("val") if all(m.chosen_on_val for m in members) else None)
+        for run in runs:
             if run.has("test.json"):
-                known = run.read_json("test.json")
-                run.write_json("test.json", {**known, "times_scored": known.get("times_scored", 0) + 1})
-        before = Run(out).read_json("test.json") if Run(out).has("test.json") else {}
-        result["times_scored"] = before.get("times_scored", 0) + 1
+                run.write_json("test.json", {**run.read_json("test.json"), "times_scored": times_scored(run) + 1})
+        result["times_scored"] = times_scored(Run(out)) + 1
         write_json(out / "test.json", result)
-        write_predictions(out / "predictions.csv", manifest, output)
+        write_predictions(out / "predictions.csv", first.manifest, output)
     return result
 
 
@@ -65,14 +66,3 @@ def mean_log_probabilities(outputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Te
     """Logits (N, classes) and labels (N,) of each network -> log of the mean probabilities, labels."""
     each = torch.stack([torch.log_softmax(output.double(), 1) for output, _ in outputs])
     return (torch.logsumexp(each, 0) - torch.tensor(float(len(each))).log()).float(), outputs[0][1]
-
-
-def _logits(
-    run: Run, manifest: splits.Manifest, subset: str, data: str | None, batch_size: int
-) -> tuple[Tensor, Tensor]:
-    model, preprocessing, classes = load_model(run)
-    if tuple(classes) != manifest.classes:
-        raise ValueError(f"{run.best} knows other classes than the split of {run.path}; train the run again")
-    source = run.config().data
-    source = source if data is None else dataclasses.replace(source, root=data)
-    return subset_logits(model, preprocessing, manifest, source, world_of(run), subset, batch_size)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,52 +36,102 @@ def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A network that is ready to be scored: its weights, its split and the images of it, and how it computes."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    manifest: splits.Manifest
+    index: dataset.Index
+    config: DataConfig
+    world: World
+
+    def logits(self, subset: str, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Logits (N, classes) and labels (N,) of ``subset``, in the manifest's order. Raises ValueError without any."""
+        paths, labels = self.manifest.subsets[subset], self.manifest.labels(subset)
+        if not paths:
+            raise ValueError(f"the split has no {subset} images; choose another subset or make a split that has some")
+        skipped = self.manifest.options.get("skipped", ())
+        images = cache.open_images(self.index, self.preprocessing, self.config.cache, skipped)
+        self.model.to(self.world.device, memory_format=self.world.memory_format)  # type: ignore[call-overload]
+        batches = eval_batches(images, paths, labels, batch_size=batch_size, world=self.world)
+        return logits(self.model, batches, self.world)
+
+    @property
+    def chosen_on_val(self) -> bool:
+        """Whether there are validation images that were not trained on."""
+        return bool(self.manifest.subsets["val"]) and self.config.fit_on == "train"
+
+
+def open_scored(run: Run, data: str | None = None, known: dataset.Index | None = None) -> Opened:
+    """``run`` with its images, from ``data`` where that is given; ``known`` saves reading them again where it fits.
+
+    Raises ValueError when the images are not those of the split.
+    """
+    config = run.config().data
+    config = config if data is None else dataclasses.replace(config, root=data)
+    manifest = splits.from_json(run.read_json("split.json"))
+    model, preprocessing, classes = load_model(run)
+    if tuple(classes) != manifest.classes:
+        raise ValueError(f"{run.best} knows other classes than the split of {run.path}; train the run again")
+    root = dataset.find(config.root)
+    layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
+    index = known if known and known.root == root else dataset.index(root, layout)
+    splits.check(manifest, index)
+    return Opened(model, preprocessing, manifest, index, config, world_of(run))
+
+
 def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_size: int = 64) -> dict[str, Any]:
     """Scores the best checkpoint of ``run`` on ``subset`` of its own split; "test" is written to the run directory.
 
     ``data`` overrides where the images are. Raises ValueError when the images are not those of the split.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; give at least 1")
-    config = run.config()
-    manifest = splits.from_json(run.read_json("split.json"))
-    model, preprocessing, classes = load_model(run)
-    if tuple(classes) != manifest.classes:
-        raise ValueError(f"{run.best} knows other classes than the split of {run.path}; train the run again")
-    source = config.data if data is None else dataclasses.replace(config.data, root=data)
-    output, labels = subset_logits(model, preprocessing, manifest, source, world_of(run), subset, batch_size)
+    check_batch_size(batch_size)
+    opened = open_scored(run, data)
+    output, labels = opened.logits(subset, batch_size)
     result = scores(output, labels)
     if subset == "test":
-        before = run.read_json("test.json") if run.has("test.json") else {}
         result |= {
-            "manifest_hash": manifest.hash(),
-            "protocol": manifest.protocol,
+            "manifest_hash": opened.manifest.hash(),
+            "protocol": opened.manifest.protocol,
             "epoch": int(read_checkpoint(run.best)[1]["epoch"]),
-            "times_scored": before.get("times_scored", 0) + 1,  # a test set that is looked at often is no test set
+            "times_scored": times_scored(run) + 1,
         }
-        result["calibration"] = calibration(output, labels)
-        if manifest.subsets["val"] and config.data.fit_on == "train":
-            val = subset_logits(model, preprocessing, manifest, source, world_of(run), "val", batch_size)
-            t = metrics.temperature(*val)
-            result["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
-        result["without_duplicates"] = _without_duplicates(manifest, source, output.argmax(1) == labels)
-        write_predictions(run.path / "predictions.csv", manifest, output)
+        result |= calibrations(output, labels, opened.logits("val", batch_size) if opened.chosen_on_val else None)
+        result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)
+        write_predictions(run.path / "predictions.csv", opened.manifest, output)
         run.write_json("test.json", result)
     return result
 
 
-def _without_duplicates(manifest: splits.Manifest, data: DataConfig, correct: Tensor) -> dict[str, Any]:
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError for one that cannot be."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; give at least 1")
+
+
+def times_scored(run: Run) -> int:
+    """How often the test images of ``run`` were looked at: a test set that is looked at often is no test set."""
+    return int(run.read_json("test.json").get("times_scored", 0)) if run.has("test.json") else 0
+
+
+def _without_duplicates(opened: Opened, correct: Tensor) -> dict[str, Any]:
     """Top-1 (percent) on the test images of which no near-duplicate was trained on, and how many those are."""
-    held = ("train", "val") if data.fit_on == "train+val" else ("train",)
-    trained = [path for subset in held for path in manifest.subsets[subset]]
-    known = verify.with_duplicate(_index(manifest, data), manifest.subsets["test"], trained)
-    alone = torch.tensor([path not in known for path in manifest.subsets["test"]])
+    subsets, held = opened.manifest.subsets, ("train", "val") if opened.config.fit_on == "train+val" else ("train",)
+    known = verify.with_duplicate(opened.index, subsets["test"], [path for part in held for path in subsets[part]])
+    alone = torch.tensor([path not in known for path in subsets["test"]])
     n = int(alone.sum())
     return {"n": n, "top1": 100 * int(correct[alone].sum()) / n if n else None}
 
 
-def _index(manifest: splits.Manifest, data: DataConfig) -> dataset.Index:
-    return dataset.index(dataset.find(data.root), "folders" if manifest.protocol == "folders" else "classes")
+def calibrations(output: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """Calibration of logits as they are and, with logits and labels of validation images, by their temperature."""
+    found: dict[str, Any] = {"calibration": calibration(output, labels)}
+    if val:
+        t = metrics.temperature(*val)
+        found["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
+    return found
 
 
 def calibration(output: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -88,27 +139,6 @@ def calibration(output: Tensor, labels: Tensor) -> dict[str, Any]:
     confidence, prediction = torch.softmax(output.double(), 1).max(1)
     bins = metrics.reliability(confidence.numpy(), prediction == labels)
     return {"ece": metrics.ece(bins), "bins": bins}
-
-
-def subset_logits(
-    model: nn.Module,
-    preprocessing: Preprocessing,
-    manifest: splits.Manifest,
-    data: DataConfig,
-    world: World,
-    subset: str,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and labels (N,) for the images of ``subset``, in the manifest's order."""
-    paths = manifest.subsets[subset]
-    if not paths:
-        raise ValueError(f"the split has no {subset} images; choose another subset or make a split that has some")
-    index = _index(manifest, data)
-    splits.check(manifest, index)
-    images = cache.open_images(index, preprocessing, data.cache, manifest.options.get("skipped", ()))
-    model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    batches = eval_batches(images, paths, manifest.labels(subset), batch_size=batch_size, world=world)
-    return logits(model, batches, world)
 
 
 def write_predictions(out: Path, manifest: splits.Manifest, output: Tensor) -> None:
