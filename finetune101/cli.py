@@ -24,9 +24,8 @@ from finetune101.config import (
     AugmentConfig,
     Flat,
     TrainConfig,
-    read_settings,
+    read_recipe,
     validate,
-    with_settings,
 )
 
 if TYPE_CHECKING:
@@ -264,9 +263,7 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
     elif seen.config:
         if seen.recipe:
             raise ValueError("--recipe and --config both say where to start; give one of them")
-        config = with_settings(
-            TrainConfig(exp=tyro.MISSING, recipe=seen.config), read_settings(Path(seen.config)), seen.config
-        )
+        config = read_recipe(seen.config, tyro.MISSING)
     else:
         known = model or seen.no_pretrain or kind is SearchArguments  # whose usual space is the original's
         usual = "original" if known else "finetune_fast"

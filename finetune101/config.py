@@ -293,6 +293,11 @@ def with_settings(config: TrainConfig, values: dict[str, Any], source: str) -> T
     return config
 
 
+def read_recipe(file: str, exp: Any) -> TrainConfig:
+    """A recipe file such as a search's winner.yaml as a configuration. Raises ValueError as ``with_settings`` does."""
+    return with_settings(TrainConfig(exp=exp, recipe=file), read_settings(Path(file)), file)
+
+
 def preprocessing_from_dict(values: dict[str, Any]) -> Preprocessing:
     """The inverse of ``to_dict`` for a Preprocessing."""
     return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})

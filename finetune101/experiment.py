@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_settings, to_dict, validate, with_settings
+from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_recipe, to_dict, validate
 from finetune101.data import dataset, splits
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run, claim, write_json
@@ -90,7 +90,7 @@ def _recipe(recipe: str, exp: str, pretrain: bool) -> TrainConfig:
     """The configuration of a named recipe, or of a recipe file such as a search's winner.yaml."""
     if not Path(recipe).suffix:
         return named(recipe)(exp, pretrain=pretrain)
-    config = with_settings(TrainConfig(exp=exp, recipe=recipe), read_settings(Path(recipe)), recipe)
+    config = read_recipe(recipe, exp)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrain=pretrain))
 
 

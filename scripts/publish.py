@@ -26,13 +26,7 @@ def publish(run: Path, claim: str, command: str) -> None:
     # where one machine keeps its runs and images, means nothing on another
     write_json(folder / "config.json", {**config, "runs": "runs", "data": {**config["data"], "root": None}})
     write_json(folder / "env.json", {**env, "command": command})
-    split, test = Run(run).read_json("split.json"), Run(run).read_json("test.json")
-    per_class = split["options"].get("train_per_class", "")
-    manifest = f"{split['protocol']}{per_class}_seed{split['seed']}"
-    known = RESULTS / "splits" / f"{manifest}.json"
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != split:
-        raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")
-    write_json(RESULTS / "splits" / f"{manifest}.json", split)
+    manifest, test = keep_split(run), Run(run).read_json("test.json")
     write_json(folder / "test.json", {**test, "manifest": manifest})
     claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
     value = round(test[claim.rsplit(".", 1)[1]], 2)
@@ -42,6 +36,17 @@ def publish(run: Path, claim: str, command: str) -> None:
     claims = [old for old in claims if old["id"] != claim] + [{**entry, "evidence": run.name}]
     write_json(RESULTS / "claims.json", sorted(claims, key=lambda one: str(one["id"])))
     print(f"{claim} = {value} %, evidence in {folder}")
+
+
+def keep_split(run: Path) -> str:
+    """Writes the split of ``run`` to results/splits and returns its name; ValueError where that is another split."""
+    split = Run(run).read_json("split.json")
+    name = f"{split['protocol']}{split['options'].get('train_per_class', '')}_seed{split['seed']}"
+    known = RESULTS / "splits" / f"{name}.json"
+    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != split:
+        raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")
+    write_json(known, split)
+    return name
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
+from publish import RESULTS, keep_split
+
 from finetune101.analysis.search_report import report
 from finetune101.runs import Run, write_json
-
-RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def publish(search: Path) -> Path:
@@ -27,9 +27,7 @@ def publish(search: Path) -> Path:
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / "metrics.jsonl", target / "metrics.jsonl")
     winner = search / Path(saved["winner"]["run"]).name
-    split = Run(winner).read_json("split.json")
-    name = f"{split['protocol']}{split['options'].get('train_per_class', '')}_seed{split['seed']}"
-    write_json(RESULTS / "splits" / f"{name}.json", split)
+    name = keep_split(winner)
     # where one machine keeps its images and splits, means nothing on another
     data = {**saved["base"]["data"], "root": None, "split": None}
     saved["winner"]["run"] = f"runs/{search.name}/{winner.name}"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from finetune101.runs import Run
-from finetune101.search.replay import Curve, dropped
+from finetune101.search.replay import ORDERS, Curve, dropped
 from finetune101.search.space import Point, text
 
 Floats = NDArray[np.float64]
@@ -292,12 +292,12 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
     """A paragraph for people, every number of it computed."""
     best = seen.best
     at = ", ".join(f"{name} {text(value)}" for name, value in best.point.items())
-    said = [f"The best of {len(seen.curves)} trials reached {best.best:.2f} % of the validation images with {at}."]
-    if seen.finalists:
-        said = [
-            f"Of {len(seen.curves)} trials, {seen.finalists} were trained again with several seeds. The best mean is "
-            f"that of {at}, which reached {best.best:.2f} % of the validation images in the search."
-        ]
+    said = [
+        f"Of {len(seen.curves)} trials, {seen.finalists} were trained again with several seeds. The best mean is "
+        f"that of {at}, which reached {best.best:.2f} % of the validation images in the search."
+        if seen.finalists
+        else f"The best of {len(seen.curves)} trials reached {best.best:.2f} % of the validation images with {at}."
+    ]
     equal = sum(curve.best == best.best for curve in seen.curves) - 1
     if equal:
         said.append(f"{equal} more reached the same.")
@@ -342,7 +342,6 @@ def words(seen: Seen, found: Variance, change: RankChange | None, drops: dict[st
         )
     if drops:
         parts = [f"{pruner} in {100 * share:.0f} %" for pruner, share in drops.items()]
-        said.append(
-            f"In 40 random orders of the trials, pruning would have dropped the winner: {', '.join(parts)} of them."
-        )
+        orders = f"In {ORDERS} random orders of the trials, pruning would have dropped the winner"
+        said.append(f"{orders}: {', '.join(parts)} of them.")
     return " ".join(said)

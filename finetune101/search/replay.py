@@ -11,6 +11,8 @@ import optuna
 from finetune101.search.space import Point, label
 from finetune101.search.study import Pruner, Sampler, make_pruner, make_sampler
 
+ORDERS = 40  # of the trials, in which a report asks whether a pruner drops the winner
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -77,7 +79,7 @@ def replay(curves: Sequence[Curve], sampler: Sampler, pruner: Pruner, seed: int)
     return Replayed(tuple(epochs), frozenset(pruned))
 
 
-def dropped(curves: Sequence[Curve], pruner: Pruner, orders: int = 40) -> float:
+def dropped(curves: Sequence[Curve], pruner: Pruner, orders: int = ORDERS) -> float:
     """Share of random orders of the trials in which ``pruner`` would have stopped the final winner early."""
     winner = label(max(curves, key=lambda curve: curve.best).point)
     return sum(winner in replay(curves, "grid", pruner, seed).pruned for seed in range(orders)) / orders

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -232,14 +232,18 @@ def _take_back(study: optuna.Study, wanted: int) -> None:
                 study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
+def _retried(trials: Iterable[FrozenTrial]) -> set[int]:
+    """The numbers of the trials that were queued again."""
+    return {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+
+
 def retry(study: optuna.Study, dead: Callable[[FrozenTrial], bool] = lambda trial: False) -> int:
     """Queues again what was interrupted: ``dead`` trials, which are failed first, and failed ones that nobody retried.
 
     Returns how many.
     """
     trials = study.get_trials(deepcopy=False)
-    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
-    count = 0
+    retried, count = _retried(trials), 0
     for trial in trials:
         if trial.state == TrialState.RUNNING and dead(trial):
             try:
@@ -282,7 +286,7 @@ def work(plan: Plan, study: optuna.Study, deadline: float, worker: int = 0, on_e
 def unfinished(study: optuna.Study) -> int:
     """Trials that wait, run, or were interrupted and not queued again."""
     trials = study.get_trials(deepcopy=False)
-    again = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    again = _retried(trials)
     return sum(
         trial.state not in FINISHED
         and "queued" in trial.user_attrs

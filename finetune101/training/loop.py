@@ -132,21 +132,15 @@ class Trainer:
         for x, y, total in self.batches(epoch):
             x, target = self.mixed(x, y, step)
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
-            with world.autocast():
-                output = self.wrapped(x)
-                loss = F.cross_entropy(output.float(), target, label_smoothing=o.label_smoothing)
             mine = len(range(total)[world.share(total)])
-            self.optimizer.zero_grad(set_to_none=True)
             # processes hold unequal shares of the last batch, and their gradients are averaged
-            self.scaler.scale(loss * (mine * world.size / total)).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            output, _ = self.step(x, target, mine * world.size / total)
             if self.average:
                 move_towards(self.average, self.model, o.ema, step)
             step += 1
-            plain = F.cross_entropy(output.detach().float(), target)  # without smoothing, as validation's
+            plain = F.cross_entropy(output.float(), target)  # without smoothing, as validation's
             losses.append(plain * mine)
-            correct += (output.detach().argmax(1) == y)[:mine].sum()
+            correct += (output.argmax(1) == y)[:mine].sum()
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
                 self._check_finite(losses, step)
             bar.update(total)
@@ -168,6 +162,17 @@ class Trainer:
         """The batch of ``step`` with its images mixed where ``augment.mix`` says so, and its targets."""
         share, classes = self.job.config.augment.mix, len(self.job.manifest.classes)
         return mix(x, y, classes, share, self.job.config.system.seed * 1_000_003 + step) if share else (x, y)
+
+    def step(self, x: torch.Tensor, target: torch.Tensor, weight: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step on the loss times ``weight``; returns logits (N, classes) and the loss, detached."""
+        with self.job.world.autocast():
+            output = self.wrapped(x)
+            loss = F.cross_entropy(output.float(), target, label_smoothing=self.job.config.optim.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss * weight).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return output.detach(), loss.detach()
 
     def _check_finite(self, losses: list[torch.Tensor], step: int) -> None:
         bad = (~torch.isfinite(torch.stack(losses))).nonzero()

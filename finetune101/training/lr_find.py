@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from finetune101.training.loop import HeadTrainer, Job, Trainer
@@ -51,18 +50,12 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0
-    batches = itertools.chain.from_iterable(trainer.batches(1 + n % max(1, o.epochs)) for n in itertools.count())
+    batches = itertools.chain.from_iterable(trainer.batches(1 + n % o.epochs) for n in itertools.count())
     for step, (x, y, _) in enumerate(tqdm(itertools.islice(batches, steps), total=steps, unit="step", desc="lr-find")):
         rate = low * (high / low) ** (step / (steps - 1))
         set_rates(trainer.optimizer, rate / o.lr)
-        x, y = trainer.mixed(x, y, step)
-        with job.world.autocast():
-            loss = F.cross_entropy(trainer.wrapped(x).float(), y, label_smoothing=o.label_smoothing)
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.scaler.scale(loss).backward()
-        trainer.scaler.step(trainer.optimizer)
-        trainer.scaler.update()
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * float(loss.detach())
+        _, loss = trainer.step(*trainer.mixed(x, y, step))
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * float(loss)
         smoothed = mean / (1 - SMOOTHING ** (step + 1))
         if not math.isfinite(smoothed) or smoothed > TOO_HIGH * min([*losses, smoothed]):
             break
