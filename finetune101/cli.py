@@ -400,41 +400,6 @@ def predict(argv: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def compare(argv: Sequence[str]) -> int:
-    """``finetune101 compare``."""
-    from finetune101 import verbs
-
-    return verbs.compare(argv)
-
-
-def ensemble(argv: Sequence[str]) -> int:
-    """``finetune101 ensemble``."""
-    from finetune101 import verbs
-
-    return verbs.ensemble(argv)
-
-
-def report(argv: Sequence[str]) -> int:
-    """``finetune101 report``."""
-    from finetune101 import verbs
-
-    return verbs.report(argv)
-
-
-def lr_find(argv: Sequence[str]) -> int:
-    """``finetune101 lr-find``."""
-    from finetune101 import verbs
-
-    return verbs.lr_find(argv)
-
-
-def study(argv: Sequence[str]) -> int:
-    """``finetune101 study``."""
-    from finetune101 import verbs
-
-    return verbs.study(argv)
-
-
 def search(argv: Sequence[str]) -> int:
     """``finetune101 search`` and ``finetune101 search report``."""
     if list(argv[:1]) == ["report"]:
@@ -574,17 +539,30 @@ def demo(argv: Sequence[str]) -> int:
 
 
 Verb = Callable[[Sequence[str]], int]
+
+
+def _later(name: str) -> Verb:
+    """The function ``name`` of ``verbs``, which is imported when the verb is called."""
+
+    def verb(argv: Sequence[str]) -> int:
+        from finetune101 import verbs
+
+        return int(getattr(verbs, name)(argv))
+
+    return verb
+
+
 DATA_VERBS: dict[str, Verb] = {"download": data_download, "verify": data_verify, "show": data_show}
 VERBS: dict[str, Verb] = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
-    "ensemble": ensemble,
-    "compare": compare,
-    "report": report,
-    "study": study,
+    "ensemble": _later("ensemble"),
+    "compare": _later("compare"),
+    "report": _later("report"),
+    "study": _later("study"),
     "search": search,
-    "lr-find": lr_find,
+    "lr-find": _later("lr_find"),
     "recipes": recipes,
     "benchmark": benchmark,
     "demo": demo,
