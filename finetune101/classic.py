@@ -27,7 +27,7 @@ class TestArguments:
 
     __test__ = False  # no class of tests, whatever pytest thinks of its name
     exp: str
-    """Name of the run, or of a file EXP_best.pth."""
+    """Name of the run, of a file EXP_best.pth, or of a released network (released_finetune, released_random)."""
     batch_size: int = 64
     """Images per step."""
     data: str | None = None
@@ -101,13 +101,15 @@ def _test(argv: list[str]) -> int:
             print(f"note: read --batch_size {argv[at]} as --batch_size {argv[at][2:]}")
             argv[at] = argv[at][2:]
     arguments = cli.parse(TestArguments, argv, prog="test.py")
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size is {arguments.batch_size}; give at least 1")
+    from finetune101.deploy.released import RELEASED, score_released
+
     run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")
     if run.has("config.json"):
         from finetune101.evaluation.evaluate import evaluate
 
         result = evaluate(run, data=arguments.data, batch_size=arguments.batch_size)
+    elif arguments.exp in RELEASED:
+        result = score_released(arguments.exp, arguments.data, arguments.batch_size)
     elif file.is_file():
         result = test_foreign(file, arguments.model, arguments.data, arguments.batch_size)
     else:
@@ -118,21 +120,17 @@ def _test(argv: list[str]) -> int:
 
 def test_foreign(file: Path, model: str, data: str | None, batch_size: int) -> dict[str, Any]:
     """Scores a plain state dict on the reference test images with the original's preprocessing."""
-    from finetune101.config import DataConfig, SystemConfig
-    from finetune101.data import dataset, splits
-    from finetune101.evaluation.evaluate import Opened, scores
+    from finetune101.config import SystemConfig
+    from finetune101.deploy.released import score_reference
+    from finetune101.evaluation.inference import Network
     from finetune101.models.build import load_foreign
     from finetune101.models.zoo import lookup
     from finetune101.world import detect
 
-    network, classes = load_foreign(file, model)
-    config, index = DataConfig(root=data), dataset.index(dataset.find(data))
-    manifest = splits.make(index, config)
-    if classes != len(manifest.classes):
-        found = len(manifest.classes)
-        raise ValueError(f"{file} knows {classes} classes, the data set has {found}; give the --data it was trained on")
-    opened = Opened(network, lookup(model).preprocessing, manifest, index, config, detect(SystemConfig()))
-    return scores(*opened.logits("test", batch_size))
+    module, count = load_foreign(file, model)
+    classes, world = [str(number) for number in range(count)], detect(SystemConfig())
+    network = Network(model=module, preprocessing=lookup(model).preprocessing, classes=classes, world=world)
+    return score_reference(network, data, batch_size, str(file))
 
 
 def get_dataloaders(

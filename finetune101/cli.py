@@ -67,12 +67,11 @@ class EvaluateArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArguments:
-    """Label images with a run's best epoch."""
+    """Label images with a run's best epoch, or with a network that comes with this package."""
 
-    run: tyro.conf.Positional[str]
-    """Folder or name of a run."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Images, folders or globs."""
+    """Images, folders or globs; before them the folder or name of a run, or released_finetune, released_random or
+    released_probe. Default: the first of these."""
     top_k: int = 5
     """Classes to show for each image."""
     csv: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -383,14 +382,12 @@ def predict(argv: Sequence[str]) -> int:
     """``finetune101 predict``; 1 when an image could not be read."""
     arguments = parse(PredictArguments, argv, prog="finetune101 predict")
     from finetune101.deploy import predict as deploy
-    from finetune101.runs import open_run
+    from finetune101.deploy.released import choose
 
-    if not arguments.inputs:
-        raise ValueError("no image given; name files, folders or patterns after the run")
     if arguments.csv and arguments.json:
         raise ValueError("--csv and --json cannot both be printed; leave one of them out")
-    run = open_run(arguments.run, arguments.runs)
-    rows, failed = deploy.predict(run, list(arguments.inputs), top_k=arguments.top_k, batch_size=arguments.batch_size)
+    network, inputs = choose(arguments.inputs, arguments.runs)
+    rows, failed = deploy.predict(network, inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:
         print(deploy.as_json(rows, failed))
     else:

@@ -1,4 +1,4 @@
-"""What a finished run sees in images: files, whole folders or patterns."""
+"""What a trained network sees in images: files, whole folders or patterns."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from finetune101.config import Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.cache import Pixels, decode
 from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
-from finetune101.evaluation.inference import load_model, logits, world_of
-from finetune101.runs import Run
+from finetune101.evaluation.inference import Network, logits
 from finetune101.training import cpu
 from finetune101.training.cpu_frozen import frozen
 
@@ -35,23 +34,23 @@ class Row(TypedDict):
     predictions: list[tuple[str, float]]
 
 
-def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 64) -> tuple[list[Row], list[Failure]]:
+def predict(
+    network: Network, inputs: Sequence[str], top_k: int = 5, batch_size: int = 64
+) -> tuple[list[Row], list[Failure]]:
     """The ``top_k`` most probable classes of every image in ``inputs``: files, folders (with all below) and patterns.
 
     Returns (rows, failed); failed holds (path, reason) for what is missing or cannot be read. With fewer classes than
-    ``top_k``, all are given. Raises ValueError when the run has no usable checkpoint or a number is below 1.
+    ``top_k``, all are given. Raises ValueError when a number is below 1.
     """
     for name, value in (("--top-k", top_k), ("--batch-size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
     files, failed = expand(inputs)
-    model, preprocessing, classes = load_model(run)
-    fast = run.config().system.fast_kernels
-    if fast:
+    if network.fast_kernels:
         cpu.tune_allocator()
-    world = world_of(run)
+    model, world, preprocessing = network.model, network.world, network.preprocessing
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = frozen(model, world) if fast else model
+    forward = frozen(model, world) if network.fast_kernels else model
     rows: list[Row] = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -65,10 +64,10 @@ def predict(run: Run, inputs: Sequence[str], top_k: int = 5, batch_size: int = 6
             if pixels:
                 x = to_input(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), preprocessing, world)
                 output, _ = logits(forward, [(x, torch.zeros(len(x)))], world)
-                values, indices = output.softmax(1).topk(min(top_k, len(classes)))
+                values, indices = (output / network.temperature).softmax(1).topk(min(top_k, len(network.classes)))
                 good = [file for file, result in zip(part, decoded, strict=True) if not isinstance(result, str)]
                 for file, probabilities, numbers in zip(good, values.tolist(), indices.tolist(), strict=True):
-                    names = [classes[number] for number in numbers]
+                    names = [network.classes[number] for number in numbers]
                     rows.append({"path": file, "predictions": list(zip(names, probabilities, strict=True))})
             bar.update(len(part))
     return rows, failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,21 +39,52 @@ def world_of(run: Run) -> World:
     return detect(SystemConfig(), recorded) if recorded["device"] == str(here.device) else here
 
 
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A trained network, and what its use needs: the machine, and the temperature that its logits are divided by."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: list[str]
+    world: World
+    fast_kernels: bool = True
+    temperature: float = 1.0
+
+
+def open_network(run: Run) -> Network:
+    """The best checkpoint of ``run``, ready for images. Raises ValueError as ``load_model`` does."""
+    model, preprocessing, classes = load_model(run)
+    fast, world = run.config().system.fast_kernels, world_of(run)
+    return Network(model=model, preprocessing=preprocessing, classes=classes, world=world, fast_kernels=fast)
+
+
 def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
     """The best checkpoint of ``run``: (model in evaluation mode, its preprocessing, class names).
 
     Raises ValueError when the checkpoint is missing, damaged, or of another class count than the run's split.
     """
-    state, info = read_checkpoint(run.best)
+    return load_file(run.best)[:3]
+
+
+def load_file(file: Path) -> tuple[nn.Module, Preprocessing, list[str], dict[str, str]]:
+    """A checkpoint as a model in evaluation mode, its preprocessing, class names, and all that is written in it.
+
+    One that holds the output layer only stands on the ImageNet weights of its network. Raises ValueError when it is
+    missing, damaged, or fits no network of its name and number of classes.
+    """
+    state, info = read_checkpoint(file)
     classes = json.loads(info["classes"])
     preprocessing = preprocessing_from_dict(json.loads(info["preprocessing"]))
-    built = build(info["model"], len(classes), pretrain=False, size=preprocessing.size)
+    only_head = info.get("part") == "head"
+    built = build(info["model"], len(classes), pretrain=only_head, size=preprocessing.size)
+    if only_head:
+        state = {**built.model.state_dict(), **state}
     try:
         built.model.load_state_dict(state)
     except RuntimeError as error:
         fit = f"{info['model']} with {len(classes)} classes"
-        raise ValueError(f"{run.best} does not fit {fit}; train the run again") from error
-    return built.model.eval(), preprocessing, classes
+        raise ValueError(f"{file} does not fit {fit}; train the run again") from error
+    return built.model.eval(), preprocessing, classes, info
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,6 +15,7 @@ from finetune101.config import TrainConfig, to_dict
 from finetune101.data.batches import to_input
 from finetune101.data.cache import decode
 from finetune101.deploy import predict
+from finetune101.evaluation.inference import open_network
 from finetune101.models.build import build
 from finetune101.runs import Run
 from finetune101.world import World
@@ -64,7 +65,7 @@ def test_probabilities_are_those_of_the_network(run, built, tiny_data):
     x = to_input(pixels.permute(2, 0, 1)[None], built.preprocessing, World(torch.device("cpu"), "fp32", False))
     with torch.inference_mode():
         expected = built.model.eval()(x).softmax(1)[0]
-    rows, failed = predict.predict(run, [file])
+    rows, failed = predict.predict(open_network(run), [file])
     assert not failed
     assert rows[0]["path"] == file
     assert sorted(name for name, _ in rows[0]["predictions"]) == CLASSES
@@ -76,7 +77,7 @@ def test_probabilities_are_those_of_the_network(run, built, tiny_data):
 
 
 def test_a_folder_with_bad_files_is_finished(run, folder):
-    rows, failed = predict.predict(run, [str(folder)], top_k=1, batch_size=2)
+    rows, failed = predict.predict(open_network(run), [str(folder)], top_k=1, batch_size=2)
     expected = [folder / name / f"image_{i:04d}.jpg" for name in ("ball", "box") for i in (1, 2, 3)]
     assert [row["path"] for row in rows] == [str(path) for path in expected]
     assert all(len(row["predictions"]) == 1 for row in rows)
@@ -85,14 +86,14 @@ def test_a_folder_with_bad_files_is_finished(run, folder):
 
 
 def test_batch_size_changes_nothing(run, folder):
-    one, _ = predict.predict(run, [str(folder)], batch_size=1)
-    many, _ = predict.predict(run, [str(folder)], batch_size=64)
+    one, _ = predict.predict(open_network(run), [str(folder)], batch_size=1)
+    many, _ = predict.predict(open_network(run), [str(folder)], batch_size=64)
     for a, b in zip(one, many, strict=True):
         assert [p for _, p in a["predictions"]] == pytest.approx([p for _, p in b["predictions"]], abs=1e-5)
 
 
 def test_only_bad_files(run, folder):
-    rows, failed = predict.predict(run, [str(folder / "box" / "cut.jpg"), str(folder / "missing.jpg")])
+    rows, failed = predict.predict(open_network(run), [str(folder / "box" / "cut.jpg"), str(folder / "missing.jpg")])
     assert rows == []
     assert dict(failed)[str(folder / "missing.jpg")] == "no such file or folder"
     assert len(failed) == 2
@@ -128,19 +129,19 @@ def test_unusual_images_are_read(run, tmp_path):
     picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
     picture.save(tmp_path / "pixels.webp")
     picture.resize((1, 1)).save(tmp_path / "one.bmp")
-    rows, failed = predict.predict(run, [str(tmp_path)])
+    rows, failed = predict.predict(open_network(run), [str(tmp_path)])
     assert (len(rows), failed) == (6, [])
 
 
 @pytest.mark.parametrize("numbers", [{"top_k": 0}, {"batch_size": 0}])
 def test_impossible_numbers_are_a_value_error(run, numbers):
     with pytest.raises(ValueError, match="give at least 1"):
-        predict.predict(run, ["x.jpg"], **numbers)
+        predict.predict(open_network(run), ["x.jpg"], **numbers)
 
 
 def test_a_run_without_checkpoint_is_a_value_error(tmp_path):
     with pytest.raises(ValueError, match=r"best\.safetensors"):
-        predict.predict(Run(tmp_path), ["x.jpg"])
+        open_network(Run(tmp_path))
 
 
 ROWS = [
