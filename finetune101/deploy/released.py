@@ -33,8 +33,10 @@ def available() -> list[str]:
 def open_released(name: str) -> tuple[Network, dict[str, str]]:
     """The released network ``name`` (see ``available``), and what is written in its file.
 
-    Raises ValueError when it is damaged, or stands on ImageNet weights that are not installed.
+    Raises ValueError when it is not there, damaged, or stands on ImageNet weights that are not installed.
     """
+    if name not in available():
+        raise ValueError(f"this package does not hold {name}; it holds {', '.join(available()) or 'none'}")
     model, preprocessing, classes, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
     world, temperature = detect(SystemConfig()), float(info["temperature"])
     network = Network(
@@ -62,7 +64,7 @@ def choose(words: Sequence[str], runs: str = "runs") -> tuple[Network, list[str]
         and not glob.glob(first, recursive=True)
     ):
         open_run(first, runs)  # says which runs there are
-    return open_released(released[0])[0], list(words)
+    return open_released((released or list(RELEASED))[0])[0], list(words)
 
 
 def score_released(name: str, data: str | None = None, batch_size: int = 64) -> dict[str, Any]:

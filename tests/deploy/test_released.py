@@ -1,0 +1,101 @@
+"""Networks that come with the package: how a run becomes one, and what can be asked of those that are there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import release
+
+from finetune101 import classic
+from finetune101.cli import main
+from finetune101.deploy import released
+from finetune101.runs import Run
+
+WORDS = "--no-pretrain --model squeezenet1_1 --size 32 --batch-size 8 --threads 1 --epochs 1 --precision fp32"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tested run of one epoch."""
+    folder = tmp_path_factory.mktemp("released") / "runs"
+    words = ["--exp", "tiny", "--runs", str(folder), "--data", str(tiny_data)]
+    assert main(["train", *words, *WORDS.split()]) == 0
+    assert main(["evaluate", "tiny", "--runs", str(folder)]) == 0
+    return Run(folder / "tiny")
+
+
+@pytest.fixture
+def folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package's folder of weights with ``run`` in it as released_random, and no data set in sight."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FINETUNE101_DATA", raising=False)
+    for module in (released, release):
+        monkeypatch.setattr(module, "FOLDER", tmp_path / "weights")
+    release.release(run, "released_random")
+    return tmp_path / "weights"
+
+
+def test_a_run_becomes_one(run: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert released.available() == ["released_random"]
+    card = (folder / "caltech101_scratch_efficientnet_lite0.md").read_text(encoding="utf-8")
+    assert f"{run.read_json('test.json')['top1']:.2f} %" in card
+    assert (folder / "caltech101_scratch_efficientnet_lite0.safetensors").stat().st_size < run.best.stat().st_size
+
+
+def test_its_accuracy_is_reproduced(
+    run: Run, folder: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert classic.test(["--exp", "released_random", "--data", str(tiny_data)]) == 0
+    result = run.read_json("test.json")
+    assert f"Test accuracy: {result['top1']:.2f} % ({result['correct']}/{result['n']}" in capsys.readouterr().out
+
+
+def test_other_images_are_refused(
+    folder: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data, tmp_path / "other")
+    (tmp_path / "other" / "ball" / "image_0001.jpg").unlink()
+    assert classic.test(["--exp", "released_random", "--data", str(tmp_path / "other")]) == 2
+    assert "are not those that released_random was trained on" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "other" / "ball")
+    assert classic.test(["--exp", "released_random", "--data", str(tmp_path / "other")]) == 2
+    assert "released_random knows 3 classes, the data set has 2" in capsys.readouterr().err
+    assert classic.test(["--exp", "released_probe", "--data", str(tiny_data)]) == 2
+    assert "released_probe" in capsys.readouterr().err  # this package has none
+
+
+def test_predict_needs_no_run(run: Run, folder: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = str(tiny_data / "ball" / "image_0001.jpg")
+    said = []
+    for words in ([photo], ["released_random", photo]):
+        assert main(["predict", *words, "--csv"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and photo in said[0]
+    network, inputs = released.choose([photo])
+    assert inputs == [photo] and network.temperature == run.read_json("test.json")["calibration_scaled"]["temperature"]
+    assert main(["predict", str(run.path), photo, "--csv"]) == 0  # a run of one's own comes first
+    assert main(["predict", "missing.jpg"]) == 1
+    for words, sentence in (
+        ([], "no image given"),
+        (["released_random"], "no image given"),
+        (["nope", photo], "no run named nope"),
+    ):
+        capsys.readouterr()
+        assert main(["predict", *words]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.caltech101
+@pytest.mark.slow
+@pytest.mark.parametrize("name", released.available())
+def test_what_is_released(name: str, caltech101: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = released.FOLDER / f"{released.RELEASED[name]}.safetensors"
+    assert file.stat().st_size < (400_000 if name == "released_probe" else 10_000_000)
+    card = file.with_suffix(".md").read_text(encoding="utf-8")
+    promised = float(re.findall(r"test accuracy \| ([\d.]+) %", card)[0])
+    assert classic.test(["--exp", name, "--data", str(caltech101)]) == 0
+    measured = float(re.findall(r"Test accuracy: ([\d.]+) %", capsys.readouterr().out)[0])
+    assert measured == pytest.approx(promised, abs=0.12)  # two images: half precision, another machine
