@@ -3,12 +3,12 @@
 claims.json is a list of {id, value, unit, n, spread, command, evidence}.
 
 - ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
-  in percent and recomputed; so is the difference of two runs in ids that end in ``.points``. Other ids are not
-  accuracies; of those only the evidence must be there.
+  in percent and recomputed; in ids that begin with ``compare.gain.`` it is the difference of two arms, and recomputed
+  from the runs that comparison.json names. Other ids are no accuracies; of those only the evidence must be there.
 - ``n`` is the number of runs behind the value; with several, ``value`` is their mean and ``spread`` their sample
   standard deviation.
 - ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
-  confidence), or predictions_seed*.csv for several runs. test.json's ``manifest`` names the split:
+  confidence), or one that holds such folders, one for each run. test.json's ``manifest`` names the split:
   results/splits/<manifest>.json.
 
 A claim that a README mentions by its id must stand there with its value, on one line with the id.
@@ -29,6 +29,7 @@ import numpy as np
 
 FIELDS = ("id", "value", "unit", "n", "spread", "command", "evidence")
 ACCURACIES = ("top1", "mean_per_class")
+GAIN = "compare.gain."
 READMES = ("README.md", "README.zh-CN.md")
 TOLERANCE = 0.005 + 1e-9  # percent: two decimals
 
@@ -72,28 +73,40 @@ def accuracy(pairs: Sequence[tuple[str, str]], metric: str) -> float:
     return 100 * float(np.mean([right[labels == name].mean() for name in np.unique(labels)]))
 
 
-def recompute(claim: dict[str, Any], results: Path) -> list[float]:
-    """The claim's accuracy in percent, once for each of its runs. Raises ValueError for evidence that is not whole."""
-    folder = results / claim["evidence"]
-    read_json(folder / "config.json")
-    name = read_json(folder / "test.json").get("manifest")
+def recompute(folder: Path, metric: str, results: Path) -> list[float]:
+    """Accuracy in percent of each run in ``folder``, itself a run or a folder of runs.
+
+    Raises ValueError for evidence that is not whole.
+    """
+    runs = [folder] if (folder / "test.json").is_file() else sorted(path.parent for path in folder.glob("*/test.json"))
+    if not runs:
+        raise ValueError(f"{folder} has no test.json")
+    return [_accuracy(run, metric, results) for run in runs]
+
+
+def _accuracy(run: Path, metric: str, results: Path) -> float:
+    read_json(run / "config.json")
+    test = read_json(run / "test.json")
+    name = test.get("manifest")
     if not isinstance(name, str):
-        raise ValueError(f"{folder / 'test.json'} names no manifest")
+        raise ValueError(f"{run / 'test.json'} names no manifest")
     manifest = read_json(results / "splits" / f"{name}.json")
-    if manifest.get("hash") != read_json(folder / "test.json").get("manifest_hash"):
-        raise ValueError(f"{folder} was tested on another split than results/splits/{name}.json")
-    files = [folder / "predictions.csv"] if (folder / "predictions.csv").is_file() else []
-    files += sorted(folder.glob("predictions_seed*.csv"))
-    if not files:
-        raise ValueError(f"{folder} has no predictions")
-    return [accuracy(read_predictions(file, manifest), claim["id"].rpartition(".")[2]) for file in files]
+    if manifest.get("hash") != test.get("manifest_hash"):
+        raise ValueError(f"{run} was tested on another split than results/splits/{name}.json")
+    if not (run / "predictions.csv").is_file():
+        raise ValueError(f"{run} has no predictions")
+    return accuracy(read_predictions(run / "predictions.csv", manifest), metric)
 
 
 def check_difference(claim: dict[str, Any], results: Path) -> list[str]:
-    """What is wrong with a difference of two runs' top-1 accuracies, both of which have evidence of their own."""
+    """What is wrong with a difference of two arms' mean accuracies, all runs of which have evidence of their own."""
+    folder, metric = results / claim["evidence"], claim["id"].rpartition(".")[2]
     try:
-        arms = read_json(results / claim["evidence"] / "comparison.json")
-        a, b = (recompute({"id": "x.top1", "evidence": arms[arm]["name"]}, results)[0] for arm in ("a", "b"))
+        pair = read_json(folder / "comparison.json")
+        a, b = (
+            np.mean([_accuracy((folder / run["path"]).resolve(), metric, results) for run in pair[arm]["runs"]])
+            for arm in ("a", "b")
+        )
     except (KeyError, ValueError) as error:
         return [f"cannot be recomputed: {error}"]
     wrong = abs(a - b - claim["value"]) > TOLERANCE
@@ -107,12 +120,13 @@ def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     folder = (results / claim["evidence"]).resolve()
     if not folder.is_dir() or results.resolve() not in folder.parents:
         return [f"evidence {claim['evidence']} is no folder below {results}"]
-    if claim["id"].endswith(".points"):
-        return check_difference(claim, results)
-    if claim["id"].rpartition(".")[2] not in ACCURACIES:
+    metric = claim["id"].rpartition(".")[2]
+    if metric not in ACCURACIES:
         return []
+    if claim["id"].startswith(GAIN):
+        return check_difference(claim, results)
     try:
-        values = recompute(claim, results)
+        values = recompute(results / claim["evidence"], metric, results)
     except ValueError as error:
         return [str(error)]
     problems = []

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune101.runs import Run, write_json
 
@@ -18,30 +20,48 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 def publish(run: Path, claim: str, command: str) -> None:
     """Copies ``run`` to results/<its name>/ and adds or replaces ``claim``; its metric is the id's last part."""
-    folder = RESULTS / run.name
+    test = keep_run(run, RESULTS / run.name, command)
+    entry = {"id": claim, "value": test[claim.rsplit(".", 1)[1]], "unit": "%", "n": 1, "spread": None}
+    if claim.endswith(".top1"):  # of a single run: the interval over images
+        entry["spread"] = test["top1_interval"]
+    enter([entry], command, run.name)
+
+
+def keep_run(run: Path, folder: Path, command: str) -> dict[str, Any]:
+    """Copies the evidence of a tested run to ``folder`` and its split to results/splits; returns its test.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(run / name, folder / name)
     config, env = Run(run).read_json("config.json"), Run(run).read_json("env.json")
-    # where one machine keeps its runs and images, means nothing on another
-    write_json(folder / "config.json", {**config, "runs": "runs", "data": {**config["data"], "root": None}})
+    # where one machine keeps its runs, images and splits, means nothing on another
+    data = {**config["data"], "root": None, "split": None}
+    write_json(folder / "config.json", {**config, "runs": "runs", "data": data})
     write_json(folder / "env.json", {**env, "command": command})
     manifest, test = keep_split(run), Run(run).read_json("test.json")
     write_json(folder / "test.json", {**test, "manifest": manifest})
-    claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
-    value = round(test[claim.rsplit(".", 1)[1]], 2)
-    entry = {"id": claim, "value": value, "unit": "%", "n": 1, "spread": None, "command": command}
-    if claim.endswith(".top1"):  # of a single run: the interval over images
-        entry["spread"] = [round(bound, 2) for bound in test["top1_interval"]]
-    claims = [old for old in claims if old["id"] != claim] + [{**entry, "evidence": run.name}]
-    write_json(RESULTS / "claims.json", sorted(claims, key=lambda one: str(one["id"])))
-    print(f"{claim} = {value} %, evidence in {folder}")
+    return test
+
+
+def enter(entries: Sequence[dict[str, Any]], command: str, evidence: str) -> None:
+    """Adds ``entries`` to claims.json, or replaces those of the same id, with two decimals."""
+    claims = {old["id"]: old for old in json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))}
+    for entry in entries:
+        spread = entry["spread"]
+        spread = [round(bound, 2) for bound in spread] if isinstance(spread, Sequence) else spread and round(spread, 2)
+        value = round(entry["value"], 2)
+        claims[entry["id"]] = {**entry, "value": value, "spread": spread, "command": command, "evidence": evidence}
+        print(f"{entry['id']} = {value} {entry['unit']}, evidence in {RESULTS / evidence}")
+    write_json(RESULTS / "claims.json", sorted(claims.values(), key=lambda one: str(one["id"])))
 
 
 def keep_split(run: Path) -> str:
     """Writes the split of ``run`` to results/splits and returns its name; ValueError where that is another split."""
     split = Run(run).read_json("split.json")
-    name = f"{split['protocol']}{split['options'].get('train_per_class', '')}_seed{split['seed']}"
+    options = split["options"]
+    name = f"{split['protocol']}{options.get('train_per_class', '')}"
+    name += "_all" if options.get("val_per_class") == 0 else ""  # all train, none validates
+    name += f"_test{options['max_test_per_class']}" if options.get("max_test_per_class") else ""
+    name += f"_seed{split['seed']}"
     known = RESULTS / "splits" / f"{name}.json"
     if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != split:
         raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")

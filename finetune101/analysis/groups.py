@@ -161,7 +161,8 @@ def read_manifest(run: Run) -> splits.Manifest:
     """The split of ``run``: its split.json, or, of published evidence, the one that test.json names."""
     name = run.read_json("test.json").get("manifest")
     if name and not run.has("split.json"):
-        return splits.read(run.path.parent / "splits" / f"{name}.json")
+        files = [folder / "splits" / f"{name}.json" for folder in run.path.absolute().parents]
+        return splits.read(next((file for file in files if file.is_file()), files[0]))
     return splits.from_json(run.read_json("split.json"))
 
 

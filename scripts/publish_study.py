@@ -1,0 +1,69 @@
+"""Copies the evidence of a finished study to results/, with its page, its comparison and the claims that stand on it.
+
+python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..."
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from publish import RESULTS, enter, keep_run
+
+from finetune101.analysis.compare import Comparison, over_splits
+from finetune101.analysis.groups import Group
+from finetune101.analysis.report import draw_study, report, study_groups
+from finetune101.runs import Run, write_json
+from finetune101.verbs import run_comparison
+
+
+def publish(study: Path, command: str) -> Path:
+    """Copies ``study`` to results/study_<its name>/, so that ``compare`` and ``report`` work there."""
+    folder = RESULTS / f"study_{study.name}"
+    saved = Run(study).read_json("study.json")
+    for cell in saved["cells"]:
+        for test in sorted((study / cell["folder"]).glob("*/test.json")):
+            kept = folder / cell["folder"] / test.parent.name
+            keep_run(test.parent, kept, command)
+            (kept / "curves.png").unlink()  # the page has them
+    settings = {**saved["settings"], "runs": "runs", "data": None}
+    write_json(folder / "study.json", {**saved, "settings": settings})
+    for cell in saved["cells"]:
+        enter(list(accuracies(cell, settings["protocol"])), command, f"{folder.name}/{cell['folder']}")
+    if len(saved["cells"]) > 1:
+        groups = study_groups(folder)
+        enter(list(gains(groups, run_comparison(groups, folder))), command, folder.name)
+    draw_study(folder)
+    page = report(str(folder), folder / "report", gallery=False)
+    print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
+    return folder
+
+
+def accuracies(cell: dict[str, Any], protocol: str) -> Iterator[dict[str, Any]]:
+    """The claims of one cell of a study: its arm's accuracies, and the standard deviation over its runs."""
+    where = protocol if cell["size"] is None else f"per_class_{cell['size']}"
+    for metric in ("top1", "mean_per_class"):
+        name = f"study.{cell['arm']}.{cell['model']}.{where}.{metric}"
+        yield {"id": name, "value": cell[metric], "unit": "%", "n": cell["n"], "spread": cell[f"{metric}_sd"]}
+
+
+def gains(groups: Sequence[Group], found: Comparison) -> Iterator[dict[str, Any]]:
+    """The claims of the first two arms' differences: top-1 with its interval, mean per class with one over splits."""
+    name = f"compare.gain.{found.a.network}." + ("standard." if found.splits > 1 else "")
+    claim = {"unit": "points", "n": min(len(found.a.runs), len(found.b.runs))}
+    yield claim | {"id": f"{name}top1", "value": found.difference, "spread": list(found.interval)}
+    value, interval = found.a.mean_per_class - found.b.mean_per_class, None
+    if found.splits > 1:
+        sides = [{run.split_seed: run.mean_per_class for run in arm.runs} for arm in (found.a, found.b)]
+        interval = list(over_splits([sides[0][seed] - sides[1][seed] for seed in sides[0]], groups[0].runs[0]))
+    yield claim | {"id": f"{name}mean_per_class", "value": value, "spread": interval}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--command", required=True)
+    arguments = parser.parse_args()
+    publish(arguments.study, arguments.command)
