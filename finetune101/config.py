@@ -144,6 +144,8 @@ class OptimConfig:
     """Epochs of linear warm-up (cosine)."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    val_every: int = 1
+    """Validate after every so many epochs, and after the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +321,7 @@ def validate(config: TrainConfig) -> None:
             "--probe-l2 needs positive numbers such as 0.003",
         ),
         (all(size >= 32 for size in config.augment.train_sizes), "--train-sizes must be at least 32 each"),
+        (o.val_every >= 1, f"--val-every is {o.val_every}; give at least 1"),
         (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
         (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),
         (

@@ -13,6 +13,7 @@ from finetune101.config import DataConfig, ModelConfig, TrainConfig
 from finetune101.data import synthetic, verify
 from finetune101.deploy.predict import as_text, predict
 from finetune101.evaluation.evaluate import evaluate
+from finetune101.evaluation.inference import open_network
 from finetune101.runs import Run
 from finetune101.training.recipes import original
 from finetune101.verbs import run_comparison
@@ -45,7 +46,7 @@ def run_demo(out: Path, epochs: int) -> None:
     comparison = run_comparison(groups, out / "comparison")
     _title("6. Label one test image")
     image = finetune.read_json("split.json")["subsets"]["test"][0]
-    print(as_text(predict(finetune, [str(data / image)], top_k=3)[0]))
+    print(as_text(predict(open_network(finetune), [str(data / image)], top_k=3)[0]))
     _title("7. Make the report page")
     page = report(str(out / "comparison"), out / "report")
     gain, seconds = comparison.difference, time.perf_counter() - started

@@ -48,8 +48,8 @@ def _settings() -> dict[str, tuple[str, str, Any]]:
         for field, hint in get_type_hints(kind, include_extras=True).items():
             flags = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
             inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-            # a tuple would need a list of lists, and threads do not change a run's numbers
-            if get_origin(inner) is not tuple and field != "threads":
+            # a tuple would need a list of lists; threads change no number, and trials are compared at every epoch
+            if get_origin(inner) is not tuple and field not in ("threads", "val_every"):
                 found[flags[0] if flags else field] = (part, field, inner)
     return found
 

@@ -83,6 +83,7 @@ def check(plan: Plan) -> None:
         (plan.jobs >= 1, f"--jobs is {plan.jobs}; give at least 1"),
         (plan.timeout is None or plan.timeout > 0, "--timeout must be above 0; write it like 30m or 2h"),
         (plan.base.data.fit_on == "train", "a search chooses by validation images; leave --fit-on train+val out"),
+        (plan.base.optim.val_every == 1, "a search compares trials at every epoch; leave --val-every out"),
     ]
     for fine, message in rules:
         if not fine:

@@ -76,7 +76,7 @@ class Trainer:
             self.average.load_state_dict(self.model.state_dict())
         seconds = time.perf_counter() - started
         record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
-        return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate()
+        return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate(epoch=0)
 
     @property
     def shown(self) -> torch.nn.Module:
@@ -179,9 +179,10 @@ class Trainer:
         if len(bad):
             raise _not_finite("the loss is not finite at step", step - len(losses) + int(bad[0]) + 1)
 
-    def validate(self) -> dict[str, Any]:
-        """Loss and top-1 accuracy (percent) on the validation images; None without any."""
-        if not self.validates:
+    def validate(self, epoch: int) -> dict[str, Any]:
+        """Loss and top-1 accuracy (percent) on the validation images; None without any, or where none is due."""
+        o = self.job.config.optim
+        if not self.validates or (epoch % o.val_every and epoch < o.epochs):
             return {"val_loss": None, "val_top1": None, "val_seconds": 0.0}
         job, world, started = self.job, self.job.world, time.perf_counter()
         world.same_buffers(self.shown)
@@ -204,8 +205,9 @@ class Trainer:
 
     def finish_epoch(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds the record, saves the best weights when they are, then the state to resume from."""
-        earlier = [r["val_top1"] for r in self.records]
-        record["best"] = not self.validates or all(record["val_top1"] > value for value in earlier)
+        earlier = [r["val_top1"] for r in self.records if r["val_top1"] is not None]
+        now = record["val_top1"]
+        record["best"] = not self.validates or (now is not None and all(now > value for value in earlier))
         if not self.validates:
             if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
                 raise _not_finite("the weights are not finite after step", record["step"])
@@ -326,6 +328,6 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
     ) as bar:
         for epoch in range(done + 1, epochs + 1):
             record = trainer.train_epoch(epoch, bar)
-            record = trainer.finish_epoch(record | trainer.validate())
+            record = trainer.finish_epoch(record | trainer.validate(epoch))
             bar.set_postfix_str(f"epoch {epoch}/{epochs}")
             yield record

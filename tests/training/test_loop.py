@@ -66,6 +66,16 @@ def assert_same_weights(a: Run, b: Run) -> None:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
 
+def test_validation_now_and_then(base: TrainConfig) -> None:
+    records = train(change(base, epochs=5, val_every=2)).metrics()
+    assert [r["epoch"] for r in records if r["val_top1"] is not None] == [2, 4, 5]
+    assert not records[0]["best"] and records[1]["best"]
+    every = train(dataclasses.replace(change(base, epochs=5), exp="every")).metrics()
+    for rarely, often in zip(records, every, strict=True):
+        assert rarely["train_loss"] == often["train_loss"]
+        assert rarely["val_top1"] in (None, often["val_top1"])
+
+
 def test_the_records_of_a_run(base: TrainConfig) -> None:
     run = train(base)
     records = run.metrics()
