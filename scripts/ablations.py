@@ -1,0 +1,137 @@
+"""What each ingredient of the recipes is worth: trains both recipes whole and without one ingredient at a time.
+
+python scripts/ablations.py --jobs 2          trains what is missing in runs/ablations, then writes the table
+python scripts/ablations.py --table           writes the table only
+
+Reduced sizes and lengths, on the validation images of the reference split; results/ablations/ keeps configuration and
+curve of every run, results/ablations.md is the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from publish import RESULTS
+
+RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
+KEPT = ("config.json", "metrics.jsonl")
+ARMS = {
+    "scratch": (
+        "--recipe scratch --no-pretrain --epochs 20 --train-sizes 64 --size 96 --val-every 5",
+        {
+            "TrivialAugment": "--policy none",
+            "random erasing": "--erasing 0",
+            "averaged weights (EMA)": "--ema 0",
+            "label smoothing": "--label-smoothing 0",
+            "no weight decay on norms": "--norm-weight-decay",
+            "training below the test size": "--train-sizes 96",
+        },
+    ),
+    "finetune_fast": (
+        "--recipe finetune_fast --epochs 2 --size 128",
+        {
+            "linear probe first": "--head random",
+            "batch-norm statistics kept": "--no-freeze-norm",
+            "random resized crops": "--crop-scale 1",
+            "label smoothing": "--label-smoothing 0",
+            "warm-up": "--warmup-epochs 0",
+            "Nesterov momentum": "--no-nesterov",
+        },
+    ),
+}
+"""Recipe -> its reduced form, and the flags that leave out one ingredient each."""
+
+
+def runs() -> Iterator[tuple[str, list[str]]]:
+    """Every run: its folder below ``RUNS``, and its flags. Seeds come last, so that all have one before any has two."""
+    for seed, (recipe, (base, ingredients)) in itertools.product(SEEDS, ARMS.items()):
+        for ingredient, without in {"nothing": "", **ingredients}.items():
+            yield f"{recipe}/without {ingredient}/seed{seed}", [*base.split(), *without.split(), "--seed", str(seed)]
+
+
+def train(name: str, flags: list[str], jobs: int) -> None:
+    """Trains one run, or goes on with it; what ended is kept in results/."""
+    run, kept = RUNS / name, RESULTS / "ablations" / name
+    if all((kept / file).is_file() for file in KEPT):
+        return
+    command = [sys.executable, "-m", "finetune101", "train", "--exp", f"ablations/{name}"]
+    command += ["--resume"] if (run / "config.json").is_file() else flags
+    command += ["--threads", "1"] if jobs > 1 and "--resume" not in command else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "metrics.jsonl", kept / "metrics.jsonl")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    config = {**config, "runs": "runs", "data": {**config["data"], "root": None}}
+    (kept / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    print(name, f"{score(kept)[0]:.2f} %", flush=True)
+
+
+def score(folder: Path) -> tuple[float, float]:
+    """Best validation accuracy (percent) of a run, and the seconds that its training took."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    best = max(record["val_top1"] for record in records if record["val_top1"] is not None)
+    return best, sum(record["seconds"] for record in records)
+
+
+def table() -> str:
+    """The table in Markdown, from what results/ holds."""
+    lines = ["# What each ingredient is worth", "", "Made by `python scripts/ablations.py`. EfficientNet-Lite0,"]
+    lines[-1] += " validation accuracy on the reference split (904 images), reduced sizes and lengths:"
+    lines += [*(f"`{base}`." for base, _ in ARMS.values()), ""]
+    lines.append("Gain: whole recipe minus the recipe without the ingredient, seed by seed; SE: its standard error.")
+    for recipe, (_, ingredients) in ARMS.items():
+        folder = RESULTS / "ablations" / recipe
+        seeds = [seed for seed in SEEDS if (folder / "without nothing" / f"seed{seed}").is_dir()]
+        whole = {seed: score(folder / "without nothing" / f"seed{seed}") for seed in seeds}
+        lines += [
+            "",
+            f"## {recipe}",
+            "",
+            "| without | top-1, % | gain, points | SE | n | time |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines.append(
+            f"| nothing: the whole recipe | {spread([top1 for top1, _ in whole.values()])} | | | {len(whole)} | 1 |"
+        )
+        for ingredient in ingredients:
+            mine = folder / f"without {ingredient}"
+            found = {seed: score(mine / f"seed{seed}") for seed in seeds if (mine / f"seed{seed}").is_dir()}
+            if not found:
+                continue
+            gains = [whole[seed][0] - top1 for seed, (top1, _) in found.items()]
+            error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else "–"
+            time = statistics.mean(whole[seed][1] / seconds for seed, (_, seconds) in found.items())
+            top1 = spread([top1 for top1, _ in found.values()])
+            lines.append(
+                f"| {ingredient} | {top1} | {statistics.mean(gains):+.2f} | {error} | {len(gains)} | {time:.2f} |"
+            )
+    lines += ["", "Time: of the whole recipe, as a multiple of that without the ingredient (1.10: it costs a tenth)."]
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample standard deviation."""
+    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for future in [pool.submit(train, name, flags, arguments.jobs) for name, flags in runs()]:
+                future.result()
+    (RESULTS / "ablations.md").write_text(table(), encoding="utf-8")
