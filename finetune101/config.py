@@ -144,6 +144,10 @@ class OptimConfig:
     """Epochs of linear warm-up (cosine)."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    teacher: tuple[str, ...] = ()
+    """Runs on the same split whose mean probabilities the network learns as well (distillation)."""
+    teacher_share: float = 0.5
+    """Share of the target that is theirs, with --teacher."""
     val_every: int = 1
     """Validate after every so many epochs, and after the last."""
 
@@ -321,6 +325,8 @@ def validate(config: TrainConfig) -> None:
             "--probe-l2 needs positive numbers such as 0.003",
         ),
         (all(size >= 32 for size in config.augment.train_sizes), "--train-sizes must be at least 32 each"),
+        (0 < o.teacher_share <= 1, f"--teacher-share is {o.teacher_share}; give a share above 0, at most 1"),
+        (not (config.model.cached_features and o.teacher), "--cached-features leaves no images for a --teacher"),
         (o.val_every >= 1, f"--val-every is {o.val_every}; give at least 1"),
         (o.batch_size >= 1, f"--batch-size is {o.batch_size}; give at least 1"),
         (math.isfinite(o.lr) and o.lr > 0, f"--lr is {o.lr}; give a positive number such as 0.01"),

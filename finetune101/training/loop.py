@@ -23,6 +23,7 @@ from finetune101.evaluation.inference import logits
 from finetune101.models.build import Built
 from finetune101.runs import Run, save_with
 from finetune101.training import cpu, probe
+from finetune101.training.distill import Teachers
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
 
@@ -37,6 +38,7 @@ class Job:
     manifest: Manifest
     images: Images
     built: Built
+    teachers: Teachers | None = None
 
 
 class Diverged(ValueError):
@@ -160,8 +162,12 @@ class Trainer:
 
     def mixed(self, x: torch.Tensor, y: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of ``step`` with its images mixed where ``augment.mix`` says so, and its targets."""
-        share, classes = self.job.config.augment.mix, len(self.job.manifest.classes)
-        return mix(x, y, classes, share, self.job.config.system.seed * 1_000_003 + step) if share else (x, y)
+        job, share, target = self.job, self.job.config.augment.mix, y
+        if share:
+            x, target = mix(x, y, len(job.manifest.classes), share, job.config.system.seed * 1_000_003 + step)
+        if job.teachers:
+            target = job.teachers.targets(x, target, job.config.optim.teacher_share)
+        return x, target
 
     def step(self, x: torch.Tensor, target: torch.Tensor, weight: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on the loss times ``weight``; returns logits (N, classes) and the loss, detached."""

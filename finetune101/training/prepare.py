@@ -17,6 +17,7 @@ from finetune101.data import cache, dataset, splits
 from finetune101.models.build import build, check_size, freeze
 from finetune101.runs import Run, create_run
 from finetune101.training import cpu, probe
+from finetune101.training.distill import open_teachers
 from finetune101.training.kernels import compiled
 from finetune101.training.loop import Job
 from finetune101.world import World, detect
@@ -65,6 +66,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     if config.model.head == "probe":
         validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
         probe.check(built, config.model.probe_l2, validates)
+    teachers = open_teachers(config, manifest, built.preprocessing, world)
     if config.model.freeze:
         freeze(built.model, built.head)
     with world.first():  # the others find the cache that rank 0 builds
@@ -78,7 +80,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         model = {"init_source": built.init_source, "init_hash": built.init_hash}
         run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels)})
         run.write_json("config.json", to_dict(config))
-    return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built)
+    return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers)
 
 
 def as_started(config: TrainConfig, run: Run) -> TrainConfig:
