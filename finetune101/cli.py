@@ -57,6 +57,8 @@ class EvaluateArguments:
     """Folder or name of a run."""
     subset: Literal["test", "val", "train"] = "test"
     """Which images."""
+    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """See each image and its mirror image, and take the mean."""
     data: str | None = None
     """Where the images are, if not where the run found them."""
     batch_size: int = 64
@@ -355,7 +357,8 @@ def evaluate(argv: Sequence[str]) -> int:
     from finetune101.runs import open_run
 
     run = open_run(arguments.run, arguments.runs)
-    result = score(run, subset=arguments.subset, data=arguments.data, batch_size=arguments.batch_size)
+    a = arguments
+    result = score(run, subset=a.subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
     print(score_text(result, arguments.subset))
     if arguments.subset == "test":
         print(f"Every prediction: {run.path / 'predictions.csv'}")

@@ -85,6 +85,8 @@ class EnsembleArguments:
     """Which images: val chooses the members, test is for the end."""
     out: str = "ensemble"
     """Folder for test.json and predictions.csv."""
+    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """See each image and its mirror image, and take the mean."""
     data: str | None = None
     """Where the images are, if not where the runs found them."""
     batch_size: int = 64
@@ -100,7 +102,7 @@ def ensemble(argv: Sequence[str]) -> int:
     from finetune101.runs import open_run
 
     runs = [open_run(name, a.runs) for name in a.members]
-    result = score(runs, Path(a.out), subset=a.subset, data=a.data, batch_size=a.batch_size)
+    result = score(runs, Path(a.out), subset=a.subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
     print(score_text(result, a.subset))
     if a.subset == "test":
         print(f"Every prediction: {Path(a.out) / 'predictions.csv'}")

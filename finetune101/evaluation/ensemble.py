@@ -22,7 +22,13 @@ from finetune101.runs import Run, write_json
 
 
 def ensemble(
-    runs: Sequence[Run], out: Path, *, subset: str = "test", data: str | None = None, batch_size: int = 64
+    runs: Sequence[Run],
+    out: Path,
+    *,
+    subset: str = "test",
+    data: str | None = None,
+    batch_size: int = 64,
+    mirror: bool = False,
 ) -> dict[str, Any]:
     """Scores the mean probabilities of ``runs`` on ``subset``; "test" is written to ``out`` like an evaluation's.
 
@@ -41,8 +47,8 @@ def ensemble(
     for run, other in zip(runs, hashes, strict=True):
         if other != hashes[0]:
             raise ValueError(f"{run.path} was trained on another split than {runs[0].path}; name runs of one split")
-    first = open_scored(runs[0], data)
-    members = [first, *(open_scored(run, data, first.index) for run in runs[1:])]
+    first = open_scored(runs[0], data, mirror=mirror)
+    members = [first, *(open_scored(run, data, first.index, mirror) for run in runs[1:])]
 
     def outputs(subset: str) -> tuple[Tensor, Tensor]:
         return mean_log_probabilities([member.logits(subset, batch_size) for member in members])
@@ -50,7 +56,7 @@ def ensemble(
     output, labels = outputs(subset)
     result = scores(output, labels)
     if subset == "test":
-        result |= {"runs": [str(run.path) for run in runs], "manifest_hash": hashes[0]}
+        result |= {"runs": [str(run.path) for run in runs], "manifest_hash": hashes[0], "mirror": mirror}
         result["protocol"] = first.manifest.protocol
         result |= calibrations(output, labels, outputs("val") if all(m.chosen_on_val for m in members) else None)
         for run in runs:

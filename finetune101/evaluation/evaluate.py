@@ -15,7 +15,7 @@ from finetune101.config import DataConfig, Preprocessing
 from finetune101.data import cache, dataset, splits, verify
 from finetune101.data.batches import eval_batches
 from finetune101.evaluation import metrics
-from finetune101.evaluation.inference import load_model, logits, read_checkpoint, world_of
+from finetune101.evaluation.inference import load_model, logits, mirrored, read_checkpoint, world_of
 from finetune101.runs import Run, atomic
 from finetune101.world import World
 
@@ -46,6 +46,7 @@ class Opened:
     index: dataset.Index
     config: DataConfig
     world: World
+    mirror: bool = False
 
     def logits(self, subset: str, batch_size: int) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) and labels (N,) of ``subset``, in the manifest's order. Raises ValueError without any."""
@@ -56,7 +57,7 @@ class Opened:
         images = cache.open_images(self.index, self.preprocessing, self.config.cache, skipped)
         self.model.to(self.world.device, memory_format=self.world.memory_format)  # type: ignore[call-overload]
         batches = eval_batches(images, paths, labels, batch_size=batch_size, world=self.world)
-        return logits(self.model, batches, self.world)
+        return logits(mirrored(self.model) if self.mirror else self.model, batches, self.world)
 
     @property
     def chosen_on_val(self) -> bool:
@@ -64,7 +65,7 @@ class Opened:
         return bool(self.manifest.subsets["val"]) and self.config.fit_on == "train"
 
 
-def open_scored(run: Run, data: str | None = None, known: dataset.Index | None = None) -> Opened:
+def open_scored(run: Run, data: str | None = None, known: dataset.Index | None = None, mirror: bool = False) -> Opened:
     """``run`` with its images, from ``data`` where that is given; ``known`` saves reading them again where it fits.
 
     Raises ValueError when the images are not those of the split.
@@ -79,16 +80,19 @@ def open_scored(run: Run, data: str | None = None, known: dataset.Index | None =
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
     index = known if known and known.root == root else dataset.index(root, layout)
     splits.check(manifest, index)
-    return Opened(model, preprocessing, manifest, index, config, world_of(run))
+    return Opened(model, preprocessing, manifest, index, config, world_of(run), mirror)
 
 
-def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_size: int = 64) -> dict[str, Any]:
+def evaluate(
+    run: Run, *, subset: str = "test", data: str | None = None, batch_size: int = 64, mirror: bool = False
+) -> dict[str, Any]:
     """Scores the best checkpoint of ``run`` on ``subset`` of its own split; "test" is written to the run directory.
 
-    ``data`` overrides where the images are. Raises ValueError when the images are not those of the split.
+    ``data`` overrides where the images are; with ``mirror`` each is seen twice (see ``inference.mirrored``). Raises
+    ValueError when the images are not those of the split.
     """
     check_batch_size(batch_size)
-    opened = open_scored(run, data)
+    opened = open_scored(run, data, mirror=mirror)
     output, labels = opened.logits(subset, batch_size)
     result = scores(output, labels)
     if subset == "test":
@@ -97,6 +101,7 @@ def evaluate(run: Run, *, subset: str = "test", data: str | None = None, batch_s
             "protocol": opened.manifest.protocol,
             "epoch": int(read_checkpoint(run.best)[1]["epoch"]),
             "times_scored": times_scored(run) + 1,
+            "mirror": mirror,
         }
         result |= calibrations(output, labels, opened.logits("val", batch_size) if opened.chosen_on_val else None)
         result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)

@@ -33,6 +33,13 @@ def logits(
     return torch.cat(outputs), torch.cat(labels)
 
 
+def mirrored(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``model`` as the mean of its outputs for an image and for the mirror image (Krizhevsky et al., 2012)."""
+    if isinstance(model, nn.Module):
+        model.eval()
+    return lambda x: (model(x) + model(x.flip(3).contiguous(memory_format=torch.channels_last))) / 2
+
+
 def world_of(run: Run) -> World:
     """The number format that ``run`` was trained with, where this machine's device is of the same kind."""
     recorded, here = run.read_json("env.json")["world"], detect(SystemConfig())

@@ -8,11 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from finetune101.cli import score_text
 from finetune101.config import DataConfig, TrainConfig
+from finetune101.data.batches import eval_batches
 from finetune101.evaluation.evaluate import evaluate
+from finetune101.evaluation.inference import load_model, mirrored
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
 
@@ -41,3 +44,18 @@ def test_images_with_a_near_duplicate_in_training(
     assert result["n"] == 6 + 2 * copies and len(rows) == 6 + copies
     assert result["without_duplicates"] == {"n": len(rows), "top1": pytest.approx(100 * right / len(rows))}
     assert ("Without the 1 that have a near-duplicate in training: " in score_text(result)) == bool(copies)
+
+
+def test_an_image_and_its_mirror_image(small: TrainConfig) -> None:
+    job = prepare(dataclasses.replace(small, optim=dataclasses.replace(small.optim, epochs=1)))
+    list(fit(job, quiet=True))
+    paths, labels = job.manifest.subsets["test"], job.manifest.labels("test")
+    x, _ = next(eval_batches(job.images, paths, labels, batch_size=9, world=job.world))
+    model = load_model(job.run)[0]
+    both = mirrored(model)
+    with torch.no_grad():
+        torch.testing.assert_close(both(x), (model(x) + model(x.flip(3))) / 2)
+        torch.testing.assert_close(both(x), both(x.flip(3)))
+    assert evaluate(job.run)["mirror"] is False
+    seen_twice = evaluate(job.run, mirror=True)
+    assert seen_twice["mirror"] is True and seen_twice["times_scored"] == 2
