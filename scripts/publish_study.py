@@ -1,6 +1,6 @@
 """Copies the evidence of a finished study to results/, with its page, its comparison and the claims that stand on it.
 
-python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..."
+python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..." [--best]
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from finetune101.runs import Run, write_json
 from finetune101.verbs import run_comparison
 
 
-def publish(study: Path, command: str) -> Path:
-    """Copies ``study`` to results/study_<its name>/, so that ``compare`` and ``report`` work there."""
+def publish(study: Path, command: str, prefix: str) -> Path:
+    """Copies ``study`` to results/study_<its name>/, so that ``compare`` and ``report`` work there.
+
+    The accuracies' claims begin with ``prefix``.
+    """
     folder = RESULTS / f"study_{study.name}"
     saved = Run(study).read_json("study.json")
     for cell in saved["cells"]:
@@ -31,7 +34,7 @@ def publish(study: Path, command: str) -> Path:
     settings = {**saved["settings"], "runs": "runs", "data": None}
     write_json(folder / "study.json", {**saved, "settings": settings})
     for cell in saved["cells"]:
-        enter(list(accuracies(cell, settings["protocol"])), command, f"{folder.name}/{cell['folder']}")
+        enter(list(accuracies(cell, settings["protocol"], prefix)), command, f"{folder.name}/{cell['folder']}")
     if len(saved["cells"]) > 1:
         groups = study_groups(folder)
         enter(list(gains(groups, run_comparison(groups, folder))), command, folder.name)
@@ -41,11 +44,11 @@ def publish(study: Path, command: str) -> Path:
     return folder
 
 
-def accuracies(cell: dict[str, Any], protocol: str) -> Iterator[dict[str, Any]]:
+def accuracies(cell: dict[str, Any], protocol: str, prefix: str) -> Iterator[dict[str, Any]]:
     """The claims of one cell of a study: its arm's accuracies, and the standard deviation over its runs."""
     where = protocol if cell["size"] is None else f"per_class_{cell['size']}"
     for metric in ("top1", "mean_per_class"):
-        name = f"study.{cell['arm']}.{cell['model']}.{where}.{metric}"
+        name = f"{prefix}.{cell['arm']}.{cell['model']}.{where}.{metric}"
         yield {"id": name, "value": cell[metric], "unit": "%", "n": cell["n"], "spread": cell[f"{metric}_sd"]}
 
 
@@ -65,5 +68,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("--command", required=True)
+    parser.add_argument("--best", action="store_true", help="both arms have the best recipe that there is")
     arguments = parser.parse_args()
-    publish(arguments.study, arguments.command)
+    publish(arguments.study, arguments.command, "best" if arguments.best else "study")
