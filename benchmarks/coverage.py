@@ -1,6 +1,7 @@
 """Do the intervals and tests of ``finetune101 compare`` keep their promise? A simulation with known truth.
 
-python benchmarks/coverage.py          writes results/compare_coverage/coverage.json (about a minute on one core)
+python benchmarks/coverage.py              writes results/compare_coverage/coverage.json (about a minute on one core)
+python benchmarks/coverage.py 4000 1000    the same from other random numbers: coverage_1000.json
 
 Image i of arm k has an ability a_ki ~ N(m_k, s^2), correlated between the arms; run r adds its own b_kr ~ N(0, t^2);
 the answer is right where a_ki + b_kr + N(0, 1) > 0. So the true accuracies have a closed form: Phi(m / sqrt(1 + s^2 +
@@ -79,13 +80,13 @@ def one_run(name: str, repeats: int, seed: int) -> dict[str, Any]:
     return found | ({"mcnemar_false_positive": 100 * rejected / repeats} if arms[0] == arms[1] else {})
 
 
-def main(repeats: int = 4000, out: Path = OUT) -> dict[str, Any]:
+def main(repeats: int = 4000, out: Path = OUT, first_seed: int = 0) -> dict[str, Any]:
     """Runs every cell, prints it and writes all of them to ``out``."""
     started, cells = time.perf_counter(), []
-    for seed, (name, runs, points) in enumerate(itertools.product(ARMS, (3, 5), (0.3, 1.0))):
+    for seed, (name, runs, points) in enumerate(itertools.product(ARMS, (3, 5), (0.3, 1.0)), first_seed):
         cells.append(cell(name, runs, points, repeats, seed))
         print(cells[-1], flush=True)
-    for seed, name in enumerate(ARMS, 100):
+    for seed, name in enumerate(ARMS, first_seed + 100):
         cells.append(one_run(name, repeats // 2, seed))
         print(cells[-1], flush=True)
     covered = [value for c in cells for key, value in c.items() if key.endswith("coverage")]
@@ -99,4 +100,5 @@ def main(repeats: int = 4000, out: Path = OUT) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 4000)
+    repeats, seed = [int(word) for word in [*sys.argv[1:], *("4000", "0")[len(sys.argv[1:]) :]]]
+    main(repeats, OUT.with_stem(f"coverage_{seed}") if seed else OUT, seed)
