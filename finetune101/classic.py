@@ -101,6 +101,8 @@ def _test(argv: list[str]) -> int:
             print(f"note: read --batch_size {argv[at]} as --batch_size {argv[at][2:]}")
             argv[at] = argv[at][2:]
     arguments = cli.parse(TestArguments, argv, prog="test.py")
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch_size is {arguments.batch_size}; give at least 1")
     from finetune101.deploy.released import RELEASED, score_released
 
     run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")
