@@ -26,7 +26,7 @@ RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
 KEPT = ("config.json", "metrics.jsonl")
 ARMS = {
     "scratch": (
-        "--recipe scratch --no-pretrain --epochs 20 --train-sizes 64 --size 96 --val-every 5",
+        "--recipe scratch --no-pretrain --epochs 20 --warmup-epochs 2 --train-sizes 64 --size 96",
         {
             "TrivialAugment": "--policy none",
             "random erasing": "--erasing 0",

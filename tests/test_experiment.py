@@ -13,6 +13,7 @@ from finetune101.analysis import report
 from finetune101.config import StudyConfig
 from finetune101.data import dataset, splits
 from finetune101.runs import Run
+from finetune101.training.recipes import scratch
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
     assert (found.optim.epochs, found.optim.lr) == (5, 0.02)
     recipe = dataclasses.replace(own, scratch_recipe="scratch")
     found = experiment.plan(recipe, index)[0].runs[0]
-    assert (found.model.size, found.augment.train_sizes) == (160, (96, 128))
+    assert (found.model.size, found.augment.train_sizes) == (160, scratch("x").augment.train_sizes)
     found = experiment.plan(dataclasses.replace(recipe, size=96), index)[0].runs[0]
     assert (found.model.size, found.augment.train_sizes) == (96, ())
 

@@ -20,7 +20,9 @@ def test_a_row_per_format(tiny_data: Path, tmp_path: Path, capsys: pytest.Captur
     assert len(formats) == 4 and result["machine"]["cores"] and result["versions"]["torch"]
     for row in result["rows"]:
         assert row["step_images_per_s"] > 0 and row["data_images_per_s"] > 0 and row["whole_images_per_s"] > 0
-        assert row["whole_vs_step"] == pytest.approx(row["whole_images_per_s"] / row["step_images_per_s"], rel=0.02)
+        whole, step = row["whole_images_per_s"], row["step_images_per_s"]
+        rounding = 0.05 / whole + 0.05 / step  # they have one decimal, and a busy machine is slow
+        assert row["whole_vs_step"] == pytest.approx(whole / step, rel=0.01 + rounding)
     assert "resnet18" in capsys.readouterr().out
 
 
