@@ -11,8 +11,8 @@ the arm differs by the wanted number of points from run to run.
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -100,5 +100,8 @@ def main(repeats: int = 4000, out: Path = OUT, first_seed: int = 0) -> dict[str,
 
 
 if __name__ == "__main__":
-    repeats, seed = [int(word) for word in [*sys.argv[1:], *("4000", "0")[len(sys.argv[1:]) :]]]
-    main(repeats, OUT.with_stem(f"coverage_{seed}") if seed else OUT, seed)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repeats", type=int, nargs="?", default=4000)
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    given = parser.parse_args()
+    main(given.repeats, OUT.with_stem(f"coverage_{given.seed}") if given.seed else OUT, given.seed)

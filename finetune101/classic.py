@@ -27,7 +27,7 @@ class TestArguments:
 
     __test__ = False  # no class of tests, whatever pytest thinks of its name
     exp: str
-    """Name of the run, of a file EXP_best.pth, or of a released network (released_finetune, released_random)."""
+    """Name of the run, of a file EXP_best.pth, or of the package's own network (released_probe)."""
     batch_size: int = 64
     """Images per step."""
     data: str | None = None

@@ -72,8 +72,8 @@ class PredictArguments:
     """Label images with a run's best epoch, or with a network that comes with this package."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Images, folders or globs; before them the folder or name of a run, or released_finetune, released_random or
-    released_probe. Default: the first of these."""
+    """Images, folders or globs; before them the folder or name of a run, if not the package's own network
+    (released_probe) is to label them."""
     top_k: int = 5
     """Classes to show for each image."""
     csv: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -352,15 +352,14 @@ def ensure_data(config: TrainConfig) -> None:
 
 def evaluate(argv: Sequence[str]) -> int:
     """``finetune101 evaluate``."""
-    arguments = parse(EvaluateArguments, argv, prog="finetune101 evaluate")
+    a = parse(EvaluateArguments, argv, prog="finetune101 evaluate")
     from finetune101.evaluation.evaluate import evaluate as score
     from finetune101.runs import open_run
 
-    run = open_run(arguments.run, arguments.runs)
-    a = arguments
+    run = open_run(a.run, a.runs)
     result = score(run, subset=a.subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
-    print(score_text(result, arguments.subset))
-    if arguments.subset == "test":
+    print(score_text(result, a.subset))
+    if a.subset == "test":
         print(f"Every prediction: {run.path / 'predictions.csv'}")
     return 0
 

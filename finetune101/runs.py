@@ -160,11 +160,16 @@ def file_name(exp: str) -> str:
     return exp.replace("/", "_")
 
 
+def find_run(name: str, runs: str = "runs") -> Run | None:
+    """The existing run ``name``, if there is one: a folder, or a name below ``runs``."""
+    paths = (Path(name), Path(runs) / name)
+    return next((Run(path) for path in paths if (path / "config.json").is_file()), None)
+
+
 def open_run(name: str, runs: str = "runs") -> Run:
     """The existing run ``name``: a folder, or a name below ``runs``. Raises ValueError naming the runs that exist."""
-    for path in (Path(name), Path(runs) / name):
-        if (path / "config.json").is_file():
-            return Run(path)
+    if run := find_run(name, runs):
+        return run
     found = [path.parent for path in Path(runs).glob("**/config.json")]
     names = [path.relative_to(runs).as_posix() for path in found if not (path.parent / "optuna.journal").exists()]
     known = sorted(names, key=lambda name: (name.count("/"), name))  # trials of searches have no name of their own

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shutil
 import statistics
 import subprocess
@@ -20,7 +19,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from publish import RESULTS
+from publish import RESULTS, keep_config
+
+from finetune101.runs import Run
 
 RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
 KEPT = ("config.json", "metrics.jsonl")
@@ -64,22 +65,20 @@ def train(name: str, flags: list[str], jobs: int) -> None:
     if all((kept / file).is_file() for file in KEPT):
         return
     command = [sys.executable, "-m", "finetune101", "train", "--exp", f"ablations/{name}"]
-    command += ["--resume"] if (run / "config.json").is_file() else flags
-    command += ["--threads", "1"] if jobs > 1 and "--resume" not in command else []
+    threads = ["--threads", "1"] if jobs > 1 else []
+    command += ["--resume"] if (run / "config.json").is_file() else [*flags, *threads]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(run / "metrics.jsonl", kept / "metrics.jsonl")
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    config = {**config, "runs": "runs", "data": {**config["data"], "root": None}}
-    (kept / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    keep_config(run, kept)
     print(name, f"{score(kept)[0]:.2f} %", flush=True)
 
 
 def score(folder: Path) -> tuple[float, float]:
     """Best validation accuracy (percent) of a run, and the seconds that its training took."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = Run(folder).metrics()
     best = max(record["val_top1"] for record in records if record["val_top1"] is not None)
     return best, sum(record["seconds"] for record in records)
 

@@ -32,14 +32,19 @@ def keep_run(run: Path, folder: Path, command: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(run / name, folder / name)
-    config, env = Run(run).read_json("config.json"), Run(run).read_json("env.json")
-    # where one machine keeps its runs, images and splits, means nothing on another
-    data = {**config["data"], "root": None, "split": None}
-    write_json(folder / "config.json", {**config, "runs": "runs", "data": data})
-    write_json(folder / "env.json", {**env, "command": command})
+    keep_config(run, folder)
+    write_json(folder / "env.json", {**Run(run).read_json("env.json"), "command": command})
     manifest, test = keep_split(run), Run(run).read_json("test.json")
     write_json(folder / "test.json", {**test, "manifest": manifest})
     return test
+
+
+def keep_config(run: Path, folder: Path) -> None:
+    """Writes the configuration of ``run`` to ``folder``."""
+    config = Run(run).read_json("config.json")
+    # where one machine keeps its runs, images and splits, means nothing on another
+    data = {**config["data"], "root": None, "split": None}
+    write_json(folder / "config.json", {**config, "runs": "runs", "data": data})
 
 
 def enter(entries: Sequence[dict[str, Any]], command: str, evidence: str) -> None:

@@ -13,7 +13,7 @@ from finetune101.data import dataset, splits
 from finetune101.data.dataset import IMAGE_SUFFIXES
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
 from finetune101.evaluation.inference import Network, load_file, open_network
-from finetune101.runs import open_run
+from finetune101.runs import find_run, open_run
 from finetune101.world import detect
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -39,9 +39,7 @@ def open_released(name: str) -> tuple[Network, dict[str, str]]:
         raise ValueError(f"this package does not hold {name}; it holds {', '.join(available()) or 'none'}")
     model, preprocessing, classes, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
     world, temperature = detect(SystemConfig()), float(info["temperature"])
-    network = Network(
-        model=model, preprocessing=preprocessing, classes=classes, world=world, temperature=temperature
-    )  # fmt: skip
+    network = Network(model=model, preprocessing=preprocessing, classes=classes, world=world, temperature=temperature)
     return network, info
 
 
@@ -52,10 +50,11 @@ def choose(words: Sequence[str], runs: str = "runs") -> tuple[Network, list[str]
     """
     first, rest = (words[0], list(words[1:])) if words else ("", [])
     released = available()
-    if first in released or any((path / "config.json").is_file() for path in (Path(first), Path(runs) / first)):
+    run = None if first in released else find_run(first, runs)
+    if run or first in released:
         if not rest:
             raise ValueError("no image given; name files, folders or patterns after the run")
-        return (open_released(first)[0] if first in released else open_network(open_run(first, runs))), rest
+        return (open_network(run) if run else open_released(first)[0]), rest
     if not words:
         raise ValueError("no image given; name files, folders or patterns")
     if (

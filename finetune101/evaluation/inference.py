@@ -37,7 +37,7 @@ def mirrored(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """``model`` as the mean of its outputs for an image and for the mirror image (Krizhevsky et al., 2012)."""
     if isinstance(model, nn.Module):
         model.eval()
-    return lambda x: (model(x) + model(x.flip(3).contiguous(memory_format=torch.channels_last))) / 2
+    return lambda x: (model(x) + model(x.flip(3))) / 2
 
 
 def world_of(run: Run) -> World:
