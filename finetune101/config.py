@@ -110,6 +110,8 @@ class ModelConfig:
     """With --freeze: compute the features of every whole image once, so that a run takes seconds; no augmentation."""
     size: int | None = None
     """Height and width of the input in pixels. Default: the network's own."""
+    cache_size: int | None = None
+    """Height and width at which images are decoded: above --size, crops stay sharp. Default: the input's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +354,10 @@ def validate(config: TrainConfig) -> None:
         (0 <= o.label_smoothing < 1, f"--label-smoothing is {o.label_smoothing}; give a number from 0 to below 1"),
         (0 < config.augment.crop_scale <= 1, f"--crop-scale is {config.augment.crop_scale}; give (0, 1]"),
         (config.model.size is None or config.model.size >= 32, f"--size is {config.model.size}; give at least 32"),
+        (
+            config.model.cache_size is None or config.model.cache_size >= 32,
+            f"--cache-size is {config.model.cache_size}; give at least 32",
+        ),
         (0 < d.test_size < 1, f"--test-size is {d.test_size}; give a share between 0 and 1"),
         (0 <= d.val_size < 1 - d.test_size, f"--val-size is {d.val_size}; give a share below 1 - test size"),
         (d.train_per_class >= 1, f"--train-per-class is {d.train_per_class}; give at least 1"),

@@ -69,7 +69,8 @@ def _configure(
     )
     network, changes = dataclasses.replace(config.model, name=model), config.augment
     if study.size is not None:
-        network, changes = dataclasses.replace(network, size=study.size), dataclasses.replace(changes, train_sizes=())
+        network = dataclasses.replace(network, size=study.size, cache_size=None)
+        changes = dataclasses.replace(changes, train_sizes=())
     if arm == "probe" and network.head == "random":
         network = dataclasses.replace(network, freeze=True)
     optim = config.optim

@@ -48,14 +48,16 @@ def build(
     pretrain: bool = True,
     weights: str | None = None,
     size: int | None = None,
+    cache_size: int | None = None,
     seed: int = 0,
 ) -> Built:
     """The network ``name`` with a random head of ``num_classes`` outputs, the rest from ImageNet weights or random.
 
     The weights are the file ``weights``; else ``<name>_imagenet.safetensors`` in $FINETUNE101_WEIGHTS; else the
     installed package or the official download. ``size`` is the input's height and width in pixels (default: the
-    network's own). ``seed`` sets torch's global random state. Raises ValueError for an unknown name, a size that the
-    network cannot take, and weights that are missing, unreadable or of another network.
+    network's own), ``cache_size`` those at which images are decoded (default: the input's). ``seed`` sets torch's
+    global random state. Raises ValueError for an unknown name, a size that the network cannot take, and weights that
+    are missing, unreadable or of another network.
     """
     entry = lookup(name)
     if weights is not None and not pretrain:
@@ -63,6 +65,8 @@ def build(
     torch.manual_seed(seed)
     model = entry.build(num_classes)
     preprocessing = _resize(entry, model, size)
+    if cache_size is not None:
+        preprocessing = replace(preprocessing, cache_size=cache_size)
     source = f"random (seed {seed})"
     if pretrain:
         state, source = _find_weights(entry, weights)

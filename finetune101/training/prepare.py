@@ -55,6 +55,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         pretrain=config.model.pretrain,
         weights=config.model.weights,
         size=config.model.size,
+        cache_size=config.model.cache_size,
         seed=config.system.seed,
     )
     for size in config.augment.train_sizes:

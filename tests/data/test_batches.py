@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data import dataset
 from finetune101.data.batches import augment, distort, draw_boxes, eval_batches, mix, read, to_input, train_batches
-from finetune101.data.cache import Images, decode, open_images
+from finetune101.data.cache import FILTERS, Images, decode, open_images
 from finetune101.world import World
 
 WORLD = World(torch.device("cpu"), "fp32", channels_last=False)
@@ -112,6 +115,18 @@ def test_to_input_is_resize_and_standardise() -> None:
     torch.testing.assert_close(x, (pixels / 255 - mean) / std)
     flat = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
     torch.testing.assert_close(to_input(flat, SHAPE, WORLD), ((128 / 255 - mean) / std).expand(1, 3, 24, 24))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_larger_images_are_resized_as_the_preprocessing_says(interpolation: str) -> None:
+    """By the filter that decodes them: sampled down by a whole factor, both agree with Pillow's to a rounding."""
+    pixels = torch.randint(256, (48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shape = replace(SHAPE, cache_size=48, interpolation=interpolation)
+    x = to_input(pixels.permute(2, 0, 1)[None], shape, WORLD)
+    expected = Image.fromarray(pixels.numpy()).resize((24, 24), FILTERS[interpolation])
+    values = torch.from_numpy(np.array(expected)).permute(2, 0, 1)[None]
+    difference = (x - to_input(values, SHAPE, WORLD)).abs() * torch.tensor(SHAPE.std).view(3, 1, 1) * 255
+    assert difference.max() < 1.01
 
 
 def test_to_input_changes_no_pixel_of_its_own(images: Images) -> None:

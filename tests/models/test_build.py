@@ -271,6 +271,8 @@ def test_a_download_with_another_hash_is_refused(hub: type[Hub]) -> None:
 def test_size_moves_both_sizes_and_refuses_what_cannot_work() -> None:
     built = build("resnet18", 7, pretrain=False, size=128)
     assert (built.preprocessing.size, built.preprocessing.cache_size) == (128, 128)
+    larger = build("resnet18", 7, pretrain=False, size=128, cache_size=160)
+    assert (larger.preprocessing.size, larger.preprocessing.cache_size) == (128, 160)
     assert built.init_hash == build("resnet18", 7, pretrain=False).init_hash and built.model.training
     with pytest.raises(ValueError, match="alexnet cannot take images of 32 px"):
         build("alexnet", 7, pretrain=False, size=32)
