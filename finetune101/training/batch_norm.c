@@ -1,24 +1,33 @@
-/* Batch norm with a clamp (ReLU, ReLU6 or none) in one pass, forward and backward, for bf16 activations.
+/* Batch norm with a clamp (ReLU, ReLU6 or none) in one pass, forward and backward, compiled for bf16 and fp32.
  *
- * x, g, y, dx: (rows, c) bf16, rows = N*H*W of a channels_last batch. All sums are fp32 within a block and double
+ * x, g, y, dx: (rows, c), rows = N*H*W of a channels_last batch. All sums are fp32 within a block and double
  * beyond it, in an order that does not depend on the number of threads. Built and called by cpu_norm.py.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef uint16_t bf16;
 enum { CHUNK = 2048, BLOCK = 128, LANES = 32 }; /* rows of a partial sum; rows summed in fp32; elements of a register pair */
 
-static inline float wide(bf16 h) {
+#ifdef FP32
+#define NAME(function) function##_fp32
+typedef float value;
+static inline float wide(value f) { return f; }
+static inline value narrow(float f) { return f; }
+#else
+#define NAME(function) function##_bf16
+typedef uint16_t value;
+
+static inline float wide(value h) {
   union { uint32_t u; float f; } v = {(uint32_t)h << 16};
   return v.f;
 }
 
-static inline bf16 narrow(float f) { /* to nearest, ties to even */
+static inline value narrow(float f) { /* to nearest, ties to even */
   union { float f; uint32_t u; } v = {f};
-  return f != f ? 0x7fc0 : (bf16)((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
+  return f != f ? 0x7fc0 : (value)((v.u + 0x7fff + ((v.u >> 16) & 1)) >> 16);
 }
+#endif
 
 /* Narrow channels leave registers half empty: k rows are taken as one row of k*c channels. */
 static long rows_together(long c) {
@@ -39,7 +48,7 @@ static inline float passed(float v, float a, float b, float low, float high, flo
   return y <= low || y >= high ? 0.f : g;
 }
 
-static void add_moments(const bf16 *restrict x, long rows, long w, float *restrict s, float *restrict q) {
+static void add_moments(const value *restrict x, long rows, long w, float *restrict s, float *restrict q) {
   for (long r = 0; r < rows; r++, x += w)
     for (long i = 0; i < w; i++) {
       float v = wide(x[i]);
@@ -48,7 +57,7 @@ static void add_moments(const bf16 *restrict x, long rows, long w, float *restri
     }
 }
 
-static void add_gradients(const bf16 *restrict x, const bf16 *restrict g, long rows, long w, const float *restrict a,
+static void add_gradients(const value *restrict x, const value *restrict g, long rows, long w, const float *restrict a,
                           const float *restrict b, float low, float high, float *restrict s, float *restrict q) {
   for (long r = 0; r < rows; r++, x += w, g += w)
     for (long i = 0; i < w; i++) {
@@ -58,7 +67,7 @@ static void add_gradients(const bf16 *restrict x, const bf16 *restrict g, long r
     }
 }
 
-static void sums(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low, float high,
+static void sums(const value *x, const value *g, long rows, long c, const float *a, const float *b, float low, float high,
                  double *out) {
   long k = rows_together(c), chunks = (rows + CHUNK - 1) / CHUNK;
   double *parts = calloc(chunks * 2 * c, sizeof(double));
@@ -95,10 +104,10 @@ static void sums(const bf16 *x, const bf16 *g, long rows, long c, const float *a
 }
 
 /* out (2, c): sums over rows of x and of x squared. */
-void moments(const bf16 *x, long rows, long c, double *out) { sums(x, 0, rows, c, 0, 0, 0, 0, out); }
+void NAME(moments)(const value *x, long rows, long c, double *out) { sums(x, 0, rows, c, 0, 0, 0, 0, out); }
 
 /* out (2, c): sums over rows of d and of d*x, where d is the gradient g of y = clamp(a*x + b), zero where it clamps. */
-void gradient_sums(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low,
+void NAME(gradient_sums)(const value *x, const value *g, long rows, long c, const float *a, const float *b, float low,
                    float high, double *out) {
   long k = rows_together(c);
   float *aa = repeated(a, c, k), *bb = repeated(b, c, k);
@@ -107,8 +116,8 @@ void gradient_sums(const bf16 *x, const bf16 *g, long rows, long c, const float 
   free(bb);
 }
 
-static void clamp_rows(const bf16 *restrict x, long rows, long w, const float *restrict a, const float *restrict b,
-                       float low, float high, bf16 *restrict y) {
+static void clamp_rows(const value *restrict x, long rows, long w, const float *restrict a, const float *restrict b,
+                       float low, float high, value *restrict y) {
   for (long r = 0; r < rows; r++, x += w, y += w)
     for (long i = 0; i < w; i++) {
       float v = wide(x[i]) * a[i] + b[i];
@@ -118,9 +127,9 @@ static void clamp_rows(const bf16 *restrict x, long rows, long w, const float *r
     }
 }
 
-static void dx_rows(const bf16 *restrict x, const bf16 *restrict g, long rows, long w, const float *restrict a,
+static void dx_rows(const value *restrict x, const value *restrict g, long rows, long w, const float *restrict a,
                     const float *restrict b, float low, float high, const float *restrict e, const float *restrict f,
-                    bf16 *restrict dx) {
+                    value *restrict dx) {
   for (long r = 0; r < rows; r++, x += w, g += w, dx += w)
     for (long i = 0; i < w; i++) {
       float v = wide(x[i]);
@@ -129,8 +138,8 @@ static void dx_rows(const bf16 *restrict x, const bf16 *restrict g, long rows, l
 }
 
 /* y = clamp(a*x + b), or with a gradient g: dx = a*d + e*x + f. */
-static void map(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low, float high,
-                const float *e, const float *f, bf16 *out) {
+static void map(const value *x, const value *g, long rows, long c, const float *a, const float *b, float low, float high,
+                const float *e, const float *f, value *out) {
   long k = rows_together(c), w = k * c, groups = rows / k, done = groups * k * c;
   float *aa = repeated(a, c, k), *bb = repeated(b, c, k), *ee = e ? repeated(e, c, k) : 0, *ff = f ? repeated(f, c, k) : 0;
 #pragma omp parallel for schedule(static)
@@ -151,11 +160,11 @@ static void map(const bf16 *x, const bf16 *g, long rows, long c, const float *a,
   free(ff);
 }
 
-void apply(const bf16 *x, long rows, long c, const float *a, const float *b, float low, float high, bf16 *y) {
+void NAME(apply)(const value *x, long rows, long c, const float *a, const float *b, float low, float high, value *y) {
   map(x, 0, rows, c, a, b, low, high, 0, 0, y);
 }
 
-void input_gradient(const bf16 *x, const bf16 *g, long rows, long c, const float *a, const float *b, float low,
-                    float high, const float *e, const float *f, bf16 *dx) {
+void NAME(input_gradient)(const value *x, const value *g, long rows, long c, const float *a, const float *b, float low,
+                    float high, const float *e, const float *f, value *dx) {
   map(x, g, rows, c, a, b, low, high, e, f, dx);
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune101.training.cpu_norm import fast_norm
-from finetune101.training.kernels import compiled
+from finetune101.training.kernels import SUFFIXES, compiled, kernel
 
 Pair = tuple[int, ...]  # height, width
 
@@ -45,11 +45,12 @@ def fast_layers(model: nn.Module) -> None:
 
 
 def fast_depthwise(model: nn.Module) -> int:
-    """Give the depthwise convolutions of ``model``, in place, a backward pass that is fast in bf16 on CPUs.
+    """Give the depthwise convolutions of ``model``, in place, a backward pass that is fast on CPUs.
 
     Only the class of those layers changes: names, parameters, buffers and the state dict stay, and so does every
-    forward pass. It acts where a layer computes in bf16 on the CPU and gradients are on; else the layer is the old one.
-    Gradients differ from plain ones by bf16 rounding. Returns the number of layers changed (0 the second time).
+    forward pass. It acts where a layer computes on the CPU, in bf16 or with the kernels of depthwise.c in fp32, and
+    gradients are on; else the layer is the old one. Gradients differ from plain ones by rounding. Returns the number of
+    layers changed (0 the second time).
     """
     layers = [m for m in model.modules() if type(m) in _FAST and _is_plain_depthwise(m)]
     for layer in layers:
@@ -76,15 +77,19 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
-def _is_slow(x: Tensor) -> bool:
-    """Whether the plain backward pass of a depthwise convolution of ``x`` will run, and is slow."""
-    return x.device.type == "cpu" and x.dim() == 4 and torch.is_grad_enabled() and _compute_dtype(x) == torch.bfloat16
+def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the plain backward pass of ``conv`` with ``x`` will run, and is slow."""
+    if x.device.type != "cpu" or x.dim() != 4 or not torch.is_grad_enabled():
+        return False
+    dtype = _compute_dtype(x)
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and _suits_kernels(x, conv.weight, conv.stride))
 
 
-def _depthwise_bf16(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
-    """``conv(x)`` in bf16 with the fast backward pass and the given zero padding."""
-    weight, bias = (None if p is None else p.to(torch.bfloat16) for p in (conv.weight, conv.bias))
-    return Depthwise.apply(x.to(torch.bfloat16), weight, bias, conv.stride, before, after)
+def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
+    """``conv(x)`` with the fast backward pass and the given zero padding."""
+    dtype = _compute_dtype(x)
+    weight, bias = (None if p is None else p.to(dtype) for p in (conv.weight, conv.bias))
+    return Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
 
 
 class FastConv2d(nn.Conv2d):
@@ -92,10 +97,10 @@ class FastConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""
-        if not _is_slow(x):
+        if not _is_slow(self, x):
             return super().forward(x)
         assert not isinstance(self.padding, str)
-        return _depthwise_bf16(self, x, self.padding, self.padding)
+        return _depthwise(self, x, self.padding, self.padding)
 
 
 class FastConv2dSame(Conv2dSame):
@@ -103,10 +108,10 @@ class FastConv2dSame(Conv2dSame):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
-        if not _is_slow(x):
+        if not _is_slow(self, x):
             return super().forward(x)
         left, right, top, bottom = pad_same_arg(list(x.shape[2:]), list(self.kernel_size), list(self.stride))
-        return _depthwise_bf16(self, x, (top, left), (bottom, right))
+        return _depthwise(self, x, (top, left), (bottom, right))
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FastConv2d, Conv2dSame: FastConv2dSame}
@@ -139,7 +144,7 @@ class Depthwise(torch.autograd.Function):
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
-        if _suits_kernels(grad, x, weight, ctx.stride):
+        if grad.dtype == x.dtype and _suits_kernels(x, weight, ctx.stride):
             grad_x, grad_weight = _kernel_gradients(ctx, grad, x, weight)
         elif ctx.needs_input_grad[0]:
             grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
@@ -149,9 +154,9 @@ class Depthwise(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _suits_kernels(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair) -> bool:
+def _suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
     return (
-        grad.dtype == x.dtype == torch.bfloat16
+        x.dtype in SUFFIXES
         and x.is_contiguous(memory_format=torch.channels_last)
         and weight.shape[0] % 16 == 0
         and tuple(weight.shape[2:]) in ((3, 3), (5, 5))
@@ -165,14 +170,14 @@ def _kernel_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tupl
     channels, k, grad_x, grad_weight = weight.shape[0], weight.shape[2], None, None
     after = grad.shape[2], grad.shape[3], channels, k, ctx.stride[0]
     if ctx.needs_input_grad[0]:
-        grad_x = torch.empty(ctx.input_shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+        grad_x = torch.empty(ctx.input_shape, dtype=x.dtype, memory_format=torch.channels_last)
         filters = weight.float().view(channels, k * k).t().contiguous()
         shape = len(x), *ctx.input_shape[2:], *after, *ctx.before
-        compiled().depthwise_input_gradient(grad.data_ptr(), filters.data_ptr(), *shape, grad_x.data_ptr())
+        kernel("depthwise_input_gradient", x.dtype)(grad.data_ptr(), filters.data_ptr(), *shape, grad_x.data_ptr())
     if ctx.needs_input_grad[1]:
         sums = torch.empty(k * k, channels)
         shape = len(x), *x.shape[2:], *after, *ctx.padding
-        compiled().depthwise_weight_gradient(x.data_ptr(), grad.data_ptr(), *shape, sums.data_ptr())
+        kernel("depthwise_weight_gradient", x.dtype)(x.data_ptr(), grad.data_ptr(), *shape, sums.data_ptr())
         grad_weight = sums.t().reshape(weight.shape).to(weight.dtype)
     return grad_x, grad_weight
 

@@ -1,4 +1,4 @@
-"""The quickest forward pass of a frozen network in bf16 on CPUs: convolution, batch norm and ReLU as one operation.
+"""The quickest forward pass of a frozen network on CPUs: convolution, batch norm and ReLU as one operation.
 
 oneDNN has such an operation, and PyTorch's compiler calls it; called directly it needs no compiling.
 """
@@ -37,45 +37,46 @@ TOLERANCE = 0.1  # of an output's norm: bf16 alone makes 0.01 to 0.05 of it
 def frozen(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
     """A forward pass of ``model`` in evaluation mode, for whoever will not train it any more.
 
-    With bf16 on a CPU a copy with fused layers, about twice as fast; ``model`` itself elsewhere, and for a network of
+    On a CPU a copy with fused layers, about twice as fast in bf16; ``model`` itself elsewhere, and for a network of
     which the copy, tried on the first image, computes something else. Call it under autocast, without gradients.
     """
-    if world.device.type != "cpu" or world.precision != "bf16" or not torch.backends.mkldnn.is_available():
+    if world.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return model
+    dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
     fused: nn.Module | None = None
     tried = False
 
     def quick(x: Tensor) -> Tensor:
         nonlocal fused, tried
         if not tried:
-            fused, tried = _fused_copy(model, x[:1]), True
+            fused, tried = _fused_copy(model, x[:1], dtype), True
         if fused is None:
             return model.eval()(x)
         with torch.autocast("cpu", enabled=False):
-            return fused(x.to(torch.bfloat16))
+            return fused(x.to(dtype))
 
     return quick
 
 
-def _fused_copy(model: nn.Module, example: Tensor) -> nn.Module | None:
+def _fused_copy(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module | None:
     """A fused copy of ``model`` that computes what it does for ``example`` (1, 3, H, W), or None."""
     expected = model.eval()(example).float()
     try:
         with torch.autocast("cpu", enabled=False):
-            fused = fuse(copy.deepcopy(model), example)
-            got = fused(example.to(torch.bfloat16)).float()
-    except (RuntimeError, TypeError, AttributeError):  # a shape or a layer that oneDNN does not take
+            fused = fuse(copy.deepcopy(model), example, dtype)
+            got = fused(example.to(dtype)).float()
+    except (RuntimeError, TypeError, AttributeError):  # a shape, a layer or a dtype that oneDNN does not take here
         return None
     return fused if bool((got - expected).norm() <= TOLERANCE * expected.norm()) else None
 
 
-def fuse(model: nn.Module, example: Tensor) -> nn.Module:
-    """``model``, in place, in bf16 with fused layers, for images of the shape of ``example`` (1, 3, H, W)."""
+def fuse(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
+    """``model``, in place, in ``dtype`` with fused layers, for images of the shape of ``example`` (1, 3, H, W)."""
     pairs = fold_batch_norm(model, example)
-    model.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    model.to(dtype).to(memory_format=torch.channels_last)
     acts = _activations(model, pairs)
     names = {module: name for name, module in model.named_modules()}
-    for conv, shape in _shapes(model, example.to(torch.bfloat16)).items():
+    for conv, shape in _shapes(model, example.to(dtype)).items():
         if type(conv) not in _CONVOLUTIONS or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             continue
         act, gone = acts.get(conv, (nn.Identity, []))
@@ -159,7 +160,7 @@ def _activations(
 
 
 class FusedConv2d(nn.Module):
-    """A bf16 convolution with its activation, weights in the layout that oneDNN likes best for this shape."""
+    """A convolution with its activation, weights in the layout that oneDNN likes best for this shape."""
 
     def __init__(self, conv: nn.Conv2d, shape: torch.Size, act: str, limits: list[float]) -> None:
         super().__init__()

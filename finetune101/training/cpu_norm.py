@@ -1,4 +1,4 @@
-"""Batch norm and the ReLU after it as one pass over memory, for training in bf16 on CPUs (batch_norm.c).
+"""Batch norm and the ReLU after it as one pass over memory, for training on CPUs (batch_norm.c).
 
 A training step of a small network waits for memory: plain PyTorch goes 13 times over every activation between two
 convolutions (counted by reading it), this 8 times.
@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune101.training.kernels import compiled
+from finetune101.training.kernels import SUFFIXES, compiled, kernel
 
 Limits = tuple[float, float]
 NONE: Limits = (-math.inf, math.inf)
@@ -25,9 +25,9 @@ NONE: Limits = (-math.inf, math.inf)
 def fast_norm(model: nn.Module) -> int:
     """Make the 2D batch norms of ``model``, in place, compute themselves and their ReLU in one pass.
 
-    Only classes change, so names and state dict stay. It acts where activations are bf16 in channels_last memory on
-    the CPU and gradients are on; else the layers are the old ones. Outputs and gradients differ from plain ones by
-    bf16 rounding. Returns the number of layers changed: 0 the second time, and where gcc is missing.
+    Only classes change, so names and state dict stay. It acts where activations are bf16 or fp32 in channels_last
+    memory on the CPU and gradients are on; else the layers are the old ones. Outputs and gradients differ from plain
+    ones by rounding. Returns the number of layers changed: 0 the second time, and where gcc is missing.
     """
     if compiled() is None:
         return 0
@@ -51,7 +51,7 @@ def followers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
+        and x.dtype in SUFFIXES
         and torch.is_grad_enabled()
         and x.is_contiguous(memory_format=torch.channels_last)
         and x.shape[1] == norm.num_features
@@ -82,7 +82,7 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
 
 def _moments(x: Tensor, count: int) -> Tensor:
     out = torch.empty(2, x.shape[1], dtype=torch.float64)
-    compiled().moments(x.data_ptr(), count, x.shape[1], out.data_ptr())
+    kernel("moments", x.dtype)(x.data_ptr(), count, x.shape[1], out.data_ptr())
     return out / count
 
 
@@ -142,12 +142,12 @@ class BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, limits: Limits, batch: bool
     ) -> Tensor:
-        """x (N, C, H, W) bf16 channels_last; the rest (C); ``batch``: mean and inverse are of x itself."""
+        """x (N, C, H, W) bf16 or fp32, channels_last; the rest (C); ``batch``: mean and inverse are of x itself."""
         a = (inverse * weight).float()
         b = (bias - mean * inverse * weight).float()
         y = torch.empty_like(x)
         count, channels = x.numel() // x.shape[1], x.shape[1]
-        compiled().apply(x.data_ptr(), count, channels, a.data_ptr(), b.data_ptr(), *limits, y.data_ptr())
+        kernel("apply", x.dtype)(x.data_ptr(), count, channels, a.data_ptr(), b.data_ptr(), *limits, y.data_ptr())
         ctx.save_for_backward(x, a, b, mean, inverse)
         ctx.limits, ctx.batch = limits, batch
         return y
@@ -157,14 +157,14 @@ class BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output."""
         x, a, b, mean, inverse = ctx.saved_tensors
-        count, channels, c = x.numel() // x.shape[1], x.shape[1], compiled()
-        grad = grad.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        count, channels = x.numel() // x.shape[1], x.shape[1]
+        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
         both = x.data_ptr(), grad.data_ptr(), count, channels, a.data_ptr(), b.data_ptr(), *ctx.limits
         e = f = torch.zeros(channels, dtype=torch.float64)
         grad_weight = grad_bias = grad_x = None
         if ctx.batch or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             sums = torch.empty(2, channels, dtype=torch.float64)
-            c.gradient_sums(*both, sums.data_ptr())
+            kernel("gradient_sums", x.dtype)(*both, sums.data_ptr())
             grad_bias, grad_weight = sums[0], (sums[1] - mean * sums[0]) * inverse
             if ctx.batch:
                 e = -a * inverse * grad_weight / count
@@ -172,5 +172,5 @@ class BatchNorm(torch.autograd.Function):
             grad_weight, grad_bias = grad_weight.float(), grad_bias.float()
         if ctx.needs_input_grad[0]:
             grad_x, e, f = torch.empty_like(x), e.float(), f.float()
-            c.input_gradient(*both, e.data_ptr(), f.data_ptr(), grad_x.data_ptr())
+            kernel("input_gradient", x.dtype)(*both, e.data_ptr(), f.data_ptr(), grad_x.data_ptr())
         return grad_x, grad_weight, grad_bias, None, None, None, None

@@ -1,4 +1,4 @@
-/* Gradients of a depthwise convolution for bf16 activations in channels_last memory; called by cpu.py.
+/* Gradients of a depthwise convolution in channels_last memory, compiled for bf16 and for fp32; called by cpu.py.
  *
  * x, dx: (n, h, w, c), g: (n, oh, ow, c), weights (k*k, c) fp32; c a multiple of 16, k 3 or 5, zero padding of top rows
  * and left columns. Sums are fp32 within two images and double beyond them, in an order that does not depend on threads.
@@ -7,29 +7,48 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512F__
 enum { LANES = 16, TOGETHER = 2 }; /* channels of a register; images of a partial sum */
-typedef uint16_t bf16;
+#else
+enum { LANES = 8, TOGETHER = 2 };
+#endif
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE floats load(const bf16 *p) {
+#ifdef FP32
+#define NAME(function) function##_fp32
+typedef float value;
+
+INLINE floats load(const value *p) {
+  floats f;
+  memcpy(&f, p, sizeof f);
+  return f;
+}
+
+INLINE void store(value *p, floats f) { memcpy(p, &f, sizeof f); }
+#else
+#define NAME(function) function##_bf16
+typedef uint16_t value;
+
+INLINE floats load(const value *p) {
   halves h;
   memcpy(&h, p, sizeof h);
   return (floats)(__builtin_convertvector(h, words) << 16);
 }
 
-INLINE void store(bf16 *p, floats f) { /* to nearest, ties to even */
+INLINE void store(value *p, floats f) { /* to nearest, ties to even */
   words u = (words)f;
   words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, not_a_number = (words)(f != f);
   halves h = __builtin_convertvector((rounded & ~not_a_number) | (0x7fc0 & not_a_number), halves);
   memcpy(p, &h, sizeof h);
 }
+#endif
 
 /* The last k rows of an image in fp32, each (c / 16, columns, 16), with zeros around it. */
 typedef struct {
-  const bf16 *image;
+  const value *image;
   float *rows;
   long h, w, c, k, top, left, columns, next;
 } Window;
@@ -40,7 +59,7 @@ static float *window_memory(long w, long c, long k) {
   return aligned_alloc(64, sizeof(float) * k * window_columns(w, k) * c);
 }
 
-static Window window(const bf16 *image, float *memory, long h, long w, long c, long k, long top, long left) {
+static Window window(const value *image, float *memory, long h, long w, long c, long k, long top, long left) {
   Window v = {image, memory, h, w, c, k, top, left, window_columns(w, k), 0};
   memset(memory, 0, sizeof(float) * k * v.columns * c);
   return v;
@@ -62,7 +81,7 @@ static void window_move(Window *v, long end) {
   }
 }
 
-INLINE void image_weight_gradient(Window *v, const bf16 *g, long oh, long ow, long stride, int k, float *out) {
+INLINE void image_weight_gradient(Window *v, const value *g, long oh, long ow, long stride, int k, float *out) {
   for (long row = 0; row < oh; row++) {
     window_move(v, row * stride + k);
     for (long b = 0; b < v->c / LANES; b++) {
@@ -86,7 +105,7 @@ INLINE void image_weight_gradient(Window *v, const bf16 *g, long oh, long ow, lo
 }
 
 /* out (k*k, c) */
-void depthwise_weight_gradient(const bf16 *x, const bf16 *g, long n, long h, long w, long oh, long ow, long c, long k,
+void NAME(depthwise_weight_gradient)(const value *x, const value *g, long n, long h, long w, long oh, long ow, long c, long k,
                                long stride, long top, long left, float *out) {
   long size = k * k * c, parts = (n + TOGETHER - 1) / TOGETHER;
   float *sums = calloc(parts * size, sizeof(float));
@@ -97,7 +116,7 @@ void depthwise_weight_gradient(const bf16 *x, const bf16 *g, long n, long h, lon
     for (long part = 0; part < parts; part++)
       for (long i = part * TOGETHER; i < n && i < (part + 1) * TOGETHER; i++) {
         Window v = window(x + i * h * w * c, memory, h, w, c, k, top, left);
-        const bf16 *d = g + i * oh * ow * c;
+        const value *d = g + i * oh * ow * c;
         if (k == 3)
           image_weight_gradient(&v, d, oh, ow, stride, 3, sums + part * size);
         else
@@ -115,7 +134,7 @@ void depthwise_weight_gradient(const bf16 *x, const bf16 *g, long n, long h, lon
 }
 
 /* Stride 1: a forward pass over g with the filter turned round. */
-INLINE void image_input_gradient(Window *v, const float *weights, long h, long w, int k, bf16 *dx) {
+INLINE void image_input_gradient(Window *v, const float *weights, long h, long w, int k, value *dx) {
   for (long row = 0; row < h; row++) {
     window_move(v, row + k);
     for (long b = 0; b < v->c / LANES; b++) {
@@ -139,7 +158,7 @@ INLINE void image_input_gradient(Window *v, const float *weights, long h, long w
 
 /* One row of dx at stride 2, in the columns that filter columns of parity j0 reach; filter rows are of parity i0. */
 INLINE void halved_row(const Window *v, const float *weights, long r, long b, long w, long left, int k, int i0, int j0,
-                       bf16 *dx) {
+                       value *dx) {
   floats f[9];
   const float *g[3];
 #pragma GCC unroll 3
@@ -161,7 +180,7 @@ INLINE void halved_row(const Window *v, const float *weights, long r, long b, lo
 
 /* Stride 2: every pixel from the outputs that it went into; the filter's even and odd rows and columns take turns. */
 INLINE void image_input_gradient_halved(Window *v, const float *weights, long h, long w, long top, long left, int k,
-                                        bf16 *dx) {
+                                        value *dx) {
   for (long row = 0; row < h; row++, dx += w * v->c) {
     long i0 = (row + top) % 2, r = (row + top - i0) / 2;
     window_move(v, r + v->top + 1);
@@ -178,15 +197,15 @@ INLINE void image_input_gradient_halved(Window *v, const float *weights, long h,
 }
 
 /* dx (n, h, w, c) at stride 1 or 2. */
-void depthwise_input_gradient(const bf16 *g, const float *weights, long n, long h, long w, long oh, long ow, long c,
-                              long k, long stride, long top, long left, bf16 *dx) {
+void NAME(depthwise_input_gradient)(const value *g, const float *weights, long n, long h, long w, long oh, long ow, long c,
+                              long k, long stride, long top, long left, value *dx) {
 #pragma omp parallel
   {
     float *memory = window_memory(ow, c, k);
 #pragma omp for schedule(static)
     for (long i = 0; i < n; i++) {
-      const bf16 *d = g + i * oh * ow * c;
-      bf16 *to = dx + i * h * w * c;
+      const value *d = g + i * oh * ow * c;
+      value *to = dx + i * h * w * c;
       long around = stride == 2 ? k / 2 : k - 1;
       Window v = window(d, memory, oh, ow, c, k, around - (2 - stride) * top, around - (2 - stride) * left);
       if (stride == 2 && k == 3)

@@ -13,11 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune101.data.cache import cache_dir
 from finetune101.runs import save_with
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+
+SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_fp32"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
@@ -32,7 +36,10 @@ _ARGUMENTS = {
 
 @functools.cache
 def compiled() -> Any:
-    """The functions of batch_norm.c and depthwise.c, or None where they cannot be built: only with gcc on Linux."""
+    """The functions of batch_norm.c and depthwise.c, or None where they cannot be built: only with gcc on Linux.
+
+    Each is there for every dtype of ``SUFFIXES``, which ends its name; ``kernel`` finds it.
+    """
     gcc = shutil.which("gcc")
     if platform.system() != "Linux" or gcc is None:
         return None
@@ -52,19 +59,27 @@ def compiled() -> Any:
         return None
 
 
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """The function ``name`` for activations of ``dtype``, where ``compiled`` is there."""
+    return getattr(compiled(), name + SUFFIXES[dtype])
+
+
 def _load(file: Path) -> Any:
     found = ctypes.CDLL(str(file))
     for name, kinds in _ARGUMENTS.items():
-        getattr(found, name).argtypes, getattr(found, name).restype = kinds, None
+        for suffix in SUFFIXES.values():
+            getattr(found, name + suffix).argtypes, getattr(found, name + suffix).restype = kinds, None
     return found
 
 
 def _build(gcc: str, part: Path) -> None:
     """Not linked against an OpenMP of its own: the symbols are found in PyTorch's, whose threads it then shares."""
-    objects = [part.with_name(f"{part.name}_{source.stem}.o") for source in SOURCES]
+    variants = ((source, suffix) for source in SOURCES for suffix in SUFFIXES.values())
+    objects = {part.with_name(f"{part.name}_{source.stem}{suffix}.o"): (source, suffix) for source, suffix in variants}
     try:
-        for source, built in zip(SOURCES, objects, strict=True):
-            subprocess.run([gcc, *FLAGS, "-c", source, "-o", built], capture_output=True, check=True)
+        for built, (source, suffix) in objects.items():
+            define = f"-D{suffix[1:].upper()}"
+            subprocess.run([gcc, *FLAGS, define, "-c", source, "-o", built], capture_output=True, check=True)
         subprocess.run([gcc, "-shared", *objects, "-o", part], capture_output=True, check=True)
     finally:
         for built in objects:

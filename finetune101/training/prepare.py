@@ -143,8 +143,7 @@ def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
 
 def _uses_kernels(config: TrainConfig, world: World) -> bool:
     """Whether training goes through the compiled kernels; they are built for those runs only."""
-    wanted = config.system.fast_kernels and world.device.type == "cpu" and world.precision == "bf16"
-    return wanted and compiled() is not None
+    return config.system.fast_kernels and world.device.type == "cpu" and compiled() is not None
 
 
 def environment(kernels: bool) -> dict[str, Any]:

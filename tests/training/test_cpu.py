@@ -14,6 +14,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from finetune101.training.cpu import Depthwise, fast_depthwise, tune_allocator
+from finetune101.training.kernels import compiled
 
 CHANNELS = 8  # too narrow for the kernels; WIDE suits them
 WIDE = 32
@@ -72,6 +73,23 @@ def test_bf16_gradients_agree_with_plain_autograd(
         assert relative_error(a, c) < 0.01
 
 
+@pytest.mark.skipif(compiled() is None, reason="needs Linux and gcc")
+@pytest.mark.parametrize(("kind", "kernel", "stride", "size"), LAYERS)
+def test_fp32_gradients_agree_with_plain_autograd(
+    kind: type[nn.Conv2d], kernel: int, stride: int, size: tuple[int, int]
+) -> None:
+    plain = make(kind, kernel, stride, bias=True, channels=WIDE)
+    fast = copy.deepcopy(plain)
+    fast_depthwise(fast)
+    plain_out, expected = gradients(plain, images(size, WIDE), bf16=False)
+    fast_out, got = gradients(fast, images(size, WIDE), bf16=False)
+    torch.testing.assert_close(fast_out, plain_out)
+    assert len(got) == len(expected) == 3
+    assert not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))  # the kernels were at work
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(14, 14), (13, 17)])
@@ -97,7 +115,7 @@ def test_formulas_are_exact_in_float64(kernel: int, stride: int, size: tuple[int
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
-def test_fp32_and_evaluation_are_untouched(kind: type[nn.Conv2d]) -> None:
+def test_narrow_fp32_layers_and_evaluation_are_untouched(kind: type[nn.Conv2d]) -> None:
     plain = make(kind, 5, 2)
     fast = copy.deepcopy(plain)
     fast_depthwise(fast)
