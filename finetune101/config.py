@@ -226,7 +226,7 @@ class StudyConfig:
     size: int | None = None
     """Height and width of the input in pixels. Default: the recipe's, then the network's own."""
     probe_l2: float = 0.003
-    """L2 penalty of a linear output layer, with --train-per-class, where no validation images choose it."""
+    """L2 penalty of a linear output layer whose recipe leaves the choice to validation, with --train-per-class."""
     data: str | None = None
     """Folder with one folder per class (or its parent)."""
     protocol: Literal["reference", "standard", "folders"] = "reference"

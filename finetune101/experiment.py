@@ -70,7 +70,8 @@ def _configure(
     network, changes = dataclasses.replace(config.model, name=model), config.augment
     if study.size is not None:
         network = dataclasses.replace(network, size=study.size, cache_size=None)
-        changes = dataclasses.replace(changes, train_sizes=())
+        smaller = tuple(min(size, study.size) for size in changes.train_sizes)
+        changes = dataclasses.replace(changes, train_sizes=smaller)
     if arm == "probe" and network.head == "random":
         network = dataclasses.replace(network, freeze=True)
     optim = config.optim
@@ -81,7 +82,8 @@ def _configure(
     if size is not None:
         data = dataclasses.replace(data, protocol="standard", split=str(_split_file(study, split_seed, size)))
         optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
-        network = dataclasses.replace(network, probe_l2=(study.probe_l2,))  # no validation images choose one
+        if len(network.probe_l2) > 1:  # no validation images choose one
+            network = dataclasses.replace(network, probe_l2=(study.probe_l2,))
     system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
     parts: dict[str, Any] = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
     return dataclasses.replace(config, runs=study.runs, **parts)

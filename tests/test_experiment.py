@@ -111,7 +111,7 @@ def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
     found = experiment.plan(recipe, index)[0].runs[0]
     assert (found.model.size, found.augment.train_sizes) == (160, scratch("x").augment.train_sizes)
     found = experiment.plan(dataclasses.replace(recipe, size=96), index)[0].runs[0]
-    assert (found.model.size, found.augment.train_sizes) == (96, ())
+    assert (found.model.size, found.model.cache_size, max(found.augment.train_sizes)) == (96, None, 96)
 
 
 def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:

@@ -75,18 +75,17 @@ def finetune(exp: str, *, pretrain: bool = True) -> TrainConfig:
 
 
 def scratch_fast(exp: str, *, pretrain: bool = False) -> TrainConfig:
-    """From random initialisation in a few minutes: the recipe ``scratch`` with fewer epochs of smaller images.
+    """From random initialisation in a few minutes: the recipe ``scratch`` with fewer epochs of small images.
 
-    ``finetune101 train --exp NAME --recipe scratch_fast --no-pretrain``: 40 epochs, two thirds of them at 64 px, then
-    at 96 px, tested at 128 px.
+    ``finetune101 train --exp NAME --recipe scratch_fast --no-pretrain``: 25 epochs at 64 px, tested at 96 px.
     """
     long = scratch(exp, pretrain=pretrain)
     return replace(
         long,
         recipe="scratch_fast",
-        model=replace(long.model, size=128, cache_size=None),
-        augment=replace(long.augment, train_sizes=(64, 64, 96)),
-        optim=replace(long.optim, epochs=40, ema=0.99),
+        model=replace(long.model, size=96, cache_size=None),
+        augment=replace(long.augment, train_sizes=(64,)),
+        optim=replace(long.optim, epochs=25, ema=0.99),
     )
 
 
