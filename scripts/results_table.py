@@ -1,0 +1,114 @@
+"""The README's table of accuracies, from results/claims.json: ``python scripts/results_table.py``.
+
+Writes it into both READMEs, between their marks, and adds training time and parameters of each row to the claims.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune101.models.build import build
+from finetune101.runs import Run, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = ("<!-- accuracy: python scripts/results_table.py -->", "<!-- end of accuracy -->")
+HEADS = {
+    "README.md": "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | minutes | claim |",
+    "README.zh-CN.md": "| 网络 | 起点，方案 | 划分 | top-1，% | 各类平均，% | n | 参数量（百万） | 分钟 | 声明 |",
+}
+CHINESE = {"random": "随机", "reference": "参考", "standard": "标准"}
+NETWORKS = {
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "efficientnet_lite2": "EfficientNet-Lite2",
+    "efficientnet_lite02": "EfficientNet-Lite0 + 2",
+    "efficientnet_lite012": "EfficientNet-Lite0 + 1 + 2",
+    "resnet18": "ResNet-18",
+}
+# claims that a row is made of, without their last part, in the order of the table
+STEMS = (
+    "best.probe.any.reference",
+    "best.finetune.efficientnet_lite0.reference",
+    "best.finetune.efficientnet_lite2.reference",
+    "best.finetune.any.reference",
+    "best.finetune.efficientnet_lite2.standard",
+    "probe.efficientnet_lite02.reference",
+    "original.finetune.efficientnet_lite0.reference",
+    "original.finetune.efficientnet_lite0_128px.reference",
+    "best.scratch.efficientnet_lite0.reference",
+    "best.scratch.resnet18.reference",
+    "best.scratch.any.reference",
+    "best.scratch.resnet18.standard",
+    "original.scratch.efficientnet_lite0.reference",
+    "original.scratch.resnet18.reference",
+)
+
+
+def runs_of(evidence: str) -> list[Run]:
+    """The runs behind a claim."""
+    folder = ROOT / "results" / evidence
+    return [Run(test.parent) for test in sorted([*folder.glob("test.json"), *folder.glob("*/test.json")])]
+
+
+def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The cells of the table's row, and the claims that it makes beside those that it shows."""
+    top1, per_class = claims[f"{stem}.top1"], claims[f"{stem}.mean_per_class"]
+    runs = runs_of(top1["evidence"])
+    config = runs[0].config()
+    seconds = [sum(r["seconds"] + r.get("val_seconds", 0.0) for r in run.metrics()) for run in runs]
+    built = build(config.model.name, len(_classes(runs[0])), pretrain=False)
+    weights = round(sum(p.numel() for p in built.model.parameters()) / 1e6, 1)
+    minutes = max(1, round(sum(seconds) / len(seconds) / 60))
+    spread = top1["spread"]
+    shown = f"{top1['value']:.2f}"
+    if isinstance(spread, list):
+        shown += f" ({spread[0]:.2f}–{spread[1]:.2f})"
+    elif spread is not None:
+        shown += f" ± {spread:.2f}"
+    size = config.model.size or built.preprocessing.size
+    start = "ImageNet" if config.model.pretrain else "random"
+    cells = [NETWORKS[config.model.name], f"{start}, `{config.recipe}`, {size} px", config.data.protocol, shown]
+    cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", f"{minutes}", f"`{stem}.top1`"]
+    made = {"n": len(runs), "spread": None, "command": top1["command"], "evidence": top1["evidence"]}
+    extra = [
+        {"id": f"{stem}.minutes", "value": minutes, "unit": "min", **made},
+        {"id": f"{stem}.parameters", "value": weights, "unit": "million weights", **made},
+    ]
+    return cells, extra
+
+
+def _classes(run: Run) -> list[str]:
+    manifest = run.read_json("test.json")["manifest"]
+    return list(json.loads((ROOT / "results" / "splits" / f"{manifest}.json").read_text(encoding="utf-8"))["classes"])
+
+
+def main() -> None:
+    """Writes table and claims, and prints the table."""
+    file = ROOT / "results" / "claims.json"
+    claims = {one["id"]: one for one in json.loads(file.read_text(encoding="utf-8"))}
+    found = [row(stem, claims) for stem in STEMS if f"{stem}.top1" in claims]
+    claims |= {claim["id"]: claim for _, extra in found for claim in extra}
+    write_json(file, sorted(claims.values(), key=lambda one: str(one["id"])))
+    for name, head in HEADS.items():
+        lines = [head, "|" + "---|" * head.count(" |")]
+        for cells, _ in found:
+            shown = [_chinese(cell) for cell in cells] if "zh" in name else cells
+            lines.append("| " + " | ".join(shown) + " |")
+        readme = ROOT / name
+        before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+        after = rest.partition(MARKS[1])[2]
+        readme.write_text(f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}{after}", encoding="utf-8")
+        print("\n".join(lines))
+
+
+def _chinese(cell: str) -> str:
+    if cell.startswith("`"):
+        return cell
+    for english, chinese in CHINESE.items():
+        cell = cell.replace(english, chinese)
+    return cell
+
+
+if __name__ == "__main__":
+    main()
