@@ -1,11 +1,13 @@
 """Copies the evidence of a finished study to results/, with its page, its comparison and the claims that stand on it.
 
 python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..." [--best]
+python scripts/publish_study.py RUNS/EXP --restore     puts them back, so that the study goes on from there
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,26 @@ def publish(study: Path, command: str, prefix: str) -> Path:
     return folder
 
 
+def restore(study: Path) -> None:
+    """Puts the published runs of ``study`` where it looks for them, without weights; those there already stay."""
+    folder = RESULTS / f"study_{study.name}"
+    for cell in Run(folder).read_json("study.json")["cells"]:
+        for test in sorted((folder / cell["folder"]).glob("*/test.json")):
+            run = study / cell["folder"] / test.parent.name
+            if run.exists():
+                continue
+            shutil.copytree(test.parent, run)
+            kept, config = Run(test.parent), Run(run).read_json("config.json")
+            split = Run(RESULTS / "splits").read_json(f"{kept.read_json('test.json')['manifest']}.json")
+            if cell["size"] is not None:
+                file = study / "splits" / f"split{split['seed']}_{cell['size']}_per_class.json"
+                config["data"]["split"] = str(file)
+                write_json(file, split)
+            write_json(run / "split.json", split)
+            write_json(run / "config.json", {**config, "runs": str(study.parent)})
+            print(run)
+
+
 def accuracies(cell: dict[str, Any], protocol: str, prefix: str) -> Iterator[dict[str, Any]]:
     """The claims of one cell of a study: its arm's accuracies, and the standard deviation over its runs."""
     where = protocol if cell["size"] is None else f"per_class_{cell['size']}"
@@ -67,7 +89,13 @@ def gains(groups: Sequence[Group], found: Comparison) -> Iterator[dict[str, Any]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--command", required=True)
+    parser.add_argument("--command", default="")
+    parser.add_argument("--restore", action="store_true", help="from results/ to RUNS/EXP")
     parser.add_argument("--best", action="store_true", help="both arms have the best recipe that there is")
     arguments = parser.parse_args()
-    publish(arguments.study, arguments.command, "best" if arguments.best else "study")
+    if arguments.restore:
+        restore(arguments.study)
+    elif arguments.command:
+        publish(arguments.study, arguments.command, "best" if arguments.best else "study")
+    else:
+        parser.error("give the study's --command")

@@ -15,7 +15,7 @@ from finetune101.runs import Run, write_json
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- accuracy: python scripts/results_table.py -->", "<!-- end of accuracy -->")
 HEADS = {
-    "README.md": "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | minutes | claim |",
+    "README.md": "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | min | claim |",
     "README.zh-CN.md": "| 网络 | 起点，方案 | 划分 | top-1，% | 各类平均，% | n | 参数量（百万） | 分钟 | 声明 |",
 }
 CHINESE = {"random": "随机", "reference": "参考", "standard": "标准"}
