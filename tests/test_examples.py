@@ -24,7 +24,7 @@ CUTS = {
     "search": [*SMALL, "--model", "squeezenet1_1", "--no-pretrain", "--seeds", "1"],
     "study": [*SMALL, "--seeds", "1", "--splits", "1"],
     "benchmark": ["--models", "squeezenet1_1", "--size", "64", "--batch-size", "8", "--steps", "1", "--repeats", "1"],
-    "lr-find": ["--size", "64", "--batch-size", "8", "--steps", "10"],
+    "lr-find": ["--size", "64", "--batch-size", "8", "--steps", "20", "--low", "0.001", "--head", "random"],
     "demo": ["--epochs", "1"],
 }
 ELSEWHERE = ("data download", "demo")  # needs the network; is make demo, with a test of its own

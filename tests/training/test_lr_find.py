@@ -14,7 +14,9 @@ from finetune101.training.prepare import prepare
 
 
 def test_rates_grow_evenly_on_a_log_scale_until_the_loss_explodes(small: TrainConfig) -> None:
-    found = range_test(prepare(small), 1e-4, 100.0, 40)
+    # without the dropout of SqueezeNet, whose noise hides on a few images that the loss falls
+    model = dataclasses.replace(small.model, name="resnet18")
+    found = range_test(prepare(dataclasses.replace(small, model=model)), 1e-4, 100.0, 40)
     ratios = [b / a for a, b in zip(found.rates, found.rates[1:], strict=False)]
     assert ratios == pytest.approx([(1e6) ** (1 / 39)] * len(ratios))
     assert found.rates[0] == pytest.approx(1e-4) and all(math.isfinite(loss) for loss in found.losses)
