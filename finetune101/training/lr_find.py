@@ -68,9 +68,7 @@ def judge(rates: list[float], losses: list[float], *, stopped: bool) -> RangeTes
     """What a range test's curve says. Raises ValueError when the loss never fell."""
     best = min(range(len(losses)), key=losses.__getitem__) if losses else 0
     if best < 3:
-        raise ValueError(
-            "the loss never fell; start from a smaller --low, or with --head probe from a larger --probe-l2"
-        )
+        raise ValueError("the loss never fell; start from a smaller --low or, after a probe, a larger --probe-l2")
     lowest = rates[best]
     after = "from there it grows" if stopped or best < len(rates) - 1 else "--high is too low to see it grow"
     reason = (
