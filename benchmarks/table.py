@@ -27,6 +27,7 @@ CHINESE = {
     "images/s": "张/秒",
     "epoch, ": "一轮，",
     "(bare step)": "（裸训练步）",
+    " without bf16": "（处理器无 bf16）",
 }
 
 
@@ -57,13 +58,18 @@ def rows() -> tuple[list[str], list[dict[str, Any]]]:
                 )
 
     memory = []
-    for model in ("resnet18", "mobilenet_v2", "efficientnet_lite0", "alexnet"):
+    for model in ("resnet18", "mobilenet_v2", "efficientnet_lite0", "alexnet", "efficientnet_lite0_fp32"):
         if found := read(f"paired_{model}"):
             low, high = found["ratio_range"]
             memory.append(found["memory_ratio"])
             rates = f"{found['plain_images_per_s']} images/s", f"{found['ours_images_per_s']} images/s"
             entry = claim(f"epoch.{model}", found["ratio"], "times", found["pairs"], found["ratio_range"], PAIRED)
-            add(f"epoch, {model}", *rates, f"{found['ratio']} ({low} to {high})", entry)
+            add(
+                f"epoch, {model.replace('_fp32', ' without bf16')}",
+                *rates,
+                f"{found['ratio']} ({low} to {high})",
+                entry,
+            )
     if memory:
         entry = claim("memory", max(memory), "times", len(memory), [min(memory), max(memory)], PAIRED)
         add("peak memory, the worst of these", "1", f"{max(memory)}", f"{max(memory)}", entry)

@@ -37,15 +37,15 @@ ARMS = {
             "training below the test size": "--train-sizes 96",
         },
     ),
-    "finetune_fast": (
-        "--recipe finetune_fast --epochs 2 --size 128",
+    "finetune": (
+        "--recipe finetune --epochs 3 --size 128 --cache-size 144 --train-sizes 112",
         {
             "linear probe first": "--head random",
+            "its strong penalty": "--probe-l2 0.003",
+            "sharp crops": "--cache-size 128",
             "batch-norm statistics kept": "--no-freeze-norm",
             "random resized crops": "--crop-scale 1",
             "label smoothing": "--label-smoothing 0",
-            "warm-up": "--warmup-epochs 0",
-            "Nesterov momentum": "--no-nesterov",
         },
     ),
 }
