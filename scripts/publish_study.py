@@ -39,7 +39,9 @@ def publish(study: Path, command: str, prefix: str) -> Path:
         enter(list(accuracies(cell, settings["protocol"], prefix)), command, f"{folder.name}/{cell['folder']}")
     if len(saved["cells"]) > 1:
         groups = study_groups(folder)
-        enter(list(gains(groups, run_comparison(groups, folder))), command, folder.name)
+        found = run_comparison(groups, folder)
+        if (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
+            enter(list(gains(groups, found)), command, folder.name)
     draw_study(folder)
     page = report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
