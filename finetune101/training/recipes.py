@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
 
@@ -75,18 +74,21 @@ def finetune(exp: str, *, pretrain: bool = True) -> TrainConfig:
 
 
 def scratch_fast(exp: str, *, pretrain: bool = False) -> TrainConfig:
-    """From random initialisation in a few minutes: the recipe ``scratch`` with fewer epochs of small images.
+    """From random initialisation, quickly: small images, little augmentation.
 
-    ``finetune101 train --exp NAME --recipe scratch_fast --no-pretrain``: 25 epochs at 64 px, tested at 96 px.
+    ``finetune101 train --exp NAME --recipe scratch_fast --no-pretrain``: 25 epochs, first at 64, then at 96 px, tested
+    at 96 px. Strong augmentation, which a long schedule needs, only slows down a short one.
     """
-    long = scratch(exp, pretrain=pretrain)
-    return replace(
-        long,
+    return TrainConfig(
+        exp=exp,
         recipe="scratch_fast",
-        model=replace(long.model, size=96, cache_size=None),
-        augment=replace(long.augment, train_sizes=(64,)),
-        optim=replace(long.optim, epochs=25, ema=0.99),
-    )
+        model=ModelConfig(pretrain=pretrain, size=96),
+        augment=AugmentConfig(crop_scale=0.5, train_sizes=(64, 96)),
+        optim=OptimConfig(
+            epochs=25, lr=0.1, nesterov=True, weight_decay=5e-4, norm_weight_decay=False, ema=0.99,
+            schedule="cosine", warmup_epochs=1, label_smoothing=0.1, val_every=5,
+        ),
+    )  # fmt: skip
 
 
 def scratch(exp: str, *, pretrain: bool = False) -> TrainConfig:
