@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from finetune101.analysis.compare import over_splits
 from finetune101.evaluation import metrics
 from finetune101.runs import write_json
 
 IMAGES = 1770  # the reference split's test images
+ALL, STANDARD = 8677, (3030, 2945)  # all images; the standard split's for training and, 50 per class, for the test
 SPREAD = 2.0  # s: most images are nearly always right, or nearly always wrong
 CORRELATION = 0.7  # of an image's ability in the two arms
 ARMS = {"equal, 95 %": (0.95, 0.95), "95 against 93 %": (0.95, 0.93), "95 against 55 %": (0.95, 0.55)}
@@ -31,16 +33,16 @@ OUT = Path(__file__).parents[1] / "results" / "compare_coverage" / "coverage.jso
 
 
 def simulate(
-    rng: np.random.Generator, arms: tuple[float, float], runs: int, points: float
+    rng: np.random.Generator, arms: tuple[float, float], runs: int, points: float, images: int = IMAGES
 ) -> tuple[list[Any], list[Any]]:
     """One experiment: (right answers (runs, images) of each arm, true accuracy of each run in percent)."""
-    shared, own = rng.standard_normal(IMAGES), rng.standard_normal((2, IMAGES))
+    shared, own = rng.standard_normal(images), rng.standard_normal((2, images))
     correct, truth = [], []
     for k, accuracy in enumerate(arms):
         mean, spread = effect(accuracy, points)
         ability = SPREAD * (np.sqrt(CORRELATION) * shared + np.sqrt(1 - CORRELATION) * own[k])
         level = mean + spread * rng.standard_normal((runs, 1))
-        noise = rng.standard_normal((runs, IMAGES), dtype=np.float32)
+        noise = rng.standard_normal((runs, images), dtype=np.float32)
         correct.append(ability + level + noise > 0)
         truth.append(100 * stats.norm.cdf(level[:, 0] / np.sqrt(1 + SPREAD**2)))
     return correct, truth
@@ -80,6 +82,22 @@ def one_run(name: str, repeats: int, seed: int) -> dict[str, Any]:
     return found | ({"mcnemar_false_positive": 100 * rejected / repeats} if arms[0] == arms[1] else {})
 
 
+def several_splits(name: str, splits: int, points: float, repeats: int, seed: int) -> dict[str, Any]:
+    """The same for one run per arm on each of several random splits: the interval over splits."""
+    rng, arms = np.random.default_rng(seed), ARMS[name]
+    truth = 100 * (arms[0] - arms[1])
+    held = 0
+    for _ in range(repeats):
+        (a, b), _true = simulate(rng, arms, splits, points, ALL)
+        each = []
+        for x, y in zip(a, b, strict=True):
+            tested = rng.permutation(ALL)[: STANDARD[1]]
+            each.append(100 * (x[tested].mean() - y[tested].mean()))
+        low, high = over_splits(each, STANDARD[1] / STANDARD[0])
+        held += bool(low <= truth <= high)
+    return {"arms": name, "splits": splits, "between_runs_points": points, "splits_held": 100 * held / repeats}
+
+
 def main(repeats: int = 4000, out: Path = OUT, first_seed: int = 0) -> dict[str, Any]:
     """Runs every cell, prints it and writes all of them to ``out``."""
     started, cells = time.perf_counter(), []
@@ -89,9 +107,17 @@ def main(repeats: int = 4000, out: Path = OUT, first_seed: int = 0) -> dict[str,
     for seed, name in enumerate(ARMS, first_seed + 100):
         cells.append(one_run(name, repeats // 2, seed))
         print(cells[-1], flush=True)
+    for seed, (name, splits, points) in enumerate(itertools.product(ARMS, (3, 5), (0.3, 1.0)), first_seed + 200):
+        cells.append(several_splits(name, splits, points, repeats // 10, seed))
+        print(cells[-1], flush=True)
     covered = [value for c in cells for key, value in c.items() if key.endswith("coverage")]
     wrong = [value for c in cells for key, value in c.items() if key.endswith("false_positive")]
-    summary = {"coverage": [min(covered), max(covered)], "false_positive": max(wrong)}
+    held = [c["splits_held"] for c in cells if "splits_held" in c]
+    summary = {
+        "over_splits": [min(held), max(held)],
+        "coverage": [min(covered), max(covered)],
+        "false_positive": max(wrong),
+    }
     seconds = round(time.perf_counter() - started)
     result = {**summary, "images": IMAGES, "repeats": repeats, "seconds": seconds, "cells": cells}
     write_json(out, result)

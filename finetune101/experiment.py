@@ -126,8 +126,12 @@ def write_splits(study: StudyConfig, index: dataset.Index) -> None:
             max_test_per_class=study.max_test_per_class,
         )  # fmt: skip
         whole = make_manifest(index, data)
-        for size, file in files.items():
-            write_json(file, subsample(whole, index, size).to_json())
+        made = {file: subsample(whole, index, size).to_json() for size, file in files.items()}
+        for file, split in made.items():
+            if file.is_file() and Run(file.parent).read_json(file.name) != split:
+                raise ValueError(f"{file} is another split than these sizes need; give the study another --exp")
+        for file, split in made.items():
+            write_json(file, split)
 
 
 def subsample(whole: splits.Manifest, index: dataset.Index, size: int) -> splits.Manifest:
@@ -253,7 +257,10 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) ->
     rates: dict[tuple[Any, ...], list[float]] = {}
     for file in Path(study.runs).glob("**/config.json"):
         run = Run(file.parent)
-        records, config = run.metrics(), run.config()
+        try:
+            records, config = run.metrics(), run.config()
+        except ValueError:  # another program's, or another version's
+            continue
         if records and run.has("split.json"):
             images = len(run.read_json("split.json")["subsets"]["train"]) * len(records)
             rates.setdefault(_kind(config), []).append(_seconds(run) / images)
@@ -262,7 +269,7 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) ->
         per_class = cell.size or _usual_size(study, index)
         for config in cell.runs:
             if not is_done(config):
-                passes = max(config.optim.epochs, 1)
+                passes = config.optim.epochs + (config.model.head == "probe")  # as many as records
                 rate = statistics.median(rates.get(_kind(config), [math.nan]))
                 unknown |= {f"{cell.arm} with {cell.model}"} if math.isnan(rate) else set()
                 seconds += 0 if math.isnan(rate) else rate * passes * per_class * len(index.classes)

@@ -159,6 +159,8 @@ def report(argv: Sequence[str]) -> int:
     a = parse(ReportArguments, argv, prog="finetune101 report")
     search = next((p for p in (Path(a.target), Path(a.runs) / a.target) if (p / "search.json").is_file()), None)
     if search:
+        if a.lang != "en" or a.out != ReportArguments.out:
+            raise ValueError("a search's page is in English and lies in its folder; leave --lang and --out out")
         return search_report([str(search)])
     from finetune101.analysis.report import report as make
 

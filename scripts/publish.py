@@ -31,7 +31,8 @@ def keep_run(run: Path, folder: Path, command: str) -> dict[str, Any]:
     """Copies the evidence of a tested run to ``folder`` and its split to results/splits; returns its test.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
-        shutil.copyfile(run / name, folder / name)
+        if (run / name).is_file():  # runs of a study have no picture of their own
+            shutil.copyfile(run / name, folder / name)
     keep_config(run, folder)
     write_json(folder / "env.json", {**Run(run).read_json("env.json"), "command": command})
     manifest, test = keep_split(run), Run(run).read_json("test.json")

@@ -10,6 +10,7 @@ import argparse
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from publish import RESULTS, enter, keep_run
@@ -32,7 +33,7 @@ def publish(study: Path, command: str, prefix: str) -> Path:
         for test in sorted((study / cell["folder"]).glob("*/test.json")):
             kept = folder / cell["folder"] / test.parent.name
             keep_run(test.parent, kept, command)
-            (kept / "curves.png").unlink()  # the page has them
+            (kept / "curves.png").unlink(missing_ok=True)  # the page has them
     settings = {**saved["settings"], "runs": "runs", "data": None}
     write_json(folder / "study.json", {**saved, "settings": settings})
     for cell in saved["cells"]:
@@ -41,7 +42,9 @@ def publish(study: Path, command: str, prefix: str) -> Path:
         groups = study_groups(folder)
         found = run_comparison(groups, folder)
         if (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
-            enter(list(gains(groups, found)), command, folder.name)
+            size = max(cell["size"] or 0 for cell in saved["cells"])
+            where = f"per_class_{size}." if size else "" if found.splits == 1 else f"{settings['protocol']}."
+            enter(list(gains(groups, found, where if prefix == "best" else prefix + "." + where)), command, folder.name)
     draw_study(folder)
     page = report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
@@ -76,15 +79,22 @@ def accuracies(cell: dict[str, Any], protocol: str, prefix: str) -> Iterator[dic
         yield {"id": name, "value": cell[metric], "unit": "%", "n": cell["n"], "spread": cell[f"{metric}_sd"]}
 
 
-def gains(groups: Sequence[Group], found: Comparison) -> Iterator[dict[str, Any]]:
-    """The claims of the first two arms' differences: top-1 with its interval, mean per class with one over splits."""
-    name = f"compare.gain.{found.a.network}." + ("standard." if found.splits > 1 else "")
+def gains(groups: Sequence[Group], found: Comparison, where: str) -> Iterator[dict[str, Any]]:
+    """The claims of the first two arms' differences: top-1 with its interval, mean per class with one over splits.
+
+    ``where`` tells studies apart in the claims' names; that of the best recipes on the reference split has none.
+    """
+    name = f"compare.gain.{found.a.network}." + where
     claim = {"unit": "points", "n": min(len(found.a.runs), len(found.b.runs))}
     yield claim | {"id": f"{name}top1", "value": found.difference, "spread": list(found.interval)}
     value, interval = found.a.mean_per_class - found.b.mean_per_class, None
     if found.splits > 1:
-        sides = [{run.split_seed: run.mean_per_class for run in arm.runs} for arm in (found.a, found.b)]
-        interval = list(over_splits([sides[0][seed] - sides[1][seed] for seed in sides[0]], groups[0].runs[0]))
+        seeds = sorted({run.split_seed for run in found.a.runs})
+        sides = [
+            [fmean(run.mean_per_class for run in arm.runs if run.split_seed == seed) for seed in seeds]
+            for arm in (found.a, found.b)
+        ]
+        interval = list(over_splits([a - b for a, b in zip(*sides, strict=True)], groups[0].runs[0].test_to_train))
     yield claim | {"id": f"{name}mean_per_class", "value": value, "spread": interval}
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import claims
+import publish
+import publish_study
 import pytest
 
 from finetune101 import experiment
@@ -121,3 +125,43 @@ def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "report" / "report.md").is_file()
     groups = report.study_groups(folder)
     assert [(group.name, len(group.runs)) for group in groups] == [("probe", 1), ("scratch", 1)]
+
+
+def test_sizes_that_would_change_the_test_images_are_refused(tmp_path: Path, study: StudyConfig) -> None:
+    few = dataclasses.replace(study, runs=str(tmp_path))
+    index = dataset.index(Path(str(study.data)))
+    experiment.write_splits(few, index)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s" / "splits").iterdir()}
+    more = dataclasses.replace(few, train_per_class=(2, 4, 6))
+    with pytest.raises(ValueError, match="is another split than these sizes need; give the study another --exp"):
+        experiment.write_splits(more, index)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "s" / "splits").iterdir()}
+
+
+def test_a_run_that_failed_does_not_stop_the_page(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s"
+    shutil.copytree(folder, copy)
+    broken = copy / "efficientnet_lite0" / "scratch" / "4_per_class" / "split42_seed1"
+    shutil.copytree(broken.parent / "split42_seed0", broken)
+    for name in ("test.json", "best.safetensors"):
+        (broken / name).unlink()
+    assert [len(group.runs) for group in report.study_groups(copy)] == [1, 1]
+
+
+def test_a_study_is_published_and_put_back(
+    folder: Path, study: StudyConfig, index: dataset.Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "claims.json").write_text("[]")
+    for module in (publish, publish_study):
+        monkeypatch.setattr(module, "RESULTS", results)
+    publish_study.publish(folder, "finetune101 study --exp s", "study")
+    found = {claim["id"] for claim in json.loads((results / "claims.json").read_text())}
+    assert "study.scratch.efficientnet_lite0.per_class_4.top1" in found
+    assert not any(name.startswith("compare.gain") for name in found)  # no arm was fine-tuned
+    assert claims.check(tmp_path)[1] == []
+    back = dataclasses.replace(study, runs=str(tmp_path / "runs"))
+    experiment.write_splits(back, index)
+    publish_study.restore(tmp_path / "runs" / "s")
+    assert all(experiment.is_done(config) for cell in experiment.plan(back, index) for config in cell.runs)

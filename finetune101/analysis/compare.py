@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from finetune101.analysis.figures import ARMS
 from finetune101.analysis.groups import Group, Tested, common_splits, mean_sd, proof, read, shortened
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
@@ -147,27 +148,28 @@ def compare_groups(a: Group, b: Group) -> Comparison:
         difference=float(np.mean([one[0] for one in by_split])),
         difference_interval=None if several else by_split[0][1:],
         crossed=metrics.crossed(sides[0][0], sides[1][0]) if crossed else None,
-        over_splits=over_splits([one[0] for one in by_split], first) if several else None,
+        over_splits=over_splits([one[0] for one in by_split], first.test_to_train) if several else None,
         mcnemar=tuple(_pairs(a, b, found)),
         classes=tuple(_gains(a, b)),
     )
 
 
 def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
-    """Every two of ``groups``, in their order. Raises ValueError with fewer than two."""
+    """Every two of ``groups``, in their order. Raises ValueError with fewer than two, or too many for a picture."""
+    if len(groups) > len(ARMS):
+        raise ValueError(f"compare shows {len(ARMS)} groups at most; name fewer")
     if len(groups) < 2:
         raise ValueError("compare needs two runs or groups of runs; give another one")
     return [compare_groups(a, b) for a, b in itertools.combinations(shortened(groups), 2)]
 
 
-def over_splits(differences: Sequence[float], run: Tested) -> tuple[float, float]:
-    """95 % interval of the mean of ``differences``, one for each random split.
+def over_splits(differences: Sequence[float], ratio: float) -> tuple[float, float]:
+    """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test to training images.
 
-    The splits share images, so the plain t interval would be too narrow: its 1/K grows by test / training images.
+    The splits share images, so the plain t interval would be too narrow: its 1/K grows by ``ratio``.
     Source: C. Nadeau, Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
     """
-    k, subsets = len(differences), run.manifest.subsets
-    ratio = len(subsets["test"]) / (len(subsets["train"]) + len(subsets["val"]))
+    k = len(differences)
     half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt((1 / k + ratio) * float(np.var(differences, ddof=1)))
     mean = float(np.mean(differences))
     return mean - half, mean + half
@@ -182,6 +184,11 @@ def _arm(group: Group, other: Group) -> Arm:
     curve, goal = group.curve(), _final(other)
     reached = next((point for point in curve if goal is not None and point["mean"] >= goal), None)
     first, n = group.runs[0], len(group.runs[0].answers)
+    by_split = [[100 * float(run.correct.mean()) for run in group.on(split)] for split in {r.split for r in group.runs}]
+    interval = metrics.wilson(top1 / 100 * n, n)
+    if len(by_split) > 1:  # Wilson's is for one test set
+        low, high = over_splits([float(np.mean(found)) for found in by_split], first.test_to_train)
+        interval = max(0.0, low), min(100.0, high)
     return Arm(
         name=group.name,
         network=first.config.model.name,
@@ -191,7 +198,7 @@ def _arm(group: Group, other: Group) -> Arm:
         correct=float(np.mean([s.correct for s in scores])),
         top1=top1,
         top1_sd=top1_sd,
-        top1_interval=metrics.wilson(top1 / 100 * n, n),
+        top1_interval=interval,
         mean_per_class=per_class,
         mean_per_class_sd=per_class_sd,
         validation=_final(group),
@@ -227,7 +234,7 @@ def _final(group: Group) -> float | None:
 
 
 def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
-    """Runs of the same split side by side, in the order of their seeds; never pooled, as they share their images."""
+    """Runs of the same split and seed, else of the same rank; never pooled, as they share their images."""
     return [
         Pair(
             a=_run_name(a, one),
@@ -237,8 +244,14 @@ def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
             p=metrics.mcnemar_exact(one.correct, other.correct),
         )
         for split in found
-        for one, other in zip(a.on(split), b.on(split), strict=False)
+        for one, other in _same_seed(a.on(split), b.on(split))
     ]
+
+
+def _same_seed(a: Sequence[Tested], b: Sequence[Tested]) -> list[tuple[Tested, Tested]]:
+    seeds = {run.config.system.seed: run for run in b}
+    pairs = [(run, seeds[run.config.system.seed]) for run in a if run.config.system.seed in seeds]
+    return pairs or list(zip(a, b, strict=False))
 
 
 def _run_name(group: Group, run: Tested) -> str:
@@ -356,7 +369,8 @@ def _classes(rows: Sequence[ClassGain]) -> str:
 
 def _verdict(c: Comparison) -> str:
     what = "choice of test images" if c.over == "images" else f"choice of {c.over}"
-    sure = c.mcnemar[0].p < 0.05 if c.over == "images" else not c.interval[0] <= 0 <= c.interval[1]
+    single = len(c.a.runs) == len(c.b.runs) == 1
+    sure = c.mcnemar[0].p < 0.05 if single else not c.interval[0] <= 0 <= c.interval[1]
     if not sure:
         return "So these images do not tell the two apart." if c.over == "images" else "So the two are not told apart."
     return f"So {c.a.name if c.difference > 0 else c.b.name} is better, by more than the {what} explains."

@@ -25,8 +25,8 @@ from finetune101.runs import atomic
 Records = Sequence[Mapping[str, Any]]
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
-ARMS = (BLUE, VERMILION, GREEN)  # first, second and third arm
-LINES: tuple[Any, ...] = ("-", "--", "-.")
+ARMS = (BLUE, VERMILION, GREEN, "#A0448A", "#7A5C00")  # one for each arm
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 CONFUSION = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CC9E6", BLUE, "#00263B"])
 # A style context rather than rcParams, so that a caller's own plots keep theirs; names may hold any character.
 STYLE: Any = {
@@ -275,7 +275,9 @@ def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlim=(sizes[0] * 0.9, sizes[-1] * 1.25), ylim=(0, 101), ylabel="right answers on test images (%)")
-        axes.set_xlabel("training images per class (the same test images and the same steps everywhere)")
+        axes.set_xlabel(
+            "training images per class (the same test images and, to a whole epoch, the same steps everywhere)"
+        )
         axes.set_title(_short(title, 90))
         figure.legend(loc="outside lower left", ncols=3)
         return save(figure, out)

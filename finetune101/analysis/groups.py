@@ -53,6 +53,12 @@ class Tested:
         """Hash of the split."""
         return self.manifest.hash()
 
+    @property
+    def test_to_train(self) -> float:
+        """Test images over those that a training could have."""
+        subsets = self.manifest.subsets
+        return len(subsets["test"]) / (len(subsets["train"]) + len(subsets["val"]))
+
     @cached_property
     def correct(self) -> npt.NDArray[np.bool_]:
         """Which test images are right."""
@@ -105,14 +111,16 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def open_group(name: str, runs: str = "runs") -> Group:
+def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     """The tested runs that ``name`` means: a run, a folder that holds runs, or a quoted glob of either.
 
     Raises ValueError when there is none, one is not tested, or they are not one arm: one network, and one run for each
-    seed and split.
+    seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
     found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
     folders = sorted({file.parent for path in found for file in Path(path).glob("**/config.json")})
+    if not unfinished:
+        folders = [folder for folder in folders if Run(folder).has("test.json")]
     if not folders:
         folders = [open_run(name, runs).path]  # which says what there is
     tested = [read(Run(folder)) for folder in folders]

@@ -121,7 +121,7 @@ def study_groups(folder: Path) -> list[Group]:
     cells = finished(folder)
     largest = max(cell["size"] or 0 for cell in cells)
     chosen = [c for c in cells if c["model"] == cells[0]["model"] and (c["size"] or 0) == largest]
-    found = [groups.open_group((folder / cell["folder"]).as_posix()) for cell in chosen[:3]]
+    found = [groups.open_group((folder / cell["folder"]).as_posix(), unfinished=False) for cell in chosen[:3]]
     return [Group(name=cell["arm"], runs=group.runs) for cell, group in zip(chosen, found, strict=False)]
 
 

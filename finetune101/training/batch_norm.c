@@ -48,27 +48,29 @@ static inline float passed(float v, float a, float b, float low, float high, flo
   return y <= low || y >= high ? 0.f : g;
 }
 
-static void add_moments(const value *restrict x, long rows, long w, float *restrict s, float *restrict q) {
+static void add_moments(const value *restrict x, long rows, long w, const float *restrict m, float *restrict s,
+                        float *restrict q) {
   for (long r = 0; r < rows; r++, x += w)
     for (long i = 0; i < w; i++) {
-      float v = wide(x[i]);
+      float v = wide(x[i]) - m[i];
       s[i] += v;
       q[i] += v * v;
     }
 }
 
 static void add_gradients(const value *restrict x, const value *restrict g, long rows, long w, const float *restrict a,
-                          const float *restrict b, float low, float high, float *restrict s, float *restrict q) {
+                          const float *restrict b, float low, float high, const float *restrict m, float *restrict s,
+                          float *restrict q) {
   for (long r = 0; r < rows; r++, x += w, g += w)
     for (long i = 0; i < w; i++) {
       float v = wide(x[i]), d = passed(v, a[i], b[i], low, high, wide(g[i]));
       s[i] += d;
-      q[i] += d * v;
+      q[i] += d * (v - m[i]);
     }
 }
 
 static void sums(const value *x, const value *g, long rows, long c, const float *a, const float *b, float low, float high,
-                 double *out) {
+                 const float *m, double *out) {
   long k = rows_together(c), chunks = (rows + CHUNK - 1) / CHUNK;
   double *parts = calloc(chunks * 2 * c, sizeof(double));
 #pragma omp parallel
@@ -84,9 +86,9 @@ static void sums(const value *x, const value *g, long rows, long c, const float 
         memset(s, 0, sizeof(float) * w);
         memset(q, 0, sizeof(float) * w);
         if (g)
-          add_gradients(x + row * c, g + row * c, many, w, a, b, low, high, s, q);
+          add_gradients(x + row * c, g + row * c, many, w, a, b, low, high, m, s, q);
         else
-          add_moments(x + row * c, many, w, s, q);
+          add_moments(x + row * c, many, w, m, s, q);
         for (long j = 0; j < w; j += c)
           for (long i = 0; i < c; i++) {
             part[i] += s[j + i];
@@ -103,17 +105,22 @@ static void sums(const value *x, const value *g, long rows, long c, const float 
   free(parts);
 }
 
-/* out (2, c): sums over rows of x and of x squared. */
-void NAME(moments)(const value *x, long rows, long c, double *out) { sums(x, 0, rows, c, 0, 0, 0, 0, out); }
+/* out (2, c): sums over rows of x - m and of its square; m near the mean, or the squares leave no digits to x. */
+void NAME(moments)(const value *x, long rows, long c, const float *m, double *out) {
+  float *mm = repeated(m, c, rows_together(c));
+  sums(x, 0, rows, c, 0, 0, 0, 0, mm, out);
+  free(mm);
+}
 
-/* out (2, c): sums over rows of d and of d*x, where d is the gradient g of y = clamp(a*x + b), zero where it clamps. */
+/* out (2, c): sums over rows of d and of d*(x - m), where d is the gradient g of y = clamp(a*x + b), zero where it clamps. */
 void NAME(gradient_sums)(const value *x, const value *g, long rows, long c, const float *a, const float *b, float low,
-                   float high, double *out) {
+                         float high, const float *m, double *out) {
   long k = rows_together(c);
-  float *aa = repeated(a, c, k), *bb = repeated(b, c, k);
-  sums(x, g, rows, c, aa, bb, low, high, out);
+  float *aa = repeated(a, c, k), *bb = repeated(b, c, k), *mm = repeated(m, c, k);
+  sums(x, g, rows, c, aa, bb, low, high, mm, out);
   free(aa);
   free(bb);
+  free(mm);
 }
 
 static void clamp_rows(const value *restrict x, long rows, long w, const float *restrict a, const float *restrict b,

@@ -31,7 +31,7 @@ _ACTS: dict[type[nn.Module], tuple[str, list[float]]] = {
 # exactly these: a subclass may compute something else with its weight
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame, FastConv2d, FastConv2dSame)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d, FastBatchNorm2d, FastBatchNormAct2d)
-TOLERANCE = 0.1  # of an output's norm: bf16 alone makes 0.01 to 0.05 of it
+TOLERANCES = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # of an output's norm: bf16 alone makes 0.01 to 0.05 of it
 
 
 def frozen(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
@@ -67,7 +67,7 @@ def _fused_copy(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Mod
             got = fused(example.to(dtype)).float()
     except (RuntimeError, TypeError, AttributeError):  # a shape, a layer or a dtype that oneDNN does not take here
         return None
-    return fused if bool((got - expected).norm() <= TOLERANCE * expected.norm()) else None
+    return fused if bool((got - expected).norm() <= TOLERANCES[dtype] * expected.norm()) else None
 
 
 def fuse(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:

@@ -71,8 +71,7 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
         return BatchNorm.apply(x, norm.weight, norm.bias, mean, (var + norm.eps).rsqrt(), limits, False)
     count = x.numel() // x.shape[1]
     with torch.no_grad():
-        mean, square = _moments(x.detach(), count)
-        var = (square - mean * mean).clamp_min(0)
+        mean, var = _moments(x.detach(), count)
         norm.running_mean.lerp_(mean.float(), norm.momentum)
         norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
         if norm.num_batches_tracked is not None:
@@ -80,10 +79,13 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
     return BatchNorm.apply(x, norm.weight, norm.bias, mean, (var + norm.eps).rsqrt(), limits, True)
 
 
-def _moments(x: Tensor, count: int) -> Tensor:
+def _moments(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, float64 (C)."""
     out = torch.empty(2, x.shape[1], dtype=torch.float64)
-    kernel("moments", x.dtype)(x.data_ptr(), count, x.shape[1], out.data_ptr())
-    return out / count
+    near = x[0, :, 0, 0].float().contiguous()  # any value: it differs from the mean by a few standard deviations
+    kernel("moments", x.dtype)(x.data_ptr(), count, x.shape[1], near.data_ptr(), out.data_ptr())
+    shift, square = out / count
+    return near + shift, (square - shift * shift).clamp_min(0)
 
 
 class FastBatchNorm2d(nn.BatchNorm2d):
@@ -164,8 +166,9 @@ class BatchNorm(torch.autograd.Function):
         grad_weight = grad_bias = grad_x = None
         if ctx.batch or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             sums = torch.empty(2, channels, dtype=torch.float64)
-            kernel("gradient_sums", x.dtype)(*both, sums.data_ptr())
-            grad_bias, grad_weight = sums[0], (sums[1] - mean * sums[0]) * inverse
+            near = mean.float()
+            kernel("gradient_sums", x.dtype)(*both, near.data_ptr(), sums.data_ptr())
+            grad_bias, grad_weight = sums[0], (sums[1] - (mean - near) * sums[0]) * inverse
             if ctx.batch:
                 e = -a * inverse * grad_weight / count
                 f = -a * grad_bias / count - e * mean

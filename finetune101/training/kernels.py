@@ -25,8 +25,8 @@ SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_fp32"}
 
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _ARGUMENTS = {
-    "moments": [_POINTER, _LONG, _LONG, _POINTER],
-    "gradient_sums": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
+    "moments": [_POINTER, _LONG, _LONG, _POINTER, _POINTER],
+    "gradient_sums": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 2,
     "apply": [_POINTER] + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
     "input_gradient": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 3,
     "depthwise_weight_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],

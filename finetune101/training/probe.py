@@ -23,7 +23,7 @@ from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 BATCH = 64  # images per forward pass
-FUSED = "fused 2"  # the version of cpu_frozen, whose features differ by rounding
+FUSED = "fused 3"  # the version of cpu_frozen, whose features differ by rounding
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 

@@ -101,7 +101,7 @@ def scratch(exp: str, *, pretrain: bool = False) -> TrainConfig:
     return TrainConfig(
         exp=exp,
         recipe="scratch",
-        model=ModelConfig(pretrain=pretrain, size=160, cache_size=224),
+        model=ModelConfig(pretrain=pretrain, size=160),
         augment=AugmentConfig(
             crop_scale=0.3, policy="trivial", erasing=0.1, train_sizes=(64,) * 5 + (96,) * 3 + (128,) * 2
         ),

@@ -275,3 +275,34 @@ def test_a_random_start_is_proven(tmp_path):
     assert start("random", right).startswith("random: seed 3 gives the recorded initial state")
     assert start("other", "sha256:other").startswith("not proven")
     assert "is that of tuned, which is pretrained" in start("fake", "sha256:pretrained")
+
+
+def test_one_run_against_several_is_judged_by_the_interval_not_by_one_pair(tmp_path):
+    one = groups.open_group(str(write_run(tmp_path / "a", set(range(40)), run_seed=0).path))
+    for seed, wrong in enumerate(({*range(70)}, {*range(195, 200)}, {*range(195, 200)})):
+        write_run(tmp_path / "b" / f"s{seed}", wrong, run_seed=seed)
+    c = compare.compare_groups(one, groups.open_group(str(tmp_path / "b")))
+    assert c.difference < 0 and c.mcnemar[0].only_a > c.mcnemar[0].only_b  # the first pair says the contrary
+    assert c.interval[0] < c.difference < c.interval[1] < 0
+    assert f"So {c.b.name} is better" in compare.text(c)
+
+
+def test_pairs_share_their_seed(tmp_path):
+    for arm, seeds in (("a", (1, 2)), ("b", (0, 1))):
+        for seed in seeds:
+            write_run(tmp_path / arm / f"s{seed}", {seed, 10 + seed}, run_seed=seed)
+    c = compare.compare_groups(*(groups.open_group(str(tmp_path / arm)) for arm in "ab"))
+    assert [(pair.a, pair.b) for pair in c.mcnemar] == [(f"{c.a.name}/s1", f"{c.b.name}/s1")]
+
+
+def test_more_groups_than_a_picture_can_show_are_refused(tmp_path):
+    found = [groups.open_group(str(write_run(tmp_path / f"g{n}", {n}).path)) for n in range(6)]
+    assert len(compare.all_pairs(found[:5])) == 10
+    with pytest.raises(ValueError, match="compare shows 5 groups at most"):
+        compare.all_pairs(found)
+
+
+def test_the_interval_over_splits_by_hand():
+    low, high = compare.over_splits([1.0, 2.0, 3.0], 0.5)
+    assert (low + high) / 2 == pytest.approx(2)
+    assert (high - low) / 2 == pytest.approx(4.302653 * ((1 / 3 + 0.5) * 1) ** 0.5, rel=1e-6)

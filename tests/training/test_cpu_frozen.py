@@ -45,8 +45,9 @@ def test_outputs_agree(name: str, dtype: torch.dtype) -> None:
         exact, got = copy.deepcopy(model).double()(IMAGES.double()), fused(IMAGES.to(dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             plain = model(IMAGES)
+    slack = 0.01 if dtype == torch.bfloat16 else 1e-4
     centre = exact.mean(0)  # what all images share says nothing
-    assert (got - exact).norm() < 2 * (plain - exact).norm() + 0.01 * (exact - centre).norm()
+    assert (got - exact).norm() < 2 * (plain - exact).norm() + slack * (exact - centre).norm()
 
 
 def test_folding_changes_no_output() -> None:

@@ -64,6 +64,22 @@ def test_agrees_with_float64(
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ratio", [100, 1000])
+def test_a_large_mean_leaves_fp32_its_digits(ratio: int) -> None:
+    plain = layers(24, nn.ReLU)
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    fast_norm(fast)
+    x = (torch.randn(8, 24, 15, 15, generator=torch.Generator().manual_seed(1)) + ratio).contiguous(
+        memory_format=torch.channels_last
+    )
+    out, grads = run(fast, x)
+    (theirs, plain_grads), (expected, wanted) = run(plain, x), run(exact, x.double())
+    assert relative_error(out, expected) <= relative_error(theirs, expected)
+    for got, other, want in zip(grads, plain_grads, wanted, strict=True):
+        assert got is not None and other is not None and want is not None
+        assert relative_error(got, want) < 1.5 * relative_error(other, want) + 1e-4
+
+
 def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     x = torch.randn(64, 24, 40, 40).bfloat16().contiguous(memory_format=torch.channels_last)
     before, results = torch.get_num_threads(), []
