@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from finetune101.cli import Settings, ensure_data, parse, parse_train, score_text, search_report
+from finetune101.cli import Settings, ensure_data, parse, parse_train, score_text
 from finetune101.config import DataConfig, Flat, StudyConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -159,12 +159,13 @@ def report(argv: Sequence[str]) -> int:
     a = parse(ReportArguments, argv, prog="finetune101 report")
     search = next((p for p in (Path(a.target), Path(a.runs) / a.target) if (p / "search.json").is_file()), None)
     if search:
-        if a.lang != "en" or a.out != ReportArguments.out:
-            raise ValueError("a search's page is in English and lies in its folder; leave --lang and --out out")
-        return search_report([str(search)])
-    from finetune101.analysis.report import report as make
+        from finetune101.analysis.search_report import report as explain
 
-    page = make(a.target, Path(a.out), runs=a.runs, lang=a.lang, gallery=a.gallery, data=a.data)
+        page = explain(search, out=Path(a.out), lang=a.lang)
+    else:
+        from finetune101.analysis.report import report as make
+
+        page = make(a.target, Path(a.out), runs=a.runs, lang=a.lang, gallery=a.gallery, data=a.data)
     print(f"Report: {page} ({page.stat().st_size / 1e6:.2f} MB), also as {page.with_suffix('.md')}")
     return 0
 

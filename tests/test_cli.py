@@ -209,7 +209,7 @@ def test_search_ranks_writes_and_explains(tiny_data: Path, here: Path, capsys: p
     assert main([*words, "--dry-run"]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main(["search", "report", str(folder)]) == 0
-    assert (folder / "report" / "index.html").is_file()
+    assert (folder / "report" / "report.html").is_file()
     assert main(["train", "--config", str(folder / "winner.yaml"), "--exp", "w", "--data", str(tiny_data)]) == 0
     config = Run(here / "runs" / "w").config()
     assert (config.optim.lr, config.optim.gamma) == tuple(saved["winner"]["point"].values())

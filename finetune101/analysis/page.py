@@ -39,10 +39,12 @@ class Page:
         note = self.words.get(f"{key}_text", "").format(name=name, **content)
         self.sections.append({"kind": kind, "title": title, "note": note, **content})
 
-    def picture(self, key: str, draw: Callable[[Path], Path], alt: str, name: str = "", **content: Any) -> None:
-        """A section with the picture that ``draw`` writes."""
+    def picture(
+        self, key: str, draw: Callable[[Path], Path], alt: str, name: str = "", stem: str = "", **content: Any
+    ) -> None:
+        """A section with the picture that ``draw`` writes; ``stem`` names the file, where that has to stay."""
         count = sum(section["kind"] == "picture" for section in self.sections)
-        file = draw(self.folder / f"{count}_{key}.png")
+        file = draw(self.folder / f"{stem or f'{count}_{key}'}.png")
         uri = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
         self.add("picture", key, name, file=file.name, uri=uri, alt=alt, wide=key == "confusion", **content)
 

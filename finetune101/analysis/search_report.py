@@ -1,14 +1,12 @@
-"""The report of a search: pictures and one HTML page that needs no network, from its run directories."""
+"""The report of a search: what stands on its page, and its pictures; reads run directories only."""
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from finetune101.analysis.figures import BLUE, GREY, VERMILION, save, style
-from finetune101.runs import atomic
+from finetune101.analysis.page import Page, number
+from finetune101.analysis.page import text as shown
 from finetune101.search import effects
 from finetune101.search.effects import EARLY, Seen, Variance, levels
 from finetune101.search.space import text
@@ -26,69 +25,56 @@ UNITS = {"lr": "lr (learning rate)", "batch_size": "batch_size (images)", "step_
 UNITS |= {"size": "size (pixels)", "epochs": "epochs", "warmup_epochs": "warmup_epochs (epochs)"}
 
 
-def report(folder: Path, pairs: Sequence[tuple[str, ...]] = ()) -> Path:
-    """Writes ``folder``/report/index.html and its pictures; ``pairs`` are the heat maps to draw.
+def report(folder: Path, pairs: Sequence[tuple[str, ...]] = (), out: Path | None = None, lang: str = "en") -> Path:
+    """Writes the page of the search in ``folder`` to ``out`` (default: report/ in it); ``pairs`` are its heat maps.
 
     Raises ValueError when ``folder`` is no search, or a pair is not two of its settings.
     """
     seen = effects.load(folder)
     found, importance = effects.variance(seen), effects.importance(seen)
-    chosen = _pairs(seen, found, pairs)
-    change = effects.rank_change(seen.complete)
-    out = folder / "report"
-    figures: list[dict[str, str]] = []
+    chosen, change = _pairs(seen, found, pairs), effects.rank_change(seen.complete)
+    page = Page(out or folder / "report", lang)
+    page.title = page.say("search", name=seen.name)
+    at = ", ".join(f"{name} {text(value)}" for name, value in seen.best.point.items())
+    page.headline = page.say("search_headline", trials=len(seen.curves), best=seen.best.best, at=at)
+    if lang == "en":  # the whole story is told in English only
+        page.headline = effects.words(seen, found, change, effects.pruning(seen))
+    _best_trials(page, seen)
 
-    def add(name: str, title: str, note: str, draw: Callable[..., Figure], *arguments: Any) -> None:
-        with style():
-            file = save(draw(*arguments), out / f"{name}.png")
-        figures.append({"title": title, "note": note, "data": base64.b64encode(file.read_bytes()).decode()})
+    def add(key: str, stem: str, draw: Callable[..., Figure], *arguments: Any, **content: Any) -> None:
+        def drawn(file: Path) -> Path:
+            with style():
+                return save(draw(*arguments), file)
 
-    upto = f" up to epoch {seen.common}, the last that all trials reached" if seen.common else ""
+        page.picture(f"search_{key}", drawn, page.words[f"search_{key}"], stem=stem, **content)
+
+    upto = page.say("search_upto", epoch=seen.common) if seen.common else ""
     first = max(found.main, key=lambda name: found.main[name], default=None)
-    add(
-        "curves",
-        "Accuracy against training steps",
-        "One line per trial, its colour the value of the setting that explains most; a cross ends a pruned trial.",
-        draw_curves,
-        seen,
-        first,
-    )
+    add("curves", "curves", draw_curves, seen, first)
     if seen.names:
-        add(
-            "effects",
-            "Effect of each setting",
-            f"Mean best accuracy{upto} at each value, with the other settings held even; bars are 95 % intervals.",
-            draw_effects,
-            seen,
-            found,
-        )
-        add(
-            "variance",
-            "What explains the variance, and importance",
-            "Left: shares of the variance of the best accuracy, pairs beyond the effects of their two settings. Right: "
-            "Optuna's importance; PED-ANOVA asks what brings a trial among the best tenth, fANOVA what moves any.",
-            draw_shares,
-            found,
-            importance,
-        )
+        add("effects", "effects", draw_effects, seen, found, upto=upto)
+        add("variance", "variance", draw_shares, found, importance)
     for a, b in chosen:
-        note = f"Mean best accuracy{upto} of the trials in each cell, and how many they are."
-        add(f"heat_{a}_{b}", f"{a} × {b}", note, draw_heat, seen, a, b)
+        add("heat", f"heat_{a}_{b}", draw_heat, seen, a, b, name=f"{a} × {b}", upto=upto)
     if change:
-        note = f"Ranks of the {change.trials} trials that ran to the end; the five best are drawn strongly."
-        add("ranks", f"How ranks change from epoch {EARLY} to the last", note, draw_ranks, seen)
-    said = effects.words(seen, found, change, effects.pruning(seen))
-    page = _page(seen, said, figures)
-    with atomic(out / "index.html") as part:
-        part.write_text(page, encoding="utf-8")
-    return out / "index.html"
+        add("ranks", "ranks", draw_ranks, seen, trials=change.trials, early=EARLY)
+    return page.write()
 
 
-def _page(seen: Seen, words: str, figures: list[dict[str, str]]) -> str:
-    loader = jinja2.PackageLoader("finetune101.analysis")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    top = sorted(seen.curves, key=lambda curve: -curve.best)[:15]
-    return environment.get_template("search.html").render(seen=seen, words=words, figures=figures, top=top, text=text)
+def _best_trials(page: Page, seen: Seen) -> None:
+    heads = ("search_rank", "search_accuracy", *seen.best.point, "search_epochs", "search_steps", "search_end")
+    rows = [
+        [
+            number(rank, "d"),
+            number(curve.best),
+            *(shown(text(value)) for value in curve.point.values()),
+            number(len(curve.scores), "d"),
+            number(curve.steps[-1], "d"),
+            shown(curve.state),
+        ]
+        for rank, curve in enumerate(sorted(seen.curves, key=lambda curve: -curve.best)[:15], 1)
+    ]
+    page.table("search_trials", heads, rows)
 
 
 def _pairs(seen: Seen, found: Variance, asked: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:

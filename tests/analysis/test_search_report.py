@@ -34,7 +34,9 @@ def folder(tmp_path: Path) -> Path:
 def test_the_page_holds_everything_itself(folder: Path) -> None:
     page = report(folder, [("batch_size", "schedule")])
     text = page.read_text(encoding="utf-8")
-    assert "http" not in text and "<script" not in text and "<s>" not in text and "&lt;s&gt;" in text
+    assert "http:" not in text and "https:" not in text and "<s>" not in text and "&lt;s&gt;" in text
+    markdown = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "heat_batch_size_schedule.png" in markdown and "| rank |" in markdown
     pictures = sorted(path.name for path in page.parent.glob("*.png"))
     assert pictures == ["curves.png", "effects.png", "heat_batch_size_schedule.png", "ranks.png", "variance.png"]
     assert text.count("data:image/png;base64,") == len(pictures)
@@ -42,6 +44,11 @@ def test_the_page_holds_everything_itself(folder: Path) -> None:
     for name in pictures:
         with Image.open(page.parent / name) as picture:
             assert picture.width >= 500 and picture.height >= 250
+
+
+def test_the_page_in_chinese(folder: Path, tmp_path: Path) -> None:
+    text = report(folder, out=tmp_path / "out", lang="zh").read_text(encoding="utf-8")
+    assert 'lang="zh' in text and "最好的试验" in text and "Best trials" not in text
 
 
 def test_learning_rate_and_batch_size_are_drawn_unasked(folder: Path) -> None:
