@@ -80,7 +80,9 @@ def _configure(
     if study.epochs is not None and optim.epochs > 0:
         optim = dataclasses.replace(optim, epochs=study.epochs)
     if size is not None:
-        data = dataclasses.replace(data, protocol="standard", split=str(_split_file(study, split_seed, size)))
+        data = dataclasses.replace(
+            data, protocol="standard", split=str(split_file(Path(study.runs) / study.exp, split_seed, size))
+        )
         optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
         if len(network.probe_l2) > 1:  # no validation images choose one
             network = dataclasses.replace(network, probe_l2=(study.probe_l2,))
@@ -108,8 +110,9 @@ def _as_many_steps(optim: Any, classes: int, size: int, largest: int) -> Any:
     )
 
 
-def _split_file(study: StudyConfig, split_seed: int, size: int) -> Path:
-    return Path(study.runs) / study.exp / "splits" / f"split{split_seed}_{size}_per_class.json"
+def split_file(folder: Path, split_seed: int, size: int) -> Path:
+    """Where the study in ``folder`` keeps the split with ``size`` training images per class."""
+    return folder / "splits" / f"split{split_seed}_{size}_per_class.json"
 
 
 def write_splits(study: StudyConfig, index: dataset.Index) -> None:
@@ -118,7 +121,7 @@ def write_splits(study: StudyConfig, index: dataset.Index) -> None:
     All of a size's images train; none validates, so recipe and number of steps have to be fixed beforehand.
     """
     for split_seed in range(study.split_seed, study.split_seed + study.splits):
-        files = {size: _split_file(study, split_seed, size) for size in study.train_per_class}
+        files = {size: split_file(Path(study.runs) / study.exp, split_seed, size) for size in study.train_per_class}
         if all(file.is_file() for file in files.values()):
             continue
         data = DataConfig(
@@ -243,13 +246,9 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str])
             row[key] = statistics.mean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         if done:
-            row["seconds"] = statistics.mean(_seconds(run) for run in done)
+            row["seconds"] = statistics.mean(run.seconds() for run in done)
         rows.append(row | {"errors": [errors[c.exp] for c in cell.runs if c.exp in errors]})
     return {"settings": to_dict(study), "cells": rows}
-
-
-def _seconds(run: Run) -> float:
-    return float(sum(r["seconds"] + r.get("val_seconds", 0.0) for r in run.metrics()))
 
 
 def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) -> str:
@@ -263,7 +262,7 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) ->
             continue
         if records and run.has("split.json"):
             images = len(run.read_json("split.json")["subsets"]["train"]) * len(records)
-            rates.setdefault(_kind(config), []).append(_seconds(run) / images)
+            rates.setdefault(_kind(config), []).append(run.seconds() / images)
     seconds, unknown = 0.0, set()
     for cell in cells:
         per_class = cell.size or _usual_size(study, index)

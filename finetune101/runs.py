@@ -127,6 +127,10 @@ class Run:
                 records.append(json.loads(line))
         return records
 
+    def seconds(self) -> float:
+        """Seconds of training and validation over all finished epochs."""
+        return float(sum(r["seconds"] + r.get("val_seconds", 0.0) for r in self.metrics()))
+
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by ``records``, one line each."""
         with atomic(self.path / "metrics.jsonl") as part:

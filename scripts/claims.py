@@ -78,10 +78,15 @@ def recompute(folder: Path, metric: str, results: Path) -> list[float]:
 
     Raises ValueError for evidence that is not whole.
     """
-    runs = [folder] if (folder / "test.json").is_file() else sorted(path.parent for path in folder.glob("*/test.json"))
+    runs = runs_in(folder)
     if not runs:
         raise ValueError(f"{folder} has no test.json")
     return [_accuracy(run, metric, results) for run in runs]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that are evidence in ``folder``: itself, or the folders in it."""
+    return [folder] if (folder / "test.json").is_file() else sorted(path.parent for path in folder.glob("*/test.json"))
 
 
 def _accuracy(run: Path, metric: str, results: Path) -> float:

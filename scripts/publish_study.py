@@ -16,8 +16,9 @@ from typing import Any
 from publish import RESULTS, enter, keep_run
 
 from finetune101.analysis.compare import Comparison, over_splits
-from finetune101.analysis.groups import Group
+from finetune101.analysis.groups import Group, read_manifest
 from finetune101.analysis.report import draw_study, report, study_groups
+from finetune101.experiment import split_file
 from finetune101.runs import Run, write_json
 from finetune101.verbs import run_comparison
 
@@ -60,13 +61,12 @@ def restore(study: Path) -> None:
             if run.exists():
                 continue
             shutil.copytree(test.parent, run)
-            kept, config = Run(test.parent), Run(run).read_json("config.json")
-            split = Run(RESULTS / "splits").read_json(f"{kept.read_json('test.json')['manifest']}.json")
+            manifest, config = read_manifest(Run(test.parent)), Run(run).read_json("config.json")
             if cell["size"] is not None:
-                file = study / "splits" / f"split{split['seed']}_{cell['size']}_per_class.json"
+                file = split_file(study, manifest.seed, cell["size"])
                 config["data"]["split"] = str(file)
-                write_json(file, split)
-            write_json(run / "split.json", split)
+                write_json(file, manifest.to_json())
+            write_json(run / "split.json", manifest.to_json())
             write_json(run / "config.json", {**config, "runs": str(study.parent)})
             print(run)
 

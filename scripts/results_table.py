@@ -6,13 +6,16 @@ Writes it into both READMEs, between their marks, and adds training time and par
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from claims import runs_in
+from publish import RESULTS
+
+from finetune101.analysis.groups import read_manifest
 from finetune101.models.build import build
 from finetune101.runs import Run, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- accuracy: python scripts/results_table.py -->", "<!-- end of accuracy -->")
 HEADS = {
     "README.md": "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | min | claim |",
@@ -45,21 +48,14 @@ STEMS = (
 )
 
 
-def runs_of(evidence: str) -> list[Run]:
-    """The runs behind a claim."""
-    folder = ROOT / "results" / evidence
-    return [Run(test.parent) for test in sorted([*folder.glob("test.json"), *folder.glob("*/test.json")])]
-
-
 def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
     """The cells of the table's row, and the claims that it makes beside those that it shows."""
     top1, per_class = claims[f"{stem}.top1"], claims[f"{stem}.mean_per_class"]
-    runs = runs_of(top1["evidence"])
+    runs = [Run(folder) for folder in runs_in(RESULTS / top1["evidence"])]
     config = runs[0].config()
-    seconds = [sum(r["seconds"] + r.get("val_seconds", 0.0) for r in run.metrics()) for run in runs]
-    built = build(config.model.name, len(_classes(runs[0])), pretrain=False)
+    built = build(config.model.name, len(read_manifest(runs[0]).classes), pretrain=False)
     weights = round(sum(p.numel() for p in built.model.parameters()) / 1e6, 1)
-    minutes = max(1, round(sum(seconds) / len(seconds) / 60))
+    minutes = max(1, round(fmean(run.seconds() for run in runs) / 60))
     spread = top1["spread"]
     shown = f"{top1['value']:.2f}"
     if isinstance(spread, list):
@@ -78,14 +74,9 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
     return cells, extra
 
 
-def _classes(run: Run) -> list[str]:
-    manifest = run.read_json("test.json")["manifest"]
-    return list(json.loads((ROOT / "results" / "splits" / f"{manifest}.json").read_text(encoding="utf-8"))["classes"])
-
-
 def main() -> None:
     """Writes table and claims, and prints the table."""
-    file = ROOT / "results" / "claims.json"
+    file = RESULTS / "claims.json"
     claims = {one["id"]: one for one in json.loads(file.read_text(encoding="utf-8"))}
     found = [row(stem, claims) for stem in STEMS if f"{stem}.top1" in claims]
     claims |= {claim["id"]: claim for _, extra in found for claim in extra}
@@ -95,7 +86,7 @@ def main() -> None:
         for cells, _ in found:
             shown = [_chinese(cell) for cell in cells] if "zh" in name else cells
             lines.append("| " + " | ".join(shown) + " |")
-        readme = ROOT / name
+        readme = RESULTS.parent / name
         before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         readme.write_text(f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}{after}", encoding="utf-8")

@@ -183,12 +183,8 @@ def _arm(group: Group, other: Group) -> Arm:
     )
     curve, goal = group.curve(), _final(other)
     reached = next((point for point in curve if goal is not None and point["mean"] >= goal), None)
-    first, n = group.runs[0], len(group.runs[0].answers)
-    by_split = [[100 * float(run.correct.mean()) for run in group.on(split)] for split in {r.split for r in group.runs}]
-    interval = metrics.wilson(top1 / 100 * n, n)
-    if len(by_split) > 1:  # Wilson's is for one test set
-        low, high = over_splits([float(np.mean(found)) for found in by_split], first.test_to_train)
-        interval = max(0.0, low), min(100.0, high)
+    first = group.runs[0]
+
     return Arm(
         name=group.name,
         network=first.config.model.name,
@@ -198,7 +194,7 @@ def _arm(group: Group, other: Group) -> Arm:
         correct=float(np.mean([s.correct for s in scores])),
         top1=top1,
         top1_sd=top1_sd,
-        top1_interval=interval,
+        top1_interval=_top1_interval(group, top1),
         mean_per_class=per_class,
         mean_per_class_sd=per_class_sd,
         validation=_final(group),
@@ -206,6 +202,17 @@ def _arm(group: Group, other: Group) -> Arm:
         seconds_to_other=reached["seconds"] if reached else None,
         runs=tuple(scores),
     )
+
+
+def _top1_interval(group: Group, top1: float) -> tuple[float, float]:
+    """Wilson's for one test set; over several splits, that of their mean."""
+    first, found = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
+    if len(found) == 1:
+        n = len(first.answers)
+        return metrics.wilson(top1 / 100 * n, n)
+    means = [100 * float(np.mean([run.correct.mean() for run in group.on(split)])) for split in found]
+    low, high = over_splits(means, first.test_to_train)
+    return max(0.0, low), min(100.0, high)
 
 
 def _score(run: Tested, pretrained: dict[str, str]) -> Score:

@@ -75,7 +75,7 @@ class Tested:
         records = self.run.metrics()
         held = ("train", "val") if self.config.data.fit_on == "train+val" else ("train",)
         return {
-            "seconds": sum(r["seconds"] + r.get("val_seconds", 0.0) for r in records),
+            "seconds": self.run.seconds(),
             "steps": records[-1]["step"] if records else 0,
             "images": len(records) * sum(len(self.manifest.subsets[name]) for name in held),
         }

@@ -35,10 +35,11 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = (), out: Path | None
     chosen, change = _pairs(seen, found, pairs), effects.rank_change(seen.complete)
     page = Page(out or folder / "report", lang)
     page.title = page.say("search", name=seen.name)
-    at = ", ".join(f"{name} {text(value)}" for name, value in seen.best.point.items())
-    page.headline = page.say("search_headline", trials=len(seen.curves), best=seen.best.best, at=at)
     if lang == "en":  # the whole story is told in English only
         page.headline = effects.words(seen, found, change, effects.pruning(seen))
+    else:
+        at = ", ".join(f"{name} {text(value)}" for name, value in seen.best.point.items())
+        page.headline = page.say("search_headline", trials=len(seen.curves), best=seen.best.best, at=at)
     _best_trials(page, seen)
 
     def add(key: str, stem: str, draw: Callable[..., Figure], *arguments: Any, **content: Any) -> None:

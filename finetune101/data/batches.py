@@ -26,9 +26,10 @@ FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.
 
 def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tensor:
     """uint8 (N, 3, h, w) -> standardised float32 (N, 3, size, size) on the device, in the world's memory format."""
+    pixels = pixels.to(world.device, non_blocking=True)
     if pixels.shape[-1] != preprocessing.size:
         pixels = TF.resize(pixels, [preprocessing.size] * 2, FILTERS[preprocessing.interpolation])
-    x = pixels.to(world.device, non_blocking=True).to(torch.float32, memory_format=world.memory_format)
+    x = pixels.to(torch.float32, memory_format=world.memory_format)
     mean = torch.tensor(preprocessing.mean, device=x.device) * 255
     std = torch.tensor(preprocessing.std, device=x.device) * 255
     if x.is_contiguous(memory_format=torch.channels_last):  # whole rows at a time: three times as fast as by channel

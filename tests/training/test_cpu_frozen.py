@@ -45,9 +45,9 @@ def test_outputs_agree(name: str, dtype: torch.dtype) -> None:
         exact, got = copy.deepcopy(model).double()(IMAGES.double()), fused(IMAGES.to(dtype))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             plain = model(IMAGES)
-    slack = 0.01 if dtype == torch.bfloat16 else 1e-4
+    factor, slack = (1.5, 0.01) if dtype == torch.bfloat16 else (2, 1e-4)
     centre = exact.mean(0)  # what all images share says nothing
-    assert (got - exact).norm() < 2 * (plain - exact).norm() + slack * (exact - centre).norm()
+    assert (got - exact).norm() < factor * (plain - exact).norm() + slack * (exact - centre).norm()
 
 
 def test_folding_changes_no_output() -> None:
@@ -84,7 +84,7 @@ def test_layers_that_compute_something_else_are_left_alone(name: str, precision:
     world = detect(SystemConfig(device="cpu", precision=precision))
     with torch.no_grad(), world.autocast():
         exact, got = model(x).float(), frozen(model, world)(x).float()
-    assert (got - exact).norm() < 0.1 * exact.norm()
+    assert (got - exact).norm() < (0.1 if precision == "bf16" else 1e-3) * exact.norm()
 
 
 def test_layers_made_fast_for_training_fuse_as_well() -> None:

@@ -203,7 +203,8 @@ def test_networks_keep_their_names_and_their_gradients(name: str, bf16: bool) ->
         losses.append(loss.item())
     assert abs(losses[2] - losses[0]) < 0.05
     gradient = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (exact, plain, fast)]
-    assert relative_error(gradient[2], gradient[0]) < 1.2 * relative_error(gradient[1], gradient[0]) + 0.02
+    slack = 0.0 if bf16 else 0.02  # one activation at its clamp passes its gradient, or does not
+    assert relative_error(gradient[2], gradient[0]) < 1.2 * relative_error(gradient[1], gradient[0]) + slack
     if "lite" in name:
         assert any(isinstance(module, FastBatchNormAct2d) for module in fast.modules())
 
