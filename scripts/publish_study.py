@@ -1,6 +1,6 @@
 """Copies the evidence of a finished study to results/, with its page, its comparison and the claims that stand on it.
 
-python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..." [--best]
+python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..." [--best ARM ...]
 python scripts/publish_study.py RUNS/EXP --restore     puts them back, so that the study goes on from there
 """
 
@@ -23,10 +23,10 @@ from finetune101.runs import Run, write_json
 from finetune101.verbs import run_comparison
 
 
-def publish(study: Path, command: str, prefix: str) -> Path:
+def publish(study: Path, command: str, best: Sequence[str] = ()) -> Path:
     """Copies ``study`` to results/study_<its name>/, so that ``compare`` and ``report`` work there.
 
-    The accuracies' claims begin with ``prefix``.
+    The claims of the arms ``best`` begin with best, those of the others with study.
     """
     folder = RESULTS / f"study_{study.name}"
     saved = Run(study).read_json("study.json")
@@ -38,6 +38,7 @@ def publish(study: Path, command: str, prefix: str) -> Path:
     settings = {**saved["settings"], "runs": "runs", "data": None}
     write_json(folder / "study.json", {**saved, "settings": settings})
     for cell in saved["cells"]:
+        prefix = "best" if cell["arm"] in best else "study"
         enter(list(accuracies(cell, settings["protocol"], prefix)), command, f"{folder.name}/{cell['folder']}")
     if len(saved["cells"]) > 1:
         groups = study_groups(folder)
@@ -45,7 +46,7 @@ def publish(study: Path, command: str, prefix: str) -> Path:
         if (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
             size = max(cell["size"] or 0 for cell in saved["cells"])
             where = f"per_class_{size}." if size else "" if found.splits == 1 else f"{settings['protocol']}."
-            enter(list(gains(groups, found, where if prefix == "best" else prefix + "." + where)), command, folder.name)
+            enter(list(gains(groups, found, where if best else f"study.{where}")), command, folder.name)
     draw_study(folder)
     page = report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
@@ -82,7 +83,7 @@ def accuracies(cell: dict[str, Any], protocol: str, prefix: str) -> Iterator[dic
 def gains(groups: Sequence[Group], found: Comparison, where: str) -> Iterator[dict[str, Any]]:
     """The claims of the first two arms' differences: top-1 with its interval, mean per class with one over splits.
 
-    ``where`` tells studies apart in the claims' names; that of the best recipes on the reference split has none.
+    ``where`` tells studies apart in the claims' names; that of the best arms on the reference split has none.
     """
     name = f"compare.gain.{found.a.network}." + where
     claim = {"unit": "points", "n": min(len(found.a.runs), len(found.b.runs))}
@@ -103,11 +104,11 @@ if __name__ == "__main__":
     parser.add_argument("study", type=Path)
     parser.add_argument("--command", default="")
     parser.add_argument("--restore", action="store_true", help="from results/ to RUNS/EXP")
-    parser.add_argument("--best", action="store_true", help="both arms have the best recipe that there is")
+    parser.add_argument("--best", nargs="+", default=(), metavar="ARM", help="arms that have the best recipe there is")
     arguments = parser.parse_args()
     if arguments.restore:
         restore(arguments.study)
     elif arguments.command:
-        publish(arguments.study, arguments.command, "best" if arguments.best else "study")
+        publish(arguments.study, arguments.command, arguments.best)
     else:
         parser.error("give the study's --command")

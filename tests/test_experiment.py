@@ -156,9 +156,10 @@ def test_a_study_is_published_and_put_back(
     (results / "claims.json").write_text("[]")
     for module in (publish, publish_study):
         monkeypatch.setattr(module, "RESULTS", results)
-    publish_study.publish(folder, "finetune101 study --exp s", "study")
+    publish_study.publish(folder, "finetune101 study --exp s", ["probe"])
     found = {claim["id"] for claim in json.loads((results / "claims.json").read_text())}
     assert "study.scratch.efficientnet_lite0.per_class_4.top1" in found
+    assert "best.probe.efficientnet_lite0.per_class_4.top1" in found
     assert not any(name.startswith("compare.gain") for name in found)  # no arm was fine-tuned
     assert claims.check(tmp_path)[1] == []
     back = dataclasses.replace(study, runs=str(tmp_path / "runs"))
