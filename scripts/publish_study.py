@@ -46,7 +46,9 @@ def publish(study: Path, command: str, best: Sequence[str] = ()) -> Path:
         if (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
             size = max(cell["size"] or 0 for cell in saved["cells"])
             where = f"per_class_{size}." if size else "" if found.splits == 1 else f"{settings['protocol']}."
-            enter(list(gains(groups, found, where if best else f"study.{where}")), command, folder.name)
+            if not {"finetune", "scratch"} <= set(best):
+                where = f"study.{where}"
+            enter(list(gains(groups, found, where)), command, folder.name)
     draw_study(folder)
     page = report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
