@@ -252,7 +252,7 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str])
 
 
 def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) -> str:
-    """How long the runs that are not done take, from the runs below RUNS with the same network, size and kind."""
+    """How long the runs not done take one by one, from the runs below RUNS with the same network, size and kind."""
     rates: dict[tuple[Any, ...], list[float]] = {}
     for file in Path(study.runs).glob("**/config.json"):
         run = Run(file.parent)
@@ -273,7 +273,8 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) ->
                 unknown |= {f"{cell.arm} with {cell.model}"} if math.isnan(rate) else set()
                 seconds += 0 if math.isnan(rate) else rate * passes * per_class * len(index.classes)
     hours = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {seconds / 60:.0f} minutes"
-    return hours + (f", without {', '.join(sorted(unknown))}, of which no run is recorded" if unknown else "")
+    without = f", without {', '.join(sorted(unknown))}, of which no run is recorded" if unknown else ""
+    return f"{hours}, one run at a time{without}"
 
 
 def _kind(config: TrainConfig) -> tuple[Any, ...]:
