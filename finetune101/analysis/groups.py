@@ -136,7 +136,7 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
 
 def shortened(groups: Sequence[Group]) -> list[Group]:
     """``groups`` with the shortest ends of their names that tell them apart."""
-    parts = [group.name.split("/") for group in groups]
+    parts = [group.name.removesuffix("/all").split("/") for group in groups]  # a study's arm that has all images
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
