@@ -22,7 +22,7 @@ SMALL = ["--size", "64", "--batch-size", "8", "--epochs", "1"]
 CUTS = {
     "train": [*SMALL, "--train-per-class", "6"],
     "search": [*SMALL, "--model", "squeezenet1_1", "--no-pretrain", "--seeds", "1"],
-    "study": [*SMALL, "--seeds", "1", "--splits", "1"],
+    "study": [*SMALL[:4], "--epochs", "2", "--seeds", "1", "--splits", "1"],  # scratch_fast has an epoch of warm-up
     "benchmark": ["--models", "squeezenet1_1", "--size", "64", "--batch-size", "8", "--steps", "1", "--repeats", "1"],
     "lr-find": ["--size", "64", "--batch-size", "8", "--steps", "20", "--low", "0.001", "--head", "random"],
     "demo": ["--epochs", "1"],
