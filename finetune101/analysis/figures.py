@@ -358,6 +358,6 @@ def save(figure: Figure, out: Path) -> Path:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         FigureCanvasAgg(figure).print_figure(drawn, format="png", dpi=100)
         with Image.open(drawn) as image:
-            small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            small = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)  # kmeans keeps rare colours
         small.save(part, format="PNG", optimize=True)
     return out
