@@ -11,10 +11,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from finetune101.config import SystemConfig
 from finetune101.training import kernels
 from finetune101.training.cpu_norm import DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d, fast_norm
+from finetune101.world import detect
 
 pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="needs Linux and gcc")
+has_bf16 = detect(SystemConfig(device="cpu")).precision == "bf16"
 ACTS = [nn.Identity, nn.ReLU, nn.ReLU6]
 
 
@@ -175,12 +178,7 @@ def test_float64_other_layouts_and_no_grad_are_untouched() -> None:
     "bf16",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="bf16 is only imitated on this processor"
-            ),
-        ),
+        pytest.param(True, marks=pytest.mark.skipif(not has_bf16, reason="bf16 is only imitated on this processor")),
     ],
 )
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "mobilenet_v2", "resnet18"])
@@ -201,7 +199,7 @@ def test_networks_keep_their_names_and_their_gradients(name: str, bf16: bool) ->
             loss = nn.functional.cross_entropy(output, torch.arange(8) % 5)
         loss.backward()
         losses.append(loss.item())
-    assert abs(losses[2] - losses[0]) < max(0.05, 3 * abs(losses[1] - losses[0])), losses
+    assert abs(losses[2] - losses[0]) < 0.05
     gradient = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (exact, plain, fast)]
     slack = 0.0 if bf16 else 0.02  # one activation at its clamp passes its gradient, or does not
     assert relative_error(gradient[2], gradient[0]) < 1.2 * relative_error(gradient[1], gradient[0]) + slack
