@@ -77,7 +77,7 @@ def scratch_fast(exp: str, *, pretrain: bool = False) -> TrainConfig:
     """From random initialisation, quickly: small images, little augmentation.
 
     ``finetune101 train --exp NAME --recipe scratch_fast --no-pretrain``: 25 epochs, first at 64, then at 96 px, tested
-    at 96 px: 66 to 68 % on Caltech-101 (validation, reference split) with EfficientNet-Lite0, in 30 minutes on one core.
+    at 96 px: 66 to 68 % on Caltech-101 (validation, reference split) with EfficientNet-Lite0, in 30 minutes.
     Strong augmentation, which a long schedule needs, only slows down a short one.
     """
     return TrainConfig(
