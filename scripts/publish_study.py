@@ -49,6 +49,8 @@ def publish(study: Path, command: str, best: Sequence[str] = ()) -> Path:
             if not {"finetune", "scratch"} <= set(best):
                 where = f"study.{where}"
             enter(list(gains(groups, found, where)), command, folder.name)
+    if len(saved["settings"]["train_per_class"]) > 1:
+        enter(list(curve(saved["cells"])), command, folder.name)
     draw_study(folder)
     page = report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
@@ -99,6 +101,23 @@ def gains(groups: Sequence[Group], found: Comparison, where: str) -> Iterator[di
         ]
         interval = list(over_splits([a - b for a, b in zip(*sides, strict=True)], groups[0].runs[0].test_to_train))
     yield claim | {"id": f"{name}mean_per_class", "value": value, "spread": interval}
+
+
+def curve(cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The claim of the first network's curve: with how few images per class fine-tuning reaches what random
+    initialisation has with the most, by mean accuracy per class; none where it never does."""
+    sizes: dict[str, dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["model"] == cells[0]["model"] and cell["n"]:
+            sizes.setdefault(cell["arm"], {})[cell["size"]] = cell
+    if {"finetune", "scratch"} <= sizes.keys():
+        most = max(sizes["scratch"])
+        goal = sizes["scratch"][most]
+        enough = [n for n, cell in sizes["finetune"].items() if cell["mean_per_class"] >= goal["mean_per_class"]]
+        if enough:
+            unit = f"images per class with which fine-tuning reaches what random initialisation has with {most}"
+            n = min(goal["n"], sizes["finetune"][min(enough)]["n"])
+            yield {"id": "compare.curve", "value": min(enough), "unit": unit, "n": n, "spread": None}
 
 
 if __name__ == "__main__":

@@ -166,3 +166,17 @@ def test_a_study_is_published_and_put_back(
     experiment.write_splits(back, index)
     publish_study.restore(tmp_path / "runs" / "s")
     assert all(experiment.is_done(config) for cell in experiment.plan(back, index) for config in cell.runs)
+
+
+def test_a_curve_claims_how_few_images_reach_random_initialisation_with_the_most() -> None:
+    values = {("finetune", 1): 20.0, ("finetune", 2): 40.0, ("finetune", 4): 60.0, ("scratch", 2): 10.0}
+    cells = [
+        {"model": "resnet18", "arm": arm, "size": size, "mean_per_class": value, "n": 3}
+        for (arm, size), value in (values | {("scratch", 4): 30.0}).items()
+    ]
+    found = list(publish_study.curve(cells))
+    assert [(claim["id"], claim["value"], claim["n"]) for claim in found] == [("compare.curve", 2, 3)]
+    assert "reaches what random initialisation has with 4" in found[0]["unit"]
+    assert not list(
+        publish_study.curve([{**cell, "mean_per_class": 1.0 + (cell["arm"] == "scratch")} for cell in cells])
+    )
