@@ -19,7 +19,7 @@ ONCE = """
 import sys, time
 import torch
 started = time.perf_counter()
-from finetune101.cli import parse_train
+from finetune101.arguments import parse_train
 from finetune101.training import loop
 from finetune101.training.prepare import prepare
 

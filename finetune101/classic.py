@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
+from finetune101.arguments import SearchArguments, parse, parse_train
 from finetune101.runs import Run, file_name
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    arguments = cli.parse_train(argv, prog="train.py", model=MODEL)
+    arguments = parse_train(argv, prog="train.py", model=MODEL)
     weights, before = weights_file(arguments.config.exp), Run(Path(arguments.config.runs) / arguments.config.exp)
     if weights.exists() and not before.has("config.json") and not arguments.overwrite:
         raise ValueError(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
@@ -83,7 +84,7 @@ def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None
 
 
 def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
-    arguments = cli.parse_train(argv, prog="search.py", model=MODEL, kind=cli.SearchArguments)
+    arguments = parse_train(argv, prog="search.py", model=MODEL, kind=SearchArguments)
     table = Path(f"gridsearch_results_{file_name(arguments.config.exp)}.json")
     cli.run_search(arguments, table, Path(), dict(space))
     return 0
@@ -100,7 +101,7 @@ def _test(argv: list[str]) -> int:
         if argv[at].startswith("--") and argv[at][2:].isdigit():
             print(f"note: read --batch_size {argv[at]} as --batch_size {argv[at][2:]}")
             argv[at] = argv[at][2:]
-    arguments = cli.parse(TestArguments, argv, prog="test.py")
+    arguments = parse(TestArguments, argv, prog="test.py")
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size is {arguments.batch_size}; give at least 1")
     from finetune101.deploy.released import RELEASED, score_released

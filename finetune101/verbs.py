@@ -4,95 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from finetune101.cli import Settings, ensure_data, parse, parse_train, score_text
-from finetune101.config import DataConfig, Flat, StudyConfig, TrainConfig
+from finetune101.arguments import (
+    CompareArguments,
+    EnsembleArguments,
+    LrFindArguments,
+    ReportArguments,
+    StudyArguments,
+    parse,
+    parse_train,
+)
+from finetune101.cli import ensure_data, score_text
+from finetune101.config import DataConfig, StudyConfig, TrainConfig
 
 if TYPE_CHECKING:
     from finetune101.analysis.compare import Comparison
     from finetune101.analysis.groups import Group
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareArguments:
-    """Compare tested runs, or groups of runs that differ in seed and split, on the same test images."""
-
-    groups: tyro.conf.Positional[tuple[str, ...]]
-    """Two or more: runs (folder or name), folders that hold runs, quoted globs; or one study."""
-    out: str = "comparison"
-    """Folder for comparison.json and comparison.png."""
-    runs: str = "runs"
-    """Folder of all runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportArguments:
-    """Make one self-contained page about a tested run, a comparison, a study or a search."""
-
-    target: tyro.conf.Positional[str]
-    """A run (folder or name), or the folder that compare, study or search wrote."""
-    out: str = "report"
-    """Folder for report.html, report.md and the pictures."""
-    lang: Literal["en", "zh"] = "en"
-    """Language of the page."""
-    gallery: bool = True
-    """Show example images; --no-gallery leaves them out, so that the images need not be there."""
-    data: str | None = None
-    """Where the images are, if not where the run found them."""
-    runs: str = "runs"
-    """Folder of all runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyArguments:
-    """What was pretraining worth? Trains and tests every arm, network, size, split and seed that is not done yet."""
-
-    study: Annotated[StudyConfig, Flat]
-    jobs: int = 1
-    """Runs at a time. The same command on other machines that share the folder takes runs as well."""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Only say how many runs there are to do, and how long they take."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LrFindArguments:
-    """Learning-rate range test: trains a few steps at growing rates, draws the loss, suggests --lr."""
-
-    config: Annotated[TrainConfig, Flat]
-    settings: Settings = None
-    low: float = 1e-5
-    """First learning rate of the output layer."""
-    high: float = 10.0
-    """Last learning rate of the output layer."""
-    steps: int = 100
-    """Steps from --low to --high."""
-    out: str = "lr_find.png"
-    """Picture to write."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EnsembleArguments:
-    """Score the mean probabilities of several runs of one split."""
-
-    members: tyro.conf.Positional[tuple[str, ...]]
-    """Two or more runs (folder or name)."""
-    subset: Literal["test", "val", "train"] = "val"
-    """Which images: val chooses the members, test is for the end."""
-    out: str = "ensemble"
-    """Folder for test.json and predictions.csv."""
-    mirror: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """See each image and its mirror image, and take the mean."""
-    data: str | None = None
-    """Where the images are, if not where the runs found them."""
-    batch_size: int = 64
-    """Images per step."""
-    runs: str = "runs"
-    """Folder of all runs."""
 
 
 def ensemble(argv: Sequence[str]) -> int:

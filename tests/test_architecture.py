@@ -29,12 +29,12 @@ ORDER = (
     ("search",),
     ("analysis",),
     ("deploy",),
-    ("cli", "verbs", "classic", "demo", "searching", "experiment"),
+    ("arguments", "cli", "verbs", "classic", "demo", "searching", "experiment"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard", "jinja2", "optuna"}
-LIGHT = ("config", "runs", "cli", "search.space", "data.dataset", "data.splits")
+LIGHT = ("config", "runs", "arguments", "cli", "search.space", "data.dataset", "data.splits")
 
 
 def module_name(file: Path) -> str:
