@@ -4,9 +4,10 @@ claims.json is a list of {id, value, unit, n, spread, command, evidence}.
 
 - ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
   in percent and recomputed; in ids that begin with ``compare.gain.`` it is the difference of two arms, and recomputed
-  from the runs that comparison.json names. Other ids are no accuracies; of those only the evidence must be there.
-- ``n`` is the number of runs behind the value; with several, ``value`` is their mean and ``spread`` their sample
-  standard deviation.
+  from the runs that comparison.json names, whose interval must be that of ``spread``. Ids that end in ``.ece`` are
+  the mean of their runs' test.json. Other ids are no accuracies; of those only the evidence must be there.
+- ``n`` is the number of runs behind the value (of a difference, those of the smaller arm); with several, ``value`` is
+  their mean and ``spread`` their sample standard deviation.
 - ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
   confidence), or one that holds such folders, one for each run. test.json's ``manifest`` names the split:
   results/splits/<manifest>.json.
@@ -114,8 +115,26 @@ def check_difference(claim: dict[str, Any], results: Path) -> list[str]:
         )
     except (KeyError, ValueError) as error:
         return [f"cannot be recomputed: {error}"]
-    wrong = abs(a - b - claim["value"]) > TOLERANCE
-    return [f"claims {claim['value']}, the predictions give {a - b:.4f}"] if wrong else []
+    problems = []
+    if abs(a - b - claim["value"]) > TOLERANCE:
+        problems.append(f"claims {claim['value']}, the predictions give {a - b:.4f}")
+    runs = min(len(pair[arm]["runs"]) for arm in ("a", "b"))
+    if claim["n"] != runs:
+        problems.append(f"claims n = {claim['n']} run(s), the smaller arm has {runs}")
+    if metric == "top1":
+        crossed = pair.get("crossed") or {}
+        interval = pair.get("over_splits") or crossed.get("interval") or pair.get("difference_interval")
+        if interval is None or not np.allclose(interval, claim["spread"] or [], rtol=0, atol=TOLERANCE):
+            problems.append(f"claims the interval {claim['spread']}, the comparison has {interval}")
+    return problems
+
+
+def check_ece(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with a claim on the expected calibration error: the mean over the runs in its evidence."""
+    found = [read_json(run / "test.json")["calibration_scaled"]["ece"] for run in runs_in(results / claim["evidence"])]
+    if len(found) != claim["n"] or not math.isclose(np.mean(found), claim["value"], rel_tol=0, abs_tol=0.00005 + 1e-9):
+        return [f"claims {claim['value']} over {claim['n']} run(s), the runs have {found}"]
+    return []
 
 
 def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
@@ -126,6 +145,8 @@ def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     if not folder.is_dir() or results.resolve() not in folder.parents:
         return [f"evidence {claim['evidence']} is no folder below {results}"]
     metric = claim["id"].rpartition(".")[2]
+    if metric == "ece":
+        return check_ece(claim, results)
     if metric not in ACCURACIES:
         return []
     if claim["id"].startswith(GAIN):

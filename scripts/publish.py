@@ -48,13 +48,17 @@ def keep_config(run: Path, folder: Path) -> None:
     write_json(folder / "config.json", {**config, "runs": "runs", "data": data})
 
 
-def enter(entries: Sequence[dict[str, Any]], command: str, evidence: str) -> None:
-    """Adds ``entries`` to claims.json, or replaces those of the same id, with two decimals."""
+def enter(entries: Sequence[dict[str, Any]], command: str, evidence: str, digits: int = 2) -> None:
+    """Adds ``entries`` to claims.json, or replaces those of the same id, with that many decimals."""
     claims = {old["id"]: old for old in json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))}
     for entry in entries:
         spread = entry["spread"]
-        spread = [round(bound, 2) for bound in spread] if isinstance(spread, Sequence) else spread and round(spread, 2)
-        value = round(entry["value"], 2)
+        spread = (
+            [round(bound, digits) for bound in spread]
+            if isinstance(spread, Sequence)
+            else spread and round(spread, digits)
+        )
+        value = round(entry["value"], digits)
         claims[entry["id"]] = {**entry, "value": value, "spread": spread, "command": command, "evidence": evidence}
         print(f"{entry['id']} = {value} {entry['unit']}, evidence in {RESULTS / evidence}")
     write_json(RESULTS / "claims.json", sorted(claims.values(), key=lambda one: str(one["id"])))

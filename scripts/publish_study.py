@@ -16,7 +16,7 @@ from typing import Any
 from publish import RESULTS, enter, keep_run
 
 from finetune101.analysis.compare import Comparison, over_splits
-from finetune101.analysis.groups import Group, read_manifest
+from finetune101.analysis.groups import Group, mean_sd, read_manifest
 from finetune101.analysis.report import draw_study, report, study_groups
 from finetune101.experiment import split_file
 from finetune101.runs import Run, write_json
@@ -40,6 +40,8 @@ def publish(study: Path, command: str, best: Sequence[str] = ()) -> Path:
     for cell in saved["cells"]:
         prefix = "best" if cell["arm"] in best else "study"
         enter(list(accuracies(cell, settings["protocol"], prefix)), command, f"{folder.name}/{cell['folder']}")
+        if prefix == "best" and cell["arm"] == "finetune" and cell["size"] is None:
+            enter([calibration(folder / cell["folder"])], command, f"{folder.name}/{cell['folder']}", 4)
     if len(saved["cells"]) > 1:
         groups = study_groups(folder)
         found = run_comparison(groups, folder)
@@ -82,6 +84,14 @@ def accuracies(cell: dict[str, Any], protocol: str, prefix: str) -> Iterator[dic
     for metric in ("top1", "mean_per_class"):
         name = f"{prefix}.{cell['arm']}.{cell['model']}.{where}.{metric}"
         yield {"id": name, "value": cell[metric], "unit": "%", "n": cell["n"], "spread": cell[f"{metric}_sd"]}
+
+
+def calibration(folder: Path) -> dict[str, Any]:
+    """The claim of the expected calibration error after temperature scaling, mean over the runs in ``folder``."""
+    tests = [Run(file.parent).read_json("test.json") for file in sorted(folder.glob("*/test.json"))]
+    mean, sd = mean_sd([test["calibration_scaled"]["ece"] for test in tests])
+    unit = "ECE, 15 bins, after temperature scaling"
+    return {"id": "report.ece", "value": mean, "unit": unit, "n": len(tests), "spread": sd}
 
 
 def gains(groups: Sequence[Group], found: Comparison, where: str) -> Iterator[dict[str, Any]]:

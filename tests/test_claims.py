@@ -138,13 +138,23 @@ def test_a_difference_is_recomputed_from_both_arms(project: Path) -> None:
     wrong = [row.replace("cat,0", "dog,0") for row in ROWS]
     (results / "b" / "predictions.csv").write_text(HEADER + "\n".join(wrong) + "\n")
     (results / "ab").mkdir()
-    pair = {"a": {"runs": [{"path": "../a"}]}, "b": {"runs": [{"path": "../b"}]}}
+    pair = {"a": {"runs": [{"path": "../a"}]}, "b": {"runs": [{"path": "../b"}]}, "difference_interval": [10, 80]}
     (results / "ab" / "comparison.json").write_text(json.dumps(pair))
     difference = 75.0 - claims.recompute(results / "b", "top1", results)[0]
     assert difference > 0
-    gain = claim(id="compare.gain.a.top1", value=difference, evidence="ab")
+    gain = claim(id="compare.gain.a.top1", value=difference, evidence="ab", spread=[10, 80])
     assert problems(project, gain) == ""
+    assert "the comparison has [10, 80]" in problems(project, gain | {"spread": [20, 30]})
+    assert "the smaller arm has 1" in problems(project, gain | {"n": 3})
     assert "the predictions give" in problems(project, gain | {"value": difference + 1})
+
+
+def test_a_calibration_error_is_averaged_again(project: Path) -> None:
+    file = project / "results" / "a" / "test.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "calibration_scaled": {"ece": 0.01234}}))
+    error = claim(id="report.ece", value=0.0123, unit="ECE")
+    assert problems(project, error) == ""
+    assert "the runs have [0.01234]" in problems(project, error | {"value": 0.0125})
 
 
 def test_another_split_is_noticed(project: Path) -> None:

@@ -315,8 +315,9 @@ def text(c: Comparison) -> str:
         lines.append(f"Only {pair.a} is right: {_images(pair.only_a)}. Only {pair.b} is right: {_images(pair.only_b)}.")
         lines.append(f"  McNemar's exact test that both are equally good: p = {pair.p:.2g}.")
     lines.append(_verdict(c))
-    if len(c.a.runs) == len(c.b.runs) == 1:
-        lines.append("This is one training run each: another seed or split would give somewhat other numbers.")
+    single = [arm.name for arm in (c.a, c.b) if len(arm.runs) == 1]
+    if single:
+        lines.append(f"One training run of {' and of '.join(single)}: another seed or split would give other numbers.")
     best, worst = c.classes[:3], c.classes[:-4:-1]
     lines += ["", f"Classes that {c.a.name} gains most: {_classes(best)}; least: {_classes(worst)}."]
     lines += [line for arm, other in ((c.a, c.b), (c.b, c.a)) for line in _arm_lines(arm, other)]

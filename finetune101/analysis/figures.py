@@ -108,11 +108,11 @@ def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: floa
         return save(figure, out)
 
 
-def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
+def comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images") -> Path:
     """Draws validation accuracy against steps and against time, and test accuracy, of two or three arms as a PNG.
 
     An arm holds ``name``, ``curve`` (points with step, seconds, mean, sd), ``top1``, ``interval`` and ``runs`` (test
-    accuracies of its runs), in percent.
+    accuracies of its runs), in percent; ``over`` is what the intervals are over.
     """
     with style():
         trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
@@ -122,7 +122,7 @@ def comparison(arms: Sequence[Mapping[str, Any]], out: Path) -> Path:
             _progress(by_step, by_time, arms)
         else:
             test = figure.subplots()
-        _tests(test, arms)
+        _tests(test, arms, over)
         legend = [
             (Line2D([], [], color=colour, linestyle=style), _short(arm["name"], 60))
             for arm, colour, style in zip(arms, ARMS, LINES, strict=False)
@@ -151,9 +151,9 @@ def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
 
 
-def _tests(axes: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
+def _tests(axes: Axes, arms: Sequence[Mapping[str, Any]], over: str) -> None:
     """One bar per arm from 0 to its test accuracy, with its interval; name and numbers are written above it."""
-    axes.set_title("Test accuracy with 95 % interval")
+    axes.set_title(f"Test accuracy, 95 % over {over}")
     for y, arm, colour in zip(range(len(arms) - 1, -1, -1), arms, ARMS, strict=False):
         top1, (low, high) = arm["top1"], arm["interval"]
         axes.barh(y, top1, height=0.3, color=colour)
@@ -242,7 +242,7 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
             lower.bar(x, [one["n"] for one in bins], width=0.38 * width, color=ARMS[k])
         upper.set(ylim=(0, 102), ylabel="right answers (%)")
         upper.set_title("Below the dotted line the network is surer than it is right")
-        upper.legend(loc="upper left")
+        upper.legend(loc="lower right")
         lower.set(xlim=(0, 101), xlabel="confidence of the prediction (%)", ylabel="images")
         lower.set_yscale("symlog", linthresh=10)
         ticks = [0, *(10**k for k in range(1, len(str(max(one["n"] for bins in lines.values() for one in bins)))))]

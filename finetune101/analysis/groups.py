@@ -23,6 +23,8 @@ from finetune101.data import dataset, splits
 from finetune101.models.build import build
 from finetune101.runs import Run, open_run
 
+ONE_ARM = ("recipe", "model", "augment", "optim")  # what the runs of an arm share
+
 
 class Answer(NamedTuple):
     """What a run says about one test image; both are class names."""
@@ -114,8 +116,8 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     """The tested runs that ``name`` means: a run, a folder that holds runs, or a quoted glob of either.
 
-    Raises ValueError when there is none, one is not tested, or they are not one arm: one network, and one run for each
-    seed and split. Without ``unfinished``, runs that are not tested are left out instead.
+    Raises ValueError when there is none, one is not tested, or they are not one arm: the same settings, and one run
+    for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
     found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
     folders = sorted({file.parent for path in found for file in Path(path).glob("**/config.json")})
@@ -127,11 +129,27 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     tested.sort(key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
     if len({one.config.model.name for one in tested}) > 1:
         raise ValueError(f"{name} holds several networks; give a folder or a glob with one of them")
+    for other in tested[1:]:
+        if different := [part for part in ONE_ARM if getattr(other.config, part) != getattr(tested[0].config, part)]:
+            raise ValueError(
+                f"{tested[0].run.path} and {other.run.path} are not one arm: they differ in {', '.join(different)}; "
+                "give a folder or a glob with runs that differ in seed and split only"
+            )
     for one, other in itertools.pairwise(tested):
         if (one.split, one.config.system.seed) == (other.split, other.config.system.seed):
             same = f"{one.run.path} and {other.run.path} have the same seed and split"
             raise ValueError(f"{same}; give a folder or a glob that holds one run of each")
     return Group(name=(folders[0] if len(folders) == 1 else Path(name)).as_posix(), runs=tuple(tested))
+
+
+def on_common_splits(groups: Sequence[Group]) -> list[Group]:
+    """``groups`` with the runs on splits that all of them have. Raises ValueError when there is no such split."""
+    common = set.intersection(*({run.split for run in group.runs} for group in groups))
+    if not common:
+        raise ValueError("no split has been trained in every arm yet; continue the study first")
+    return [
+        dataclasses.replace(group, runs=tuple(run for run in group.runs if run.split in common)) for group in groups
+    ]
 
 
 def shortened(groups: Sequence[Group]) -> list[Group]:

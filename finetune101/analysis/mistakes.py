@@ -24,7 +24,7 @@ THUMBNAIL = 150  # px, the longer side of an example image
 EXAMPLES = 12  # images of a gallery
 PAIRS = 12  # of confused classes
 MAY_HIDE = 30  # with more classes than this, those that are never confused are left out of the matrix
-FRAMED = 0.04  # classes are in one block when this share of their images is taken for one another, on average
+FRAMED = 0.04  # classes are in one block when this share of their images, two at least, are taken for one another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ def confusion(answers: Mapping[str, Answer]) -> Confusion:
         shown = np.arange(len(names))
     counts = counts[np.ix_(shown, shown)]
     rate = counts / counts.sum(1, keepdims=True).clip(1)
-    distance = 1 - (rate + rate.T) / 2
+    mutual = (rate + rate.T) / 2
+    mutual[counts + counts.T < 2] = np.minimum(mutual, FRAMED / 2)[counts + counts.T < 2]  # one mistake is no pattern
+    distance = 1 - mutual
     np.fill_diagonal(distance, 0)
     order, blocks = np.arange(len(shown)), [1] * len(shown)
     if len(shown) > 2:

@@ -13,6 +13,7 @@ from finetune101.analysis.compare import Arm, Comparison
 from finetune101.analysis.groups import Group, Tested
 from finetune101.analysis.page import Cell, Page, number, percent, spread, text
 from finetune101.evaluation import metrics
+from finetune101.models.zoo import lookup
 from finetune101.runs import Run, open_run
 
 Cells = Sequence[dict[str, Any]]  # of a study: one per network, arm and size
@@ -53,12 +54,15 @@ def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | N
     first = comparisons[0]
     (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
     page.title = " – ".join(group.name for group in found)
+    lone = [group.name for group in found if len(group.runs) == 1]
     values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
     page.headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
+    if lone:
+        page.headline += " " + page.say("single", arms=", ".join(lone))
     arms = arms_of(comparisons, found)
     alt = page.say("progress_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
     page.picture("progress", lambda out: progress(comparisons, found, out), alt)
-    _arms_table(page, arms)
+    _arms_table(page, arms, found)
     _reach_table(page, comparisons)
     rows = [vars(row) for row in first.classes]
     best = ", ".join(f"{row['name']} {row['gain']:+.0f}" for row in rows[:3])
@@ -67,7 +71,8 @@ def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | N
     _gains_table(page, first)
     root = mistakes.image_root(found[0].runs, data) if gallery else None
     for group in found:
-        _details(page, group.runs[0], group.name, root)
+        first_run = f", {group.runs[0].run.name}" if len(group.runs) > 1 else ""
+        _details(page, group.runs[0], group.name + first_run, root)
     _tests_tables(page, comparisons)
     _starts_table(page, arms)
     _facts(page, [run for group in found for run in group.runs])
@@ -117,12 +122,13 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 
 
 def study_groups(folder: Path) -> list[Group]:
-    """The arms of a study's first network at the largest size."""
+    """The arms of a study's first network at the largest size, on the splits that all of them have."""
     cells = finished(folder)
     largest = max(cell["size"] or 0 for cell in cells)
     chosen = [c for c in cells if c["model"] == cells[0]["model"] and (c["size"] or 0) == largest]
     found = [groups.open_group((folder / cell["folder"]).as_posix(), unfinished=False) for cell in chosen[:3]]
-    return [Group(name=cell["arm"], runs=group.runs) for cell, group in zip(chosen, found, strict=False)]
+    arms = [Group(name=cell["arm"], runs=group.runs) for cell, group in zip(chosen, found, strict=False)]
+    return groups.on_common_splits(arms)
 
 
 def lines_of(cells: Cells) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -158,6 +164,7 @@ def progress(comparisons: Sequence[Comparison], found: Sequence[Group], out: Pat
             for arm, group in arms
         ],
         out,
+        "splits" if comparisons[0].splits > 1 else "images",
     )  # fmt: skip
 
 
@@ -185,15 +192,21 @@ def _gains_table(page: Page, c: Comparison) -> None:
     page.table("gains_table", ("class", "images", f"{c.a.name}, %", f"{c.b.name}, %", "gain"), rows)
 
 
-def _arms_table(page: Page, arms: Sequence[Arm]) -> None:
-    heads = ("arm", "network", "runs", "top1", "mean_per_class", "validation", "minutes", "steps", "images_seen")
+def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group]) -> None:
+    heads = ("arm", "network", "recipe", "pixels", "search_epochs", "runs", "top1", "mean_per_class", "validation",
+             "minutes", "steps", "images_seen")  # fmt: skip
     rows = []
-    for arm in arms:
+    for arm, group in zip(arms, found, strict=True):
+        config = group.runs[0].config
+        sizes = dict.fromkeys(
+            (*config.augment.train_sizes, config.model.size or lookup(arm.network).preprocessing.size)
+        )
+        settings = [text(config.recipe or "–"), text(" → ".join(map(str, sizes))), number(config.optim.epochs, "d")]
         cost = [float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("seconds", "steps", "images")]
         top1 = percent(arm.top1, arm.top1_interval, ".2f") if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
         scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
         costs = [number(cost[0] / 60, ".1f"), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
-        rows.append([text(arm.name), text(arm.network), number(len(arm.runs), "d"), *scores, *costs])
+        rows.append([text(arm.name), text(arm.network), *settings, number(len(arm.runs), "d"), *scores, *costs])
     page.table("arms", heads, rows)
 
 
@@ -269,16 +282,18 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
 
 def _facts(page: Page, runs: Sequence[Tested]) -> None:
     """Split, environment and the commands that make it all again."""
-    first, machine = runs[0], runs[0].env.get("world", {})
+    first = runs[0]
     sizes = " / ".join(f"{len(first.manifest.subsets[name]):,}" for name in ("train", "val", "test"))
     splits = dict.fromkeys((run.split, run.manifest.seed) for run in runs)
     facts = [("protocol", first.manifest.protocol), ("sizes", sizes)]
     facts += [("manifest", f"{split} (seed {seed})") for split, seed in splits]
     versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in run.env.get("versions", {}).items()) for run in runs)
     facts += [("versions", shown) for shown in versions if shown]
-    facts.append(("machine", ", ".join(map(str, [*machine.values(), *first.env.get("machine", {}).values()]))))
+    machines = [{**run.env.get("world", {}), **run.env.get("machine", {})} for run in runs]
+    shown = dict.fromkeys(", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines)
+    facts += [("machine", machine) for machine in shown]
     facts.append(("times_scored", ", ".join(str(run.test.get("times_scored", 1)) for run in runs)))
     page.add("facts", "protocol_title", facts=[(page.words[key], value) for key, value in facts])
     commands = [run.env["command"] for run in runs if run.env.get("command")]
-    commands += [f"finetune101 evaluate {run.run.path.as_posix()}" for run in runs]
+    commands += [f"finetune101 evaluate {run.run.path.as_posix()}" for run in runs if run.run.best.is_file()]
     page.add("code", "commands", lines=list(dict.fromkeys(commands)))

@@ -228,6 +228,17 @@ def test_several_splits_give_an_interval_over_splits(tmp_path):
     assert c.interval == pytest.approx((9.5 - half, 9.5 + half), abs=1e-3)
 
 
+def test_a_split_that_one_arm_lacks_is_left_out(tmp_path):
+    for split in range(3):
+        write_run(tmp_path / "good" / f"{split}", {1}, seed=split)
+    write_run(tmp_path / "poor" / "1", {1, 2}, seed=1)
+    found = groups.on_common_splits([groups.open_group(str(tmp_path / name)) for name in ("good", "poor")])
+    assert [[run.manifest.seed for run in group.runs] for group in found] == [[1], [1]]
+    other = groups.open_group(str(write_run(tmp_path / "other", {1}, seed=9).path))
+    with pytest.raises(ValueError, match="no split has been trained in every arm yet; continue the study first"):
+        groups.on_common_splits([found[0], other])
+
+
 def test_a_glob_is_a_group(seeds):
     found = groups.open_group(str(seeds / "good" / "s[01]"))
     assert [run.run.name for run in found.runs] == ["s0", "s1"]
@@ -240,6 +251,10 @@ def test_a_group_is_one_arm(seeds):
         groups.open_group(str(seeds))
     write_run(seeds / "good" / "other", {1}, run_seed=7, name="resnet18")
     with pytest.raises(ValueError, match="several networks"):
+        groups.open_group(str(seeds / "good"))
+    shutil.rmtree(seeds / "good" / "other")
+    write_run(seeds / "good" / "other", {1}, run_seed=7, pretrain=False)
+    with pytest.raises(ValueError, match=r"good/other are not one arm: they differ in model; give a folder"):
         groups.open_group(str(seeds / "good"))
 
 
@@ -285,6 +300,7 @@ def test_one_run_against_several_is_judged_by_the_interval_not_by_one_pair(tmp_p
     assert c.difference < 0 and c.mcnemar[0].only_a > c.mcnemar[0].only_b  # the first pair says the contrary
     assert c.interval[0] < c.difference < c.interval[1] < 0
     assert f"So {c.b.name} is better" in compare.text(c)
+    assert f"One training run of {c.a.name}: another seed" in compare.text(c)
 
 
 def test_pairs_share_their_seed(tmp_path):

@@ -101,6 +101,20 @@ def test_crossed_by_hand():
     assert found.interval[0] < 50 < found.interval[1]
 
 
+def test_crossed_of_runs_that_differ_by_hand():
+    # arm a: one run is right everywhere, the other nowhere, so images explain none of its variance; arm b never differs
+    a, b = [[1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 1]]
+    found = metrics.crossed(a, b)
+    images, runs = np.var([50, 50, 50, -50], ddof=1) / 4, np.var([100, 0], ddof=1) / 2
+    assert found.difference == pytest.approx(25)
+    assert (found.images_sd**2, found.runs_sd**2) == pytest.approx((images, runs)) == pytest.approx((625, 2500))
+    df = (images + runs) ** 2 / (images**2 / 3 + runs**2 / 1)
+    assert found.df == pytest.approx(df)
+    half = stats.t.ppf(0.975, df) * (images + runs) ** 0.5
+    assert found.interval == pytest.approx((25 - half, 25 + half))
+    assert found.p == pytest.approx(2 * stats.t.sf(25 / (images + runs) ** 0.5, df))
+
+
 def test_crossed_needs_two_runs_and_takes_equal_ones():
     with pytest.raises(ValueError, match="two runs on each side"):
         metrics.crossed([[1, 0]], [[1, 0], [1, 1]])
