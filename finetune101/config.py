@@ -221,6 +221,8 @@ class StudyConfig:
     """Recipe of the arm probe: a name, or a file such as a search's winner.yaml."""
     epochs: int | None = None
     """Epochs of every arm that trains all layers. Default: its recipe's."""
+    scratch_epochs: int | None = None
+    """Epochs of the arm scratch, which takes far longer than the others. Default: --epochs, then its recipe's."""
     batch_size: int | None = None
     """Images per step. Default: the recipe's."""
     size: int | None = None

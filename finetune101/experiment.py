@@ -77,8 +77,9 @@ def _configure(
     optim = config.optim
     if study.batch_size is not None:
         optim = dataclasses.replace(optim, batch_size=study.batch_size)
-    if study.epochs is not None and optim.epochs > 0:
-        optim = dataclasses.replace(optim, epochs=study.epochs)
+    epochs = study.scratch_epochs if arm == "scratch" and study.scratch_epochs is not None else study.epochs
+    if epochs is not None and optim.epochs > 0:
+        optim = dataclasses.replace(optim, epochs=epochs)
     if size is not None:
         data = dataclasses.replace(
             data, protocol="standard", split=str(split_file(Path(study.runs) / study.exp, split_seed, size))

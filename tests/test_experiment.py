@@ -116,6 +116,8 @@ def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
     assert (found.model.size, found.augment.train_sizes) == (160, scratch("x").augment.train_sizes)
     found = experiment.plan(dataclasses.replace(recipe, size=96), index)[0].runs[0]
     assert (found.model.size, found.model.cache_size, max(found.augment.train_sizes)) == (96, None, 96)
+    both = dataclasses.replace(own, arms=("finetune", "scratch"), epochs=3, scratch_epochs=7)
+    assert [cell.runs[0].optim.epochs for cell in experiment.plan(both, index)] == [3, 7]
 
 
 def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:
