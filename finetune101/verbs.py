@@ -60,12 +60,15 @@ def compare(argv: Sequence[str]) -> int:
     """``finetune101 compare``."""
     arguments = parse(CompareArguments, argv, prog="finetune101 compare")
     from finetune101.analysis.groups import open_group
-    from finetune101.analysis.report import study_folder, study_groups
+    from finetune101.analysis.report import finished, study_folder, study_groups
 
     names = arguments.groups
     folder = study_folder(names[0], arguments.runs) if len(names) == 1 else None
     found = study_groups(folder) if folder else [open_group(name, arguments.runs) for name in names]
     run_comparison(found, Path(arguments.out))
+    _, *others = dict.fromkeys(cell["model"] for cell in finished(folder)) if folder else [""]
+    if others:
+        print(f"These are the arms of its first network; those of {', '.join(others)}: finetune101 report {folder}")
     return 0
 
 

@@ -129,6 +129,17 @@ def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> Non
     assert [(group.name, len(group.runs)) for group in groups] == [("probe", 1), ("scratch", 1)]
 
 
+def test_the_page_of_several_networks_compares_the_arms_of_each(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "s"
+    shutil.copytree(folder, copy)
+    saved = json.loads((copy / "study.json").read_text())
+    saved["cells"] += [{**cell, "model": "another"} for cell in saved["cells"]]
+    (copy / "study.json").write_text(json.dumps(saved))
+    text = (report.report(str(copy), tmp_path / "report").parent / "report.md").read_text(encoding="utf-8")
+    assert "efficientnet_lite0: probe is right on" in text and "another: probe is right on" in text
+    assert "## Accuracy and cost – another" in text
+
+
 def test_sizes_that_would_change_the_test_images_are_refused(tmp_path: Path, study: StudyConfig) -> None:
     few = dataclasses.replace(study, runs=str(tmp_path))
     index = dataset.index(Path(str(study.data)))

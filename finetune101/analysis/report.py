@@ -50,36 +50,41 @@ def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
 
 def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | None) -> None:
     found = groups.shortened(found)
-    comparisons = compare.all_pairs(found)
-    first = comparisons[0]
-    (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
     page.title = " – ".join(group.name for group in found)
-    lone = [group.name for group in found if len(group.runs) == 1]
-    values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
-    page.headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
-    if lone:
-        page.headline += " " + page.say("single", arms=", ".join(lone))
-    arms = arms_of(comparisons, found)
-    alt = page.say("progress_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
-    page.picture("progress", lambda out: progress(comparisons, found, out), alt)
-    _arms_table(page, arms, found)
-    _reach_table(page, comparisons)
-    rows = [vars(row) for row in first.classes]
-    best = ", ".join(f"{row['name']} {row['gain']:+.0f}" for row in rows[:3])
-    draw = lambda out: figures.gains(rows, (first.a.name, first.b.name), out)  # noqa: E731
-    page.picture("gains", draw, page.say("gains_alt", best=best))
-    _gains_table(page, first)
+    page.headline = _compared(page, found)
     root = mistakes.image_root(found[0].runs, data) if gallery else None
     for group in found:
         first_run = f", {group.runs[0].run.name}" if len(group.runs) > 1 else ""
         _details(page, group.runs[0], group.name + first_run, root)
-    _tests_tables(page, comparisons)
-    _starts_table(page, arms)
     _facts(page, [run for group in found for run in group.runs])
 
 
+def _compared(page: Page, found: Sequence[Group], network: str = "") -> str:
+    """Adds what the groups differ by, with ``network`` in the titles; returns the headline."""
+    comparisons = compare.all_pairs(found)
+    first = comparisons[0]
+    (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
+    values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
+    headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
+    if lone := [group.name for group in found if len(group.runs) == 1]:
+        headline += " " + page.say("single", arms=", ".join(lone))
+    arms = arms_of(comparisons, found)
+    alt = page.say("progress_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
+    page.picture("progress", lambda out: progress(comparisons, found, out), alt, network)
+    _arms_table(page, arms, found, network)
+    _reach_table(page, comparisons, network)
+    rows = [vars(row) for row in first.classes]
+    best = ", ".join(f"{row['name']} {row['gain']:+.0f}" for row in rows[:3])
+    draw = lambda out: figures.gains(rows, (first.a.name, first.b.name), out)  # noqa: E731
+    page.picture("gains", draw, page.say("gains_alt", best=best), network)
+    _gains_table(page, first, network)
+    _tests_tables(page, comparisons, network)
+    _starts_table(page, arms, network)
+    return headline
+
+
 def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
-    """The study's curve and cells, then the comparison of its arms at the largest size."""
+    """The study's curves and cells, then the comparison of its arms at the largest size, network by network."""
     cells, found = finished(folder), study_groups(folder)
     if len(found) > 1:
         _comparison(page, found, gallery, data)
@@ -93,6 +98,13 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
     heads = ("network", "arm", "size", "runs", "top1", "mean_per_class", "minutes")
     page.table("cells", heads, [_cell_row(cell) for cell in cells])
     page.sections += rest
+    first, *others = dict.fromkeys(cell["model"] for cell in cells)
+    for model in others:
+        found = study_groups(folder, model)
+        if len(found) > 1:
+            page.headline += f" {model}: {_compared(page, found, model)}"
+    if others:
+        page.headline = f"{first}: {page.headline}"
 
 
 def _cell_row(cell: dict[str, Any]) -> list[Cell]:
@@ -121,11 +133,12 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def study_groups(folder: Path) -> list[Group]:
-    """The arms of a study's first network at the largest size, on the splits that all of them have."""
+def study_groups(folder: Path, model: str | None = None) -> list[Group]:
+    """The arms of a study's network (default: its first) at the largest size, on the splits that all of them have."""
     cells = finished(folder)
+    cells = [cell for cell in cells if cell["model"] == (model or cells[0]["model"])]
     largest = max(cell["size"] or 0 for cell in cells)
-    chosen = [c for c in cells if c["model"] == cells[0]["model"] and (c["size"] or 0) == largest]
+    chosen = [cell for cell in cells if (cell["size"] or 0) == largest]
     found = [groups.open_group((folder / cell["folder"]).as_posix(), unfinished=False) for cell in chosen[:3]]
     arms = [Group(name=cell["arm"], runs=group.runs) for cell, group in zip(chosen, found, strict=False)]
     return groups.on_common_splits(arms)
@@ -183,16 +196,16 @@ def _class_table(page: Page, run: Tested) -> None:
     page.table("classes", ("class", "images", "right", "share", "mistaken"), rows)
 
 
-def _gains_table(page: Page, c: Comparison) -> None:
+def _gains_table(page: Page, c: Comparison, network: str) -> None:
     rows = [
         [text(row.name), number(row.n, "d"), percent(row.a, row.a_interval), percent(row.b, row.b_interval),
          number(row.gain, "+.1f")]
         for row in c.classes
     ]  # fmt: skip
-    page.table("gains_table", ("class", "images", f"{c.a.name}, %", f"{c.b.name}, %", "gain"), rows)
+    page.table("gains_table", ("class", "images", f"{c.a.name}, %", f"{c.b.name}, %", "gain"), rows, network)
 
 
-def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group]) -> None:
+def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group], network: str) -> None:
     heads = ("arm", "network", "recipe", "pixels", "search_epochs", "runs", "top1", "mean_per_class", "validation",
              "minutes", "steps", "images_seen")  # fmt: skip
     rows = []
@@ -207,20 +220,20 @@ def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group]) -> None
         scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
         costs = [number(cost[0] / 60, ".1f"), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
         rows.append([text(arm.name), text(arm.network), *settings, number(len(arm.runs), "d"), *scores, *costs])
-    page.table("arms", heads, rows)
+    page.table("arms", heads, rows, network)
 
 
-def _starts_table(page: Page, arms: Sequence[Arm]) -> None:
+def _starts_table(page: Page, arms: Sequence[Arm], network: str) -> None:
     started = [
         [text(arm.name), number(run.seed, "d"), text(run.init_hash[7:19]),
          text(arm.init_source if run.start == "pretrained" else run.start)]
         for arm in arms
         for run in arm.runs
     ]  # fmt: skip
-    page.table("starts", ("arm", "seed", "init_hash", "start"), started)
+    page.table("starts", ("arm", "seed", "init_hash", "start"), started, network)
 
 
-def _tests_tables(page: Page, comparisons: Sequence[Comparison]) -> None:
+def _tests_tables(page: Page, comparisons: Sequence[Comparison], network: str) -> None:
     """The differences with their intervals, and McNemar's tests."""
     rows, pairs = [], []
     for c in comparisons:
@@ -238,11 +251,11 @@ def _tests_tables(page: Page, comparisons: Sequence[Comparison]) -> None:
             [text(p.a), text(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")] for p in c.mcnemar
         ]
     over = [f"95 %: {page.words[key]}" for key in ("over_images", "over_images_and_runs", "over_splits")]
-    page.table("differences", ("pair", "gain", *over, "p"), rows)
-    page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs)
+    page.table("differences", ("pair", "gain", *over, "p"), rows, network)
+    page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs, network)
 
 
-def _reach_table(page: Page, comparisons: Sequence[Comparison]) -> None:
+def _reach_table(page: Page, comparisons: Sequence[Comparison], network: str) -> None:
     """Who reaches whose validation accuracy after how many steps."""
     reach = []
     for c in comparisons:
@@ -252,7 +265,7 @@ def _reach_table(page: Page, comparisons: Sequence[Comparison]) -> None:
                 after = [number(arm.steps_to_other, ",.0f"), number(minutes, ".1f")]
                 reach.append([text(arm.name), text(other.name), number(other.validation), *after])
     if reach:
-        page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach)
+        page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach, network)
 
 
 def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
