@@ -1,6 +1,7 @@
 """Copies the evidence of a tested run to results/ and enters its accuracy in claims.json.
 
 python scripts/publish.py RUN CLAIM_ID --command "python train.py ..."
+python scripts/publish.py ENSEMBLE CLAIM_ID --command "finetune101 ensemble ..." --members results/A results/B ...
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ KEPT = ("metrics.jsonl", "predictions.csv", "curves.png")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def publish(run: Path, claim: str, command: str) -> None:
-    """Copies ``run`` to results/<its name>/ and adds or replaces ``claim``; its metric is the id's last part."""
-    test = keep_run(run, RESULTS / run.name, command)
+def publish(run: Path, claim: str, command: str, members: Sequence[Path] = ()) -> None:
+    """Copies ``run`` to results/<its name>/ and adds or replaces ``claim``; its metric is the id's last part.
+
+    ``members``: the published runs that it is an ensemble of.
+    """
+    folder = RESULTS / run.name
+    test = keep_ensemble(run, folder, members) if members else keep_run(run, folder, command)
     entry = {"id": claim, "value": test[claim.rsplit(".", 1)[1]], "unit": "%", "n": 1, "spread": None}
     if claim.endswith(".top1"):  # of a single run: the interval over images
         entry["spread"] = test["top1_interval"]
@@ -37,6 +42,24 @@ def keep_run(run: Path, folder: Path, command: str) -> dict[str, Any]:
     write_json(folder / "env.json", {**Run(run).read_json("env.json"), "command": command})
     manifest, test = keep_split(run), Run(run).read_json("test.json")
     write_json(folder / "test.json", {**test, "manifest": manifest})
+    return test
+
+
+def keep_ensemble(ensemble: Path, folder: Path, members: Sequence[Path]) -> dict[str, Any]:
+    """Copies predictions and test.json of ``ensemble`` to ``folder``; its config.json names the published members.
+
+    Raises ValueError when the members were not tested on its split.
+    """
+    test = Run(ensemble).read_json("test.json")
+    of = {Run(member).read_json("test.json")["manifest_hash"] for member in members}
+    if of != {test["manifest_hash"]} or len(members) != len(test["runs"]):
+        raise ValueError(f"{ensemble} is not an ensemble of these {len(members)} members; name those it was made of")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ensemble / "predictions.csv", folder / "predictions.csv")
+    names = [member.resolve().relative_to(RESULTS).as_posix() for member in members]
+    write_json(folder / "config.json", {"members": names, "mirror": test["mirror"]})
+    manifest = Run(members[0]).read_json("test.json")["manifest"]
+    write_json(folder / "test.json", {**test, "runs": names, "manifest": manifest})
     return test
 
 
@@ -84,5 +107,6 @@ if __name__ == "__main__":
     parser.add_argument("run", type=Path)
     parser.add_argument("claim")
     parser.add_argument("--command", required=True)
+    parser.add_argument("--members", type=Path, nargs="+", default=())
     arguments = parser.parse_args()
-    publish(arguments.run, arguments.claim, arguments.command)
+    publish(arguments.run, arguments.claim, arguments.command, arguments.members)

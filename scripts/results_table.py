@@ -52,19 +52,20 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
     """The cells of the table's row, and the claims that it makes beside those that it shows."""
     top1, per_class = claims[f"{stem}.top1"], claims[f"{stem}.mean_per_class"]
     runs = [Run(folder) for folder in runs_in(RESULTS / top1["evidence"])]
-    config = runs[0].config()
-    built = build(config.model.name, len(read_manifest(runs[0]).classes), pretrain=False)
-    weights = round(sum(p.numel() for p in built.model.parameters()) / 1e6, 1)
-    minutes = max(1, round(fmean(run.seconds() for run in runs) / 60))
+    members = [Run(RESULTS / name) for name in runs[0].read_json("config.json").get("members", ())]
+    seconds = sum(run.seconds() for run in members) if members else fmean(run.seconds() for run in runs)
+    described = [_described(run) for run in members or runs[:1]]
+    weights = round(sum(one["weights"] for one in described) / 1e6, 1)
+    minutes = max(1, round(seconds / 60))
     spread = top1["spread"]
     shown = f"{top1['value']:.2f}"
     if isinstance(spread, list):
         shown += f" ({spread[0]:.2f}–{spread[1]:.2f})"
     elif spread is not None:
         shown += f" ± {spread:.2f}"
-    size = config.model.size or built.preprocessing.size
-    start = "ImageNet" if config.model.pretrain else "random"
-    cells = [NETWORKS[config.model.name], f"{start}, `{config.recipe}`, {size} px", config.data.protocol, shown]
+    names, starts = ([one[key] for one in described] for key in ("name", "start"))
+    network = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) if members else names[0]
+    cells = [network, "; ".join(dict.fromkeys(starts)), read_manifest(runs[0]).protocol, shown]
     cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", f"{minutes}", f"`{stem}.top1`"]
     made = {"n": len(runs), "spread": None, "command": top1["command"], "evidence": top1["evidence"]}
     extra = [
@@ -72,6 +73,18 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
         {"id": f"{stem}.parameters", "value": weights, "unit": "million weights", **made},
     ]
     return cells, extra
+
+
+def _described(run: Run) -> dict[str, Any]:
+    """Network, start with recipe and size, and number of weights of one published run."""
+    config = run.config()
+    built = build(config.model.name, len(read_manifest(run).classes), pretrain=False)
+    start = "ImageNet" if config.model.pretrain else "random"
+    return {
+        "name": NETWORKS[config.model.name],
+        "start": f"{start}, `{config.recipe}`, {config.model.size or built.preprocessing.size} px",
+        "weights": sum(p.numel() for p in built.model.parameters()),
+    }
 
 
 def main() -> None:

@@ -181,6 +181,26 @@ def test_a_study_is_published_and_put_back(
     assert all(experiment.is_done(config) for cell in experiment.plan(back, index) for config in cell.runs)
 
 
+def test_an_ensemble_is_published_with_the_names_of_its_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, out = tmp_path / "results", tmp_path / "ensemble"
+    monkeypatch.setattr(publish, "RESULTS", results)
+    members = [results / name for name in ("a", "b")]
+    for folder in members:
+        Run(folder).write_json("test.json", {"manifest_hash": "sha256:1", "manifest": "reference_seed42"})
+    Run(results).write_json("claims.json", [])
+    test = {"manifest_hash": "sha256:1", "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123}
+    Run(out).write_json("test.json", {**test, "top1_interval": [97.4, 98.7]})
+    (out / "predictions.csv").write_text("path,label,prediction,confidence\n")
+    publish.publish(out, "best.finetune.any.reference.top1", "finetune101 ensemble a b", members)
+    (claim,) = Run(results).read_json("claims.json")
+    assert (claim["value"], claim["evidence"]) == (98.12, "ensemble")
+    assert Run(results / "ensemble").read_json("config.json") == {"members": ["a", "b"], "mirror": False}
+    with pytest.raises(ValueError, match="is not an ensemble of these 1 members"):
+        publish.keep_ensemble(out, results / "ensemble", members[:1])
+
+
 def test_a_curve_claims_how_few_images_reach_random_initialisation_with_the_most() -> None:
     values = {("finetune", 1): 20.0, ("finetune", 2): 40.0, ("finetune", 4): 60.0, ("scratch", 2): 10.0}
     cells = [
