@@ -167,7 +167,7 @@ class SystemConfig:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     """auto: channels_last with bf16 or fp16."""
     threads: int | None = None
-    """CPU threads. Default: all cores."""
+    """CPU threads; on a GPU also the processes that prepare its images. Default: all cores."""
     fast_kernels: bool = True
     """Faster memory allocation, depthwise gradients, batch norms and inference on CPUs."""
 

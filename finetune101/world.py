@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from finetune101.config import SystemConfig
 class World:
     """Device and number format of a run. ``precision``: bf16, fp16 or fp32; ``channels_last``: the memory format.
 
-    ``rank`` of ``size`` processes: each takes every ``size``-th image of a batch; only ``rank`` 0 writes.
+    ``rank`` of ``size`` processes: each takes every ``size``-th image of a batch; only ``rank`` 0 writes. ``workers``
+    more of each prepare its training images.
     """
 
     device: torch.device
@@ -27,6 +29,7 @@ class World:
     channels_last: bool
     rank: int = 0
     size: int = 1
+    workers: int = 0
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -112,8 +115,9 @@ def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> Worl
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank = dist.get_rank() if size > 1 else 0
+    workers = _workers() if device.type == "cuda" else 0
     if recorded:
-        return World(device, recorded["precision"], recorded["channels_last"], rank, size)
+        return World(device, recorded["precision"], recorded["channels_last"], rank, size, workers)
     precision = _precision(device) if system.precision == "auto" else system.precision
     if precision == "fp16" and device.type != "cuda":
         raise ValueError(f"--precision fp16 needs a CUDA card, this is {device.type}; use --precision auto")
@@ -122,7 +126,12 @@ def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> Worl
     channels_last = system.memory_format == "channels_last"
     if system.memory_format == "auto":
         channels_last = precision != "fp32" or device.type == "cpu"
-    return World(device, precision, channels_last, rank, size)
+    return World(device, precision, channels_last, rank, size, workers)
+
+
+def _workers() -> int:
+    """One for each thread beside the one that feeds the GPU; none where a process cannot be forked."""
+    return min(torch.get_num_threads() - 1, 8) if "fork" in multiprocessing.get_all_start_methods() else 0
 
 
 def leave() -> None:

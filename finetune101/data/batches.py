@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import (
     CutMix,
     InterpolationMode,
@@ -126,6 +127,36 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[Tensor, torch.Genera
     return torch.randperm(count, generator=generator), generator
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is random in one batch, so that any process makes the same one of it."""
+
+    chosen: list[int]
+    """Places of the images in the epoch's list of paths."""
+    count: int
+    """Images of the batch in all processes."""
+    boxes: Boxes
+    mirrored: Tensor
+    seeds: list[int]
+    """Of each image's distortion; empty where there is none."""
+    size: int
+
+
+class _Made(Dataset[tuple[Tensor, Tensor, Plan]]):
+    """Plan -> (uint8 (N, 3, h, w), int64 (N,), the plan)."""
+
+    def __init__(self, images: Images, paths: Sequence[str], labels: Sequence[int], config: AugmentConfig) -> None:
+        self.images, self.paths, self.labels, self.config = images, paths, labels, config
+
+    def __getitem__(self, plan: Plan) -> tuple[Tensor, Tensor, Plan]:
+        preprocessing = self.images.preprocessing
+        pixels = read(self.images, [self.paths[i] for i in plan.chosen])
+        pixels = augment(pixels, plan.boxes, plan.mirrored, plan.size, preprocessing.interpolation)
+        if plan.seeds:
+            pixels = distort(pixels, plan.seeds, self.config, [round(255 * value) for value in preprocessing.mean])
+        return pixels, torch.tensor([self.labels[i] for i in plan.chosen]), plan
+
+
 def train_batches(
     images: Images,
     paths: Sequence[str],
@@ -135,30 +166,32 @@ def train_batches(
     config: AugmentConfig,
     world: World,
     seed: int,
-    epoch: int,
-    size: int | None = None,
+    epochs: Iterable[tuple[int, int | None]],
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """One epoch in random order: (float (N, 3, size, size), int64 (N,), images of the batch in all processes).
+    """Batches of one epoch after the other: (float (N, 3, size, size), int64 (N,), images in all processes).
 
-    (seed, epoch) fixes order and augmentation, whatever the number of processes. ``size`` is that of training images,
-    if not that of the preprocessing. A process without an image of the last batch gets its first one, to be counted 0.
+    ``epochs`` holds each one's number and the size of its training images, None for that of the preprocessing. (seed,
+    number) fixes order and augmentation, whatever the number of processes. A process without an image of the last batch
+    gets its first one, to be counted 0. On a GPU ``world.workers`` processes prepare the next batches meanwhile.
     """
-    side = images.preprocessing.cache_size
-    preprocessing = replace(images.preprocessing, size=size or images.preprocessing.size)
-    distorts = config.policy != "none" or config.erasing > 0
-    fill = [round(255 * value) for value in preprocessing.mean]
-    order, generator = epoch_order(len(paths), seed, epoch)
-    for indices in order.split(batch_size):
-        chosen = indices.tolist()
-        boxes, mirrored = draw_boxes(len(chosen), side, config, generator)
-        seeds = torch.randint(2**62, (len(chosen),), generator=generator).tolist() if distorts else []
-        mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
-        pixels = read(images, [paths[i] for i in chosen[mine]])
-        pixels = augment(pixels, boxes[mine], mirrored[mine], preprocessing.size, preprocessing.interpolation)
-        if distorts:
-            pixels = distort(pixels, seeds[mine], config, fill)
-        y = torch.tensor([labels[i] for i in chosen[mine]]).to(world.device)
-        yield to_input(pixels, preprocessing, world), y, len(chosen)
+    own = images.preprocessing
+
+    def plans() -> Iterator[Plan]:
+        for number, size in epochs:
+            order, generator = epoch_order(len(paths), seed, number)
+            for chosen in (part.tolist() for part in order.split(batch_size)):
+                boxes, mirrored = draw_boxes(len(chosen), own.cache_size, config, generator)
+                distorts = config.policy != "none" or config.erasing > 0
+                seeds = torch.randint(2**62, (len(chosen),), generator=generator).tolist() if distorts else []
+                mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
+                yield Plan(chosen[mine], len(chosen), boxes[mine], mirrored[mine], seeds[mine], size or own.size)
+
+    made, fast = _Made(images, paths, labels, config), world.device.type == "cuda"
+    loader: Iterable[tuple[Tensor, Tensor, Plan]] = map(made.__getitem__, plans())
+    if world.workers:
+        loader = DataLoader(made, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast)
+    for pixels, y, plan in loader:
+        yield to_input(pixels, replace(own, size=plan.size), world), y.to(world.device, non_blocking=fast), plan.count
 
 
 def eval_batches(

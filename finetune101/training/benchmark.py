@@ -74,8 +74,8 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
 
     def data() -> Iterable[Batch]:
         how = {"batch_size": work.batch_size, "config": AUGMENT, "world": world, "seed": 0}
-        epochs = (train_batches(images, index.paths, labels, epoch=epoch, **how) for epoch in count(1))  # type: ignore[arg-type]
-        return islice((b for epoch in epochs for b in epoch if b[2] == work.batch_size), work.steps)
+        endless = train_batches(images, index.paths, labels, epochs=((number, None) for number in count(1)), **how)  # type: ignore[arg-type]
+        return islice((batch for batch in endless if batch[2] == work.batch_size), work.steps)
 
     def step(batches: Iterable[Batch]) -> float:
         _wait(world)

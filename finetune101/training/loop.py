@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Trainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
+        self.stream: Iterator[tuple[torch.Tensor, torch.Tensor, int]] | None = None
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
         self.labels = [label for subset in held for label in job.manifest.labels(subset)]
@@ -90,19 +92,23 @@ class Trainer:
         self.wrapped = self.job.world.wrap(self.model)
 
     def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Inputs and labels of an epoch's steps, and the number of images that all processes have of each."""
-        config = self.job.config
-        return train_batches(
-            self.job.images,
-            self.paths,
-            self.labels,
-            batch_size=config.optim.batch_size,
-            config=config.augment,
-            world=self.job.world,
-            seed=config.system.seed,
-            epoch=epoch,
-            size=config.augment.size_at(epoch, config.optim.epochs),
-        )
+        """Inputs and labels of an epoch's steps, and the number of images that all processes have of each.
+
+        Epochs are asked for one after the other: the first images of the next are prepared before this one ends.
+        """
+        config, last = self.job.config, self.job.config.optim.epochs
+        if self.stream is None:
+            self.stream = train_batches(
+                self.job.images,
+                self.paths,
+                self.labels,
+                batch_size=config.optim.batch_size,
+                config=config.augment,
+                world=self.job.world,
+                seed=config.system.seed,
+                epochs=((number, config.augment.size_at(number, last)) for number in range(epoch, last + 1)),
+            )
+        return islice(self.stream, self.steps_per_epoch)
 
     def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of this process's share of the validation images."""

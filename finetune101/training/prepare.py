@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
@@ -79,7 +81,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         run.write_json("split.json", manifest.to_json())
         kernels = _uses_kernels(config, world)
         model = {"init_source": built.init_source, "init_hash": built.init_hash}
-        run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels)})
+        run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels, world)})
         run.write_json("config.json", to_dict(config))
     return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers)
 
@@ -146,11 +148,14 @@ def _uses_kernels(config: TrainConfig, world: World) -> bool:
     return config.system.fast_kernels and world.device.type == "cpu" and compiled() is not None
 
 
-def environment(kernels: bool) -> dict[str, Any]:
+def environment(kernels: bool, world: World) -> dict[str, Any]:
     """Command, versions and machine: what another person needs to repeat the run."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
     name = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1]
     start = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
+    machine = {"system": platform.system(), "processor": platform.machine(), "kernels": kernels}
+    if world.device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(world.device)
     return {
         "command": shlex.join([*start, *sys.argv[1:]]),
         "versions": {
@@ -158,5 +163,5 @@ def environment(kernels: bool) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },
-        "machine": {"system": platform.system(), "processor": platform.machine(), "kernels": kernels},
+        "machine": machine,
     }

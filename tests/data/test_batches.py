@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,12 +33,18 @@ def images(tiny_data: Path) -> Images:
     return open_images(dataset.index(tiny_data), SHAPE)
 
 
+def stream(
+    images: Images, epochs: Iterable[int], config: AugmentConfig = CROP, seed: int = 0, world: World = WORLD
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """The training batches of ``epochs``; the label of an image is its place in the data set."""
+    paths, labels, sizes = images.paths, list(range(len(images.paths))), {99: 32}
+    numbers = ((number, sizes.get(number)) for number in epochs)
+    return train_batches(images, paths, labels, batch_size=8, config=config, world=world, seed=seed, epochs=numbers)
+
+
 def epoch(images: Images, config: AugmentConfig = CROP, seed: int = 0, epoch: int = 1) -> tuple[Tensor, Tensor]:
-    """A whole epoch of training batches; the label of an image is its place in the data set."""
-    paths, labels = images.paths, list(range(len(images.paths)))
-    batches = list(
-        train_batches(images, paths, labels, batch_size=8, config=config, world=WORLD, seed=seed, epoch=epoch)
-    )
+    """A whole epoch of training batches."""
+    batches = list(stream(images, [epoch], config, seed))
     assert [len(y) for _, y, _ in batches] == [8, 8, 8, 8, 4]
     return torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches])
 
@@ -59,6 +67,14 @@ def test_seed_and_epoch_fix_everything(images: Images, config: AugmentConfig) ->
     assert same(epoch(images, config), first) == (True, True)
     for other in (epoch(images, config, seed=1), epoch(images, config, epoch=2)):
         assert same(other, first) == (False, False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 on, of any process with threads
+def test_workers_make_the_same_batches(images: Images) -> None:
+    alone, helped = (list(stream(images, [1, 99], STRONG, world=replace(WORLD, workers=n))) for n in (0, 2))
+    assert [x.shape[-1] for x, _, _ in helped] == [24] * 5 + [32] * 5
+    assert all(same(a[:2], b[:2]) == (True, True) and a[2] == b[2] for a, b in zip(alone, helped, strict=True))
 
 
 def test_the_global_random_state_is_left_alone(images: Images) -> None:
