@@ -189,7 +189,10 @@ def train_batches(
     made, fast = _Made(images, paths, labels, config), world.device.type == "cuda"
     loader: Iterable[tuple[Tensor, Tensor, Plan]] = map(made.__getitem__, plans())
     if world.workers:
-        loader = DataLoader(made, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast)
+        own_seed = torch.Generator()  # the loader's; drawn from the global one, it would change dropout
+        loader = DataLoader(
+            made, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast, generator=own_seed
+        )
     for pixels, y, plan in loader:
         yield to_input(pixels, replace(own, size=plan.size), world), y.to(world.device, non_blocking=fast), plan.count
 

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -27,6 +27,8 @@ from finetune101.training import cpu, probe
 from finetune101.training.distill import Teachers
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
+
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,6 @@ class Trainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
-        self.stream: Iterator[tuple[torch.Tensor, torch.Tensor, int]] | None = None
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
         self.labels = [label for subset in held for label in job.manifest.labels(subset)]
@@ -91,24 +92,19 @@ class Trainer:
         """Makes all processes train one model, and gives every one the weights of the first."""
         self.wrapped = self.job.world.wrap(self.model)
 
-    def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Inputs and labels of an epoch's steps, and the number of images that all processes have of each.
-
-        Epochs are asked for one after the other: the first images of the next are prepared before this one ends.
-        """
-        config, last = self.job.config, self.job.config.optim.epochs
-        if self.stream is None:
-            self.stream = train_batches(
-                self.job.images,
-                self.paths,
-                self.labels,
-                batch_size=config.optim.batch_size,
-                config=config.augment,
-                world=self.job.world,
-                seed=config.system.seed,
-                epochs=((number, config.augment.size_at(number, last)) for number in range(epoch, last + 1)),
-            )
-        return islice(self.stream, self.steps_per_epoch)
+    def batches(self, epochs: Iterable[int]) -> Batches:
+        """Inputs and labels of these epochs' steps, and the number of images that all processes have of each."""
+        config = self.job.config
+        return train_batches(
+            self.job.images,
+            self.paths,
+            self.labels,
+            batch_size=config.optim.batch_size,
+            config=config.augment,
+            world=self.job.world,
+            seed=config.system.seed,
+            epochs=((number, config.augment.size_at(number, config.optim.epochs)) for number in epochs),
+        )
 
     def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of this process's share of the validation images."""
@@ -130,14 +126,14 @@ class Trainer:
                 if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
-    def train_epoch(self, epoch: int, bar: tqdm[Any]) -> dict[str, Any]:
-        """One pass over the training images; raises ValueError when the loss is no longer finite."""
+    def train_epoch(self, epoch: int, batches: Batches, bar: tqdm[Any]) -> dict[str, Any]:
+        """One pass over the training images, the next ``batches``; raises ValueError when a loss is not finite."""
         job, o, world = self.job, self.job.config.optim, self.job.world
         torch.manual_seed((job.config.system.seed * 1_000_003 + epoch) * 1009 + world.rank)  # dropout
         self.train_mode()
         losses, correct, started = [], torch.zeros((), device=job.world.device), time.perf_counter()
         step = (epoch - 1) * self.steps_per_epoch
-        for x, y, total in self.batches(epoch):
+        for x, y, total in islice(batches, self.steps_per_epoch):
             x, target = self.mixed(x, y, step)
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
             mine = len(range(total)[world.share(total)])
@@ -302,11 +298,12 @@ class HeadTrainer(Trainer):
         """The output layer alone sees features."""
         self.wrapped = self.job.built.output_layer
 
-    def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    def batches(self, epochs: Iterable[int]) -> Batches:
         """Features in the order that the images would have."""
-        order, _ = epoch_order(len(self.x), self.job.config.system.seed, epoch)
-        for chosen in order.to(self.x.device).split(self.job.config.optim.batch_size):
-            yield self.x[chosen], self.y[chosen], len(chosen)
+        for epoch in epochs:
+            order, _ = epoch_order(len(self.x), self.job.config.system.seed, epoch)
+            for chosen in order.to(self.x.device).split(self.job.config.optim.batch_size):
+                yield self.x[chosen], self.y[chosen], len(chosen)
 
     def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of the validation images."""
@@ -338,8 +335,9 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
         disable=quiet or not job.world.writes,
         dynamic_ncols=True,
     ) as bar:
+        batches = trainer.batches(range(done + 1, epochs + 1))
         for epoch in range(done + 1, epochs + 1):
-            record = trainer.train_epoch(epoch, bar)
+            record = trainer.train_epoch(epoch, batches, bar)
             record = trainer.finish_epoch(record | trainer.validate(epoch))
             bar.set_postfix_str(f"epoch {epoch}/{epochs}")
             yield record

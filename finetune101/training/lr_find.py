@@ -50,7 +50,7 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0
-    batches = itertools.chain.from_iterable(trainer.batches(1 + n % o.epochs) for n in itertools.count())
+    batches = trainer.batches(1 + n % o.epochs for n in itertools.count())
     for step, (x, y, _) in enumerate(tqdm(itertools.islice(batches, steps), total=steps, unit="step", desc="lr-find")):
         rate = low * (high / low) ** (step / (steps - 1))
         set_rates(trainer.optimizer, rate / o.lr)
