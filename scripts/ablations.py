@@ -27,22 +27,21 @@ RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
 KEPT = ("config.json", "metrics.jsonl")
 ARMS = {
     "scratch": (
-        "--recipe scratch --no-pretrain --epochs 20 --warmup-epochs 2 --train-sizes 64 --size 96",
+        "--recipe scratch --no-pretrain --epochs 20 --warmup-epochs 2 --train-sizes 64 --size 64",
         {
             "TrivialAugment": "--policy none",
             "random erasing": "--erasing 0",
             "averaged weights (EMA)": "--ema 0",
             "label smoothing": "--label-smoothing 0",
             "no weight decay on norms": "--norm-weight-decay",
-            "training below the test size": "--train-sizes 96",
         },
     ),
     "finetune": (
-        "--recipe finetune --epochs 3 --size 128 --cache-size 144 --train-sizes 112",
+        "--recipe finetune --epochs 3 --size 96 --cache-size 112 --train-sizes 80",
         {
             "linear probe first": "--head random",
             "its strong penalty": "--probe-l2 0.003",
-            "sharp crops": "--cache-size 128",
+            "sharp crops": "--cache-size 96",
             "batch-norm statistics kept": "--no-freeze-norm",
             "random resized crops": "--crop-scale 1",
             "label smoothing": "--label-smoothing 0",
