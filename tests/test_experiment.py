@@ -123,7 +123,8 @@ def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
 def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:
     assert [picture.name for picture in report.draw_study(folder)] == ["efficientnet_lite0.png"]
     page = report.report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
-    assert "Accuracy against training images per class" in page and "probe is right on" in page
+    assert "Accuracy against training images per class" in page
+    assert "With 4 training images per class: probe is right on" in page and "Test, side by side" in page
     assert (tmp_path / "report" / "report.md").is_file()
     groups = report.study_groups(folder)
     assert [(group.name, len(group.runs)) for group in groups] == [("probe", 1), ("scratch", 1)]

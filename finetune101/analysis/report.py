@@ -69,8 +69,10 @@ def _compared(page: Page, found: Sequence[Group], network: str = "") -> str:
     if lone := [group.name for group in found if len(group.runs) == 1]:
         headline += " " + page.say("single", arms=", ".join(lone))
     arms = arms_of(comparisons, found)
-    alt = page.say("progress_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
-    page.picture("progress", lambda out: progress(comparisons, found, out), alt, network)
+    # trained on all their images, runs have no validation and the picture shows the test alone
+    key = "progress" if any(group.curve() for group in found) else "tested"
+    alt = page.say(f"{key}_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
+    page.picture(key, lambda out: progress(comparisons, found, out), alt, network)
     _arms_table(page, arms, found, network)
     _reach_table(page, comparisons, network)
     rows = [vars(row) for row in first.classes]
@@ -105,6 +107,8 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
             page.headline += f" {model}: {_compared(page, found, model)}"
     if others:
         page.headline = f"{first}: {page.headline}"
+    if largest := max(cell["size"] or 0 for cell in cells):
+        page.headline = page.say("per_class", size=largest) + page.headline
 
 
 def _cell_row(cell: dict[str, Any]) -> list[Cell]:
