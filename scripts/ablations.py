@@ -26,16 +26,6 @@ from finetune101.runs import Run
 RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
 KEPT = ("config.json", "metrics.jsonl")
 ARMS = {
-    "scratch": (
-        "--recipe scratch --no-pretrain --epochs 20 --warmup-epochs 2 --train-sizes 64 --size 64",
-        {
-            "TrivialAugment": "--policy none",
-            "random erasing": "--erasing 0",
-            "averaged weights (EMA)": "--ema 0",
-            "label smoothing": "--label-smoothing 0",
-            "no weight decay on norms": "--norm-weight-decay",
-        },
-    ),
     "finetune": (
         "--recipe finetune --epochs 3 --size 96 --cache-size 112 --train-sizes 80",
         {
@@ -45,6 +35,17 @@ ARMS = {
             "batch-norm statistics kept": "--no-freeze-norm",
             "random resized crops": "--crop-scale 1",
             "label smoothing": "--label-smoothing 0",
+        },
+    ),
+    "scratch": (
+        "--recipe scratch --no-pretrain --epochs 12 --warmup-epochs 1 --train-sizes 64 --size 64"
+        " --ema 0.99 --val-every 3",
+        {
+            "TrivialAugment": "--policy none",
+            "random erasing": "--erasing 0",
+            "averaged weights (EMA)": "--ema 0",
+            "label smoothing": "--label-smoothing 0",
+            "no weight decay on norms": "--norm-weight-decay",
         },
     ),
 }

@@ -1,6 +1,7 @@
 """Copies the evidence of a tested run to results/ and enters its accuracy in claims.json.
 
 python scripts/publish.py RUN CLAIM_ID --command "python train.py ..."
+python scripts/publish.py RUN RUN ... CLAIM_ID --command "..." --name FOLDER      an arm's runs, in results/FOLDER
 python scripts/publish.py ENSEMBLE CLAIM_ID --command "finetune101 ensemble ..." --members results/A results/B ...
 """
 
@@ -13,23 +14,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune101.analysis.groups import mean_sd
 from finetune101.runs import Run, write_json
 
 KEPT = ("metrics.jsonl", "predictions.csv", "curves.png")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def publish(run: Path, claim: str, command: str, members: Sequence[Path] = ()) -> None:
-    """Copies ``run`` to results/<its name>/ and adds or replaces ``claim``; its metric is the id's last part.
+def publish(runs: Sequence[Path], claim: str, command: str, members: Sequence[Path] = (), name: str = "") -> None:
+    """Copies ``runs`` to results/ and adds or replaces ``claim``; its metric is the id's last part.
 
-    ``members``: the published runs that it is an ensemble of.
+    One run becomes results/<its name>/, several lie in results/``name``/. ``members``: the published runs that a single
+    ensemble is made of.
     """
-    folder = RESULTS / run.name
-    test = keep_ensemble(run, folder, members) if members else keep_run(run, folder, command)
-    entry = {"id": claim, "value": test[claim.rsplit(".", 1)[1]], "unit": "%", "n": 1, "spread": None}
-    if claim.endswith(".top1"):  # of a single run: the interval over images
-        entry["spread"] = test["top1_interval"]
-    enter([entry], command, run.name)
+    folder = RESULTS / (name or runs[0].name)
+    if members:
+        tests = [keep_ensemble(runs[0], folder, members)]
+    else:
+        tests = [keep_run(run, folder / run.name if len(runs) > 1 else folder, command) for run in runs]
+    metric = claim.rsplit(".", 1)[1]
+    mean, spread = mean_sd([test[metric] for test in tests])
+    entry = {"id": claim, "value": mean, "unit": "%", "n": len(runs), "spread": spread}
+    if claim.endswith(".top1") and len(runs) == 1:  # the interval over images
+        entry["spread"] = tests[0]["top1_interval"]
+    enter([entry], command, folder.name)
 
 
 def keep_run(run: Path, folder: Path, command: str) -> dict[str, Any]:
@@ -103,10 +111,13 @@ def keep_split(run: Path) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("claim")
     parser.add_argument("--command", required=True)
+    parser.add_argument("--name", default="", help="folder in results/")
     parser.add_argument("--members", type=Path, nargs="+", default=())
     arguments = parser.parse_args()
-    publish(arguments.run, arguments.claim, arguments.command, arguments.members)
+    if len(arguments.runs) > 1 and not arguments.name:
+        parser.error("several runs need a --name for their folder in results/")
+    publish(arguments.runs, arguments.claim, arguments.command, arguments.members, arguments.name)

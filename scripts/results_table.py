@@ -66,13 +66,21 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
     names, starts = ([one[key] for one in described] for key in ("name", "start"))
     network = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) if members else names[0]
     cells = [network, "; ".join(dict.fromkeys(starts)), read_manifest(runs[0]).protocol, shown]
-    cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", f"{minutes}", f"`{stem}.top1`"]
+    cards = dict.fromkeys(_card(run) for run in members or runs)
+    shown = f"{minutes} {', '.join(card for card in cards if card)}".strip()
+    cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", shown, f"`{stem}.top1`"]
     made = {"n": len(runs), "spread": None, "command": top1["command"], "evidence": top1["evidence"]}
     extra = [
         {"id": f"{stem}.minutes", "value": minutes, "unit": "min", **made},
         {"id": f"{stem}.parameters", "value": weights, "unit": "million weights", **made},
     ]
     return cells, extra
+
+
+def _card(run: Run) -> str:
+    """The GPU that trained ``run``, in a word; empty for a CPU."""
+    name = run.read_json("env.json")["machine"].get("gpu", "").removeprefix("NVIDIA ")
+    return f"({name.split()[0]})" if name else ""
 
 
 def _described(run: Run) -> dict[str, Any]:
