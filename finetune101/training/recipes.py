@@ -113,8 +113,31 @@ def scratch(exp: str, *, pretrain: bool = False) -> TrainConfig:
     )  # fmt: skip
 
 
+def scratch_long(exp: str, *, pretrain: bool = False) -> TrainConfig:
+    """From random initialisation on a GPU: like scratch, with large batches, half of them mixed.
+
+    ``finetune101 train --exp NAME --recipe scratch_long --no-pretrain --model resnet18``: 169 epochs at 64 to 160 px,
+    validated and tested at 192 px, mixup or CutMix in half of the batches (Zhang et al., 2018; Yun et al., 2019): 87 %
+    on Caltech-101 (validation, reference split), one seed, in two minutes on one H200. On two cores it takes hours.
+    """
+    return TrainConfig(
+        exp=exp,
+        recipe="scratch_long",
+        model=ModelConfig(pretrain=pretrain, size=192),
+        augment=AugmentConfig(
+            crop_scale=0.3, policy="trivial", erasing=0.1, mix=0.5,
+            train_sizes=(64,) * 2 + (96,) * 3 + (128,) * 3 + (160,) * 2,
+        ),
+        optim=OptimConfig(
+            epochs=169, batch_size=256, lr=0.2, nesterov=True, weight_decay=1e-3, norm_weight_decay=False, ema=0.993,
+            schedule="cosine", warmup_epochs=5, label_smoothing=0.1, val_every=20,
+        ),
+    )  # fmt: skip
+
+
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
-    recipe.__name__: recipe for recipe in (original, probe, finetune, finetune_fast, scratch, scratch_fast)
+    recipe.__name__: recipe
+    for recipe in (original, probe, finetune, finetune_fast, scratch, scratch_fast, scratch_long)
 }
 
 
