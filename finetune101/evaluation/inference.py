@@ -41,9 +41,11 @@ def mirrored(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def world_of(run: Run) -> World:
-    """The number format that ``run`` was trained with, where this machine's device is of the same kind."""
+    """The number format that ``run`` was trained with, where this machine has it; else the machine's own."""
     recorded, here = run.read_json("env.json")["world"], detect(SystemConfig())
-    return detect(SystemConfig(), recorded) if recorded["device"] == str(here.device) else here
+    # emulated bf16 is slower than fp32 and no more exact
+    usable = recorded["device"] == str(here.device) and recorded["precision"] in ("fp32", here.precision)
+    return detect(SystemConfig(), recorded) if usable else here
 
 
 @dataclass(frozen=True, kw_only=True)

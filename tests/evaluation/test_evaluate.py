@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from finetune101.cli import score_text
-from finetune101.config import DataConfig, TrainConfig
+from finetune101.config import DataConfig, SystemConfig, TrainConfig
 from finetune101.data.batches import eval_batches
 from finetune101.evaluation.evaluate import evaluate
-from finetune101.evaluation.inference import load_model, mirrored
+from finetune101.evaluation.inference import load_model, mirrored, world_of
+from finetune101.runs import Run
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
+from finetune101.world import detect
 
 
 @pytest.mark.parametrize("copies", [0, 1])
@@ -59,3 +61,12 @@ def test_an_image_and_its_mirror_image(small: TrainConfig) -> None:
     assert evaluate(job.run)["mirror"] is False
     seen_twice = evaluate(job.run, mirror=True)
     assert seen_twice["mirror"] is True and seen_twice["times_scored"] == 2
+
+
+def test_a_number_format_that_this_machine_lacks_is_not_emulated(tmp_path: Path) -> None:
+    run, here = Run(tmp_path), detect(SystemConfig())
+    for precision, expected in (("fp32", "fp32"), (here.precision, here.precision), ("fp16", here.precision)):
+        run.write_json(
+            "env.json", {"world": {"device": here.device.type, "precision": precision, "channels_last": True}}
+        )
+        assert world_of(run).precision == expected
