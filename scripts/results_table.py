@@ -41,7 +41,6 @@ STEMS = (
     "original.finetune.efficientnet_lite0_128px.reference",
     "best.scratch.efficientnet_lite0.reference",
     "best.scratch.resnet18.reference",
-    "best.scratch.any.reference",
     "best.scratch.resnet18.standard",
     "original.scratch.efficientnet_lite0.reference",
     "original.scratch.resnet18.reference",
