@@ -23,6 +23,7 @@ from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_recipe
 from finetune101.data import dataset, splits
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run, claim, write_json
+from finetune101.training.benchmark import seconds_per_image
 from finetune101.training.loop import fit
 from finetune101.training.prepare import as_started, check_same, make_manifest, prepare, sharing
 from finetune101.training.recipes import named
@@ -252,8 +253,11 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str])
     return {"settings": to_dict(study), "cells": rows}
 
 
-def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) -> str:
-    """How long the runs not done take one by one, from the runs below RUNS with the same network, size and kind."""
+def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], measured: bool = False) -> str:
+    """How long the runs not done take one by one, from the runs below RUNS with the same network, size and kind.
+
+    Where there is none, it takes a few steps to know, if ``measured``.
+    """
     rates: dict[tuple[Any, ...], list[float]] = {}
     for file in Path(study.runs).glob("**/config.json"):
         run = Run(file.parent)
@@ -270,9 +274,14 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell]) ->
         for config in cell.runs:
             if not is_done(config):
                 passes = config.optim.epochs + (config.model.head == "probe")  # as many as records
+                if measured and _kind(config) not in rates:
+                    part = 1 if config.optim.epochs else 1 / 3  # a linear layer needs the forward pass only
+                    rates[_kind(config)] = [part * seconds_per_image(config, len(index.classes))]
                 rate = statistics.median(rates.get(_kind(config), [math.nan]))
                 unknown |= {f"{cell.arm} with {cell.model}"} if math.isnan(rate) else set()
                 seconds += 0 if math.isnan(rate) else rate * passes * per_class * len(index.classes)
+    if not seconds and unknown:
+        return "how long they take is not known before one of each arm is done (--dry-run measures it)"
     hours = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {seconds / 60:.0f} minutes"
     without = f", without {', '.join(sorted(unknown))}, of which no run is recorded" if unknown else ""
     return f"{hours}, one run at a time{without}"

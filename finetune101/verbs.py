@@ -117,7 +117,7 @@ def study(argv: Sequence[str]) -> int:
     index = dataset.index(dataset.find(config.data), layout)
     cells = experiment.plan(config, index)
     left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
-    total, time = sum(len(cell.runs) for cell in cells), experiment.estimate(config, index, cells)
+    total, time = sum(len(cell.runs) for cell in cells), experiment.estimate(config, index, cells, arguments.dry_run)
     print(f"{total} runs, {left} to do: {time}")
     if not arguments.dry_run:
         print(experiment.text(experiment.run(config, index, cells, arguments.jobs)))

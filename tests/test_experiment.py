@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_the_estimate_comes_from_recorded_runs(folder: Path, study: StudyConfig,
     assert "minutes" in experiment.estimate(more, index, experiment.plan(more, index))
     other = dataclasses.replace(study, exp="t", models=("squeezenet1_1",), arms=("scratch",))
     said = experiment.estimate(other, index, experiment.plan(other, index))
+    assert said.startswith("how long they take is not known")
+    said = experiment.estimate(other, index, experiment.plan(other, index), measured=True)
+    assert re.fullmatch(r"about \d+ minutes, one run at a time", said)
+    both = dataclasses.replace(more, models=(*more.models, "squeezenet1_1"), arms=("scratch",))
+    said = experiment.estimate(both, index, experiment.plan(both, index))
     assert said.endswith("without scratch with squeezenet1_1, of which no run is recorded")
 
 
@@ -194,7 +200,7 @@ def test_an_ensemble_is_published_with_the_names_of_its_members(
     test = {"manifest_hash": "sha256:1", "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123}
     Run(out).write_json("test.json", {**test, "top1_interval": [97.4, 98.7]})
     (out / "predictions.csv").write_text("path,label,prediction,confidence\n")
-    publish.publish(out, "best.finetune.any.reference.top1", "finetune101 ensemble a b", members)
+    publish.publish([out], "best.finetune.any.reference.top1", "finetune101 ensemble a b", members)
     (claim,) = Run(results).read_json("claims.json")
     assert (claim["value"], claim["evidence"]) == (98.12, "ensemble")
     assert Run(results / "ensemble").read_json("config.json") == {"members": ["a", "b"], "mirror": False}

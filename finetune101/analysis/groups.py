@@ -183,13 +183,19 @@ def read(run: Run) -> Tested:
     return Tested(run, run.config(), run.read_json("env.json"), test, manifest, answers)
 
 
-def read_manifest(run: Run) -> splits.Manifest:
-    """The split of ``run``: its split.json, or, of published evidence, the one that test.json names."""
+def manifest_file(run: Run) -> Path:
+    """Where the split of ``run`` is: its split.json, or, of published evidence, the file that test.json names."""
     name = run.read_json("test.json").get("manifest")
-    if name and not run.has("split.json"):
-        files = [folder / "splits" / f"{name}.json" for folder in run.path.absolute().parents]
-        return splits.read(next((file for file in files if file.is_file()), files[0]))
-    return splits.from_json(run.read_json("split.json"))
+    if not name or run.has("split.json"):
+        return run.path / "split.json"
+    files = [folder / "splits" / f"{name}.json" for folder in run.path.absolute().parents]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def read_manifest(run: Run) -> splits.Manifest:
+    """The split of ``run``. Raises ValueError when its file is missing or damaged."""
+    file = manifest_file(run)
+    return splits.from_json(run.read_json(file.name)) if file.parent == run.path else splits.read(file)
 
 
 def read_answers(run: Run) -> dict[str, Answer]:
@@ -220,7 +226,7 @@ def common_splits(a: Group, b: Group) -> list[str]:
         other = theirs[only_b[0]] if only_b else b.runs[0]
         raise ValueError(
             f"{one.run.path} and {other.run.path} were split differently ({_differing(one.manifest, other.manifest)}); "
-            f"train one of them again with --split {(one.run.path / 'split.json').as_posix()}"
+            f"train one of them again with --split {manifest_file(one.run).as_posix()}"
         )
     return list(mine)
 

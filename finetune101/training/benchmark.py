@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count, cycle, islice
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
 from finetune101.data import cache, dataset
 from finetune101.data.batches import train_batches
-from finetune101.models.build import build
+from finetune101.models.build import Built, build
 from finetune101.training import cpu
 from finetune101.training.optim import optimizer
 from finetune101.world import World, detect
@@ -66,11 +66,7 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
     built = build(name, len(index.classes), pretrain=False, size=work.size)
     images = cache.open_images(index, built.preprocessing)
     labels = [index.classes.index(dataset.class_of(path)) for path in index.paths]
-    model = built.model.to(world.device, memory_format=world.memory_format).train()  # type: ignore[call-overload]
-    if world.device.type == "cpu":
-        cpu.fast_layers(model)
-    model_config, optim = ModelConfig(name=name, pretrain=False), OptimConfig(lr=1e-4, batch_size=work.batch_size)
-    sgd = optimizer(model, built.head, TrainConfig(exp="benchmark", model=model_config, optim=optim))
+    run = _steps(built, world, name, work.batch_size)
 
     def data() -> Iterable[Batch]:
         how = {"batch_size": work.batch_size, "config": AUGMENT, "world": world, "seed": 0}
@@ -78,16 +74,7 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
         return islice((batch for batch in endless if batch[2] == work.batch_size), work.steps)
 
     def step(batches: Iterable[Batch]) -> float:
-        _wait(world)
-        started = time.perf_counter()
-        for x, y, _ in batches:
-            with world.autocast():
-                loss = F.cross_entropy(model(x).float(), y)
-            sgd.zero_grad(set_to_none=True)
-            loss.backward()
-            sgd.step()
-        _wait(world)
-        return work.steps * work.batch_size / (time.perf_counter() - started)
+        return work.steps * work.batch_size / run(batches)
 
     def data_alone() -> float:
         started = time.perf_counter()
@@ -109,6 +96,45 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
     medians = {f"{key}_images_per_s": round(statistics.median(values), 1) for key, values in rates.items()}
     share = {"whole_vs_step": round(statistics.median(shares), 3), "range": [round(f(shares), 3) for f in (min, max)]}
     return {"model": name, "size": built.preprocessing.size, **world.describe(), **medians, **share}
+
+
+def _steps(built: Built, world: World, name: str, batch_size: int) -> Callable[[Iterable[Batch]], float]:
+    """What trains ``built`` on batches and returns the seconds."""
+    model = built.model.to(world.device, memory_format=world.memory_format).train()  # type: ignore[call-overload]
+    if world.device.type == "cpu":
+        cpu.fast_layers(model)
+    model_config, optim = ModelConfig(name=name, pretrain=False), OptimConfig(lr=1e-4, batch_size=batch_size)
+    sgd = optimizer(model, built.head, TrainConfig(exp="benchmark", model=model_config, optim=optim))
+
+    def run(batches: Iterable[Batch]) -> float:
+        _wait(world)
+        started = time.perf_counter()
+        for x, y, _ in batches:
+            with world.autocast():
+                loss = F.cross_entropy(model(x).float(), y)
+            sgd.zero_grad(set_to_none=True)
+            loss.backward()
+            sgd.step()
+        _wait(world)
+        return time.perf_counter() - started
+
+    return run
+
+
+def seconds_per_image(config: TrainConfig, classes: int) -> float:
+    """Seconds that an image of a training step takes in ``config``, mean over its training sizes: steps on noise."""
+    cpu.tune_allocator()
+    world, n = detect(config.system), min(config.optim.batch_size, 16)  # larger batches are hardly quicker on a CPU
+    found: dict[int | None, float] = {}
+    for size in config.augment.train_sizes or (config.model.size,):
+        if size not in found:
+            built = build(config.model.name, classes, pretrain=False, size=size)
+            run, pixels = _steps(built, world, config.model.name, n), built.preprocessing.size
+            x = torch.randn(n, 3, pixels, pixels, device=world.device)
+            batch = x.contiguous(memory_format=world.memory_format), torch.arange(n, device=world.device) % classes, n
+            run([batch])
+            found[size] = run([batch] * 3) / (3 * n)
+    return statistics.mean(found[size] for size in config.augment.train_sizes or (config.model.size,))
 
 
 def _wait(world: World) -> None:
