@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -120,7 +121,12 @@ def study(argv: Sequence[str]) -> int:
     total, time = sum(len(cell.runs) for cell in cells), experiment.estimate(config, index, cells, arguments.dry_run)
     print(f"{total} runs, {left} to do: {time}")
     if not arguments.dry_run:
-        print(experiment.text(experiment.run(config, index, cells, arguments.jobs)))
+        try:
+            summary = experiment.run(config, index, cells, arguments.jobs)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
+            return 130
+        print(experiment.text(summary))
         folder = Path(config.runs) / config.exp
         for picture in draw_study(folder):
             print(f"Picture: {picture}")
