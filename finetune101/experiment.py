@@ -282,7 +282,8 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], me
                 seconds += 0 if math.isnan(rate) else rate * passes * per_class * len(index.classes)
     if not seconds and unknown:
         return "how long they take is not known before one of each arm is done (--dry-run measures it)"
-    hours = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else f"about {seconds / 60:.0f} minutes"
+    minutes = f"about {seconds / 60:.0f} minutes" if seconds >= 60 else "less than a minute"
+    hours = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else minutes
     without = f", without {', '.join(sorted(unknown))}, of which no run is recorded" if unknown else ""
     return f"{hours}, one run at a time{without}"
 
