@@ -77,10 +77,10 @@ def train(name: str, flags: list[str], jobs: int) -> None:
 
 
 def score(folder: Path) -> tuple[float, float]:
-    """Best validation accuracy (percent) of a run, and the seconds that its training took."""
+    """Best validation accuracy (percent) of a run, and the seconds of an epoch (the median: one may have been paused)."""
     records = Run(folder).metrics()
     best = max(record["val_top1"] for record in records if record["val_top1"] is not None)
-    return best, sum(record["seconds"] for record in records)
+    return best, statistics.median(record["seconds"] for record in records)
 
 
 def table() -> str:
@@ -110,12 +110,12 @@ def table() -> str:
                 continue
             gains = [whole[seed][0] - top1 for seed, (top1, _) in found.items()]
             error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else "–"
-            time = statistics.mean(whole[seed][1] / seconds for seed, (_, seconds) in found.items())
+            time = statistics.median(whole[seed][1] / seconds for seed, (_, seconds) in found.items())
             top1 = spread([top1 for top1, _ in found.values()])
             lines.append(
                 f"| {ingredient} | {top1} | {statistics.mean(gains):+.2f} | {error} | {len(gains)} | {time:.2f} |"
             )
-    lines += ["", "Time: of the whole recipe, as a multiple of that without the ingredient (1.10: it costs a tenth)."]
+    lines += ["", "Time: of an epoch of the whole recipe, as a multiple of that without the ingredient (1.10: it costs a tenth)."]
     return "\n".join(lines) + "\n"
 
 
