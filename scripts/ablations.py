@@ -77,7 +77,7 @@ def train(name: str, flags: list[str], jobs: int) -> None:
 
 
 def score(folder: Path) -> tuple[float, float]:
-    """Best validation accuracy (percent) of a run, and the seconds of an epoch (the median: one may have been paused)."""
+    """Best validation accuracy (percent) of a run, and the median seconds of an epoch (one may have been paused)."""
     records = Run(folder).metrics()
     best = max(record["val_top1"] for record in records if record["val_top1"] is not None)
     return best, statistics.median(record["seconds"] for record in records)
@@ -115,7 +115,10 @@ def table() -> str:
             lines.append(
                 f"| {ingredient} | {top1} | {statistics.mean(gains):+.2f} | {error} | {len(gains)} | {time:.2f} |"
             )
-    lines += ["", "Time: of an epoch of the whole recipe, as a multiple of that without the ingredient (1.10: it costs a tenth)."]
+    lines += [
+        "",
+        "Time: an epoch of the whole recipe, as a multiple of one without the ingredient (1.10: it costs a tenth).",
+    ]
     return "\n".join(lines) + "\n"
 
 
