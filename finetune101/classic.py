@@ -118,6 +118,8 @@ def _test(argv: list[str]) -> int:
     else:
         raise ValueError(f"neither {run.path} nor {file} is there; train it with python train.py --exp {arguments.exp}")
     print(cli.score_text(result))
+    if told := run.stopped():
+        print(f"Not the end of its training: {told}")
     return 0
 
 

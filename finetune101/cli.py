@@ -115,6 +115,8 @@ def evaluate(argv: Sequence[str]) -> int:
     run = open_run(a.run, a.runs)
     result = score(run, subset=a.subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
     print(score_text(result, a.subset))
+    if told := run.stopped():
+        print(f"Not the end of its training: {told}")
     if a.subset == "test":
         print(f"Every prediction: {run.path / 'predictions.csv'}")
     return 0

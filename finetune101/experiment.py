@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,9 @@ from finetune101.training.prepare import as_started, check_same, make_manifest, 
 from finetune101.training.recipes import named
 from finetune101.training.tensorboard import log
 
+FIXED = 4.0
+"""Seconds in which a run starts, is tested and written."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -46,8 +50,11 @@ def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
     for name, value in (("--seeds", study.seeds), ("--splits", study.splits)):
         if value < 1:
             raise ValueError(f"{name} is {value}; give at least 1")
-    if not study.arms or not study.models or any(size < 1 for size in study.train_per_class):
-        raise ValueError("a study needs at least one of --arms and of --models, and --train-per-class of at least 1")
+    for name, values in (("--arms", study.arms), ("--models", study.models)):
+        if not values:
+            raise ValueError(f"{name} names nothing; give at least one, or leave {name} out")
+    _check_sizes(study, index)
+    validate(TrainConfig(exp=study.exp))
     cells = []
     for model, size, arm in itertools.product(study.models, study.train_per_class or (None,), study.arms):
         folder = f"{model.replace(':', '_')}/{arm}/{'all' if size is None else f'{size}_per_class'}"
@@ -65,6 +72,7 @@ def _configure(
     recipe = {"finetune": study.finetune_recipe, "scratch": study.scratch_recipe, "probe": study.probe_recipe}[arm]
     split_seed = study.split_seed + split
     config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
+    _check_arm(arm, recipe, config)
     data = DataConfig(
         root=study.data, protocol=study.protocol, split_seed=split_seed, max_test_per_class=study.max_test_per_class
     )
@@ -80,7 +88,8 @@ def _configure(
         optim = dataclasses.replace(optim, batch_size=study.batch_size)
     epochs = study.scratch_epochs if arm == "scratch" and study.scratch_epochs is not None else study.epochs
     if epochs is not None and optim.epochs > 0:
-        optim = dataclasses.replace(optim, epochs=epochs)
+        warmup = optim.warmup_epochs if optim.warmup_epochs < epochs else max(epochs - 1, 0)
+        optim = dataclasses.replace(optim, epochs=epochs, warmup_epochs=warmup)
     if size is not None:
         data = dataclasses.replace(
             data, protocol="standard", split=str(split_file(Path(study.runs) / study.exp, split_seed, size))
@@ -91,6 +100,27 @@ def _configure(
     system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
     parts: dict[str, Any] = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
     return dataclasses.replace(config, runs=study.runs, **parts)
+
+
+def _check_sizes(study: StudyConfig, index: dataset.Index) -> None:
+    """Raises ValueError for a number of training images per class that cannot be."""
+    if any(size < 1 for size in study.train_per_class):
+        raise ValueError(f"--train-per-class is {min(study.train_per_class)}; give at least 1")
+    images = Counter(map(dataset.class_of, index.paths))
+    smallest, largest = min(images, key=lambda name: images[name]), max(study.train_per_class, default=0)
+    if images[smallest] <= largest:
+        raise ValueError(
+            f"class {smallest} has {images[smallest]} images, --train-per-class {largest} leaves none to test"
+        )
+
+
+def _check_arm(arm: str, recipe: str, config: TrainConfig) -> None:
+    """Raises ValueError for a recipe that makes another arm than the one it is given to."""
+    linear = config.model.freeze or config.optim.epochs == 0
+    if arm != "probe" and linear:
+        raise ValueError(f"--{arm}-recipe {recipe} trains the output layer only; give one that trains every layer")
+    if arm == "probe" and config.model.head == "probe" and not linear:
+        raise ValueError(f"--probe-recipe {recipe} trains every layer; give one that trains the output layer only")
 
 
 def _recipe(recipe: str, exp: str, pretrain: bool) -> TrainConfig:
@@ -190,7 +220,7 @@ def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Itera
     """Each run with its test.json, {} for those that another process trains, or its error; in the order they end."""
     if jobs == 1:
         for config in configs:
-            yield config, _train(config, claims, quiet=False)
+            yield config, _train(config, claims, quiet=not sys.stderr.isatty())  # one bar is enough in a log file
         return
     shared = [sharing(config, jobs) for config in configs]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -212,7 +242,12 @@ def is_done(config: TrainConfig) -> bool:
             check_same(run.config(), as_started(config, run))
         except ValueError as error:
             raise ValueError(f"{error}; or give the study another --exp") from error
-    return run.has("test.json")
+    return _ended(run)
+
+
+def _ended(run: Run) -> bool:
+    """Whether ``run`` is trained to its last epoch and tested."""
+    return run.has("test.json") and run.epochs_left() <= 0
 
 
 def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
@@ -221,7 +256,7 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
     with claim(lock) as mine:
         if not mine:
             return {}
-        if run.has("test.json"):  # meanwhile, elsewhere
+        if _ended(run):  # meanwhile, elsewhere
             return run.read_json("test.json")
         try:
             resume = run.has("config.json")
@@ -240,7 +275,7 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str])
     rows = []
     for cell in cells:
         runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
-        done = [run for run in runs if run.has("test.json")]
+        done = [run for run in runs if _ended(run)]
         row: dict[str, Any] = {"model": cell.model, "arm": cell.arm, "size": cell.size, "folder": cell.folder}
         row |= {"n": len(done), "planned": len(runs), "seconds": None}
         for key in ("top1", "mean_per_class"):
@@ -275,11 +310,12 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], me
             if not is_done(config):
                 passes = config.optim.epochs + (config.model.head == "probe")  # as many as records
                 if measured and _kind(config) not in rates:
+                    print(f"measuring the speed of {cell.arm} with {cell.model} ...", file=sys.stderr)
                     part = 1 if config.optim.epochs else 1 / 3  # a linear layer needs the forward pass only
                     rates[_kind(config)] = [part * seconds_per_image(config, len(index.classes))]
                 rate = statistics.median(rates.get(_kind(config), [math.nan]))
                 unknown |= {f"{cell.arm} with {cell.model}"} if math.isnan(rate) else set()
-                seconds += 0 if math.isnan(rate) else rate * passes * per_class * len(index.classes)
+                seconds += 0 if math.isnan(rate) else FIXED + rate * passes * per_class * len(index.classes)
     if not seconds and unknown:
         return "how long they take is not known before one of each arm is done (--dry-run measures it)"
     minutes = f"about {seconds / 60:.0f} minutes" if seconds >= 60 else "less than a minute"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -131,6 +132,22 @@ class Run:
         """Seconds of training and validation over all finished epochs."""
         return float(sum(r["seconds"] + r.get("val_seconds", 0.0) for r in self.metrics()))
 
+    def epochs_left(self) -> int:
+        """Epochs that the training has still to do; 0 for published evidence without records."""
+        records = self.metrics()
+        return self.config().optim.epochs - records[-1]["epoch"] if records else 0
+
+    def stopped(self) -> str:
+        """Where a training that did not come to its end stands and what goes on with it, in words; "" for others."""
+        if not self.has("config.json") or self.epochs_left() <= 0:
+            return ""
+        config = self.config()
+        folder = "" if config.runs == "runs" else f" --runs {config.runs}"
+        return (
+            f"{self.path} stands at epoch {config.optim.epochs - self.epochs_left()} of {config.optim.epochs}; "
+            f"go on with: finetune101 train --exp {config.exp}{folder} --resume (in a study: with the study's command)"
+        )
+
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by ``records``, one line each."""
         with atomic(self.path / "metrics.jsonl") as part:
@@ -177,8 +194,19 @@ def open_run(name: str, runs: str = "runs") -> Run:
     found = [path.parent for path in Path(runs).glob("**/config.json")]
     names = [path.relative_to(runs).as_posix() for path in found if not (path.parent / "optuna.journal").exists()]
     known = sorted(names, key=lambda name: (name.count("/"), name))  # trials of searches have no name of their own
-    hint = f"there are: {', '.join(known[:10])}" if known else f"there is none yet in {runs}; train one first"
+    if folder := next((path for path in (Path(name), Path(runs) / name) if path.is_dir()), None):
+        raise ValueError(f"{folder} is no run: it has no config.json; name a run, or train one first")
+    if near := difflib.get_close_matches(name, known, n=3):
+        raise ValueError(f"no run named {name}; did you mean {' or '.join(near)}?")
+    more = ", …" if len(known) > 10 else ""
+    hint = f"there are: {', '.join(known[:10])}{more}" if known else f"there is none yet in {runs}; train one first"
     raise ValueError(f"no run named {name}; {hint}")
+
+
+def check_folder(out: Path) -> None:
+    """Raises ValueError when ``out`` cannot be a folder, before the work for it begins."""
+    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"{file} is a file; give --out a folder")
 
 
 def save_with(path: Path, save: Callable[[Path], None]) -> None:

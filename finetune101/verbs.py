@@ -61,15 +61,23 @@ def compare(argv: Sequence[str]) -> int:
     """``finetune101 compare``."""
     arguments = parse(CompareArguments, argv, prog="finetune101 compare")
     from finetune101.analysis.groups import open_group
-    from finetune101.analysis.report import finished, study_folder, study_groups
+    from finetune101.analysis.report import finished, progress_of, study_folder, study_groups
+    from finetune101.runs import check_folder
 
+    check_folder(Path(arguments.out))
     names = arguments.groups
     folder = study_folder(names[0], arguments.runs) if len(names) == 1 else None
+    if folder:
+        cells, (done, planned) = finished(folder), progress_of(folder)
+        network, *others = dict.fromkeys(cell["model"] for cell in cells)
+        size = max(cell["size"] or 0 for cell in cells)
+        also = f"; {', '.join(others)}: finetune101 report {folder}" if others else ""
+        print(f"{network}{f', {size} training images per class' if size else ''}{also}")
+        if done < planned:
+            print(f"{done} of {planned} runs are done")
+        print()
     found = study_groups(folder) if folder else [open_group(name, arguments.runs) for name in names]
     run_comparison(found, Path(arguments.out))
-    _, *others = dict.fromkeys(cell["model"] for cell in finished(folder)) if folder else [""]
-    if others:
-        print(f"These are the arms of its first network; those of {', '.join(others)}: finetune101 report {folder}")
     return 0
 
 
@@ -81,8 +89,8 @@ def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
 
     found = comparing.all_pairs(groups)
     print("\n\n".join(comparing.text(one) for one in found))
-    write_json(out / "comparison.json", comparing.to_json(found, out))
     progress(found, groups, out / "comparison.png")
+    write_json(out / "comparison.json", comparing.to_json(found, out))
     print(f"Picture: {out / 'comparison.png'}. A page with all of it: finetune101 report {out}")
     return found[0]
 
@@ -118,8 +126,8 @@ def study(argv: Sequence[str]) -> int:
     index = dataset.index(dataset.find(config.data), layout)
     cells = experiment.plan(config, index)
     left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
-    total, time = sum(len(cell.runs) for cell in cells), experiment.estimate(config, index, cells, arguments.dry_run)
-    print(f"{total} runs, {left} to do: {time}")
+    time = f": {experiment.estimate(config, index, cells, arguments.dry_run)}" if left else ""
+    print(f"{sum(len(cell.runs) for cell in cells)} runs, {left} to do{time}")
     if not arguments.dry_run:
         try:
             summary = experiment.run(config, index, cells, arguments.jobs)

@@ -14,10 +14,13 @@ import publish_study
 import pytest
 
 from finetune101 import experiment
-from finetune101.analysis import report
+from finetune101.analysis import groups, report
 from finetune101.config import StudyConfig
 from finetune101.data import dataset, splits
+from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run
+from finetune101.training.loop import fit
+from finetune101.training.prepare import prepare
 from finetune101.training.recipes import scratch
 
 
@@ -100,7 +103,13 @@ def test_other_settings_are_another_study(folder: Path, study: StudyConfig, inde
 def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: dataset.Index) -> None:
     for change, message in (
         ({"seeds": 0}, "--seeds is 0"),
-        ({"arms": ()}, "at least one of --arms"),
+        ({"arms": ()}, "--arms names nothing"),
+        ({"models": ()}, "--models names nothing"),
+        ({"exp": "../x"}, "--exp '../x' cannot name a folder"),
+        ({"train_per_class": (0, 1)}, "--train-per-class is 0"),
+        ({"train_per_class": (1, 500)}, "--train-per-class 500 leaves none to test"),
+        ({"scratch_recipe": "probe"}, "--scratch-recipe probe trains the output layer only"),
+        ({"probe_recipe": "finetune"}, "--probe-recipe finetune trains every layer"),
         ({"scratch_recipe": "none"}, "there is no recipe none"),
         ({"epochs": 0}, "--epochs is 0"),
     ):
@@ -130,10 +139,36 @@ def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> Non
     assert [picture.name for picture in report.draw_study(folder)] == ["efficientnet_lite0.png"]
     page = report.report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
     assert "Accuracy against training images per class" in page
-    assert "With 4 training images per class: probe is right on" in page and "Test, side by side" in page
+    assert "Training images per class: 4. probe is right on" in page and "Test, side by side" in page
     assert (tmp_path / "report" / "report.md").is_file()
-    groups = report.study_groups(folder)
-    assert [(group.name, len(group.runs)) for group in groups] == [("probe", 1), ("scratch", 1)]
+    found = report.study_groups(folder)
+    assert [(group.name, len(group.runs)) for group in found] == [("probe", 1), ("scratch", 1)]
+
+
+def test_the_page_of_an_unfinished_study_says_so(
+    folder: Path, study: StudyConfig, index: dataset.Index, tmp_path: Path
+) -> None:
+    copy = tmp_path / "s"
+    shutil.copytree(folder, copy)
+    summary = experiment.summarise(study, experiment.plan(dataclasses.replace(study, seeds=2), index), {})
+    Run(copy).write_json("study.json", summary)
+    page = report.report(str(copy), tmp_path / "report").read_text(encoding="utf-8")
+    assert "4 of 8 runs are done. Training images per class: 4." in page and ">1 / 2</td>" in page
+
+
+def test_a_run_that_is_tested_before_its_end_is_not_done(
+    study: StudyConfig, index: dataset.Index, tmp_path: Path
+) -> None:
+    own = dataclasses.replace(study, runs=str(tmp_path), arms=("scratch",), train_per_class=(), epochs=2)
+    cells = experiment.plan(own, index)
+    job = prepare(cells[0].runs[0])
+    next(fit(job, quiet=True))
+    with pytest.raises(ValueError, match=r"stands at epoch 1 of 2; go on with: finetune101 train --exp .* --resume"):
+        groups.read(job.run)
+    evaluate(job.run)
+    assert not experiment.is_done(cells[0].runs[0])
+    assert experiment.run(own, index, cells)["cells"][0]["n"] == 1
+    assert experiment.is_done(cells[0].runs[0]) and job.run.stopped() == "" and len(job.run.metrics()) == 2
 
 
 def test_the_page_of_several_networks_compares_the_arms_of_each(folder: Path, tmp_path: Path) -> None:

@@ -133,8 +133,12 @@ def test_open_run_by_name_or_folder(run: Run, monkeypatch: pytest.MonkeyPatch, t
 
 def test_open_run_names_those_that_exist(run: Run, tmp_path: Path) -> None:
     Run(run.path.parent / "grid" / "lr=1").write_json("config.json", {})
-    with pytest.raises(ValueError, match="no run named on; there are: one, grid/lr=1"):
+    with pytest.raises(ValueError, match="no run named other; there are: one, grid/lr=1"):
+        open_run("other", str(run.path.parent))
+    with pytest.raises(ValueError, match=r"no run named on; did you mean one\?"):
         open_run("on", str(run.path.parent))
+    with pytest.raises(ValueError, match="grid is no run: it has no config.json"):
+        open_run("grid", str(run.path.parent))
     with pytest.raises(ValueError, match=r"there is none yet in .*; train one first"):
         open_run("on", str(tmp_path / "elsewhere"))
 

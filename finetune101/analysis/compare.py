@@ -172,7 +172,7 @@ def over_splits(differences: Sequence[float], ratio: float) -> tuple[float, floa
     k = len(differences)
     half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt((1 / k + ratio) * float(np.var(differences, ddof=1)))
     mean = float(np.mean(differences))
-    return mean - half, mean + half
+    return max(-100.0, mean - half), min(100.0, mean + half)
 
 
 def _arm(group: Group, other: Group) -> Arm:
@@ -309,7 +309,9 @@ def text(c: Comparison) -> str:
     lines.append(f"{'difference':{width}}  {_points(c.difference)} points ({_span(c.interval)}; over {c.over})")
     if c.crossed and c.difference_interval:
         lines.append(f"{'':{width}}  of these very runs, over images only: {_span(c.difference_interval)}")
-        lines.append(f"{'':{width}}  t test over images and runs: p = {c.crossed.p:.2g} ({c.crossed.df:.1f} degrees)")
+        lines.append(
+            f"{'':{width}}  t test over images and runs: p = {c.crossed.p:.2g} ({c.crossed.df:.1f} degrees of freedom)"
+        )
     lines.append("")
     for pair in c.mcnemar:
         lines.append(f"Only {pair.a} is right: {_images(pair.only_a)}. Only {pair.b} is right: {_images(pair.only_b)}.")
@@ -319,7 +321,7 @@ def text(c: Comparison) -> str:
     if single:
         lines.append(f"One training run of {' and of '.join(single)}: another seed or split would give other numbers.")
     best, worst = c.classes[:3], c.classes[:-4:-1]
-    lines += ["", f"Classes that {c.a.name} gains most: {_classes(best)}; least: {_classes(worst)}."]
+    lines += ["", f"By class, the difference is greatest in {_classes(best)}; least in {_classes(worst)}."]
     lines += [line for arm, other in ((c.a, c.b), (c.b, c.a)) for line in _arm_lines(arm, other)]
     if c.a.network != c.b.network:
         lines += ["", "The networks differ, so the difference does not come from the start of training alone."]
@@ -336,14 +338,14 @@ def _arm_lines(arm: Arm, other: Arm) -> list[str]:
     lines += [f"  started from: {arm.init_source}", f"  initial state: {arm.init_hash[:19]}"]
     lines += [f"  {start}" for start in dict.fromkeys(run.start for run in arm.runs) if start != "pretrained"]
     if first.steps or first.seconds:
-        each = " each" if n > 1 else ""
-        minutes = float(np.mean([run.seconds for run in arm.runs])) / 60
-        lines.append(f"  trained for {minutes:.1f} min, {first.steps} steps, {first.images} images{each}")
+        each = ", each of its runs" if n > 1 else ""
+        time = _minutes(float(np.mean([run.seconds for run in arm.runs])))
+        lines.append(f"  trained for {time}: {first.steps} steps, {first.images} images gone through{each}")
     if arm.validation is not None and other.validation is not None:
         goal = f"{other.name}'s final validation accuracy ({other.validation:.1f} %)"
         when = "never"
         if arm.steps_to_other is not None and arm.seconds_to_other is not None:
-            when = f"after {arm.steps_to_other:g} steps, {arm.seconds_to_other / 60:.1f} min"
+            when = f"after {arm.steps_to_other:g} steps, {_minutes(arm.seconds_to_other)}"
         lines.append(f"  reaches {goal}: {when}")
     return lines
 
@@ -357,6 +359,10 @@ def _row(arm: Arm, width: int, n: int) -> str:
         f"{arm.mean_per_class:6.2f} ± {arm.mean_per_class_sd:.2f} %",
     )
     return f"{arm.name:{width}}  {top1:26}  {per_class}    n = {len(arm.runs)} runs"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _points(value: float) -> str:
@@ -379,6 +385,8 @@ def _verdict(c: Comparison) -> str:
     what = "choice of test images" if c.over == "images" else f"choice of {c.over}"
     single = len(c.a.runs) == len(c.b.runs) == 1
     sure = c.mcnemar[0].p < 0.05 if single else not c.interval[0] <= 0 <= c.interval[1]
+    if not any(pair.only_a or pair.only_b for pair in c.mcnemar):
+        return "Both are right on the same images."
     if not sure:
         return "So these images do not tell the two apart." if c.over == "images" else "So the two are not told apart."
     return f"So {c.a.name if c.difference > 0 else c.b.name} is better, by more than the {what} explains."

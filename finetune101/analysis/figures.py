@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,6 +30,7 @@ Records = Sequence[Mapping[str, Any]]
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 ARMS = (BLUE, VERMILION, GREEN, "#A0448A", "#7A5C00")  # one for each arm
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+COUNTED = 15  # classes of a matrix with room for numbers
 CONFUSION = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CC9E6", BLUE, "#00263B"])
 # A style context rather than rcParams, so that a caller's own plots keep theirs; names may hold any character.
 STYLE: Any = {
@@ -146,6 +148,7 @@ def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -
     by_step.set(title="Accuracy against steps", xlabel="optimizer steps")
     by_time.set(title="Accuracy against time", xlabel=f"{unit} of training, on the machine that trained")
     by_step.set_ylabel("right answers on validation images (%)")
+    by_step.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     for axes in (by_step, by_time):
         axes.set_ylim(0, 101)
         axes.set_xlim(left=-0.02 * axes.get_xlim()[1])
@@ -157,7 +160,9 @@ def _tests(axes: Axes, arms: Sequence[Mapping[str, Any]], over: str) -> None:
     for y, arm, colour in zip(range(len(arms) - 1, -1, -1), arms, ARMS, strict=False):
         top1, (low, high) = arm["top1"], arm["interval"]
         axes.barh(y, top1, height=0.3, color=colour)
-        axes.errorbar(top1, y, xerr=[[top1 - low], [high - top1]], color="black", capsize=6, linewidth=1.5)
+        axes.errorbar(
+            top1, y, xerr=[[max(0, top1 - low)], [max(0, high - top1)]], color="black", capsize=6, linewidth=1.5
+        )
         if len(arm["runs"]) > 1:
             axes.plot(arm["runs"], [y] * len(arm["runs"]), "o", color="white", markeredgecolor="black", markersize=5)
         axes.text(0, y + 0.35, _short(arm["name"], 28), color=colour, fontweight="bold")
@@ -186,8 +191,8 @@ def gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) 
                 continue
             labels.append(f"{_short(row['name'], 30)} ({row['n']})")
             axes.plot([row["b"], row["a"]], [y, y], color="#B5B5B5", linewidth=3, zorder=1)
-            axes.plot(row["b"], y, "s", color=VERMILION, markersize=7)
-            axes.plot(row["a"], y, "o", color=BLUE, markersize=8)
+            axes.plot(row["b"], y, "s", color=VERMILION, markersize=9)
+            axes.plot(row["a"], y, "o", color=BLUE, markersize=6.5)
         axes.set_yticks(range(len(shown)), labels)
         axes.set(xlim=(-3, 103), ylim=(-0.7, len(shown) - 0.3), xlabel="right answers on test images of the class (%)")
         axes.set_title("Classes that gain most (top) and least (bottom); number of test images in brackets")
@@ -201,7 +206,7 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
     """Draws a matrix of ``counts`` [true, predicted] in the order given, as a PNG at ``out``.
 
     ``blocks`` are the lengths of the groups of classes that are taken for each other: each gets a frame. Colour is
-    the share of the true class's images.
+    the share of the true class's images; a small matrix also says how many.
     """
     share = counts / counts.sum(1, keepdims=True).clip(1)
     side = max(5.0, 1.5 + 0.135 * len(names))
@@ -221,6 +226,10 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
                 box = (start - 0.5, start - 0.5)
                 axes.add_patch(Rectangle(box, length, length, fill=False, edgecolor=VERMILION, linewidth=1.5))
             start += length
+        if len(names) <= COUNTED:
+            for (row, column), count in np.ndenumerate(counts):
+                colour = "white" if share[row, column] > 0.4 else "black"
+                axes.text(column, row, str(count or ""), ha="center", va="center", color=colour)
         axes.set(xlabel="prediction", ylabel="true class")
         bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=40, ticks=[0, 1, 5, 20, 50, 100])
         bar.set_label("images of the true class (%)")
@@ -242,7 +251,7 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
             lower.bar(x, [one["n"] for one in bins], width=0.38 * width, color=ARMS[k])
         upper.set(ylim=(0, 102), ylabel="right answers (%)")
         upper.set_title("Below the dotted line the network is surer than it is right")
-        upper.legend(loc="lower right")
+        figure.legend(loc="outside lower left")
         lower.set(xlim=(0, 101), xlabel="confidence of the prediction (%)", ylabel="images")
         lower.set_yscale("symlog", linthresh=10)
         ticks = [0, *(10**k for k in range(1, len(str(max(one["n"] for bins in lines.values() for one in bins)))))]

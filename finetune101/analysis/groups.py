@@ -122,7 +122,9 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
     folders = sorted({file.parent for path in found for file in Path(path).glob("**/config.json")})
     if not unfinished:
-        folders = [folder for folder in folders if Run(folder).has("test.json")]
+        folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
+    if not folders and set(name) & set("*?["):
+        raise ValueError(f"no run matches {name}; a glob is looked up here and in {runs}")
     if not folders:
         folders = [open_run(name, runs).path]  # which says what there is
     tested = [read(Run(folder)) for folder in folders]
@@ -209,7 +211,8 @@ def read_answers(run: Run) -> dict[str, Answer]:
             rows = list(csv.DictReader(opened, strict=True))
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
-        raise ValueError(f"{run.path} has not been tested; run: finetune101 evaluate {run.path}") from None
+        untested = f"{run.path} has not been tested; run: finetune101 evaluate {run.path}"
+        raise ValueError(run.stopped() or untested) from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
     if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):

@@ -6,11 +6,12 @@ import base64
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune101.runs import atomic
+from finetune101.runs import atomic, check_folder
 
 TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "zh")
@@ -19,15 +20,20 @@ Cell = tuple[str, float | str]  # what is shown, and what is sorted by
 
 
 class Page:
-    """A title, a headline and sections; pictures lie in ``folder``. Raises ValueError for an unknown language."""
+    """A title, a headline and sections, written to ``folder`` when all are there.
+
+    Raises ValueError for an unknown language, or when ``folder`` is a file.
+    """
 
     def __init__(self, folder: Path, lang: str) -> None:
         if lang not in LANGUAGES:
             raise ValueError(f"--lang is {lang}; choose from {', '.join(LANGUAGES)}")
+        check_folder(folder)
         self.words: dict[str, str] = json.loads((TEMPLATES / f"{lang}.json").read_text(encoding="utf-8"))
         self.folder, self.lang = folder, lang
         self.title, self.headline = "", ""
         self.sections: list[dict[str, Any]] = []
+        self.pictures: dict[str, bytes] = {}
 
     def say(self, key: str, /, **values: Any) -> str:
         """The sentence ``key`` in the page's language."""
@@ -40,20 +46,31 @@ class Page:
         self.sections.append({"kind": kind, "title": title, "note": note, **content})
 
     def picture(
-        self, key: str, draw: Callable[[Path], Path], alt: str, name: str = "", stem: str = "", **content: Any
+        self,
+        key: str,
+        draw: Callable[[Path], Path],
+        alt: str,
+        name: str = "",
+        stem: str = "",
+        wide: bool = False,
+        **content: Any,
     ) -> None:
-        """A section with the picture that ``draw`` writes; ``stem`` names the file, where that has to stay."""
-        count = sum(section["kind"] == "picture" for section in self.sections)
-        file = draw(self.folder / f"{stem or f'{count}_{key}'}.png")
-        uri = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-        self.add("picture", key, name, file=file.name, uri=uri, alt=alt, wide=key == "confusion", **content)
+        """A section with the picture that ``draw`` writes; ``stem`` names the file, where that has to stay.
+
+        A ``wide`` one goes beyond the text, and on a small screen is scrolled rather than made small.
+        """
+        file = f"{stem or f'{len(self.pictures)}_{key}'}.png"
+        with TemporaryDirectory() as folder:
+            drawn = self.pictures[file] = draw(Path(folder) / file).read_bytes()
+        uri = "data:image/png;base64," + base64.b64encode(drawn).decode()
+        self.add("picture", key, name, file=file, uri=uri, alt=alt, wide=wide, **content)
 
     def table(self, key: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], name: str = "") -> None:
         """A section with a table that can be sorted and, when it is long, filtered; ``heads`` are words."""
         self.add("table", key, name, heads=[self.words.get(head, head) for head in heads], rows=rows)
 
     def write(self) -> Path:
-        """Writes report.html and report.md; returns the former."""
+        """Writes the pictures, report.html and report.md; returns the page."""
         env = Environment(
             loader=FileSystemLoader(TEMPLATES),
             autoescape=lambda name: bool(name and name.endswith(".html")),
@@ -62,10 +79,10 @@ class Page:
             lstrip_blocks=True,
         )
         env.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-        for name in ("report.html", "report.md"):
-            text = env.get_template(name).render(page=self, t=self.words)
+        pages = {name: env.get_template(name).render(page=self, t=self.words) for name in ("report.html", "report.md")}
+        for name, content in {**self.pictures, **{name: text.encode() for name, text in pages.items()}}.items():
             with atomic(self.folder / name) as part:
-                part.write_text(text, encoding="utf-8")
+                part.write_bytes(content)
         return self.folder / "report.html"
 
 
@@ -82,6 +99,11 @@ def number(value: float | None, form: str = ".2f") -> Cell:
 def spread(mean: float, sd: float | None) -> Cell:
     """A cell with a mean and, where there is one, its standard deviation."""
     return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else ""), mean
+
+
+def minutes(seconds: float | None) -> Cell:
+    """A cell with a time in minutes: hundredths below one."""
+    return number(None if seconds is None else seconds / 60, ".2f" if (seconds or 0) < 60 else ".1f")
 
 
 def percent(value: float, interval: tuple[float, float], form: str = ".0f") -> Cell:

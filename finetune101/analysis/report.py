@@ -11,7 +11,7 @@ import numpy as np
 from finetune101.analysis import compare, figures, groups, mistakes
 from finetune101.analysis.compare import Arm, Comparison
 from finetune101.analysis.groups import Group, Tested
-from finetune101.analysis.page import Cell, Page, number, percent, spread, text
+from finetune101.analysis.page import Cell, Page, minutes, number, percent, spread, text
 from finetune101.evaluation import metrics
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run, open_run
@@ -39,10 +39,10 @@ def report(
 
 def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
     low, high = run.test["top1_interval"]
-    page.title = run.run.name
+    page.title = f"{run.config.exp}: {run.config.model.name}"
     page.headline = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
     alt = page.say("curves_alt", epoch=run.test["epoch"])
-    page.picture("curves", lambda out: figures.curves(run.run.metrics(), out, run.run.name), alt)
+    page.picture("curves", lambda out: figures.curves(run.run.metrics(), out, page.title), alt)
     _class_table(page, run)
     _details(page, run, "", mistakes.image_root([run], data) if gallery else None)
     _facts(page, [run])
@@ -109,6 +109,9 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
         page.headline = f"{first}: {page.headline}"
     if largest := max(cell["size"] or 0 for cell in cells):
         page.headline = page.say("per_class", size=largest) + page.headline
+    done, planned = progress_of(folder)
+    if done < planned:
+        page.headline = page.say("partial", done=done, planned=planned) + page.headline
 
 
 def _cell_row(cell: dict[str, Any]) -> list[Cell]:
@@ -118,9 +121,9 @@ def _cell_row(cell: dict[str, Any]) -> list[Cell]:
         text(cell["model"]),
         text(cell["arm"]),
         size,
-        number(cell["n"], "d"),
+        (f"{cell['n']} / {cell['planned']}", cell["n"]),
         *accuracies,
-        number(cell["seconds"] / 60, ".1f"),
+        minutes(cell["seconds"]),
     ]
 
 
@@ -135,6 +138,12 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     if not cells:
         raise ValueError(f"{folder} has no finished run yet; continue the study first")
     return cells
+
+
+def progress_of(folder: Path) -> tuple[int, int]:
+    """How many runs of a study are done, and how many it has."""
+    cells = Run(folder).read_json("study.json")["cells"]
+    return sum(cell["n"] for cell in cells), sum(cell["planned"] for cell in cells)
 
 
 def study_groups(folder: Path, model: str | None = None) -> list[Group]:
@@ -222,7 +231,7 @@ def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group], network
         cost = [float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("seconds", "steps", "images")]
         top1 = percent(arm.top1, arm.top1_interval, ".2f") if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
         scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
-        costs = [number(cost[0] / 60, ".1f"), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
+        costs = [minutes(cost[0]), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
         rows.append([text(arm.name), text(arm.network), *settings, number(len(arm.runs), "d"), *scores, *costs])
     page.table("arms", heads, rows, network)
 
@@ -265,8 +274,7 @@ def _reach_table(page: Page, comparisons: Sequence[Comparison], network: str) ->
     for c in comparisons:
         for arm, other in ((c.a, c.b), (c.b, c.a)):
             if other.validation is not None:
-                minutes = None if arm.seconds_to_other is None else arm.seconds_to_other / 60
-                after = [number(arm.steps_to_other, ",.0f"), number(minutes, ".1f")]
+                after = [number(arm.steps_to_other, ",.0f"), minutes(arm.seconds_to_other)]
                 reach.append([text(arm.name), text(other.name), number(other.validation), *after])
     if reach:
         page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach, network)
@@ -278,7 +286,9 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
     worst = mistakes.pairs(run.answers)
     alt = page.say("confusion_alt", pairs="; ".join(f"{a} → {b} ({n})" for a, b, n in worst[:3]))
     draw = lambda out: figures.confusion(found.names, found.counts, found.blocks, out)  # noqa: E731
-    page.picture("confusion", draw, alt, name, shown=len(found.names), total=len(found.names) + found.hidden)
+    total = len(found.names) + found.hidden
+    hidden = page.say("confusion_hidden", shown=len(found.names), total=total) if found.hidden else ""
+    page.picture("confusion", draw, alt, name, wide=total > mistakes.MAY_HIDE, hidden=hidden)
     if root:
         page.add("pairs", "pairs", name, pairs=mistakes.pair_examples(run, root))
     else:
