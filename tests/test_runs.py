@@ -137,7 +137,7 @@ def test_open_run_names_those_that_exist(run: Run, tmp_path: Path) -> None:
         open_run("other", str(run.path.parent))
     with pytest.raises(ValueError, match=r"no run named on; did you mean one\?"):
         open_run("on", str(run.path.parent))
-    with pytest.raises(ValueError, match="grid is no run: it has no config.json"):
+    with pytest.raises(ValueError, match=r"grid is no run: it has no config\.json"):
         open_run("grid", str(run.path.parent))
     with pytest.raises(ValueError, match=r"there is none yet in .*; train one first"):
         open_run("on", str(tmp_path / "elsewhere"))
