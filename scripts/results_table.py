@@ -13,8 +13,10 @@ from claims import runs_in
 from publish import RESULTS
 
 from finetune101.analysis.groups import read_manifest
+from finetune101.config import TrainConfig
 from finetune101.models.build import build
 from finetune101.runs import Run, write_json
+from finetune101.training.recipes import RECIPES, named
 
 MARKS = ("<!-- accuracy: python scripts/results_table.py -->", "<!-- end of accuracy -->")
 HEADS = {
@@ -89,9 +91,18 @@ def _described(run: Run) -> dict[str, Any]:
     start = "ImageNet" if config.model.pretrain else "random"
     return {
         "name": NETWORKS[config.model.name],
-        "start": f"{start}, `{config.recipe}`, {config.model.size or built.preprocessing.size} px",
+        "start": f"{start}, `{_recipe(config)}`, {config.model.size or built.preprocessing.size} px",
         "weights": sum(p.numel() for p in built.model.parameters()),
     }
+
+
+def _recipe(config: TrainConfig) -> str:
+    """The recipe that trains as ``config`` does: one that became a recipe later, or the one it was started with."""
+    if named(config.recipe)("x", pretrain=config.model.pretrain).optim == config.optim:
+        return config.recipe
+    arm = [recipe for name, recipe in RECIPES.items() if name.startswith("scratch") != config.model.pretrain]
+    same = [recipe.__name__ for recipe in arm if recipe("x", pretrain=config.model.pretrain).optim == config.optim]
+    return same[0] if same else config.recipe
 
 
 def main() -> None:

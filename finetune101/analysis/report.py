@@ -101,17 +101,20 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
     page.table("cells", heads, [_cell_row(cell) for cell in cells])
     page.sections += rest
     first, *others = dict.fromkeys(cell["model"] for cell in cells)
+    page.headline = _about(page, cells, first, bool(others)) + page.headline
     for model in others:
         found = study_groups(folder, model)
         if len(found) > 1:
-            page.headline += f" {model}: {_compared(page, found, model)}"
-    if others:
-        page.headline = f"{first}: {page.headline}"
-    if largest := max(cell["size"] or 0 for cell in cells):
-        page.headline = page.say("per_class", size=largest) + page.headline
+            page.headline += f" {_about(page, cells, model, True)}{_compared(page, found, model)}"
     done, planned = progress_of(folder)
     if done < planned:
         page.headline = page.say("partial", done=done, planned=planned) + page.headline
+
+
+def _about(page: Page, cells: Cells, model: str, named: bool) -> str:
+    """What a sentence on a study's network is about: its name where there are several, and the size compared."""
+    size = max(cell["size"] or 0 for cell in cells if cell["model"] == model)
+    return (f"{model}: " if named else "") + (page.say("per_class", size=size) if size else "")
 
 
 def _cell_row(cell: dict[str, Any]) -> list[Cell]:

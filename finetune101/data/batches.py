@@ -172,7 +172,8 @@ def train_batches(
 
     ``epochs`` holds each one's number and the size of its training images, None for that of the preprocessing. (seed,
     number) fixes order and augmentation, whatever the number of processes. A process without an image of the last batch
-    gets its first one, to be counted 0. On a GPU ``world.workers`` processes prepare the next batches meanwhile.
+    gets its first one, to be counted 0. On a GPU ``world.workers`` processes prepare the next batches meanwhile, where
+    the images are cached.
     """
     own = images.preprocessing
 
@@ -188,11 +189,12 @@ def train_batches(
 
     made, fast = _Made(images, paths, labels, config), world.device.type == "cuda"
     loader: Iterable[tuple[Tensor, Tensor, Plan]] = map(made.__getitem__, plans())
-    if world.workers:
+    if world.workers and images.pixels is not None:  # a forked process would lack the threads that decode
         own_seed = torch.Generator()  # the loader's; drawn from the global one, it would change dropout
         loader = DataLoader(
-            made, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast, generator=own_seed
-        )
+            made, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast, generator=own_seed,
+            multiprocessing_context="fork",
+        )  # fmt: skip
     for pixels, y, plan in loader:
         yield to_input(pixels, replace(own, size=plan.size), world), y.to(world.device, non_blocking=fast), plan.count
 

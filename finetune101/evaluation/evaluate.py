@@ -102,6 +102,7 @@ def evaluate(
             "epoch": int(read_checkpoint(run.best)[1]["epoch"]),
             "times_scored": times_scored(run) + 1,
             "mirror": mirror,
+            "world": opened.world.describe(),
         }
         result |= calibrations(output, labels, opened.logits("val", batch_size) if opened.chosen_on_val else None)
         result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)

@@ -124,7 +124,9 @@ def _steps(built: Built, world: World, name: str, batch_size: int) -> Callable[[
 def seconds_per_image(config: TrainConfig, classes: int) -> float:
     """Seconds that an image of a training step takes in ``config``, mean over its training sizes: steps on noise."""
     cpu.tune_allocator()
-    world, n = detect(config.system), min(config.optim.batch_size, 16)  # larger batches are hardly quicker on a CPU
+    world, n = detect(config.system), config.optim.batch_size
+    if world.device.type == "cpu":
+        n = min(n, 16)  # larger batches are hardly quicker there
     found: dict[int | None, float] = {}
     for size in config.augment.train_sizes or (config.model.size,):
         if size not in found:

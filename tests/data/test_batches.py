@@ -77,6 +77,13 @@ def test_workers_make_the_same_batches(images: Images) -> None:
     assert all(same(a[:2], b[:2]) == (True, True) and a[2] == b[2] for a, b in zip(alone, helped, strict=True))
 
 
+def test_without_a_cache_no_worker_is_forked(images: Images) -> None:
+    uncached = Images(images.root, images.paths, images.preprocessing)
+    read(uncached, images.paths[:2])  # its threads are running: a fork would wait for them for ever
+    found, wanted = (list(stream(one, [1], PLAIN, world=replace(WORLD, workers=2))) for one in (uncached, images))
+    assert all(same(a[:2], b[:2]) == (True, True) for a, b in zip(found, wanted, strict=True))
+
+
 def test_the_global_random_state_is_left_alone(images: Images) -> None:
     before = torch.get_rng_state()
     epoch(images)
