@@ -83,7 +83,7 @@ def train(name: str, flags: list[str], jobs: int) -> None:
 
 
 def score(folder: Path) -> tuple[float, float]:
-    """Validation accuracy (percent) after the last epoch, and the seconds of the quickest one: others were disturbed."""
+    """Validation accuracy (percent) after the last epoch, and the seconds of the quickest: others were disturbed."""
     records = [record for record in Run(folder).metrics() if record["epoch"]]  # the probe is epoch 0
     return records[-1]["val_top1"], min(record["seconds"] for record in records)
 

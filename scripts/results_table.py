@@ -16,7 +16,7 @@ from finetune101.analysis.groups import read_manifest
 from finetune101.config import TrainConfig
 from finetune101.models.build import build
 from finetune101.runs import Run, write_json
-from finetune101.training.recipes import RECIPES, named
+from finetune101.training.recipes import RECIPES
 
 MARKS = ("<!-- accuracy: python scripts/results_table.py -->", "<!-- end of accuracy -->")
 HEADS = {
@@ -96,13 +96,11 @@ def _described(run: Run) -> dict[str, Any]:
     }
 
 
-def _recipe(config: TrainConfig) -> str:
-    """The recipe that trains as ``config`` does: one that became a recipe later, or the one it was started with."""
-    if named(config.recipe)("x", pretrain=config.model.pretrain).optim == config.optim:
-        return config.recipe
+def _recipe(config: TrainConfig) -> str | None:
+    """The recipe that trains as ``config`` does: the one it was started with, or one that was named so later."""
     arm = [recipe for name, recipe in RECIPES.items() if name.startswith("scratch") != config.model.pretrain]
     same = [recipe.__name__ for recipe in arm if recipe("x", pretrain=config.model.pretrain).optim == config.optim]
-    return same[0] if same else config.recipe
+    return config.recipe if config.recipe in same or not same else same[0]
 
 
 def main() -> None:
