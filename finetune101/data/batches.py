@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,14 +12,13 @@ from torchvision.transforms.v2 import (
     CutMix,
     InterpolationMode,
     MixUp,
-    RandomErasing,
     RandomResizedCrop,
-    TrivialAugmentWide,
 )
 from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data.cache import Images
+from finetune101.data.distort import Boxes, Distortions, distort, draw_distortions
 from finetune101.world import World
 
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -38,9 +37,6 @@ def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tens
         x.permute(0, 2, 3, 1).view(-1, height, 3 * width).sub_(mean.repeat(width)).div_(std.repeat(width))
         return x.contiguous(memory_format=world.memory_format)
     return x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1)).contiguous(memory_format=world.memory_format)
-
-
-Boxes = list[tuple[int, int, int, int]]  # top, left, height, width
 
 
 def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Generator) -> tuple[Boxes, Tensor]:
@@ -72,26 +68,6 @@ def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int, interpola
     for out, image, turn in zip(result, rows, mirrored.tolist(), strict=True):
         out.copy_(image.flip(1) if turn else image)
     return result.permute(0, 3, 1, 2)
-
-
-def distort(pixels: Tensor, seeds: Sequence[int], config: AugmentConfig, fill: Sequence[int]) -> Tensor:
-    """uint8 (N, 3, h, w): each image changed and painted over as its seed says, with ``fill`` (RGB) where nothing is.
-
-    TrivialAugment (Müller & Hutter, 2021) and random erasing (Zhong et al., 2020).
-    """
-    changes: list[Callable[[Tensor], Tensor]] = []
-    if config.policy == "trivial":
-        changes.append(TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=list(fill)))
-    if config.erasing > 0:
-        changes.append(RandomErasing(config.erasing, value=list(fill)))
-    result = []
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        for image, seed in zip(pixels, seeds, strict=True):
-            torch.manual_seed(seed)
-            for change in changes:
-                image = change(image)
-            result.append(image)
-    return torch.stack(result)
 
 
 def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -137,23 +113,20 @@ class Plan:
     """Images of the batch in all processes."""
     boxes: Boxes
     mirrored: Tensor
-    seeds: list[int]
-    """Of each image's distortion; empty where there is none."""
+    distortions: Distortions
     size: int
 
 
 class _Made(Dataset[tuple[Tensor, Tensor, Plan]]):
     """Plan -> (uint8 (N, 3, h, w), int64 (N,), the plan)."""
 
-    def __init__(self, images: Images, paths: Sequence[str], labels: Sequence[int], config: AugmentConfig) -> None:
-        self.images, self.paths, self.labels, self.config = images, paths, labels, config
+    def __init__(self, images: Images, paths: Sequence[str], labels: Sequence[int]) -> None:
+        self.images, self.paths, self.labels = images, paths, labels
 
     def __getitem__(self, plan: Plan) -> tuple[Tensor, Tensor, Plan]:
         preprocessing = self.images.preprocessing
         pixels = read(self.images, [self.paths[i] for i in plan.chosen])
         pixels = augment(pixels, plan.boxes, plan.mirrored, plan.size, preprocessing.interpolation)
-        if plan.seeds:
-            pixels = distort(pixels, plan.seeds, self.config, [round(255 * value) for value in preprocessing.mean])
         return pixels, torch.tensor([self.labels[i] for i in plan.chosen]), plan
 
 
@@ -182,12 +155,14 @@ def train_batches(
             order, generator = epoch_order(len(paths), seed, number)
             for chosen in (part.tolist() for part in order.split(batch_size)):
                 boxes, mirrored = draw_boxes(len(chosen), own.cache_size, config, generator)
-                distorts = config.policy != "none" or config.erasing > 0
-                seeds = torch.randint(2**62, (len(chosen),), generator=generator).tolist() if distorts else []
+                drawn = draw_distortions(len(chosen), size or own.size, config, generator)
                 mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
-                yield Plan(chosen[mine], len(chosen), boxes[mine], mirrored[mine], seeds[mine], size or own.size)
+                yield Plan(
+                    chosen[mine], len(chosen), boxes[mine], mirrored[mine], drawn.of(mine), size or own.size
+                )  # fmt: skip
 
-    made, fast = _Made(images, paths, labels, config), world.device.type == "cuda"
+    made, fast = _Made(images, paths, labels), world.device.type == "cuda"
+    fill = [round(255 * value) for value in own.mean]
     loader: Iterable[tuple[Tensor, Tensor, Plan]] = map(made.__getitem__, plans())
     if world.workers and images.pixels is not None:  # a forked process would lack the threads that decode
         own_seed = torch.Generator()  # the loader's; drawn from the global one, it would change dropout
@@ -196,6 +171,7 @@ def train_batches(
             multiprocessing_context="fork",
         )  # fmt: skip
     for pixels, y, plan in loader:
+        pixels = distort(pixels.to(world.device, non_blocking=fast), plan.distortions, fill)
         yield to_input(pixels, replace(own, size=plan.size), world), y.to(world.device, non_blocking=fast), plan.count
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data import dataset
-from finetune101.data.batches import augment, distort, draw_boxes, eval_batches, mix, read, to_input, train_batches
+from finetune101.data.batches import augment, draw_boxes, eval_batches, mix, read, to_input, train_batches
 from finetune101.data.cache import FILTERS, Images, decode, open_images
 from finetune101.world import World
 
@@ -166,24 +166,6 @@ def test_the_memory_format_is_that_of_the_world(images: Images, channels_last: b
     x = to_input(read(images, images.paths[:4]), shape, world)
     assert x.shape == (4, 3, size, size) and x.is_contiguous(memory_format=world.memory_format)
     torch.testing.assert_close(x, to_input(read(images, images.paths[:4]), shape, WORLD), rtol=0, atol=0)
-
-
-def test_distortions_belong_to_an_image_not_to_its_batch(images: Images) -> None:
-    pixels, seeds = read(images, images.paths[:6]), [11, 12, 13, 14, 15, 16]
-    changed = distort(pixels, seeds, STRONG, [1, 2, 3])
-    assert changed.shape == pixels.shape and changed.dtype == torch.uint8
-    assert torch.equal(distort(pixels[2:4], seeds[2:4], STRONG, [1, 2, 3]), changed[2:4])
-    assert sum(not torch.equal(a, b) for a, b in zip(changed, pixels, strict=True)) >= 4
-
-
-def test_the_share_of_erased_images_and_their_colour(images: Images) -> None:
-    pixels = read(images, images.paths[:1]).expand(400, -1, -1, -1)
-    boxes = (distort(pixels, range(400), AugmentConfig(erasing=0.3), [9, 8, 7]) != pixels).any(1)
-    erased = boxes.flatten(1).any(1)
-    assert 0.2 < erased.float().mean() < 0.4
-    first = int(erased.nonzero()[0])
-    colours = distort(pixels[:1], [first], AugmentConfig(erasing=0.3), [9, 8, 7])[0][:, boxes[first]]
-    assert torch.equal(colours, torch.tensor([[9], [8], [7]], dtype=torch.uint8).expand_as(colours))
 
 
 def test_mixed_images_carry_the_shares_of_their_classes() -> None:

@@ -1,0 +1,163 @@
+"""Strong augmentation of a whole batch: one call for each operation, not for each image, so that a GPU can do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import RandomErasing
+from torchvision.transforms.v2 import functional as TF
+
+from finetune101.config import AugmentConfig
+
+Boxes = list[tuple[int, int, int, int]]  # top, left, height, width
+
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
+    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+"""Those of TrivialAugment (Müller & Hutter, 2021), named as torchvision names them."""
+_STEPS = 30  # magnitudes from 0 to 1, besides 0
+
+
+@dataclass(frozen=True)
+class Distortions:
+    """What becomes of each image of a batch; nothing without ``kinds`` and ``holes``."""
+
+    kinds: list[int]
+    """Place of its operation in ``OPERATIONS``."""
+    strengths: list[float]
+    """From -1 to 1, of the strongest; operations without a sign take the size alone."""
+    holes: Boxes
+    """The box that is painted over; of no height where there is none."""
+
+    def of(self, mine: slice) -> Distortions:
+        """Those of some of the images."""
+        return Distortions(self.kinds[mine], self.strengths[mine], self.holes[mine])
+
+
+def draw_distortions(count: int, size: int, config: AugmentConfig, generator: torch.Generator) -> Distortions:
+    """For ``count`` images of ``size`` x ``size`` pixels: random operations (TrivialAugment) and boxes.
+
+    Boxes as in random erasing (Zhong et al., 2020): area from .02 to .33, aspect from 1/3.3 to 3.3.
+    """
+    kinds, strengths, holes = [], [], []
+    if config.policy == "trivial":
+        kinds = torch.randint(len(OPERATIONS), (count,), generator=generator).tolist()
+        steps = torch.randint(_STEPS + 1, (count,), generator=generator) / _STEPS
+        strengths = (steps * (1 - 2 * torch.randint(2, (count,), generator=generator))).tolist()
+    if config.erasing > 0:
+        erased = (torch.rand(count, generator=generator) < config.erasing).tolist()
+        # torchvision draws from the global generator; borrow it, seeded from ours
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            make, image = RandomErasing(1.0).make_params, torch.empty(3, size, size)
+            drawn = [make([image]) if erase else {"i": 0, "j": 0, "h": 0, "w": 0} for erase in erased]
+        holes = [(box["i"], box["j"], box["h"], box["w"]) for box in drawn]
+    return Distortions(kinds, strengths, holes)
+
+
+def distort(pixels: Tensor, drawn: Distortions, fill: Sequence[int]) -> Tensor:
+    """uint8 (N, 3, size, size): each image changed and painted over, with ``fill`` (RGB) where nothing is."""
+    if drawn.kinds:
+        kinds = torch.tensor(drawn.kinds)
+        order = kinds.argsort(stable=True)
+        amounts = torch.tensor(drawn.strengths)[order].to(pixels.device).view(-1, 1, 1, 1)
+        parts = pixels[order.to(pixels.device)].split(kinds.bincount(minlength=len(OPERATIONS)).tolist())
+        changed, start = [], 0
+        for name, part in zip(OPERATIONS, parts, strict=True):
+            if len(part):
+                changed.append(_CHANGES[name](part, amounts[start : start + len(part)], fill))
+            start += len(part)
+        pixels = torch.cat(changed)[order.argsort().to(pixels.device)]
+    if any(height for _, _, height, _ in drawn.holes):
+        colour = torch.tensor(fill, dtype=torch.uint8, device=pixels.device).view(3, 1, 1)
+        pixels = pixels.clone()
+        for image, (top, left, height, width) in zip(pixels, drawn.holes, strict=True):
+            if height:
+                image[:, top : top + height, left : left + width] = colour
+    return pixels
+
+
+Change = Callable[[Tensor, Tensor, Sequence[int]], Tensor]  # uint8 (N, 3, size, size), (N, 1, 1, 1), fill -> uint8
+
+
+def _moved(places: Sequence[tuple[int, int]], values: Callable[[Tensor, int], Sequence[Tensor]]) -> Change:
+    """An affine map whose matrix is the identity but for ``values(strengths, size)`` at ``places``.
+
+    It leads from output to input coordinates, which are -1 and 1 at the images' borders.
+    """
+
+    def change(pixels: Tensor, amounts: Tensor, fill: Sequence[int]) -> Tensor:
+        theta = torch.eye(2, 3, device=pixels.device).repeat(len(pixels), 1, 1)
+        for (row, column), value in zip(places, values(amounts.flatten(), pixels.shape[-1]), strict=True):
+            theta[:, row, column] = value
+        grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+        colour = torch.tensor(fill, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+        # the sampler puts 0 where nothing is: 0 after the colour is taken off is the colour
+        moved = F.grid_sample(pixels.float() - colour, grid, align_corners=False) + colour
+        return moved.round_().clamp_(0, 255).to(torch.uint8)
+
+    return change
+
+
+def _turned(amounts: Tensor, _: int) -> Sequence[Tensor]:
+    angle = torch.deg2rad(135 * amounts)
+    return angle.cos(), -angle.sin(), angle.sin(), angle.cos()
+
+
+def _shift(amounts: Tensor, size: int) -> Tensor:
+    return -(32 * amounts).trunc() * 2 / size
+
+
+def _blended(other: Callable[[Tensor], Tensor]) -> Change:
+    """Away from ``other(images)``, or towards it, by up to .99 of the way."""
+
+    def change(pixels: Tensor, amounts: Tensor, _: Sequence[int]) -> Tensor:
+        base = other(pixels).float()
+        return torch.lerp(base, pixels.float(), 1 + 0.99 * amounts).clamp_(0, 255).to(torch.uint8)
+
+    return change
+
+
+def _mean_grey(pixels: Tensor) -> Tensor:
+    return TF.rgb_to_grayscale(pixels).float().mean((1, 2, 3), keepdim=True)
+
+
+def _smooth(pixels: Tensor) -> Tensor:
+    """The middle of each 3 x 3 pixels counts 5 of 13; the border stays."""
+    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
+    kernel[:, :, 1, 1] = 5
+    result = pixels.float()
+    result[..., 1:-1, 1:-1] = F.conv2d(pixels.float(), kernel / 13, groups=3).round_()
+    return result
+
+
+def _posterized(pixels: Tensor, amounts: Tensor, _: Sequence[int]) -> Tensor:
+    dropped = (6 * amounts.abs()).round()  # bits
+    return pixels & (256 - 2**dropped).to(torch.uint8)
+
+
+def _solarized(pixels: Tensor, amounts: Tensor, _: Sequence[int]) -> Tensor:
+    return torch.where(pixels >= 255 * (1 - amounts.abs()), 255 - pixels, pixels)
+
+
+_CHANGES: dict[str, Change] = {
+    "Identity": lambda pixels, amounts, fill: pixels,
+    "ShearX": _moved([(0, 1), (0, 2)], lambda amounts, size: (0.99 * amounts, 0.99 * amounts)),
+    "ShearY": _moved([(1, 0), (1, 2)], lambda amounts, size: (0.99 * amounts, 0.99 * amounts)),
+    "TranslateX": _moved([(0, 2)], lambda amounts, size: (_shift(amounts, size),)),
+    "TranslateY": _moved([(1, 2)], lambda amounts, size: (_shift(amounts, size),)),
+    "Rotate": _moved([(0, 0), (0, 1), (1, 0), (1, 1)], _turned),
+    "Brightness": _blended(torch.zeros_like),
+    "Color": _blended(TF.rgb_to_grayscale),
+    "Contrast": _blended(_mean_grey),
+    "Sharpness": _blended(_smooth),
+    "Posterize": _posterized,
+    "Solarize": _solarized,
+    "AutoContrast": lambda pixels, amounts, fill: TF.autocontrast(pixels),
+    "Equalize": lambda pixels, amounts, fill: TF.equalize(pixels),
+}
