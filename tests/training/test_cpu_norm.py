@@ -192,14 +192,15 @@ def test_networks_keep_their_names_and_their_gradients(name: str, bf16: bool) ->
     assert fast_norm(fast) == 0
     assert list(fast.state_dict()) == list(plain.state_dict())
     x = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    losses = []
+    outputs = []
     for model in (exact, plain, fast):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and model is not exact):
-            output = model.train()(x.double() if model is exact else x).double()
-            loss = nn.functional.cross_entropy(output, torch.arange(8) % 5)
+            outputs.append(model.train()(x.double() if model is exact else x).double())
+            loss = nn.functional.cross_entropy(outputs[-1], torch.arange(8) % 5)
         loss.backward()
-        losses.append(loss.item())
-    assert abs(losses[2] - losses[0]) < 0.05
+    # bf16 through sixty random layers is off by a sixth whoever computes it: ours may be no further off than PyTorch's
+    plain_error = relative_error(outputs[1].detach(), outputs[0].detach())
+    assert relative_error(outputs[2].detach(), outputs[0].detach()) < 1.5 * plain_error + 1e-4
     gradient = [torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (exact, plain, fast)]
     slack = 0.0 if bf16 else 0.02  # one activation at its clamp passes its gradient, or does not
     assert relative_error(gradient[2], gradient[0]) < 1.2 * relative_error(gradient[1], gradient[0]) + slack
