@@ -19,7 +19,7 @@ from finetune101.runs import Run
 RESULTS = Path(__file__).parents[2] / "results"
 EVIDENCE = {
     "released_finetune": "study_gain/efficientnet_lite0/finetune/all/split42_seed1",
-    "released_random": "scratch_long_lite0_seed0",
+    "released_random": "scratch_lite0/scratch_lite0_seed1",
     "released_probe": "study_gain/efficientnet_lite0/probe/all/split42_seed0",
 }
 """What each was when it was tested, or a run of the same recipe."""
