@@ -23,7 +23,7 @@ HEADS = {
     "README.md": "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | min | claim |",
     "README.zh-CN.md": "| 网络 | 起点，方案 | 划分 | top-1，% | 各类平均，% | n | 参数量（百万） | 分钟 | 声明 |",
 }
-CHINESE = {"random": "随机", "reference": "参考", "standard": "标准"}
+CHINESE = {"random": "随机", "reference": "参考", "standard": "标准", "train + val": "训练 + 验证"}
 NETWORKS = {
     "efficientnet_lite0": "EfficientNet-Lite0",
     "efficientnet_lite2": "EfficientNet-Lite2",
@@ -66,7 +66,10 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
         shown += f" ± {spread:.2f}"
     names, starts = ([one[key] for one in described] for key in ("name", "start"))
     network = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) if members else names[0]
-    cells = [network, "; ".join(dict.fromkeys(starts)), read_manifest(runs[0]).protocol, shown]
+    split = read_manifest(runs[0]).protocol
+    if not members and runs[0].config().data.fit_on == "train+val":
+        split += ", train + val"
+    cells = [network, "; ".join(dict.fromkeys(starts)), split, shown]
     cards = dict.fromkeys(_card(run) for run in members or runs)
     shown = f"{minutes} {', '.join(card for card in cards if card)}".strip()
     cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", shown, f"`{stem}.top1`"]
