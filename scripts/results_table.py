@@ -38,6 +38,7 @@ STEMS = (
     "best.finetune.efficientnet_lite2.reference",
     "best.finetune.any.reference",
     "best.finetune.efficientnet_lite2.standard",
+    "finetune.efficientnet_lite2.standard25",
     "probe.efficientnet_lite02.reference",
     "original.finetune.efficientnet_lite0.reference",
     "original.finetune.efficientnet_lite0_128px.reference",
