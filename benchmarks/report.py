@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from finetune101.analysis.report import report
-from finetune101.runs import write_json
+from finetune101.files import write_json
 
 OUT = Path(__file__).parents[1] / "results" / "report" / "report.json"
 REPEATS = 5

@@ -24,6 +24,7 @@ from finetune101.config import (
     TrainConfig,
     read_recipe,
 )
+from finetune101.errors import Refused
 
 Settings = Annotated[
     str | None, tyro.conf.arg(name="config", help="Start from a recipe file such as a search's winner.yaml.")
@@ -265,11 +266,11 @@ class BenchmarkArguments:
 
 class _Unparsed(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise ValueError(message)
+        raise Refused(message)
 
 
 def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> Any:
-    """``argv`` as a ``kind``; raises ValueError naming the nearest flag for one that does not exist."""
+    """``argv`` as a ``kind``; raises Refused naming the nearest flag for one that does not exist."""
     extra = {"default": default} if default is not None else {}
     flags = [name.replace("_", "-") for name in [*_flags(kind), "--help"]]
     for word in argv:
@@ -277,7 +278,7 @@ def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> 
         if flag.startswith("--") and flag not in flags:
             near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
-            raise ValueError(f"unknown argument {word}; {hint}")
+            raise Refused(f"unknown argument {word}; {hint}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -285,9 +286,9 @@ def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> 
     except SystemExit as stop:
         if stop.code != 2:
             raise
-        raise ValueError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
+        raise Refused(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
     if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}; see {prog} --help")
+        raise Refused(f"unknown argument {unknown[0]}; see {prog} --help")
     return value
 
 
@@ -333,7 +334,7 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
         config = open_run(seen.exp, seen.runs).config()
     elif seen.config:
         if seen.recipe:
-            raise ValueError("--recipe and --config both say where to start; give one of them")
+            raise Refused("--recipe and --config both say where to start; give one of them")
         config = read_recipe(seen.config, tyro.MISSING)
     else:
         known = model or seen.no_pretrain or kind is SearchArguments  # whose usual space is the original's

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
 from finetune101.arguments import SearchArguments, parse, parse_train
+from finetune101.errors import Refused
 from finetune101.runs import Run, file_name
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _train(argv: Sequence[str]) -> int:
     arguments = parse_train(argv, prog="train.py", model=MODEL)
     weights, before = weights_file(arguments.config.exp), Run(Path(arguments.config.runs) / arguments.config.exp)
     if weights.exists() and not before.has("config.json") and not arguments.overwrite:
-        raise ValueError(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
+        raise Refused(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
     run = cli.run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
     export(run)
     print(f"Test it: python test.py --exp {arguments.config.exp} --batch_size {arguments.config.optim.batch_size}")
@@ -103,7 +104,7 @@ def _test(argv: list[str]) -> int:
             argv[at] = argv[at][2:]
     arguments = parse(TestArguments, argv, prog="test.py")
     if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size is {arguments.batch_size}; give at least 1")
+        raise Refused(f"--batch_size is {arguments.batch_size}; give at least 1")
     from finetune101.deploy.released import RELEASED, score_released
 
     run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")
@@ -116,7 +117,7 @@ def _test(argv: list[str]) -> int:
     elif file.is_file():
         result = test_foreign(file, arguments.model, arguments.data, arguments.batch_size)
     else:
-        raise ValueError(f"neither {run.path} nor {file} is there; train it with python train.py --exp {arguments.exp}")
+        raise Refused(f"neither {run.path} nor {file} is there; train it with python train.py --exp {arguments.exp}")
     print(cli.score_text(result))
     if told := run.stopped():
         print(f"Not the end of its training: {told}")
@@ -149,7 +150,7 @@ def get_dataloaders(
     """The original's three loaders (train, val, test) of (float tensor N x 3 x 224 x 224, int64 N).
 
     ``root_path`` holds 101_ObjectCategories. Training images are shuffled and flipped at random; all are resized to
-    224 x 224 and standardised with ImageNet's mean and deviation. Raises ValueError when there are no images.
+    224 x 224 and standardised with ImageNet's mean and deviation. Raises Refused when there are no images.
     """
     from torch.utils.data import DataLoader
     from torchvision.transforms import v2

@@ -25,6 +25,7 @@ from finetune101.arguments import (
     parse_train,
 )
 from finetune101.config import TrainConfig, validate
+from finetune101.errors import Refused
 
 if TYPE_CHECKING:
     from finetune101.runs import Run
@@ -95,7 +96,7 @@ def ensure_data(config: TrainConfig) -> None:
 
     try:
         dataset.find(config.data.root)
-    except ValueError:
+    except Refused:
         if config.data.root is not None or os.environ.get("FINETUNE101_DATA"):
             raise  # a place was named: another one would not be looked at
         agreed = config.data.download
@@ -145,7 +146,7 @@ def predict(argv: Sequence[str]) -> int:
     from finetune101.deploy.released import choose
 
     if arguments.csv and arguments.json:
-        raise ValueError("--csv and --json cannot both be printed; leave one of them out")
+        raise Refused("--csv and --json cannot both be printed; leave one of them out")
     network, inputs = choose(arguments.inputs, arguments.runs)
     rows, failed = deploy.predict(network, inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:
@@ -253,17 +254,17 @@ def benchmark(argv: Sequence[str]) -> int:
     from tempfile import TemporaryDirectory
 
     from finetune101.data import dataset, synthetic
-    from finetune101.runs import write_json
+    from finetune101.files import write_json
     from finetune101.training.benchmark import Workload, table
     from finetune101.training.benchmark import benchmark as measure
 
     for name in ("batch_size", "steps", "repeats"):
         if getattr(a, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
+            raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
     with TemporaryDirectory() as folder:
         try:
             root = dataset.find(a.data)
-        except ValueError:
+        except Refused:
             if a.data is not None:
                 raise
             root = synthetic.draw(Path(folder) / "data")
@@ -342,7 +343,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
 
 
 def dispatch(argv: Sequence[str]) -> int:
-    """Runs the verb that ``argv`` starts with. Raises ValueError for an unknown one."""
+    """Runs the verb that ``argv`` starts with. Raises Refused for an unknown one."""
     verbs, words, name = VERBS, list(argv), "verb"
     if words[:1] == ["data"]:
         verbs, words, name = DATA_VERBS, words[1:], "data verb"
@@ -352,21 +353,21 @@ def dispatch(argv: Sequence[str]) -> int:
     if words[0] not in verbs:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
-        raise ValueError(f"unknown {name} {words[0]!r}; {hint}")
+        raise Refused(f"unknown {name} {words[0]!r}; {hint}")
     if words[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"only train runs in several processes; start {words[0]} without torchrun")
+        raise Refused(f"only train runs in several processes; start {words[0]} without torchrun")
     return verbs[words[0]](words[1:])
 
 
 def guarded(call: Callable[[], int]) -> int:
-    """The exit code of ``call``: a ValueError is the user's to mend, so it is one sentence and 2."""
+    """The exit code of ``call``: a Refused is the user's to mend, so it is one sentence and 2."""
     if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no progress bar ten times a second
     try:
         code = call()
         sys.stdout.flush()
         return code
-    except ValueError as error:
+    except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as head, has seen enough

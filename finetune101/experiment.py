@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_recipe, to_dict, validate
 from finetune101.data import dataset, splits
+from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
-from finetune101.runs import Run, claim, write_json
+from finetune101.files import claim, write_json
+from finetune101.runs import Run
 from finetune101.training.benchmark import seconds_per_image
 from finetune101.training.loop import fit
 from finetune101.training.prepare import as_started, check_same, make_manifest, prepare, sharing
@@ -46,13 +48,13 @@ class Cell:
 
 
 def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
-    """Every run of ``study``, checked. Raises ValueError for settings that cannot work."""
+    """Every run of ``study``, checked. Raises Refused for settings that cannot work."""
     for name, value in (("--seeds", study.seeds), ("--splits", study.splits)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
+            raise Refused(f"{name} is {value}; give at least 1")
     for name, values in (("--arms", study.arms), ("--models", study.models)):
         if not values:
-            raise ValueError(f"{name} names nothing; give at least one, or leave {name} out")
+            raise Refused(f"{name} names nothing; give at least one, or leave {name} out")
     _check_sizes(study, index)
     validate(TrainConfig(exp=study.exp))
     cells = []
@@ -103,24 +105,24 @@ def _configure(
 
 
 def _check_sizes(study: StudyConfig, index: dataset.Index) -> None:
-    """Raises ValueError for a number of training images per class that cannot be."""
+    """Raises Refused for a number of training images per class that cannot be."""
     if any(size < 1 for size in study.train_per_class):
-        raise ValueError(f"--train-per-class is {min(study.train_per_class)}; give at least 1")
+        raise Refused(f"--train-per-class is {min(study.train_per_class)}; give at least 1")
     images = Counter(map(dataset.class_of, index.paths))
     smallest, largest = min(images, key=lambda name: images[name]), max(study.train_per_class, default=0)
     if images[smallest] <= largest:
-        raise ValueError(
+        raise Refused(
             f"class {smallest} has {images[smallest]} images, --train-per-class {largest} leaves none to test"
         )
 
 
 def _check_arm(arm: str, recipe: str, config: TrainConfig) -> None:
-    """Raises ValueError for a recipe that makes another arm than the one it is given to."""
+    """Raises Refused for a recipe that makes another arm than the one it is given to."""
     linear = config.model.freeze or config.optim.epochs == 0
     if arm != "probe" and linear:
-        raise ValueError(f"--{arm}-recipe {recipe} trains the output layer only; give one that trains every layer")
+        raise Refused(f"--{arm}-recipe {recipe} trains the output layer only; give one that trains every layer")
     if arm == "probe" and config.model.head == "probe" and not linear:
-        raise ValueError(f"--probe-recipe {recipe} trains every layer; give one that trains the output layer only")
+        raise Refused(f"--probe-recipe {recipe} trains every layer; give one that trains the output layer only")
 
 
 def _recipe(recipe: str, exp: str, pretrain: bool) -> TrainConfig:
@@ -164,7 +166,7 @@ def write_splits(study: StudyConfig, index: dataset.Index) -> None:
         made = {file: subsample(whole, index, size).to_json() for size, file in files.items()}
         for file, split in made.items():
             if file.is_file() and Run(file.parent).read_json(file.name) != split:
-                raise ValueError(f"{file} is another split than these sizes need; give the study another --exp")
+                raise Refused(f"{file} is another split than these sizes need; give the study another --exp")
         for file, split in made.items():
             write_json(file, split)
 
@@ -200,7 +202,7 @@ def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: i
         for config, result in _train_all(left, jobs, folder / "claims"):
             if "error" in result:
                 if not Run(Path(config.runs) / config.exp).has("config.json"):
-                    raise ValueError(result["error"])  # nothing was trained: settings, images or weights are wrong
+                    raise Refused(result["error"])  # nothing was trained: settings, images or weights are wrong
                 errors[config.exp] = result["error"]
             tqdm.write(f"{config.exp}: {_told(result)}", file=sys.stdout)
             bar.update()
@@ -229,19 +231,19 @@ def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Itera
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
-            raise ValueError("a worker was killed; the same command goes on from the last epochs") from error
+            raise Refused("a worker was killed; the same command goes on from the last epochs") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def is_done(config: TrainConfig) -> bool:
-    """Whether the run of ``config`` is trained and tested. Raises ValueError when it had other settings."""
+    """Whether the run of ``config`` is trained and tested. Raises Refused when it had other settings."""
     run = Run(Path(config.runs) / config.exp)
     if run.has("config.json"):
         try:
             check_same(run.config(), as_started(config, run))
-        except ValueError as error:
-            raise ValueError(f"{error}; or give the study another --exp") from error
+        except Refused as error:
+            raise Refused(f"{error}; or give the study another --exp") from error
     return _ended(run)
 
 
@@ -264,7 +266,7 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
             for _ in log(job.run, fit(job, quiet=quiet)):
                 pass
             result = evaluate(job.run)
-        except ValueError as error:
+        except Refused as error:
             return {"error": str(error)}
         job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
         return result
@@ -298,7 +300,7 @@ def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], me
         run = Run(file.parent)
         try:
             records, config = run.metrics(), run.config()
-        except ValueError:  # another program's, or another version's
+        except Refused:  # another program's, or another version's
             continue
         if records and run.has("split.json"):
             images = len(run.read_json("split.json")["subsets"]["train"]) * len(records)

@@ -2,65 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune101 import config as cfg
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends well; else ``path`` stays as it was.
-
-    Raises ValueError, naming the file, when the disk is full or the folder cannot be written.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "r+b") as written:
-            os.fsync(written.fileno())  # a crash of the machine must not leave an empty file under the final name
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"cannot write {path}: {reason}; free some space or choose another folder") from error
-    finally:
-        with contextlib.suppress(OSError):  # must not hide the error above, as where a parent is a file
-            part.unlink()
-
-
-@contextlib.contextmanager
-def claim(lock: Path) -> Iterator[bool]:
-    """Whether this process alone holds the file ``lock``, until the end of the block or of the process.
-
-    The kernel keeps it, on this machine and on folders that machines share (NFS 4); without such locks (Windows) it is
-    always granted.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as JSON, whole or not at all."""
-    with atomic(path) as part:
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
+from finetune101.errors import Refused
+from finetune101.files import FORMAT, as_json, atomic, checked, parse_json, read_json, write_json
+from finetune101.schemas import SCHEMAS, Record
 
 WRITTEN = (
     "config.json",
@@ -102,31 +52,34 @@ class Run:
         return (self.path / name).is_file()
 
     def read_json(self, name: str) -> Any:
-        """The content of the JSON file ``name``. Raises ValueError when it is missing or not JSON."""
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} has no {name}; is it the folder of a finished run?") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path / name} is not valid JSON ({error}); train the run again") from error
+        """The content of the JSON file ``name``, without its version.
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Writes the JSON file ``name``, whole or not at all."""
-        write_json(self.path / name, value)
+        Raises Refused when it is missing, not JSON or not what ``schemas.SCHEMAS`` says.
+        """
+        if not self.has(name):
+            raise Refused(f"{self.path} has no {name}; is it the folder of a finished run?")
+        value = read_json(self.path / name, SCHEMAS.get(name, Any), remedy="train the run again")
+        return {key: own for key, own in value.items() if key != "format"} if isinstance(value, dict) else value
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Writes the JSON file ``name`` with the version of its form, whole or not at all."""
+        write_json(self.path / name, {"format": FORMAT, **value})
 
     def config(self) -> cfg.TrainConfig:
         """The configuration that the run was started with."""
-        return cfg.from_dict(self.read_json("config.json"))
+        return cfg.from_dict(self.read_json("config.json"), f"{self.path / 'config.json'}")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One record per finished epoch; a line cut off by a crash is left out."""
-        if not self.has("metrics.jsonl"):
+        """One record per finished epoch. Raises Refused for a damaged file: each is written whole."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
             return []
-        records = []
-        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
+        remedy = "train the run again"
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refused(f"{file} cannot be read ({error}); {remedy}") from error
+        return [checked(parse_json(s, f"{file}", remedy), Record, f"{file}", remedy=remedy) for s in lines if s]
 
     def seconds(self) -> float:
         """Seconds of training and validation over all finished epochs."""
@@ -151,7 +104,7 @@ class Run:
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by ``records``, one line each."""
         with atomic(self.path / "metrics.jsonl") as part:
-            part.write_text("".join(json.dumps(r, allow_nan=False) + "\n" for r in records), encoding="utf-8")
+            part.write_text("".join(as_json(r) + "\n" for r in records), encoding="utf-8")
 
     def clear(self) -> None:
         """Removes what a run wrote, nothing else."""
@@ -162,17 +115,17 @@ class Run:
 def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run:
     """The folder for ``config``: new, or, with ``resume``, the existing one.
 
-    Raises ValueError when it exists and neither ``resume`` nor ``overwrite`` is given, or there is nothing to resume.
+    Raises Refused when it exists and neither ``resume`` nor ``overwrite`` is given, or there is nothing to resume.
     Nothing is removed or written yet.
     """
     run = Run(Path(config.runs) / config.exp)
     if run.path.exists() and not run.path.is_dir():
-        raise ValueError(f"{run.path} is a file; choose another --exp or --runs")
+        raise Refused(f"{run.path} is a file; choose another --exp or --runs")
     exists = run.has("config.json")
     if resume and not exists:
-        raise ValueError(f"there is no run {run.path} to resume; start it without --resume")
+        raise Refused(f"there is no run {run.path} to resume; start it without --resume")
     if exists and not resume and not overwrite:
-        raise ValueError(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
+        raise Refused(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
     return run
 
 
@@ -188,33 +141,33 @@ def find_run(name: str, runs: str = "runs") -> Run | None:
 
 
 def open_run(name: str, runs: str = "runs") -> Run:
-    """The existing run ``name``: a folder, or a name below ``runs``. Raises ValueError naming the runs that exist."""
+    """The existing run ``name``: a folder, or a name below ``runs``. Raises Refused naming the runs that exist."""
     if run := find_run(name, runs):
         return run
     found = [path.parent for path in Path(runs).glob("**/config.json")]
     names = [path.relative_to(runs).as_posix() for path in found if not (path.parent / "optuna.journal").exists()]
     known = sorted(names, key=lambda name: (name.count("/"), name))  # trials of searches have no name of their own
     if folder := next((path for path in (Path(name), Path(runs) / name) if path.is_dir()), None):
-        raise ValueError(f"{folder} is no run: it has no config.json; name a run, or train one first")
+        raise Refused(f"{folder} is no run: it has no config.json; name a run, or train one first")
     if near := difflib.get_close_matches(name, known, n=3):
-        raise ValueError(f"no run named {name}; did you mean {' or '.join(near)}?")
+        raise Refused(f"no run named {name}; did you mean {' or '.join(near)}?")
     more = ", …" if len(known) > 10 else ""
     hint = f"there are: {', '.join(known[:10])}{more}" if known else f"there is none yet in {runs}; train one first"
-    raise ValueError(f"no run named {name}; {hint}")
+    raise Refused(f"no run named {name}; {hint}")
 
 
 def check_folder(out: Path) -> None:
-    """Raises ValueError when ``out`` cannot be a folder, before the work for it begins."""
+    """Raises Refused when ``out`` cannot be a folder, before the work for it begins."""
     if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
-        raise ValueError(f"{file} is a file; give --out a folder")
+        raise Refused(f"{file} is a file; give --out a folder")
 
 
 def save_with(path: Path, save: Callable[[Path], None]) -> None:
-    """Calls ``save(temporary path)`` and puts the result at ``path``; libraries' own write errors become ValueError."""
+    """Calls ``save(temporary path)`` and puts the result at ``path``; libraries' own write errors become Refused."""
     from safetensors import SafetensorError
 
     try:
         with atomic(path) as part:
             save(part)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot write {path}: {error}; free some space, then continue with --resume") from error
+        raise Refused(f"cannot write {path}: {error}; free some space, then continue with --resume") from error

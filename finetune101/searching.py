@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from finetune101.analysis.figures import curves
 from finetune101.config import TrainConfig, from_dict, to_dict
-from finetune101.runs import Run, atomic, file_name, write_json
+from finetune101.errors import Refused
+from finetune101.files import atomic, write_json
+from finetune101.runs import Run, file_name
 from finetune101.search import study as studies
 from finetune101.search.space import SETTINGS, configure, label
 from finetune101.search.study import Plan
@@ -30,10 +32,10 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds(text: str) -> float:
-    """A time such as 90s, 30m or 2h in seconds. Raises ValueError for anything else."""
+    """A time such as 90s, 30m or 2h in seconds. Raises Refused for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if not match:
-        raise ValueError(f"--timeout {text} is no time; write it like 90s, 30m or 2h")
+        raise Refused(f"--timeout {text} is no time; write it like 90s, 30m or 2h")
     return float(match[1]) * UNITS[match[2]]
 
 
@@ -61,12 +63,12 @@ class Progress:
 def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: int = 3) -> None:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
-    ``table`` gets the original's form, ``plots`` the curves of every trial. Raises ValueError for a plan, data or
+    ``table`` gets the original's form, ``plots`` the curves of every trial. Raises Refused for a plan, data or
     weights that cannot work.
     """
     studies.check(plan)
     if finalists < 0 or seeds < 1:
-        raise ValueError(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
+        raise Refused(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
     with alone(plan):
         _check_same(plan)
         started, best = time.perf_counter(), None
@@ -88,7 +90,7 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
 
 
 def _check_same(plan: Plan) -> None:
-    """Raises ValueError where the folder holds the results of a search with other settings beside the space."""
+    """Raises Refused where the folder holds the results of a search with other settings beside the space."""
     if not (plan.folder / "search.json").is_file():
         return
     known = Run(plan.folder).read_json("search.json")
@@ -98,7 +100,7 @@ def _check_same(plan: Plan) -> None:
         for name, value in fields.items():
             old = before.get(part, {}).get(name)
             if old != value and name not in searched:
-                raise ValueError(
+                raise Refused(
                     f"{plan.folder} holds a search with {name} {old}, not {value}; give this one another --exp"
                 )
 

@@ -19,6 +19,7 @@ from finetune101.arguments import (
 )
 from finetune101.cli import ensure_data, score_text
 from finetune101.config import DataConfig, StudyConfig, TrainConfig
+from finetune101.errors import Refused
 
 if TYPE_CHECKING:
     from finetune101.analysis.compare import Comparison
@@ -85,7 +86,7 @@ def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
     """Prints the comparisons of every two groups, writes comparison.json and comparison.png; returns the first."""
     from finetune101.analysis import compare as comparing
     from finetune101.analysis.report import progress
-    from finetune101.runs import write_json
+    from finetune101.files import write_json
 
     found = comparing.all_pairs(groups)
     print("\n\n".join(comparing.text(one) for one in found))
@@ -116,7 +117,7 @@ def study(argv: Sequence[str]) -> int:
     arguments = parse(StudyArguments, _lists(argv), prog="finetune101 study")
     config: StudyConfig = arguments.study
     if arguments.jobs < 1:
-        raise ValueError(f"--jobs is {arguments.jobs}; give at least 1")
+        raise Refused(f"--jobs is {arguments.jobs}; give at least 1")
     from finetune101 import experiment
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset

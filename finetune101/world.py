@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune101.config import SystemConfig
+from finetune101.errors import Refused
+from finetune101.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -103,10 +105,10 @@ class World:
 def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
     """The world for ``system``; with ``recorded`` (a resumed run) precision and format are taken from there.
 
-    Under torchrun it joins the other processes. Raises ValueError for a device or precision that this machine lacks.
+    Under torchrun it joins the other processes. Raises Refused for a device or precision that this machine lacks.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(system.threads or max(1, (os.cpu_count() or 1) // local))
+    torch.set_num_threads(system.threads or max(1, usable_cores() // local))
     device = _device(system.device)
     if size > 1:
         if device.type == "cuda":
@@ -120,9 +122,9 @@ def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> Worl
         return World(device, recorded["precision"], recorded["channels_last"], rank, size, workers)
     precision = _precision(device) if system.precision == "auto" else system.precision
     if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"--precision fp16 needs a CUDA card, this is {device.type}; use --precision auto")
+        raise Refused(f"--precision fp16 needs a CUDA card, this is {device.type}; use --precision auto")
     if precision == "bf16" and device.type == "mps":
-        raise ValueError("--precision bf16 is not tried on MPS; use --precision auto")
+        raise Refused("--precision bf16 is not tried on MPS; use --precision auto")
     channels_last = system.memory_format == "channels_last"
     if system.memory_format == "auto":
         channels_last = precision != "fp32" or device.type == "cpu"
@@ -145,7 +147,7 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     if not has[name]:
-        raise ValueError(f"--device {name} is not available here; use --device auto")
+        raise Refused(f"--device {name} is not available here; use --device auto")
     return torch.device(name)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune101.analysis.groups import mean_sd
-from finetune101.runs import Run, write_json
+from finetune101.files import write_json
+from finetune101.runs import Run
 
 KEPT = ("metrics.jsonl", "predictions.csv", "curves.png")
 RESULTS = Path(__file__).resolve().parent.parent / "results"

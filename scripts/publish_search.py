@@ -13,7 +13,8 @@ from pathlib import Path
 from publish import RESULTS, keep_split
 
 from finetune101.analysis.search_report import report
-from finetune101.runs import Run, write_json
+from finetune101.files import write_json
+from finetune101.runs import Run
 
 
 def publish(search: Path) -> Path:

@@ -19,7 +19,8 @@ from finetune101.analysis.compare import Comparison, over_splits
 from finetune101.analysis.groups import Group, mean_sd, read_manifest
 from finetune101.analysis.report import draw_study, report, study_groups
 from finetune101.experiment import split_file
-from finetune101.runs import Run, write_json
+from finetune101.files import write_json
+from finetune101.runs import Run
 from finetune101.verbs import run_comparison
 
 

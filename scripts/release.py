@@ -15,7 +15,8 @@ from finetune101.analysis.groups import read_answers
 from finetune101.analysis.mistakes import pairs
 from finetune101.deploy.released import FOLDER, RELEASED, score_released
 from finetune101.evaluation.inference import read_checkpoint
-from finetune101.runs import Run, atomic, save_with
+from finetune101.files import atomic
+from finetune101.runs import Run, save_with
 
 ARMS = {
     "released_finetune": "all layers fine-tuned from ImageNet weights",

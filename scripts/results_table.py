@@ -14,8 +14,9 @@ from publish import RESULTS
 
 from finetune101.analysis.groups import read_manifest
 from finetune101.config import TrainConfig
+from finetune101.files import write_json
 from finetune101.models.build import build
-from finetune101.runs import Run, write_json
+from finetune101.runs import Run
 from finetune101.training.recipes import RECIPES
 
 MARKS = ("<!-- accuracy: python scripts/results_table.py -->", "<!-- end of accuracy -->")

@@ -19,8 +19,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "finetune101"
 # left never imports right; names in one entry may import each other
 ORDER = (
+    ("errors",),
+    ("files",),
+    ("schemas",),
     ("config",),
     ("runs",),
+    ("machine",),
     ("world",),
     ("data",),
     ("models",),

@@ -51,7 +51,7 @@ def test_preprocessing_survives_json() -> None:
 def test_unknown_keys_are_refused(where: str) -> None:
     values = to_dict(config())
     (values[where] if where else values)["colour"] = 1
-    with pytest.raises(ValueError, match=r"another version of finetune101: .*colour"):
+    with pytest.raises(ValueError, match="colour"):
         from_dict(values)
 
 

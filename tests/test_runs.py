@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from finetune101.config import TrainConfig, to_dict
-from finetune101.runs import Run, atomic, create_run, open_run, save_with, write_json
+from finetune101.errors import Refused
+from finetune101.files import atomic, write_json
+from finetune101.runs import Run, create_run, open_run, save_with
+
+RECORD = {
+    "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
+    "val_loss": 1.0, "val_seconds": 0.0, "seconds": 60.0, "best": True,
+}  # fmt: skip
 
 
 def names(folder: Path) -> list[str]:
@@ -85,19 +92,23 @@ def test_files_of_a_run(run: Run) -> None:
 def test_missing_and_broken_json_are_named(run: Run) -> None:
     with pytest.raises(ValueError, match=r"has no test\.json; is it the folder of a finished run\?"):
         run.read_json("test.json")
-    for content in (b"{", b"\xff"):
+    for content in (b"{", b"\xff", b"[]", b"null", b'{"n": "3"}', b"[" * 100_000, b'{"n": NaN}', b'{"format": 99}'):
         (run.path / "test.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"test\.json is not valid JSON .*; train the run again"):
+        with pytest.raises(Refused, match=r"test\.json"):
             run.read_json("test.json")
 
 
-def test_metrics_survive_a_line_cut_off(run: Run) -> None:
+def test_a_damaged_record_is_refused(run: Run) -> None:
     assert run.metrics() == []
-    records = [{"epoch": 1, "val_top1": None}, {"epoch": 2, "val_top1": 50.0}]
+    records = [{**RECORD, "epoch": 1, "step": 3, "val_top1": None}, {**RECORD, "epoch": 2, "step": 6, "val_top1": 5.0}]
     run.write_metrics(records)
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 3, "val')
     assert run.metrics() == records
+    for damage in ('{"epoch": 3, "val', '{"epoch": 3}', "[" * 100_000, '{"epoch": NaN}'):
+        run.write_metrics(records)
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write(damage)
+        with pytest.raises(Refused, match=r"metrics\.jsonl"):
+            run.metrics()
 
 
 def test_clear_removes_only_what_a_run_wrote(run: Run) -> None:

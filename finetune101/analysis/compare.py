@@ -18,6 +18,7 @@ from scipy import stats
 
 from finetune101.analysis.figures import ARMS
 from finetune101.analysis.groups import Group, Tested, common_splits, mean_sd, proof, read, shortened
+from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
 
@@ -128,11 +129,11 @@ def compare(run_a: Run, run_b: Run) -> Comparison:
 def compare_groups(a: Group, b: Group) -> Comparison:
     """Compares the test predictions of two arms, image by image.
 
-    Every number is computed from predictions.csv and must agree with test.json. Raises ValueError when a run has not
+    Every number is computed from predictions.csv and must agree with test.json. Raises Refused when a run has not
     been evaluated, its files contradict each other, or the arms were split differently.
     """
     if twice := {run.run.path.resolve() for run in a.runs} & {run.run.path.resolve() for run in b.runs}:
-        raise ValueError(f"{min(twice)} cannot be compared with itself; name other runs")
+        raise Refused(f"{min(twice)} cannot be compared with itself; name other runs")
     found = common_splits(a, b)
     sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
@@ -155,11 +156,11 @@ def compare_groups(a: Group, b: Group) -> Comparison:
 
 
 def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
-    """Every two of ``groups``, in their order. Raises ValueError with fewer than two, or too many for a picture."""
+    """Every two of ``groups``, in their order. Raises Refused with fewer than two, or too many for a picture."""
     if len(groups) > len(ARMS):
-        raise ValueError(f"compare shows {len(ARMS)} groups at most; name fewer")
+        raise Refused(f"compare shows {len(ARMS)} groups at most; name fewer")
     if len(groups) < 2:
-        raise ValueError("compare needs two runs or groups of runs; give another one")
+        raise Refused("compare needs two runs or groups of runs; give another one")
     return [compare_groups(a, b) for a, b in itertools.combinations(shortened(groups), 2)]
 
 
@@ -290,13 +291,13 @@ def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
 
 
 def groups_of(folder: Path) -> list[Group]:
-    """The groups of the comparison in ``folder``, read again from their runs. Raises ValueError when those are gone."""
+    """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when those are gone."""
     values = Run(folder).read_json("comparison.json")
     try:
         sides = {arm["name"]: arm["runs"] for pair in [values, *values["others"]] for arm in (pair["a"], pair["b"])}
         paths = {name: [folder / one["path"] for one in runs] for name, runs in sides.items()}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'comparison.json'} lacks {error}; run compare again") from error
+        raise Refused(f"{folder / 'comparison.json'} lacks {error}; run compare again") from error
     return [Group(name=name, runs=tuple(read(Run(path)) for path in found)) for name, found in paths.items()]
 
 

@@ -23,7 +23,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
-from finetune101.runs import atomic
+from finetune101.errors import Refused
+from finetune101.files import atomic
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -52,7 +53,7 @@ STYLE: Any = {
 def curves(metrics: Records, out: Path, title: str) -> Path:
     """Draws loss and accuracy of training and validation per epoch, with the kept epoch marked, as a PNG at ``out``.
 
-    ``metrics`` are the records of metrics.jsonl; validation may be null. Raises ValueError when there are none.
+    ``metrics`` are the records of metrics.jsonl; validation may be null. Raises Refused when there are none.
     """
     _check(metrics, title)
     with style():
@@ -341,7 +342,7 @@ def _best(metrics: Records) -> Mapping[str, Any] | None:
 
 def _check(metrics: Records, name: str) -> None:
     if not metrics:
-        raise ValueError(f"{name} has no finished epoch to draw; train it for at least one")
+        raise Refused(f"{name} has no finished epoch to draw; train it for at least one")
 
 
 def _short(text: str, length: int) -> str:

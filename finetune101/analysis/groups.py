@@ -20,6 +20,7 @@ import torch
 
 from finetune101.config import TrainConfig
 from finetune101.data import dataset, splits
+from finetune101.errors import Refused
 from finetune101.models.build import build
 from finetune101.runs import Run, open_run
 
@@ -116,7 +117,7 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     """The tested runs that ``name`` means: a run, a folder that holds runs, or a quoted glob of either.
 
-    Raises ValueError when there is none, one is not tested, or they are not one arm: the same settings, and one run
+    Raises Refused when there is none, one is not tested, or they are not one arm: the same settings, and one run
     for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
     found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
@@ -124,31 +125,31 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
     if not folders and set(name) & set("*?["):
-        raise ValueError(f"no run matches {name}; a glob is looked up here and in {runs}")
+        raise Refused(f"no run matches {name}; a glob is looked up here and in {runs}")
     if not folders:
         folders = [open_run(name, runs).path]  # which says what there is
     tested = [read(Run(folder)) for folder in folders]
     tested.sort(key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
     if len({one.config.model.name for one in tested}) > 1:
-        raise ValueError(f"{name} holds several networks; give a folder or a glob with one of them")
+        raise Refused(f"{name} holds several networks; give a folder or a glob with one of them")
     for other in tested[1:]:
         if different := [part for part in ONE_ARM if getattr(other.config, part) != getattr(tested[0].config, part)]:
-            raise ValueError(
+            raise Refused(
                 f"{tested[0].run.path} and {other.run.path} are not one arm: they differ in {', '.join(different)}; "
                 "give a folder or a glob with runs that differ in seed and split only"
             )
     for one, other in itertools.pairwise(tested):
         if (one.split, one.config.system.seed) == (other.split, other.config.system.seed):
             same = f"{one.run.path} and {other.run.path} have the same seed and split"
-            raise ValueError(f"{same}; give a folder or a glob that holds one run of each")
+            raise Refused(f"{same}; give a folder or a glob that holds one run of each")
     return Group(name=(folders[0] if len(folders) == 1 else Path(name)).as_posix(), runs=tuple(tested))
 
 
 def on_common_splits(groups: Sequence[Group]) -> list[Group]:
-    """``groups`` with the runs on splits that all of them have. Raises ValueError when there is no such split."""
+    """``groups`` with the runs on splits that all of them have. Raises Refused when there is no such split."""
     common = set.intersection(*({run.split for run in group.runs} for group in groups))
     if not common:
-        raise ValueError("no split has been trained in every arm yet; continue the study first")
+        raise Refused("no split has been trained in every arm yet; continue the study first")
     return [
         dataclasses.replace(group, runs=tuple(run for run in group.runs if run.split in common)) for group in groups
     ]
@@ -167,7 +168,7 @@ def shortened(groups: Sequence[Group]) -> list[Group]:
 def read(run: Run) -> Tested:
     """The results of an evaluated run.
 
-    Raises ValueError when it has not been evaluated, or its files contradict each other.
+    Raises Refused when it has not been evaluated, or its files contradict each other.
     """
     answers, test, manifest = read_answers(run), run.read_json("test.json"), read_manifest(run)
     correct = sum(answer.right for answer in answers.values())
@@ -175,13 +176,13 @@ def read(run: Run) -> Tested:
     wanted = {path: dataset.class_of(path) for path in manifest.subsets["test"]}
     labels = {path: answer.label for path, answer in answers.items()}
     if stated != (len(answers), correct, manifest.hash()) or labels != wanted:
-        raise ValueError(
+        raise Refused(
             f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
             f"run: finetune101 evaluate {run.path}"
         )
     best = [record["epoch"] for record in run.metrics() if record["best"]]
     if best and best[-1] != test["epoch"]:
-        raise ValueError(f"{run.path} was trained on after its test; evaluate it again")
+        raise Refused(f"{run.path} was trained on after its test; evaluate it again")
     return Tested(run, run.config(), run.read_json("env.json"), test, manifest, answers)
 
 
@@ -195,7 +196,7 @@ def manifest_file(run: Run) -> Path:
 
 
 def read_manifest(run: Run) -> splits.Manifest:
-    """The split of ``run``. Raises ValueError when its file is missing or damaged."""
+    """The split of ``run``. Raises Refused when its file is missing or damaged."""
     file = manifest_file(run)
     return splits.from_json(run.read_json(file.name)) if file.parent == run.path else splits.read(file)
 
@@ -203,7 +204,7 @@ def read_manifest(run: Run) -> splits.Manifest:
 def read_answers(run: Run) -> dict[str, Answer]:
     """predictions.csv of an evaluated run by path, sorted.
 
-    Raises ValueError when the run has not been evaluated, or the file is broken.
+    Raises Refused when the run has not been evaluated, or the file is broken.
     """
     file = run.path / "predictions.csv"
     try:
@@ -212,22 +213,22 @@ def read_answers(run: Run) -> dict[str, Answer]:
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
         untested = f"{run.path} has not been tested; run: finetune101 evaluate {run.path}"
-        raise ValueError(run.stopped() or untested) from None
+        raise Refused(run.stopped() or untested) from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
+        raise Refused(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
     if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):
-        raise ValueError(f"{file} is empty, cut off or names an image twice; run: finetune101 evaluate {run.path}")
+        raise Refused(f"{file} is empty, cut off or names an image twice; run: finetune101 evaluate {run.path}")
     return dict(sorted(found.items()))
 
 
 def common_splits(a: Group, b: Group) -> list[str]:
-    """Hashes of the splits that both groups have. Raises ValueError, naming images, when they are not the same ones."""
+    """Hashes of the splits that both groups have. Raises Refused, naming images, when they are not the same ones."""
     mine, theirs = ({run.split: run for run in group.runs} for group in (a, b))
     only_a, only_b = [s for s in mine if s not in theirs], [s for s in theirs if s not in mine]
     if only_a or only_b:
         one = mine[only_a[0]] if only_a else a.runs[0]
         other = theirs[only_b[0]] if only_b else b.runs[0]
-        raise ValueError(
+        raise Refused(
             f"{one.run.path} and {other.run.path} were split differently ({_differing(one.manifest, other.manifest)}); "
             f"train one of them again with --split {manifest_file(one.run).as_posix()}"
         )

@@ -19,6 +19,7 @@ from scipy.spatial.distance import squareform
 
 from finetune101.analysis.groups import Answer, Tested
 from finetune101.data import dataset
+from finetune101.errors import Refused
 
 THUMBNAIL = 150  # px, the longer side of an example image
 EXAMPLES = 12  # images of a gallery
@@ -100,22 +101,22 @@ def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> l
 
 
 def thumbnail(file: Path) -> str:
-    """A small copy of an image as a data URI. Raises ValueError when it cannot be read."""
+    """A small copy of an image as a data URI. Raises Refused when it cannot be read."""
     try:
         with warnings.catch_warnings(), Image.open(file) as opened:
             warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
             image = ImageOps.exif_transpose(opened).convert("RGB")
             image.thumbnail((THUMBNAIL, THUMBNAIL))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file} ({error}); give --data the images of the run, or --no-gallery") from error
+        raise Refused(f"cannot read {file} ({error}); give --data the images of the run, or --no-gallery") from error
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def image_root(runs: Sequence[Tested], data: str | None) -> Path:
-    """Where the images of ``runs`` are. Raises ValueError, offering --no-gallery, when they are not there."""
+    """Where the images of ``runs`` are. Raises Refused, offering --no-gallery, when they are not there."""
     try:
         return dataset.find(data or runs[0].config.data.root)
-    except ValueError as error:
-        raise ValueError(f"{error}; or make the report with --no-gallery") from error
+    except Refused as error:
+        raise Refused(f"{error}; or make the report with --no-gallery") from error

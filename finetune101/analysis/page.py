@@ -11,7 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune101.runs import atomic, check_folder
+from finetune101.errors import Refused
+from finetune101.files import atomic
+from finetune101.runs import check_folder
 
 TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "zh")
@@ -22,12 +24,12 @@ Cell = tuple[str, float | str]  # what is shown, and what is sorted by
 class Page:
     """A title, a headline and sections, written to ``folder`` when all are there.
 
-    Raises ValueError for an unknown language, or when ``folder`` is a file.
+    Raises Refused for an unknown language, or when ``folder`` is a file.
     """
 
     def __init__(self, folder: Path, lang: str) -> None:
         if lang not in LANGUAGES:
-            raise ValueError(f"--lang is {lang}; choose from {', '.join(LANGUAGES)}")
+            raise Refused(f"--lang is {lang}; choose from {', '.join(LANGUAGES)}")
         check_folder(folder)
         self.words: dict[str, str] = json.loads((TEMPLATES / f"{lang}.json").read_text(encoding="utf-8"))
         self.folder, self.lang = folder, lang

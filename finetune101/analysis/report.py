@@ -12,6 +12,7 @@ from finetune101.analysis import compare, figures, groups, mistakes
 from finetune101.analysis.compare import Arm, Comparison
 from finetune101.analysis.groups import Group, Tested
 from finetune101.analysis.page import Cell, Page, minutes, number, percent, spread, text
+from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run, open_run
@@ -24,7 +25,7 @@ def report(
 ) -> Path:
     """Writes the report of a tested run, or of the folder of a comparison or of a study, to ``out``; returns the page.
 
-    ``gallery`` shows example images, read from ``data`` or from where the run found them. Raises ValueError when the
+    ``gallery`` shows example images, read from ``data`` or from where the run found them. Raises Refused when the
     target is none of these or not finished, or the images are not there.
     """
     page = Page(out, lang)
@@ -136,10 +137,10 @@ def study_folder(name: str, runs: str) -> Path | None:
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """The cells of a study that have runs. Raises ValueError when none has."""
+    """The cells of a study that have runs. Raises Refused when none has."""
     cells = [cell for cell in Run(folder).read_json("study.json")["cells"] if cell["n"]]
     if not cells:
-        raise ValueError(f"{folder} has no finished run yet; continue the study first")
+        raise Refused(f"{folder} has no finished run yet; continue the study first")
     return cells
 
 

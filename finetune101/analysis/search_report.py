@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from finetune101.analysis.figures import BLUE, GREY, VERMILION, save, style
 from finetune101.analysis.page import Page, number
 from finetune101.analysis.page import text as shown
+from finetune101.errors import Refused
 from finetune101.search import effects
 from finetune101.search.effects import EARLY, Seen, Variance, levels
 from finetune101.search.space import text
@@ -28,7 +29,7 @@ UNITS |= {"size": "size (pixels)", "epochs": "epochs", "warmup_epochs": "warmup_
 def report(folder: Path, pairs: Sequence[tuple[str, ...]] = (), out: Path | None = None, lang: str = "en") -> Path:
     """Writes the page of the search in ``folder`` to ``out`` (default: report/ in it); ``pairs`` are its heat maps.
 
-    Raises ValueError when ``folder`` is no search, or a pair is not two of its settings.
+    Raises Refused when ``folder`` is no search, or a pair is not two of its settings.
     """
     seen = effects.load(folder)
     found, importance = effects.variance(seen), effects.importance(seen)
@@ -81,7 +82,7 @@ def _best_trials(page: Page, seen: Seen) -> None:
 def _pairs(seen: Seen, found: Variance, asked: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
     for pair in asked:
         if len(pair) != 2 or not set(pair) <= set(seen.names) or pair[0] == pair[1]:
-            raise ValueError(f"--pair {','.join(pair)} cannot be drawn; give two of {', '.join(seen.names) or 'none'}")
+            raise Refused(f"--pair {','.join(pair)} cannot be drawn; give two of {', '.join(seen.names) or 'none'}")
     if asked:
         return [(a, b) for a, b in asked]
     pairs = [("lr", "batch_size")] if {"lr", "batch_size"} <= set(seen.names) else []

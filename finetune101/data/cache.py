@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from finetune101.config import Preprocessing
 from finetune101.data.dataset import Index, content_hash
-from finetune101.runs import atomic
+from finetune101.errors import Refused
+from finetune101.files import atomic
+from finetune101.machine import usable_cores
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 Pixels = NDArray[np.uint8]
@@ -28,13 +30,13 @@ def cache_dir() -> Path:
 
 
 def decode(path: Path, size: int, interpolation: str) -> Pixels:
-    """The whole image in RGB, resized to uint8 (size, size, 3). Raises ValueError naming a file that cannot be read."""
+    """The whole image in RGB, resized to uint8 (size, size, 3). Raises Refused naming a file that cannot be read."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     try:
         with Image.open(path) as image:
             return np.asarray(_rgb(image).resize((size, size), FILTERS[interpolation]))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path} ({error}); repair it or add --skip-bad-images") from error
+        raise Refused(f"cannot read the image {path} ({error}); repair it or add --skip-bad-images") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -53,10 +55,10 @@ class Images:
         self.position = {path: i for i, path in enumerate(paths)}
         self.paths = tuple(paths)
         self.pixels: Pixels | None = np.load(file, mmap_mode="r") if file else None
-        self._pool = None if file else ThreadPoolExecutor(os.cpu_count())
+        self._pool = None if file else ThreadPoolExecutor(usable_cores())
 
     def read(self, paths: Sequence[str]) -> Pixels:
-        """uint8 (N, cache_size, cache_size, 3), RGB. Raises ValueError naming an unreadable image."""
+        """uint8 (N, cache_size, cache_size, 3), RGB. Raises Refused naming an unreadable image."""
         if self.pixels is not None:
             return self.pixels[[self.position[path] for path in paths]]
         assert self._pool is not None
@@ -70,7 +72,7 @@ def open_images(
     """The images of ``index`` but ``skipped``; with ``mode`` "auto" from a cache, built when missing.
 
     The cache is keyed by the images' content and the geometry, so a changed image makes a new one. Without enough free
-    disk space the images are decoded on demand. Raises ValueError naming an unreadable image.
+    disk space the images are decoded on demand. Raises Refused naming an unreadable image.
     """
     root, paths = index.root, [path for path in index.paths if path not in set(skipped)]
     if mode == "off":
@@ -103,7 +105,7 @@ def _build(part: Path, root: Path, paths: Sequence[str], preprocessing: Preproce
     def one(i: int) -> None:
         pixels[i] = decode(root / paths[i], size, interpolation)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes and resizes without the interpreter lock
         try:
             for _ in tqdm(pool.map(one, range(len(paths))), total=len(paths), desc="decode", unit="img", leave=False):
                 pass
@@ -119,10 +121,10 @@ def unreadable(root: Path, paths: Sequence[str]) -> dict[str, str]:
     def reason(path: str) -> tuple[str, str]:
         try:
             decode(root / path, 8, "bilinear")
-        except ValueError as error:
+        except Refused as error:
             return path, str(error)
         return path, ""
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         checked = tqdm(pool.map(reason, paths), total=len(paths), desc="check images", unit="img", leave=False)
         return {path: why for path, why in checked if why}

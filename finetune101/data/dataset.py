@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from finetune101.errors import Refused
+
 FOLDER = "101_ObjectCategories"
 LEFT_OUT = "BACKGROUND_Google"  # clutter, not an object class: the published protocols leave it out
 OFFICIAL_CLASSES = 101
@@ -33,7 +35,7 @@ def _visible(folder: Path) -> list[Path]:
     try:
         entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     except OSError as error:
-        raise ValueError(f"{folder} cannot be read ({error.strerror}); give --data another folder") from error
+        raise Refused(f"{folder} cannot be read ({error.strerror}); give --data another folder") from error
     return sorted(entries, key=lambda entry: entry.name)
 
 
@@ -57,28 +59,28 @@ def find(root: str | None) -> Path:
     101_ObjectCategories, or whose only folder holds the class folders.
 
     Raises:
-        ValueError: nothing there, a file, or no folder of images in it; the sentence says what to do.
+        Refused: nothing there, a file, or no folder of images in it; the sentence says what to do.
     """
     given = root or os.environ.get("FINETUNE101_DATA") or None
     name = "--data" if root else "FINETUNE101_DATA"
     path = Path(given).expanduser() if given else Path("data") / FOLDER
     if not path.exists():
         start = f"{name} {path} does not exist" if given else f"no data set at {path}"
-        raise ValueError(f"{start}; {HOW}")
+        raise Refused(f"{start}; {HOW}")
     if not path.is_dir():
-        raise ValueError(f"{path} is a file, not a folder; {HOW}")
+        raise Refused(f"{path} is a file, not a folder; {HOW}")
     if (path / FOLDER).is_dir():
         path = path / FOLDER
     folders = _folders(path)
     if _holds_classes(path):
         return path
     if not folders and images_in(path):
-        raise ValueError(f"{path} holds images but no class folders; give --data its parent folder")
+        raise Refused(f"{path} holds images but no class folders; give --data its parent folder")
     if any(sub.name in SUBSETS and _folders(sub) for sub in folders):
         return path
     if len(folders) == 1 and _holds_classes(folders[0]):
         return folders[0]
-    raise ValueError(f"{path} holds no class folders with images; {HOW}")
+    raise Refused(f"{path} holds no class folders with images; {HOW}")
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,12 @@ def layout_of(root: Path) -> Layout:
 
 
 def _class_images(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> image files. Raises ValueError naming a class folder without images."""
+    """Class name -> image files. Raises Refused naming a class folder without images."""
     found = {sub.name: images_in(sub) for sub in _folders(folder)}
     for name, images in found.items():
         if not images:
             kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-            raise ValueError(f"class folder {folder / name} holds no image ({kinds}); add images or remove the folder")
+            raise Refused(f"class folder {folder / name} holds no image ({kinds}); add images or remove the folder")
     return found
 
 
@@ -123,10 +125,10 @@ def _list_subsets(root: Path) -> dict[str, list[Path]]:
         if not (root / subset).is_dir():
             if subset == "val":
                 continue
-            raise ValueError(f"{root} has no folder {subset}/, which --protocol folders needs; add it")
+            raise Refused(f"{root} has no folder {subset}/, which --protocol folders needs; add it")
         images = _class_images(root / subset)
         if subset != "train" and (unknown := sorted(set(images) - set(found))):
-            raise ValueError(f"{root / subset / unknown[0]} is a class that train/ does not have; add it or remove it")
+            raise Refused(f"{root / subset / unknown[0]} is a class that train/ does not have; add it or remove it")
         for name, files in images.items():
             found.setdefault(name, []).extend(files)
     return found
@@ -137,7 +139,7 @@ def _sha256(path: Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); repair or remove it") from error
+        raise Refused(f"{path} cannot be read ({error.strerror}); repair or remove it") from error
 
 
 def index(root: Path, layout: Layout = "classes") -> Index:
@@ -150,13 +152,13 @@ def index(root: Path, layout: Layout = "classes") -> Index:
         layout: "classes": root/CLASS/IMAGE. "folders": root/train/CLASS/IMAGE, the same in test/ and, if any, val/.
 
     Raises:
-        ValueError: fewer than two classes, a class folder without images, a missing subset, an unreadable file.
+        Refused: fewer than two classes, a class folder without images, a missing subset, an unreadable file.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     found = _list_subsets(root) if layout == "folders" else _class_images(root)
     if len(found) < 2:
-        raise ValueError(f"{root} holds {len(found)} class folder(s), at least 2 are needed; {HOW}")
+        raise Refused(f"{root} holds {len(found)} class folder(s), at least 2 are needed; {HOW}")
     files = {file.relative_to(root).as_posix(): file for images in found.values() for file in images}
     paths = tuple(sorted(files))
     with ThreadPoolExecutor() as pool:
@@ -192,7 +194,7 @@ def download(target: Path, url: str = OFFICIAL_URL, md5: str = OFFICIAL_MD5) -> 
     Returns:
         The folder of class folders; at once if it is already there.
     Raises:
-        ValueError: no network, a full disk, a wrong md5, or an archive with links or paths that leave it.
+        Refused: no network, a full disk, a wrong md5, or an archive with links or paths that leave it.
     """
     if (target / FOLDER).is_dir():
         return target / FOLDER
@@ -201,7 +203,7 @@ def download(target: Path, url: str = OFFICIAL_URL, md5: str = OFFICIAL_MD5) -> 
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{target} cannot be made ({error.strerror}); choose another folder") from error
+        raise Refused(f"{target} cannot be made ({error.strerror}); choose another folder") from error
     if archive is part:
         _fetch(url, part)
     with open(archive, "rb") as file:
@@ -209,14 +211,14 @@ def download(target: Path, url: str = OFFICIAL_URL, md5: str = OFFICIAL_MD5) -> 
     if found != md5:
         if archive is part:
             part.unlink()
-        raise ValueError(f"{archive} is damaged (md5 {found} instead of {md5}); delete it and download it again")
+        raise Refused(f"{archive} is damaged (md5 {found} instead of {md5}); delete it and download it again")
     _unpack(archive, target)
     part.unlink(missing_ok=True)
     return target / FOLDER
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Download ``url`` to ``part``, going on after the bytes already there. Raises ValueError when it breaks off."""
+    """Download ``url`` to ``part``, going on after the bytes already there. Raises Refused when it breaks off."""
     import http.client
     import urllib.error
     import urllib.request
@@ -234,14 +236,12 @@ def _fetch(url: str, part: Path) -> None:
         error.close()
         if error.code == 416 and have:  # nothing left to send: the md5 decides whether the file is whole
             return
-        raise ValueError(f"{url} answered {error.code} {error.reason}; {by_hand}") from error
+        raise Refused(f"{url} answered {error.code} {error.reason}; {by_hand}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise ValueError(
-            f"the download broke off ({reason}); run the command once more to go on, or {by_hand}"
-        ) from error
+        raise Refused(f"the download broke off ({reason}); run the command once more to go on, or {by_hand}") from error
     if missing:
-        raise ValueError(f"the download broke off {missing} bytes early; run the command once more to go on")
+        raise Refused(f"the download broke off {missing} bytes early; run the command once more to go on")
 
 
 def _write(response: Any, part: Path, have: int) -> int:
@@ -288,24 +288,22 @@ def _unpack(archive: Path, target: Path) -> None:
                 _refuse(info.filename, archive, link=stat.S_ISLNK(info.external_attr >> 16))
             names = [n for n in outer.namelist() if PurePosixPath(n).name == INNER and not n.startswith("__MACOSX")]
             if len(names) != 1:
-                raise ValueError(f"{archive} does not hold {INNER}; delete it and download it again")
+                raise Refused(f"{archive} does not hold {INNER}; delete it and download it again")
             with outer.open(names[0]) as stream, tarfile.open(fileobj=stream, mode="r|gz") as inner:
                 _unpack_tar(inner, folder, archive)
             if not ((folder / FOLDER).is_dir() and _holds_classes(folder / FOLDER)):
-                raise ValueError(f"{archive} holds no images in {FOLDER}; delete it and download it again")
+                raise Refused(f"{archive} holds no images in {FOLDER}; delete it and download it again")
             os.replace(folder / FOLDER, target / FOLDER)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
-        raise ValueError(f"{archive} cannot be unpacked ({error}); delete it and download it again") from error
+        raise Refused(f"{archive} cannot be unpacked ({error}); delete it and download it again") from error
     except OSError as error:
-        raise ValueError(
-            f"{archive} cannot be unpacked to {target} ({error}); make room there and try again"
-        ) from error
+        raise Refused(f"{archive} cannot be unpacked to {target} ({error}); make room there and try again") from error
 
 
 def _refuse(name: str, archive: Path, link: bool) -> None:
     if link or not _safe(name):
         what = "a link or device" if link else "a path that leaves the archive"
-        raise ValueError(f"{archive} holds {what} ({name}) and was not unpacked; delete it and download it again")
+        raise Refused(f"{archive} holds {what} ({name}) and was not unpacked; delete it and download it again")
 
 
 def _unpack_tar(inner: Any, folder: Path, archive: Path) -> None:

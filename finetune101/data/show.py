@@ -16,7 +16,8 @@ from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig
 from finetune101.data.batches import augment, draw_boxes
 from finetune101.data.cache import decode
 from finetune101.data.dataset import class_of, index, layout_of
-from finetune101.runs import atomic
+from finetune101.errors import Refused
+from finetune101.files import atomic
 
 SIDE = 56  # pixels of an image's side among the classes
 LARGE = 96  # and in the rows of augmented images
@@ -37,12 +38,12 @@ def contact_sheet(
         seed: picks images and augmentation; the same seed draws the same sheet.
 
     Raises:
-        ValueError: another suffix, an unreadable image, ``per_class`` below 1, or what ``dataset.index`` refuses.
+        Refused: another suffix, an unreadable image, ``per_class`` below 1, or what ``dataset.index`` refuses.
     """
     if out.suffix.lower() not in FORMATS:
-        raise ValueError(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
+        raise Refused(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
     if per_class < 1:
-        raise ValueError(f"{per_class} images per class cannot be shown; give at least 1")
+        raise Refused(f"{per_class} images per class cannot be shown; give at least 1")
     found, rng = index(root, layout_of(root)), random.Random(seed)
     classes: dict[str, list[str]] = defaultdict(list)
     for path in found.paths:

@@ -14,6 +14,7 @@ import numpy as np
 
 from finetune101.config import DataConfig
 from finetune101.data.dataset import Index, class_of, content_hash
+from finetune101.errors import Refused
 
 SUBSETS = ("train", "val", "test")
 
@@ -48,7 +49,7 @@ class Manifest:
 
 
 def from_json(values: Mapping[str, Any]) -> Manifest:
-    """The inverse of ``Manifest.to_json``. Raises ValueError for a broken one or an image in two subsets."""
+    """The inverse of ``Manifest.to_json``. Raises Refused for a broken one or an image in two subsets."""
     try:
         manifest = Manifest(
             protocol=values["protocol"],
@@ -59,45 +60,45 @@ def from_json(values: Mapping[str, Any]) -> Manifest:
             subsets={name: tuple(values["subsets"][name]) for name in SUBSETS},
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"the split manifest lacks {error}; make it anew by leaving out --split") from error
+        raise Refused(f"the split manifest lacks {error}; make it anew by leaving out --split") from error
     seen: dict[str, str] = {}
     for name, paths in manifest.subsets.items():
         for path in paths:
             if path in seen:
-                raise ValueError(f"the split manifest has {path} in {seen[path]} and in {name}; make it anew")
+                raise Refused(f"the split manifest has {path} in {seen[path]} and in {name}; make it anew")
             if class_of(path) not in manifest.classes:
-                raise ValueError(f"the split manifest has {path}, of a class that it does not list; make it anew")
+                raise Refused(f"the split manifest has {path}, of a class that it does not list; make it anew")
             seen[path] = name
     return manifest
 
 
 def read(file: Path) -> Manifest:
-    """Reads a manifest from ``file``. Raises ValueError when it is missing or broken."""
+    """Reads a manifest from ``file``. Raises Refused when it is missing or broken."""
     try:
         return from_json(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
-        raise ValueError(f"cannot read the split manifest {file}: {error.strerror}; check --split") from error
+        raise Refused(f"cannot read the split manifest {file}: {error.strerror}; check --split") from error
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a split manifest ({error}); make it anew by leaving out --split") from error
+        raise Refused(f"{file} is not a split manifest ({error}); make it anew by leaving out --split") from error
 
 
 def check(manifest: Manifest, index: Index) -> None:
-    """Raises ValueError when the files of ``manifest`` are not those of ``index``."""
+    """Raises Refused when the files of ``manifest`` are not those of ``index``."""
     wanted = [path for name in SUBSETS for path in manifest.subsets[name]]
     missing = [path for path in wanted if path not in index.digests]
     if missing:
-        raise ValueError(
+        raise Refused(
             f"{len(missing)} images of the split are not in {index.root} (first: {missing[0]}); "
             "give the --data it was made from"
         )
     if content_hash(index.digests, wanted) != manifest.content_hash:
-        raise ValueError(f"images in {index.root} changed after the split was made; restore them or make a new split")
+        raise Refused(f"images in {index.root} changed after the split was made; restore them or make a new split")
 
 
 def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
     """Splits the images of ``index`` by ``config.protocol``.
 
-    ``groups`` (path -> group) keeps near-duplicates on one side of the standard split. Raises ValueError when a class
+    ``groups`` (path -> group) keeps near-duplicates on one side of the standard split. Raises Refused when a class
     has too few images.
     """
     if config.protocol == "folders":
@@ -146,7 +147,7 @@ def _reference(classes: Mapping[str, list[str]], config: DataConfig) -> dict[str
         # rounded: 0.1 / (1 - 0.2) must be the 0.125 of the original, not 0.12500000000000003
         train, val = _shuffle_split(rest, round(config.val_size / (1 - config.test_size), 12), config.split_seed)
         if not train:
-            raise ValueError(f"class {name} has {len(items)} image(s), too few to split; add some or remove it")
+            raise Refused(f"class {name} has {len(items)} image(s), too few to split; add some or remove it")
         for subset, paths in (("train", train), ("val", val), ("test", test)):
             subsets[subset] += paths
     return subsets
@@ -161,7 +162,7 @@ def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapp
     wanted = dict.fromkeys(classes, config.train_per_class)
     for name, items in classes.items():
         if len(items) <= config.train_per_class:
-            raise ValueError(
+            raise Refused(
                 f"class {name} has {len(items)} images, --train-per-class {config.train_per_class} leaves none to test"
             )
     members: dict[str, list[str]] = defaultdict(list)
@@ -174,7 +175,7 @@ def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapp
     short = {name: left for name, left in wanted.items() if left}
     if short:
         name = next(iter(short))
-        raise ValueError(
+        raise Refused(
             f"class {name} lacks {short[name]} image(s) for training without splitting near-duplicates; "
             "use --no-group-duplicates or a smaller --train-per-class"
         )

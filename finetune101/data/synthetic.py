@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from finetune101.data.drawings import DRAWINGS, Pen, arc, colour
+from finetune101.errors import Refused
 
 Size = tuple[int, int]  # width, height
 
@@ -124,10 +125,10 @@ def draw(target: Path, classes: int = 12, images_per_class: int = 45, seed: int 
         seed: picks all positions, colours, ... (0 or more).
 
     Raises:
-        ValueError: a count out of range.
+        Refused: a count out of range.
     """
     if not 2 <= classes <= len(DRAWINGS) or images_per_class < 1 or seed < 0:
-        raise ValueError(
+        raise Refused(
             f"{classes} classes of {images_per_class} images with seed {seed} cannot be drawn; "
             f"give 2 to {len(DRAWINGS)} classes, at least 1 image and a seed from 0"
         )

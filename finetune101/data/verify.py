@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from finetune101.data.cache import cache_dir
 from finetune101.data.dataset import (
     FOLDER,
     IMAGE_SUFFIXES,
@@ -29,7 +27,9 @@ from finetune101.data.dataset import (
     layout_of,
     other_files,
 )
-from finetune101.runs import atomic
+from finetune101.errors import Refused
+from finetune101.files import atomic, cache_dir
+from finetune101.machine import usable_cores
 
 SIDE = 32  # pixels of a thumbnail's side
 NEAR = 0.99  # correlation of thumbnails from which two images count as the same picture
@@ -136,7 +136,7 @@ def _examine(path: Path) -> _Finding:
 
 
 def _examine_all(root: Path, paths: Sequence[str], title: str) -> Iterator[_Finding]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes without the interpreter lock
+    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes and resizes without the interpreter lock
         findings = pool.map(_examine, (root / path for path in paths))
         yield from tqdm(findings, total=len(paths), desc=title, unit="img", leave=False)
 
@@ -147,12 +147,12 @@ def thumbnails(root: Path, paths: Sequence[str]) -> Thumbnails:
     Returns:
         float32 (len(paths), 1024) without NaN; a flat image is all zeros.
     Raises:
-        ValueError: naming an image that cannot be read.
+        Refused: naming an image that cannot be read.
     """
     rows = np.zeros((len(paths), SIDE * SIDE), np.float32)
     for i, found in enumerate(_examine_all(root, paths, "compare images")):
         if found.thumbnail is None:
-            raise ValueError(f"cannot read the image {root / paths[i]} ({found.reason}); repair or remove it")
+            raise Refused(f"cannot read the image {root / paths[i]} ({found.reason}); repair or remove it")
         rows[i] = found.thumbnail
     return rows
 
@@ -184,7 +184,7 @@ def duplicate_groups(index: Index) -> dict[str, str]:
     """Path -> group, the group's first path: images a split must keep on one side share a group.
 
     Groups join byte-identical files, near-duplicates and Faces/Faces_easy twins. The thumbnails are kept in
-    ``cache_dir()`` as long as no image changes. Raises ValueError naming an image that cannot be read.
+    ``cache_dir()`` as long as no image changes. Raises Refused naming an image that cannot be read.
     """
     near = [(index.paths[i], index.paths[j]) for i, j in near_duplicates(_cached_thumbnails(index))]
     same = [(group[0], other) for group in _identical(index) for other in group[1:]]
@@ -216,7 +216,7 @@ def _cached_thumbnails(index: Index) -> Thumbnails:
         cached: Thumbnails = np.load(file)
         return cached
     rows = thumbnails(index.root, index.paths)
-    with suppress(ValueError, OSError), atomic(file) as part, open(part, "wb") as stream:  # without space: no cache
+    with suppress(Refused, OSError), atomic(file) as part, open(part, "wb") as stream:  # without space: no cache
         np.save(stream, rows)
     return rows
 
@@ -225,7 +225,7 @@ def verify(root: Path) -> Report:
     """Read every image below ``root`` (what ``dataset.find`` returned) and every file beside them.
 
     Raises:
-        ValueError: as ``dataset.index``: fewer than two classes, or a class folder without images.
+        Refused: as ``dataset.index``: fewer than two classes, or a class folder without images.
     """
     found = index(root, layout_of(root))
     findings = dict(zip(found.paths, _examine_all(root, found.paths, "verify"), strict=True))

@@ -20,7 +20,9 @@ from finetune101.config import Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.cache import Pixels, decode
 from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
+from finetune101.errors import Refused
 from finetune101.evaluation.inference import Network, logits
+from finetune101.machine import usable_cores
 from finetune101.training import cpu
 from finetune101.training.cpu_frozen import frozen
 
@@ -40,11 +42,11 @@ def predict(
     """The ``top_k`` most probable classes of every image in ``inputs``: files, folders (with all below) and patterns.
 
     Returns (rows, failed); failed holds (path, reason) for what is missing or cannot be read. With fewer classes than
-    ``top_k``, all are given. Raises ValueError when a number is below 1.
+    ``top_k``, all are given. Raises Refused when a number is below 1.
     """
     for name, value in (("--top-k", top_k), ("--batch-size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; give at least 1")
+            raise Refused(f"{name} is {value}; give at least 1")
     files, failed = expand(inputs)
     if network.fast_kernels:
         cpu.tune_allocator()
@@ -53,7 +55,7 @@ def predict(
     forward = frozen(model, world) if network.fast_kernels else model
     rows: list[Row] = []
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(usable_cores()) as pool,
         tqdm(total=len(files), unit="img", leave=False, disable=None) as bar,
     ):
         for start in range(0, len(files), batch_size):
@@ -83,7 +85,7 @@ def expand(inputs: Iterable[str]) -> tuple[list[str], list[Failure]]:
     for given in inputs:
         try:
             files |= dict.fromkeys(_images(given))
-        except ValueError as error:
+        except Refused as error:
             failed.append((given, str(error)))
     return list(files), failed
 
@@ -121,12 +123,12 @@ def as_json(rows: Iterable[Row], failed: Iterable[Failure]) -> str:
 
 
 def _images(given: str) -> list[str]:
-    """The images that one input names. Raises ValueError when there are none."""
+    """The images that one input names. Raises Refused when there are none."""
     if os.path.isfile(given):  # also one whose own name looks like a pattern; its suffix does not matter
         return [given]
     matches = [given] if os.path.isdir(given) else sorted(glob.glob(given, recursive=True))
     if not matches:
-        raise ValueError("no such file or folder")
+        raise Refused("no such file or folder")
     found: list[str] = []
     for match in matches:
         if os.path.isdir(match):
@@ -134,7 +136,7 @@ def _images(given: str) -> list[str]:
         elif Path(match).suffix.lower() in IMAGE_SUFFIXES:
             found.append(match)
     if not found:
-        raise ValueError(f"no image there ({', '.join(IMAGE_SUFFIXES)})")
+        raise Refused(f"no image there ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
@@ -149,5 +151,5 @@ def _decode(file: str, preprocessing: Preprocessing) -> Pixels | str:
     """The pixels, or why there are none."""
     try:
         return decode(Path(file), preprocessing.cache_size, preprocessing.interpolation)
-    except ValueError as error:
+    except Refused as error:
         return str(error.__cause__ or error)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune101.data import splits
+from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import (
     calibrations,
     check_batch_size,
@@ -18,7 +19,8 @@ from finetune101.evaluation.evaluate import (
     times_scored,
     write_predictions,
 )
-from finetune101.runs import Run, write_json
+from finetune101.files import write_json
+from finetune101.runs import Run
 
 
 def ensemble(
@@ -32,21 +34,21 @@ def ensemble(
 ) -> dict[str, Any]:
     """Scores the mean probabilities of ``runs`` on ``subset``; "test" is written to ``out`` like an evaluation's.
 
-    The test is counted in the members' own test.json too. Raises ValueError for fewer than two runs, runs of different
+    The test is counted in the members' own test.json too. Raises Refused for fewer than two runs, runs of different
     splits, images that are not those of the split, and validation images that a member was trained on.
     """
     if len(runs) < 2:
-        raise ValueError("an ensemble needs two runs or more; name them all")
+        raise Refused("an ensemble needs two runs or more; name them all")
     check_batch_size(batch_size)
     if (out / "config.json").exists():
-        raise ValueError(f"{out} is a run of its own; give the ensemble another --out")
+        raise Refused(f"{out} is a run of its own; give the ensemble another --out")
     for run in runs:
         if subset == "val" and run.config().data.fit_on == "train+val":
-            raise ValueError(f"{run.path} was trained on the validation images; name runs with --fit-on train")
+            raise Refused(f"{run.path} was trained on the validation images; name runs with --fit-on train")
     hashes = [splits.from_json(run.read_json("split.json")).hash() for run in runs]
     for run, other in zip(runs, hashes, strict=True):
         if other != hashes[0]:
-            raise ValueError(f"{run.path} was trained on another split than {runs[0].path}; name runs of one split")
+            raise Refused(f"{run.path} was trained on another split than {runs[0].path}; name runs of one split")
     first = open_scored(runs[0], data, mirror=mirror)
     members = [first, *(open_scored(run, data, first.index, mirror) for run in runs[1:])]
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from finetune101.config import DataConfig, Preprocessing
 from finetune101.data import cache, dataset, splits, verify
 from finetune101.data.batches import eval_batches
+from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.inference import load_model, logits, mirrored, read_checkpoint, world_of
-from finetune101.runs import Run, atomic
+from finetune101.files import atomic
+from finetune101.runs import Run
 from finetune101.world import World
 
 
@@ -49,10 +51,10 @@ class Opened:
     mirror: bool = False
 
     def logits(self, subset: str, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Logits (N, classes) and labels (N,) of ``subset``, in the manifest's order. Raises ValueError without any."""
+        """Logits (N, classes) and labels (N,) of ``subset``, in the manifest's order. Raises Refused without any."""
         paths, labels = self.manifest.subsets[subset], self.manifest.labels(subset)
         if not paths:
-            raise ValueError(f"the split has no {subset} images; choose another subset or make a split that has some")
+            raise Refused(f"the split has no {subset} images; choose another subset or make a split that has some")
         skipped = self.manifest.options.get("skipped", ())
         images = cache.open_images(self.index, self.preprocessing, self.config.cache, skipped)
         self.model.to(self.world.device, memory_format=self.world.memory_format)  # type: ignore[call-overload]
@@ -68,14 +70,14 @@ class Opened:
 def open_scored(run: Run, data: str | None = None, known: dataset.Index | None = None, mirror: bool = False) -> Opened:
     """``run`` with its images, from ``data`` where that is given; ``known`` saves reading them again where it fits.
 
-    Raises ValueError when the images are not those of the split.
+    Raises Refused when the images are not those of the split.
     """
     config = run.config().data
     config = config if data is None else dataclasses.replace(config, root=data)
     manifest = splits.from_json(run.read_json("split.json"))
     model, preprocessing, classes = load_model(run)
     if tuple(classes) != manifest.classes:
-        raise ValueError(f"{run.best} knows other classes than the split of {run.path}; train the run again")
+        raise Refused(f"{run.best} knows other classes than the split of {run.path}; train the run again")
     root = dataset.find(config.root)
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
     index = known if known and known.root == root else dataset.index(root, layout)
@@ -89,7 +91,7 @@ def evaluate(
     """Scores the best checkpoint of ``run`` on ``subset`` of its own split; "test" is written to the run directory.
 
     ``data`` overrides where the images are; with ``mirror`` each is seen twice (see ``inference.mirrored``). Raises
-    ValueError when the images are not those of the split.
+    Refused when the images are not those of the split.
     """
     check_batch_size(batch_size)
     opened = open_scored(run, data, mirror=mirror)
@@ -112,9 +114,9 @@ def evaluate(
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError for one that cannot be."""
+    """Raises Refused for one that cannot be."""
     if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; give at least 1")
+        raise Refused(f"--batch-size is {batch_size}; give at least 1")
 
 
 def times_scored(run: Run) -> int:

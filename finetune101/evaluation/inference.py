@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune101.config import Preprocessing, SystemConfig, preprocessing_from_dict
+from finetune101.errors import Refused
 from finetune101.models.build import build
 from finetune101.runs import Run
 from finetune101.world import World, detect
@@ -61,7 +62,7 @@ class Network:
 
 
 def open_network(run: Run) -> Network:
-    """The best checkpoint of ``run``, ready for images. Raises ValueError as ``load_model`` does."""
+    """The best checkpoint of ``run``, ready for images. Raises Refused as ``load_model`` does."""
     model, preprocessing, classes = load_model(run)
     fast, world = run.config().system.fast_kernels, world_of(run)
     return Network(model=model, preprocessing=preprocessing, classes=classes, world=world, fast_kernels=fast)
@@ -70,7 +71,7 @@ def open_network(run: Run) -> Network:
 def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
     """The best checkpoint of ``run``: (model in evaluation mode, its preprocessing, class names).
 
-    Raises ValueError when the checkpoint is missing, damaged, or of another class count than the run's split.
+    Raises Refused when the checkpoint is missing, damaged, or of another class count than the run's split.
     """
     return load_file(run.best)[:3]
 
@@ -78,7 +79,7 @@ def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
 def load_file(file: Path) -> tuple[nn.Module, Preprocessing, list[str], dict[str, str]]:
     """A checkpoint as a model in evaluation mode, its preprocessing, class names, and all that is written in it.
 
-    One that holds the output layer only stands on the ImageNet weights of its network. Raises ValueError when it is
+    One that holds the output layer only stands on the ImageNet weights of its network. Raises Refused when it is
     missing, damaged, or fits no network of its name and number of classes.
     """
     state, info = read_checkpoint(file)
@@ -92,16 +93,16 @@ def load_file(file: Path) -> tuple[nn.Module, Preprocessing, list[str], dict[str
         built.model.load_state_dict(state)
     except RuntimeError as error:
         fit = f"{info['model']} with {len(classes)} classes"
-        raise ValueError(f"{file} does not fit {fit}; train the run again") from error
+        raise Refused(f"{file} does not fit {fit}; train the run again") from error
     return built.model.eval(), preprocessing, classes, info
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint. Raises ValueError when it is missing or damaged."""
+    """Tensors and metadata of a checkpoint. Raises Refused when it is missing or damaged."""
     if not file.is_file():
-        raise ValueError(f"{file} is missing: no epoch of this run has finished yet; continue it with --resume")
+        raise Refused(f"{file} is missing: no epoch of this run has finished yet; continue it with --resume")
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); train the run again") from error
+        raise Refused(f"{file} is damaged ({error}); train the run again") from error

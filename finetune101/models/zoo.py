@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune101.config import Preprocessing
+from finetune101.errors import Refused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +180,7 @@ def names() -> list[str]:
 
 
 def lookup(name: str) -> Entry:
-    """The network called ``name``, or timm's for ``timm:NAME``. Raises ValueError naming the nearest one."""
+    """The network called ``name``, or timm's for ``timm:NAME``. Raises Refused naming the nearest one."""
     if name in _TABLE:
         return _TABLE[name]
     if name.startswith("timm:"):
@@ -187,11 +188,11 @@ def lookup(name: str) -> Entry:
     import timm
 
     if timm.is_model(name):
-        raise ValueError(f"there is no model {name!r} in the table, but timm has it; give timm:{name}")
+        raise Refused(f"there is no model {name!r} in the table, but timm has it; give timm:{name}")
     close = difflib.get_close_matches(name.lower(), names(), n=1)
     if close:
-        raise ValueError(f"there is no model {name!r}; did you mean {close[0]}?")
-    raise ValueError(f"there is no model {name!r}; choose one of {', '.join(names())}, or timm:NAME")
+        raise Refused(f"there is no model {name!r}; did you mean {close[0]}?")
+    raise Refused(f"there is no model {name!r}; choose one of {', '.join(names())}, or timm:NAME")
 
 
 def _lookup_timm(name: str) -> Entry:
@@ -201,17 +202,15 @@ def _lookup_timm(name: str) -> Entry:
     try:
         known = timm.get_pretrained_cfg(wanted) if timm.is_model(wanted) else None
     except RuntimeError as error:  # a tag that the architecture does not have
-        raise ValueError(f"timm has no {wanted!r}: {str(error).rstrip('.')}; leave out what follows the dot") from error
+        raise Refused(f"timm has no {wanted!r}: {str(error).rstrip('.')}; leave out what follows the dot") from error
     if known is None:
         close = difflib.get_close_matches(wanted.lower(), timm.list_models(), n=1)
         hint = f"did you mean timm:{close[0]}?" if close else "timm.list_models() lists what there is"
-        raise ValueError(f"timm has no model {wanted!r}; {hint}")
+        raise Refused(f"timm has no model {wanted!r}; {hint}")
     data: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
     channels, height, width = data["input_size"]
     if not isinstance(known.classifier, str) or channels != 3 or height != width:
-        raise ValueError(
-            f"{name} cannot be used here (one output layer and square RGB input are needed); choose another"
-        )
+        raise Refused(f"{name} cannot be used here (one output layer and square RGB input are needed); choose another")
     interpolation: Literal["bilinear", "bicubic"] = "bilinear" if data["interpolation"] == "bilinear" else "bicubic"
     return Entry(
         name=name,

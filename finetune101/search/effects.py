@@ -15,6 +15,7 @@ import optuna
 from numpy.typing import NDArray
 from scipy import stats
 
+from finetune101.errors import Refused
 from finetune101.runs import Run
 from finetune101.search.replay import ORDERS, Curve, dropped
 from finetune101.search.space import Point, text
@@ -84,11 +85,11 @@ class Variance:
 def load(folder: Path) -> Seen:
     """The search in ``folder``, from its search.json and run directories.
 
-    Raises ValueError when it is none or has fewer than two trials.
+    Raises Refused when it is none or has fewer than two trials.
     """
     if not (folder / "search.json").is_file():
         begun = (folder / "optuna.journal").exists()
-        raise ValueError(
+        raise Refused(
             f"the search in {folder} has finished no trial yet; run its command again, it goes on"
             if begun
             else f"{folder} is no folder of a search; give RUNS/EXP of one"
@@ -104,7 +105,7 @@ def load(folder: Path) -> Seen:
             scores, steps = (tuple(record[key] for record in records) for key in ("val_top1", "step"))
             curves.append(Curve(entry["point"], scores, steps, entry["state"]))
     if len(curves) < 2:
-        raise ValueError(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
+        raise Refused(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
     names = tuple(name for name in saved["space"] if len({str(curve.point[name]) for curve in curves}) > 1)
     chosen = saved.get("winner") or saved["results"][0]
     winner = Run(folder / Path(chosen["run"] or "").name)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
-from finetune101.config import PARTS, TrainConfig, read_settings, validate
+from finetune101.config import PARTS, TrainConfig, typed, validate
+from finetune101.errors import Refused
+from finetune101.files import read_settings
 
 Point = dict[str, Any]
 
@@ -50,7 +51,7 @@ def _settings() -> dict[str, tuple[str, str, Any]]:
             inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
             # a tuple would need a list of lists; threads change no number, and trials are compared at every epoch
             if get_origin(inner) is not tuple and field not in ("threads", "val_every"):
-                found[flags[0] if flags else field] = (part, field, inner)
+                found[flags[0] if flags else field] = (part, field, hint)
     return found
 
 
@@ -61,24 +62,24 @@ DATA = {field.name for field in dataclasses.fields(PARTS["data"])} - {"root", "c
 def make(given: Mapping[str, Any]) -> Space:
     """``given`` (name -> list of values, or a range such as "1e-4..1e-1:log") with every value in its setting's type.
 
-    Raises ValueError for an unknown name, an empty list, and a value that its setting cannot have.
+    Raises Refused for an unknown name, an empty list, and a value that its setting cannot have.
     """
     if not given:
-        raise ValueError("the space of the search is empty; give at least one --grid NAME=VALUE,VALUE")
+        raise Refused("the space of the search is empty; give at least one --grid NAME=VALUE,VALUE")
     space: Space = {}
     for flag, values in given.items():
         name = flag.replace("-", "_")
         if name in DATA:
-            raise ValueError(f"{name} changes the validation images, by which trials are compared; it is not searched")
+            raise Refused(f"{name} changes the validation images, by which trials are compared; it is not searched")
         if name not in SETTINGS:
-            raise ValueError(f"{flag} is not a setting to search; choose from {', '.join(sorted(SETTINGS))}")
+            raise Refused(f"{flag} is not a setting to search; choose from {', '.join(sorted(SETTINGS))}")
         if isinstance(values, Range) or (isinstance(values, str) and ".." in values):
             space[name] = _range(name, str(values))
             continue
         if isinstance(values, str) or not isinstance(values, Sequence):
-            raise ValueError(f"{name} is {values!r}; give a list of values, or a range such as 1e-4..1e-1:log")
+            raise Refused(f"{name} is {values!r}; give a list of values, or a range such as 1e-4..1e-1:log")
         if not values:
-            raise ValueError(f"{name} has no values to search; give at least one")
+            raise Refused(f"{name} has no values to search; give at least one")
         typed = [_typed(name, value) for value in values]
         space[name] = [value for i, value in enumerate(typed) if value not in typed[:i]]
     return space
@@ -87,17 +88,17 @@ def make(given: Mapping[str, Any]) -> Space:
 def parse(words: Iterable[str], file: str | None = None) -> Space:
     """The space in ``--space FILE`` (YAML or TOML: name -> list or range) with the ``--grid NAME=...`` of ``words``.
 
-    Without either it is the original's. Raises ValueError as ``make`` does, and for a file that cannot be read.
+    Without either it is the original's. Raises Refused as ``make`` does, and for a file that cannot be read.
     """
     given: dict[str, Any] = read_settings(Path(file)) if file else {}
     seen: set[str] = set()
     for word in words:
         name, equals, values = word.partition("=")
         if not equals or not name:
-            raise ValueError(f"--grid {word} names no values; write it as --grid lr=0.01,0.001 or lr=1e-4..1e-1:log")
+            raise Refused(f"--grid {word} names no values; write it as --grid lr=0.01,0.001 or lr=1e-4..1e-1:log")
         if ".." in values or (name in seen and ".." in given[name]):
             if name in seen:
-                raise ValueError(f"--grid {name} is given twice; write one range, or one list of values")
+                raise Refused(f"--grid {name} is given twice; write one range, or one list of values")
             given[name] = values
         else:
             more = [value for value in values.split(",") if value.strip()]
@@ -113,52 +114,24 @@ def _range(name: str, text: str) -> Range:
         found = Range(_typed(name, low), _typed(name, high), scale == "log")
         numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (found.low, found.high))
         fine = numbers and scale in ("", "log") and found.low < found.high and (not found.log or found.low > 0)
-    except (TypeError, OverflowError):
+    except (Refused, TypeError, OverflowError):
         fine = False
     if not fine:
-        raise ValueError(f"{name}={text} is no range; write LOW..HIGH, or LOW..HIGH:log with LOW above 0")
+        raise Refused(f"{name}={text} is no range; write LOW..HIGH, or LOW..HIGH:log with LOW above 0")
     return found
 
 
 def _typed(name: str, value: Any) -> Any:
     """``value`` in the type of the setting ``name``; text is read as on the command line."""
-    hint = SETTINGS[name][2]
-    options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     word = value.strip() if isinstance(value, str) else value
-    for option in options:
-        if option is type(None):
-            if word is None or word in ("none", "None", "null"):
-                return None
-        elif get_origin(option) is Literal:
-            if word in get_args(option):
-                return word
-        elif option is bool:
-            if isinstance(word, bool) or str(word).lower() in ("true", "false"):
-                return str(word).lower() == "true"
-        elif option is str:
-            if isinstance(word, str):
-                return word
-        elif not isinstance(word, bool):
-            try:
-                number = option(word)
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if isinstance(word, str) or number == word or number != number:
-                return number
-    kinds = " or ".join(
-        "none" if option is type(None)
-        else ", ".join(map(str, get_args(option))) if get_origin(option) is Literal
-        else {bool: "true, false", int: "a whole number", float: "a number", str: "text"}[option]
-        for option in options
-    )  # fmt: skip
-    raise ValueError(f"{name} cannot be {value!r}; give {kinds}")
+    return typed(SETTINGS[name][2], None if word in ("none", "None") else word, f"{name} is")
 
 
 def points(space: Space) -> list[Point]:
-    """Every combination of a space of lists. Raises ValueError when it holds a range."""
+    """Every combination of a space of lists. Raises Refused when it holds a range."""
     for name, values in space.items():
         if isinstance(values, Range):
-            raise ValueError(f"{name}={values} is a range, a grid needs a list; or add --sampler random --trials 20")
+            raise Refused(f"{name}={values} is a range, a grid needs a list; or add --sampler random --trials 20")
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]  # type: ignore[arg-type]
 
 
@@ -173,10 +146,10 @@ def configure(base: TrainConfig, point: Point) -> TrainConfig:
 
 
 def check(base: TrainConfig, space: Space) -> None:
-    """Raises ValueError for a value that cannot work, each tried alone; what two of them do together shows later."""
+    """Raises Refused for a value that cannot work, each tried alone; what two of them do together shows later."""
     for name, values in space.items():
         if base.model.cached_features and SETTINGS[name][0] == "augment":
-            raise ValueError(f"{name} changes nothing on cached features; search it without --stage probe")
+            raise Refused(f"{name} changes nothing on cached features; search it without --stage probe")
         for value in [values.low, values.high] if isinstance(values, Range) else values:
             config = configure(base, {name: value})
             if name != "warmup_epochs" and "warmup_epochs" in space:  # bounded by epochs, which may be searched too

@@ -26,6 +26,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, Jou
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune101.config import TrainConfig, to_dict
+from finetune101.errors import Refused
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure, label, points
@@ -63,7 +64,7 @@ class Plan:
         return Path(self.base.runs) / self.base.exp
 
     def queue(self) -> list[Point]:
-        """The points to train; {} where the sampler draws one. Raises ValueError for a grid of ranges."""
+        """The points to train; {} where the sampler draws one. Raises Refused for a grid of ranges."""
         if self.only:
             return list(self.only)
         if self.sampler != "grid":
@@ -76,7 +77,7 @@ class Plan:
 
 
 def check(plan: Plan) -> None:
-    """Raises ValueError, in one sentence that says what to do, for a plan that cannot work."""
+    """Raises Refused, in one sentence that says what to do, for a plan that cannot work."""
     rules = [
         (plan.trials is None or plan.trials >= 1, f"--trials is {plan.trials}; give at least 1"),
         (plan.sampler == "grid" or plan.trials, f"--sampler {plan.sampler} goes on for ever; add --trials such as 20"),
@@ -87,7 +88,7 @@ def check(plan: Plan) -> None:
     ]
     for fine, message in rules:
         if not fine:
-            raise ValueError(message)
+            raise Refused(message)
     models = plan.space.get("model", [])
     for name in models if isinstance(models, list) else []:
         lookup(name)
@@ -134,7 +135,7 @@ class KernelLock(JournalFileOpenLock):
 
 
 def open_storage(plan: Plan) -> BaseStorage:
-    """The database of --storage, else the journal. Raises ValueError for a database that cannot be reached."""
+    """The database of --storage, else the journal. Raises Refused for a database that cannot be reached."""
     if plan.storage is None:
         path = str(plan.folder / "optuna.journal")
         return JournalStorage(JournalFileBackend(path, KernelLock(path) if os.name == "posix" else None))
@@ -156,7 +157,7 @@ def open_storage(plan: Plan) -> BaseStorage:
                 )
         except (ArgumentError, NoSuchModuleError, OperationalError, ImportError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"--storage {_no_password(plan.storage)} cannot be used: {reason}") from error
+            raise Refused(f"--storage {_no_password(plan.storage)} cannot be used: {reason}") from error
         except SQLAlchemyError:  # another machine makes the same tables at this moment
             if attempt == 4:
                 raise
@@ -249,7 +250,7 @@ def retry(study: optuna.Study, dead: Callable[[FrozenTrial], bool] = lambda tria
         if trial.state == TrialState.RUNNING and dead(trial):
             try:
                 study.tell(trial.number, state=TrialState.FAIL)
-            except ValueError:  # told by its worker after all
+            except Refused:  # told by its worker after all
                 continue
         elif trial.state != TrialState.FAIL:
             continue

@@ -22,6 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import dataset
+from finetune101.errors import Refused
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure
 from finetune101.training.loop import Diverged, fit
@@ -111,7 +112,7 @@ class Objective:
         config = configure(self.base, point)
         try:
             validate(config)
-        except ValueError as error:  # such as more warm-up than epochs: only the combination is wrong
+        except Refused as error:  # such as more warm-up than epochs: only the combination is wrong
             raise _failed(trial, error) from error
         key = identity(config)
         trial.set_user_attr("run", key)
@@ -156,7 +157,7 @@ class Objective:
         resume = run.has("config.json")
         try:
             job = prepare(as_started(config, run) if resume else config, resume=resume)
-        except ValueError as error:
+        except Refused as error:
             if NETWORK & set(self.space):  # such as a network that cannot take this size
                 raise Impossible(str(error)) from error
             raise
@@ -167,7 +168,7 @@ class Objective:
                 stack.callback(generator.close)
             for record in logged:
                 if record["val_top1"] is None:
-                    raise ValueError("a search needs validation images; use --fit-on train and a --val-size above 0")
+                    raise Refused("a search needs validation images; use --fit-on train and a --val-size above 0")
                 yield record
                 if time.monotonic() > self.deadline and record["epoch"] < config.optim.epochs:
                     raise OutOfTime

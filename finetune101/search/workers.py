@@ -17,7 +17,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune101.runs import claim
+from finetune101.errors import Refused
+from finetune101.files import claim
 from finetune101.search.study import Plan, fill, open_study, retry, work
 from finetune101.search.trial import signature
 from finetune101.training.prepare import sharing
@@ -28,14 +29,14 @@ NEWBORN = 10.0  # seconds in which a worker must have signed the trial that it t
 
 @contextlib.contextmanager
 def alone(plan: Plan) -> Iterator[None]:
-    """Keeps a second search out of a folder with a journal. Raises ValueError when there is one already."""
+    """Keeps a second search out of a folder with a journal. Raises Refused when there is one already."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     if plan.storage is not None or os.name != "posix":
         yield
         return
     with claim(plan.folder / "search.lock") as mine:
         if not mine:
-            raise ValueError(f"another search is at work in {plan.folder}; wait for it, or give this one another --exp")
+            raise Refused(f"another search is at work in {plan.folder}; wait for it, or give this one another --exp")
         _mend(plan)
         yield
 
@@ -51,7 +52,7 @@ def _mend(plan: Plan) -> None:
 def run(plan: Plan, watch: Watch) -> optuna.Study:
     """Trains all of ``plan`` that is not finished; ``watch(study, epoch record or None)`` is called every so often.
 
-    Raises ValueError when settings, data or weights cannot work. Ctrl-C stops at once; the same plan then goes on.
+    Raises Refused when settings, data or weights cannot work. Ctrl-C stops at once; the same plan then goes on.
     """
     study = open_study(plan)
     fill(plan, study)
@@ -102,15 +103,15 @@ class _Parent:
             self._stop()
 
     def _reap(self) -> bool:
-        """Takes the ended workers off the list; whether one was killed. Raises ValueError when one met an error."""
+        """Takes the ended workers off the list; whether one was killed. Raises Refused when one met an error."""
         ended = [worker for worker in self.workers if worker.process.exitcode is not None]
         self.workers = [worker for worker in self.workers if worker not in ended]
         for worker in ended:
             if worker.errors.poll():
                 with contextlib.suppress(EOFError):
-                    raise ValueError(worker.errors.recv())
+                    raise Refused(worker.errors.recv())
             if worker.process.exitcode > 0:
-                raise ValueError("a worker, or what starts them, came to a sudden end; the same command goes on")
+                raise Refused("a worker, or what starts them, came to a sudden end; the same command goes on")
         return any(worker.process.exitcode != 0 for worker in ended)
 
     def _orphan(self, trial: FrozenTrial) -> bool:
@@ -159,7 +160,7 @@ def _main(plan: Plan, seconds: float, number: int, errors: Any) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         work(plan, open_study(plan), time.monotonic() + seconds, number)
-    except ValueError as error:
+    except Refused as error:
         errors.send(str(error))
     except KeyboardInterrupt:
         pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -20,6 +19,8 @@ from torch.nn import functional as F
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
 from finetune101.data import cache, dataset
 from finetune101.data.batches import train_batches
+from finetune101.errors import Refused
+from finetune101.machine import usable_cores
 from finetune101.models.build import Built, build
 from finetune101.training import cpu
 from finetune101.training.optim import optimizer
@@ -47,7 +48,7 @@ def benchmark(root: Path, models: Sequence[str], work: Workload, every: bool = F
 
     ``step`` is the bare step on batches in memory, ``data`` reading and augmentation alone, ``whole`` both; step and
     whole alternate, so that a slow minute hits both. ``every`` measures each precision and memory format instead of the
-    machine's own. Raises ValueError for an unknown model or a size that it cannot take.
+    machine's own. Raises Refused for an unknown model or a size that it cannot take.
     """
     cpu.tune_allocator()
     rows = []
@@ -57,7 +58,7 @@ def benchmark(root: Path, models: Sequence[str], work: Workload, every: bool = F
             system = SystemConfig(precision=precision, memory_format=layout)  # type: ignore[arg-type]
             rows.append(_measure(root, name, detect(system), work))
     packages = {name: version(name) for name in ("torch", "torchvision", "timm")}
-    machine = {"cores": os.cpu_count(), "processor": _processor(), "system": platform.platform()}
+    machine = {"cores": usable_cores(), "processor": _processor(), "system": platform.platform()}
     return {"machine": machine, "versions": packages, "batch_size": work.batch_size, "rows": rows}
 
 
@@ -84,7 +85,7 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
         return work.steps * work.batch_size / (time.perf_counter() - started)
 
     if len(index.paths) < work.batch_size:
-        raise ValueError(f"{root} has {len(index.paths)} images; give a --batch-size of at most that")
+        raise Refused(f"{root} has {len(index.paths)} images; give a --batch-size of at most that")
     resident = next(iter(data()))
     step([resident] * WARM_UP)
     rates: dict[str, list[float]] = {"step": [], "data": [], "whole": []}

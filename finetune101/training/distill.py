@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from finetune101.config import Preprocessing, TrainConfig
 from finetune101.data.splits import Manifest
+from finetune101.errors import Refused
 from finetune101.evaluation.inference import load_model
 from finetune101.runs import open_run
 from finetune101.training.cpu_frozen import frozen
@@ -56,16 +57,16 @@ class Teachers:
 def open_teachers(config: TrainConfig, manifest: Manifest, student: Preprocessing, world: World) -> Teachers | None:
     """The networks of ``config.optim.teacher``, ready for batches of the student; None without any.
 
-    Raises ValueError for a teacher of another split, which may have seen this one's test images, and for one that began
+    Raises Refused for a teacher of another split, which may have seen this one's test images, and for one that began
     from ImageNet weights where the student's start is to be random.
     """
     networks: list[tuple[Callable[[Tensor], Tensor], Preprocessing]] = []
     for name in config.optim.teacher:
         run = open_run(name, config.runs)
         if run.config().model.pretrain and not config.model.pretrain:
-            raise ValueError(f"the teacher {name} began from ImageNet weights, so --no-pretrain would not be honest")
+            raise Refused(f"the teacher {name} began from ImageNet weights, so --no-pretrain would not be honest")
         if run.read_json("split.json")["hash"] != manifest.hash():
-            raise ValueError(f"the teacher {name} was trained on another split; train it on this one")
+            raise Refused(f"the teacher {name} was trained on another split; train it on this one")
         model, theirs, _ = load_model(run)
         model.requires_grad_(False).to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
         fast = config.system.fast_kernels and world.device.type == "cpu"

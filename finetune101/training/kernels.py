@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from finetune101.data.cache import cache_dir
+from finetune101.errors import Refused
+from finetune101.files import cache_dir
 from finetune101.runs import save_with
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
@@ -54,7 +55,7 @@ def compiled() -> Any:
                 return _load(file)
         save_with(file, lambda part: _build(gcc, part))  # new, or the file there is damaged
         return _load(file)
-    except (OSError, ValueError, AttributeError, subprocess.CalledProcessError) as error:
+    except (OSError, Refused, AttributeError, subprocess.CalledProcessError) as error:
         print(f"The quick CPU kernels cannot be built ({error}); training goes on without them.", file=sys.stderr)
         return None
 

@@ -20,6 +20,7 @@ from finetune101.config import TrainConfig, to_dict
 from finetune101.data.batches import epoch_order, eval_batches, mix, train_batches
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
+from finetune101.errors import Refused
 from finetune101.evaluation.inference import logits
 from finetune101.models.build import Built
 from finetune101.runs import Run, save_with
@@ -44,7 +45,7 @@ class Job:
     teachers: Teachers | None = None
 
 
-class Diverged(ValueError):
+class Diverged(Refused):
     """The loss or the weights are no longer finite: the settings' fault, not the machine's."""
 
 
@@ -127,7 +128,7 @@ class Trainer:
                     module.eval()
 
     def train_epoch(self, epoch: int, batches: Batches, bar: tqdm[Any]) -> dict[str, Any]:
-        """One pass over the training images, the next ``batches``; raises ValueError when a loss is not finite."""
+        """One pass over the training images, the next ``batches``; raises Refused when a loss is not finite."""
         job, o, world = self.job, self.job.config.optim, self.job.world
         torch.manual_seed((job.config.system.seed * 1_000_003 + epoch) * 1009 + world.rank)  # dropout
         self.train_mode()
@@ -265,7 +266,7 @@ class Trainer:
                 self.average.load_state_dict(state["average"])
             self.records = json.loads(state["records"])
         except Exception as error:
-            raise ValueError(f"cannot resume from {file} ({error}); start anew with --overwrite") from error
+            raise Refused(f"cannot resume from {file} ({error}); start anew with --overwrite") from error
         if self.job.world.writes:
             self.job.run.write_metrics(self.records)  # a crash may have come between the two files
         return int(state["epoch"])
@@ -318,7 +319,7 @@ def _not_finite(what: str, step: int) -> Diverged:
 def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
     """Trains ``job`` from where its run stands to the last epoch; yields the record of each epoch (see ``runs``).
 
-    Raises ValueError when the loss is no longer finite or a checkpoint cannot be written; what was saved before stays.
+    Raises Refused when the loss is no longer finite or a checkpoint cannot be written; what was saved before stays.
     """
     if job.world.device.type == "cuda":
         torch.backends.cudnn.deterministic = True

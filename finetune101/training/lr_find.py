@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from finetune101.errors import Refused
 from finetune101.training.loop import HeadTrainer, Job, Trainer
 from finetune101.training.optim import set_rates
 
@@ -32,15 +33,15 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
     """Trains ``job`` for ``steps`` steps while its rates grow from ``low`` to ``high`` (output layer), others in ratio.
 
     Suggests a tenth of the rate at which the smoothed loss was lowest: there it still falls quickly. Nothing is saved.
-    Raises ValueError for a range or a number of steps that cannot work.
+    Raises Refused for a range or a number of steps that cannot work.
     """
     if not (0 < low < high and math.isfinite(high)):
-        raise ValueError(f"the range {low} to {high} is none; give a --low above 0 and below --high")
+        raise Refused(f"the range {low} to {high} is none; give a --low above 0 and below --high")
     if steps < 10:
-        raise ValueError(f"--steps is {steps}; give at least 10")
+        raise Refused(f"--steps is {steps}; give at least 10")
     o = job.config.optim
     if o.epochs < 1:
-        raise ValueError(f"recipe {job.config.recipe} has no epoch to find a rate for; take another, or --epochs 1")
+        raise Refused(f"recipe {job.config.recipe} has no epoch to find a rate for; take another, or --epochs 1")
     trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)
     if job.config.model.head == "probe":
         trainer.probe()
@@ -65,10 +66,10 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
 
 
 def judge(rates: list[float], losses: list[float], *, stopped: bool) -> RangeTest:
-    """What a range test's curve says. Raises ValueError when the loss never fell."""
+    """What a range test's curve says. Raises Refused when the loss never fell."""
     best = min(range(len(losses)), key=losses.__getitem__) if losses else 0
     if best < 3:
-        raise ValueError("the loss never fell; start from a smaller --low or, after a probe, a larger --probe-l2")
+        raise Refused("the loss never fell; start from a smaller --low or, after a probe, a larger --probe-l2")
     lowest = rates[best]
     after = "from there it grows" if stopped or best < len(rates) - 1 else "--high is too low to see it grow"
     reason = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import shlex
 import sys
@@ -16,6 +15,8 @@ import torch
 from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
+from finetune101.errors import Refused
+from finetune101.machine import usable_cores
 from finetune101.models.build import build, check_size, freeze
 from finetune101.runs import Run, create_run
 from finetune101.training import cpu, probe
@@ -30,7 +31,7 @@ MAY_CHANGE = ("root", "cache", "download")  # a resumed run may find its images 
 def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
     """Everything that ``fit`` needs; writes config.json, split.json and env.json of the run last.
 
-    Raises ValueError, in one sentence that says what to do, for settings, data or weights that cannot work.
+    Raises Refused, in one sentence that says what to do, for settings, data or weights that cannot work.
     """
     validate(config)
     run = create_run(config, resume=resume, overwrite=overwrite)
@@ -42,9 +43,9 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     world = detect(config.system, recorded["world"] if recorded else None)
     if recorded and recorded["world"].get("processes", 1) != world.size:
         before = recorded["world"].get("processes", 1)
-        raise ValueError(f"{config.exp} was started with {before} processes; resume it with as many")
+        raise Refused(f"{config.exp} was started with {before} processes; resume it with as many")
     if config.optim.batch_size % world.size:
-        raise ValueError(
+        raise Refused(
             f"--batch-size {config.optim.batch_size} cannot be shared by {world.size} processes;"
             f" give a multiple of {world.size}"
         )
@@ -65,7 +66,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     if config.model.cached_features:
         probe.check(built, (), validates=True)
         if world.size > 1:
-            raise ValueError("--cached-features trains in one process; start it without torchrun")
+            raise Refused("--cached-features trains in one process; start it without torchrun")
     if config.model.head == "probe":
         validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
         probe.check(built, config.model.probe_l2, validates)
@@ -95,7 +96,7 @@ def as_started(config: TrainConfig, run: Run) -> TrainConfig:
 
 def sharing(config: TrainConfig, jobs: int) -> TrainConfig:
     """``config`` with its share of the cores, where it names no number of threads itself."""
-    threads = config.system.threads or max(1, (os.cpu_count() or 1) // jobs)
+    threads = config.system.threads or max(1, usable_cores() // jobs)
     return dataclasses.replace(config, system=dataclasses.replace(config.system, threads=threads))
 
 
@@ -106,7 +107,7 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
         manifest = splits.read(Path(config.split))
         held = {path for paths in manifest.subsets.values() for path in paths}
         if bad := sorted(held & set(skipped)):
-            raise ValueError(f"{config.split} holds the unreadable image {bad[0]}; repair it or leave --split out")
+            raise Refused(f"{config.split} holds the unreadable image {bad[0]}; repair it or leave --split out")
     else:
         good = dataclasses.replace(index, paths=tuple(path for path in index.paths if path not in skipped))
         groups = None
@@ -122,7 +123,7 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
 
 
 def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
-    """Raises ValueError naming the settings of ``config`` that would change the numbers of the ``recorded`` run."""
+    """Raises Refused naming the settings of ``config`` that would change the numbers of the ``recorded`` run."""
 
     def essence(c: TrainConfig) -> dict[str, Any]:
         values = to_dict(dataclasses.replace(c, runs=""))
@@ -137,7 +138,7 @@ def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
         if not isinstance(old[key], dict) or old[key][name] != new[key][name]
     ]
     if differing:
-        raise ValueError(
+        raise Refused(
             f"--resume cannot change {', '.join(differing)} of {config.exp}; "
             "leave these flags out, or train under another --exp"
         )

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from finetune101.data.batches import eval_batches
-from finetune101.data.cache import Images, cache_dir
+from finetune101.data.cache import Images
+from finetune101.errors import Refused
 from finetune101.evaluation.inference import logits
+from finetune101.files import atomic, cache_dir
 from finetune101.models.build import Built, state_hash
-from finetune101.runs import atomic
 from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
@@ -29,11 +30,11 @@ Labelled = tuple[Sequence[str], Sequence[int]]
 
 
 def check(built: Built, penalties: Sequence[float], validates: bool) -> None:
-    """Raises ValueError when the network does not end in a linear layer, or nothing can choose between penalties."""
+    """Raises Refused when the network does not end in a linear layer, or nothing can choose between penalties."""
     if not isinstance(built.output_layer, nn.Linear):
-        raise ValueError("this network does not end in a linear layer; take --head random or another --model")
+        raise Refused("this network does not end in a linear layer; take --head random or another --model")
     if not validates and len(penalties) > 1:
-        raise ValueError("without validation images nothing can choose between --probe-l2 values; give one")
+        raise Refused("without validation images nothing can choose between --probe-l2 values; give one")
 
 
 def fit_head(
@@ -122,6 +123,6 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     steps = -(-len(paths) // BATCH)
     result, _ = logits(forward, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world)
     if images.pixels is not None:  # with --cache off nothing is kept
-        with contextlib.suppress(ValueError), atomic(file) as part, open(part, "wb") as opened:  # as on a full disk
+        with contextlib.suppress(Refused), atomic(file) as part, open(part, "wb") as opened:  # as on a full disk
             np.save(opened, result.numpy())
     return result

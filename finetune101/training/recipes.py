@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
+from finetune101.errors import Refused
 
 
 def original(exp: str, *, pretrain: bool = True) -> TrainConfig:
@@ -39,7 +40,7 @@ def finetune_fast(exp: str, *, pretrain: bool = True) -> TrainConfig:
     with EfficientNet-Lite0, in about ten minutes on two cores; the probe alone is there after one.
     """
     if not pretrain:
-        raise ValueError("recipe finetune_fast starts from ImageNet weights; take --recipe original with --no-pretrain")
+        raise Refused("recipe finetune_fast starts from ImageNet weights; take --recipe original with --no-pretrain")
     return TrainConfig(
         exp=exp,
         recipe="finetune_fast",
@@ -60,7 +61,7 @@ def finetune(exp: str, *, pretrain: bool = True) -> TrainConfig:
     EfficientNet-Lite0, in about 13 minutes on one core with bf16, 30 without.
     """
     if not pretrain:
-        raise ValueError("recipe finetune starts from ImageNet weights; take --recipe scratch with --no-pretrain")
+        raise Refused("recipe finetune starts from ImageNet weights; take --recipe scratch with --no-pretrain")
     return TrainConfig(
         exp=exp,
         recipe="finetune",
@@ -143,7 +144,7 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
 
 
 def named(name: str) -> Callable[..., TrainConfig]:
-    """The recipe ``name``. Raises ValueError naming those that exist."""
+    """The recipe ``name``. Raises Refused naming those that exist."""
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name}; choose from {', '.join(RECIPES)}")
+        raise Refused(f"there is no recipe {name}; choose from {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -12,6 +12,14 @@ from finetune101.data.splits import Manifest
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
 
+WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
+SCORES = {"loss": 0.5, "top1": 50.0, "top1_interval": [40.0, 60.0], "top5": 90.0, "mean_per_class": 50.0}
+RECORD = {
+    "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
+    "val_loss": 1.0, "val_seconds": 0.0, "seconds": 60.0, "best": True,
+}  # fmt: skip
+
+
 CLASSES = ("ant", "bee")
 
 
@@ -36,18 +44,23 @@ def write_run(
     run.write_json("config.json", to_dict(TrainConfig(exp=path.name, model=model, system=SystemConfig(seed=run_seed))))
     run.write_json("split.json", manifest.to_json())
     run.write_json(
-        "env.json", {"model": {"init_source": source, "init_hash": more.get("init_hash", "sha256:0123456789abcdef")}}
+        "env.json",
+        {
+            "world": WORLD,
+            "model": {"init_source": source, "init_hash": more.get("init_hash", "sha256:0123456789abcdef")},
+        },
     )
     correct = test - len(wrong)
     scores = more.get("scores", [])
     epoch = scores.index(max(scores)) + 1 if scores else 7
     run.write_metrics(
         [
-            {"epoch": e, "step": 10 * e, "seconds": 60.0, "val_top1": score, "best": score == max(scores[:e])}
+            {**RECORD, "epoch": e, "step": 10 * e, "val_top1": score, "best": score == max(scores[:e])}
             for e, score in enumerate(scores, 1)
         ]
     )
-    run.write_json("test.json", {"n": test, "correct": correct, "manifest_hash": manifest.hash(), "epoch": epoch})
+    counts = {"n": test, "correct": correct, "manifest_hash": manifest.hash(), "epoch": epoch}
+    run.write_json("test.json", {**SCORES, **counts})
     with open(path / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "prediction", "confidence"])

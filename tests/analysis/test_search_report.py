@@ -12,6 +12,11 @@ from PIL import Image
 
 from finetune101.analysis.search_report import report
 
+RECORD = {
+    "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
+    "val_loss": 1.0, "val_seconds": 0.0, "seconds": 60.0, "best": True,
+}  # fmt: skip
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -23,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
         run.mkdir(parents=True)
         epochs = 2 if i == 3 else 4
         scores = [60 + 5 * epoch + 9 * (point["lr"] == 0.01) + i for epoch in range(1, epochs + 1)]
-        records = [{"epoch": e, "step": 10 * e, "val_top1": score} for e, score in enumerate(scores, 1)]
+        records = [{**RECORD, "epoch": e, "step": 10 * e, "val_top1": score} for e, score in enumerate(scores, 1)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         state = "pruned" if i == 3 else "failed" if i == 7 else "complete"
         results.append({"point": point, "run": f"runs/s/run{i}", "state": state})

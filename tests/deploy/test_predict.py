@@ -20,6 +20,10 @@ from finetune101.models.build import build
 from finetune101.runs import Run
 from finetune101.world import World
 
+WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
+START = {"init_source": "random (seed 0)", "init_hash": "sha256:00"}
+
+
 CLASSES = ["ball", "box", "stripes"]
 
 
@@ -33,7 +37,7 @@ def run(built, tmp_path_factory):
     """A run with the best checkpoint of an untrained SqueezeNet at 64 px."""
     run = Run(tmp_path_factory.mktemp("runs") / "tiny")
     run.write_json("config.json", to_dict(TrainConfig(exp="tiny")))
-    run.write_json("env.json", {"world": {"device": "cpu", "precision": "fp32", "channels_last": False}})
+    run.write_json("env.json", {"world": WORLD, "model": START})
     info = {
         "model": "squeezenet1_1",
         "classes": json.dumps(CLASSES),

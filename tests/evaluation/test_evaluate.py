@@ -21,6 +21,8 @@ from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
 from finetune101.world import detect
 
+START = {"init_source": "random (seed 0)", "init_hash": "sha256:00"}
+
 
 @pytest.mark.parametrize("copies", [0, 1])
 def test_images_with_a_near_duplicate_in_training(
@@ -67,6 +69,7 @@ def test_a_number_format_that_this_machine_lacks_is_not_emulated(tmp_path: Path)
     run, here = Run(tmp_path), detect(SystemConfig())
     for precision, expected in (("fp32", "fp32"), (here.precision, here.precision), ("fp16", here.precision)):
         run.write_json(
-            "env.json", {"world": {"device": here.device.type, "precision": precision, "channels_last": True}}
+            "env.json",
+            {"world": {"device": here.device.type, "precision": precision, "channels_last": True}, "model": START},
         )
         assert world_of(run).precision == expected

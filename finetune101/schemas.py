@@ -1,0 +1,199 @@
+"""What each file of a run, a study, a search or a comparison holds; ``files.read_json`` checks what it reads by these.
+
+Keys without ``NotRequired`` are always written. Further keys are allowed: a reader takes those that it knows.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
+
+Whole = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Percent = Annotated[float, Meta(ge=0, le=100.0001)]
+
+
+class Machine(TypedDict):
+    """The key "world" of env.json: where a run was trained."""
+
+    device: str
+    precision: str
+    channels_last: bool
+    processes: NotRequired[Annotated[int, Meta(ge=1)]]
+
+
+class Start(TypedDict):
+    """The key "model" of env.json: where the weights came from."""
+
+    init_source: str
+    init_hash: str
+
+
+class Environment(TypedDict):
+    """env.json."""
+
+    world: Machine
+    model: Start
+    command: NotRequired[str]
+    versions: NotRequired[dict[str, str]]
+    machine: NotRequired[dict[str, str | bool | int | float | None]]
+
+
+class Split(TypedDict):
+    """split.json, a manifest."""
+
+    protocol: str
+    seed: int
+    options: dict[str, Any]
+    classes: list[str]
+    content_hash: str
+    subsets: dict[str, list[str]]
+    hash: NotRequired[str]
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl: one epoch."""
+
+    epoch: Whole
+    step: Whole
+    train_loss: float
+    train_top1: float
+    lr_head: float
+    lr_backbone: float
+    seconds: Seconds
+    images_per_s: float
+    val_loss: float | None
+    val_top1: Percent | None
+    val_seconds: NotRequired[Seconds]
+    best: bool
+
+
+class Bin(TypedDict):
+    """One bin of a reliability diagram; shares from 0 to 1, None where the bin is empty."""
+
+    n: Whole
+    confidence: float | None
+    top1: float | None
+
+
+class Calibration(TypedDict):
+    """Expected calibration error (a share) and the bins behind it."""
+
+    ece: float
+    bins: list[Bin]
+    temperature: NotRequired[Annotated[float, Meta(gt=0, le=1e6)]]
+
+
+class WithoutDuplicates(TypedDict):
+    """Top-1 on the test images that have no near-duplicate in training."""
+
+    n: Whole
+    top1: Percent | None
+
+
+class Test(TypedDict):
+    """test.json."""
+
+    n: Annotated[int, Meta(ge=1)]
+    correct: Whole
+    loss: float
+    top1: Percent
+    top1_interval: Annotated[list[float], Meta(min_length=2, max_length=2)]
+    top5: Percent
+    mean_per_class: Percent
+    manifest_hash: str
+    protocol: NotRequired[str]
+    epoch: NotRequired[Whole]
+    times_scored: NotRequired[Whole]
+    mirror: NotRequired[bool]
+    world: NotRequired[Machine]
+    runs: NotRequired[list[str]]
+    calibration: NotRequired[Calibration]
+    calibration_scaled: NotRequired[Calibration]
+    without_duplicates: NotRequired[WithoutDuplicates]
+
+
+class Cell(TypedDict):
+    """One row of study.json."""
+
+    model: str
+    arm: str
+    size: int | None
+    folder: str
+    n: Whole
+    planned: Whole
+    seconds: Seconds | None
+    top1: Percent | None
+    top1_sd: float | None
+    mean_per_class: Percent | None
+    mean_per_class_sd: float | None
+    errors: list[str]
+
+
+class Study(TypedDict):
+    """study.json."""
+
+    settings: dict[str, Any]
+    cells: list[Cell]
+
+
+class Result(TypedDict):
+    """One point of search.json."""
+
+    point: dict[str, Any]
+    state: str
+    run: str | None
+    best_val_top1: NotRequired[Percent | None]
+    best_epoch: NotRequired[Whole | None]
+    epochs: NotRequired[Whole | None]
+    steps: NotRequired[Whole | None]
+    seconds: NotRequired[Seconds | None]
+    error: NotRequired[str | None]
+    rungs: NotRequired[dict[str, Any]]
+    trial: NotRequired[Whole]
+
+
+class Search(TypedDict):
+    """search.json."""
+
+    results: list[Result]
+    space: dict[str, Any]
+    base: NotRequired[dict[str, Any]]
+
+
+class ComparedRun(TypedDict):
+    """A run of an arm of comparison.json."""
+
+    path: str
+
+
+class ComparedArm(TypedDict):
+    """An arm of comparison.json."""
+
+    name: str
+    runs: list[ComparedRun]
+
+
+class ComparedPair(TypedDict):
+    """Two arms of comparison.json."""
+
+    a: ComparedArm
+    b: ComparedArm
+
+
+class Comparison(ComparedPair):
+    """comparison.json."""
+
+    others: list[ComparedPair]
+
+
+SCHEMAS: dict[str, Any] = {
+    "config.json": dict[str, Any],  # config.from_dict reads it: its settings have bounds of their own
+    "env.json": Environment,
+    "split.json": Split,
+    "test.json": Test,
+    "study.json": Study,
+    "search.json": Search,
+    "comparison.json": Comparison,
+}
