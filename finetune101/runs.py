@@ -9,8 +9,8 @@ from typing import Any
 
 from finetune101 import config as cfg
 from finetune101.errors import Refused
-from finetune101.files import FORMAT, as_json, atomic, checked, parse_json, read_json, write_json
-from finetune101.schemas import SCHEMAS, Record
+from finetune101.files import MOST_BYTES, as_json, atomic, checked, parse_json, read_json, read_text, write_json
+from finetune101.schemas import MOST_OF_SPLIT, REMEDIES, SCHEMAS, Record, Split
 
 WRITTEN = (
     "config.json",
@@ -58,12 +58,14 @@ class Run:
         """
         if not self.has(name):
             raise Refused(f"{self.path} has no {name}; is it the folder of a finished run?")
-        value = read_json(self.path / name, SCHEMAS.get(name, Any), remedy="train the run again")
+        kind, remedy = SCHEMAS.get(name, Any), REMEDIES.get(name, "train the run again")
+        most = MOST_OF_SPLIT if kind is Split else MOST_BYTES
+        value = read_json(self.path / name, kind, remedy=remedy, most=most)
         return {key: own for key, own in value.items() if key != "format"} if isinstance(value, dict) else value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes the JSON file ``name`` with the version of its form, whole or not at all."""
-        write_json(self.path / name, {"format": FORMAT, **value})
+        """Writes the JSON file ``name``, whole or not at all."""
+        write_json(self.path / name, value)
 
     def config(self) -> cfg.TrainConfig:
         """The configuration that the run was started with."""
@@ -75,11 +77,9 @@ class Run:
         if not file.is_file():
             return []
         remedy = "train the run again"
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"{file} cannot be read ({error}); {remedy}") from error
-        return [checked(parse_json(s, f"{file}", remedy), Record, f"{file}", remedy=remedy) for s in lines if s]
+        lines = [line for line in read_text(file, remedy).split("\n") if line]
+        records = [parse_json(line, f"{file}", remedy) for line in lines]
+        return [checked(record, Record, f"{file}", remedy=remedy) for record in records]
 
     def seconds(self) -> float:
         """Seconds of training and validation over all finished epochs."""

@@ -105,7 +105,7 @@ def keep_split(run: Path) -> str:
     name += f"_test{options['max_test_per_class']}" if options.get("max_test_per_class") else ""
     name += f"_seed{split['seed']}"
     known = RESULTS / "splits" / f"{name}.json"
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != split:
+    if known.is_file() and Run(known.parent).read_json(known.name) != split:
         raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")
     write_json(known, split)
     return name
