@@ -26,6 +26,7 @@ from finetune101.arguments import (
 )
 from finetune101.config import TrainConfig, validate
 from finetune101.errors import Refused
+from finetune101.machine import place
 
 if TYPE_CHECKING:
     from finetune101.runs import Run
@@ -356,7 +357,7 @@ def dispatch(argv: Sequence[str]) -> int:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
         raise Refused(f"unknown {name} {words[0]!r}; {hint}")
-    if words[0] != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if words[0] != "train" and place().size > 1:
         raise Refused(f"only train runs in several processes; start {words[0]} without torchrun")
     return verbs[words[0]](words[1:])
 

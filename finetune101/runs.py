@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import io
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,16 +97,19 @@ class Run:
         """Where a training that did not come to its end stands and what goes on with it, in words; "" for others."""
         if not self.has("config.json") or self.epochs_left() <= 0:
             return ""
-        config = self.config()
-        folder = "" if config.runs == "runs" else f" --runs {config.runs}"
+        config, path = self.config(), self.path
+        # by its name below RUNS, as study and search name theirs; by its folder where it was renamed or moved
+        runs = next((folder for folder in path.parents if folder / config.exp == path), path.parent)
+        folder = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
         return (
-            f"{self.path} stands at epoch {config.optim.epochs - self.epochs_left()} of {config.optim.epochs}; "
-            f"go on with: finetune101 train --exp {config.exp}{folder} --resume (in a study: with the study's command)"
+            f"{path} stands at epoch {config.optim.epochs - self.epochs_left()} of {config.optim.epochs}; go on with: "
+            f"finetune101 train --exp {shlex.quote(path.relative_to(runs).as_posix())}{folder} --resume"
+            " (in a study: with the study's command)"
         )
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by ``records``, one line each."""
-        with atomic(self.path / "metrics.jsonl") as part:
+        with atomic(self.path / "metrics.jsonl", make_folder=False) as part:
             part.write_text("".join(as_json(r) + "\n" for r in records), encoding="utf-8")
 
     def clear(self) -> None:
@@ -171,3 +177,31 @@ def save_with(path: Path, save: Callable[[Path], None]) -> None:
             save(part)
     except (RuntimeError, SafetensorError) as error:
         raise Refused(f"cannot write {path}: {error}; free some space, then continue with --resume") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes ``state`` by torch into the existing folder of ``path``. Raises Refused as ``atomic`` does."""
+    import torch
+
+    buffer = io.BytesIO()  # torch's own writing to a file tells of a full disk by a line number
+    torch.save(state, buffer)
+    with atomic(path, make_folder=False) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Any], info: dict[str, str]) -> None:
+    """Writes tensors and metadata as safetensors into the existing folder of ``path``: equal ones as equal bytes.
+
+    safetensors puts the metadata in random order. Raises Refused as ``atomic`` does.
+    """
+    from safetensors.torch import save
+
+    data = save({key: value.contiguous() for key, value in tensors.items()}, info)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as safetensors itself does it
+    with atomic(path, make_folder=False) as part, open(part, "wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]):
+            file.write(piece)
