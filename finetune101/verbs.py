@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +116,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 def study(argv: Sequence[str]) -> int:
-    """``finetune101 study``."""
+    """``finetune101 study``; 1 when a run failed."""
     arguments = parse(StudyArguments, _lists(argv), prog="finetune101 study")
     config: StudyConfig = arguments.study
     if arguments.jobs < 1:
@@ -122,14 +124,15 @@ def study(argv: Sequence[str]) -> int:
     from finetune101 import experiment
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset
+    from finetune101.training.duration import nothing_kept
 
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
     index = dataset.index(dataset.find(config.data), layout)
     cells = experiment.plan(config, index)
-    left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
-    time = f": {experiment.estimate(config, index, cells, arguments.dry_run)}" if left else ""
-    print(f"{sum(len(cell.runs) for cell in cells)} runs, {left} to do{time}")
+    with nothing_kept() if arguments.dry_run else contextlib.nullcontext():
+        print(experiment.estimate(index, cells, arguments.jobs, 10 if arguments.dry_run else 60), flush=True)
+    failed = False
     if not arguments.dry_run:
         try:
             summary = experiment.run(config, index, cells, arguments.jobs)
@@ -140,8 +143,9 @@ def study(argv: Sequence[str]) -> int:
         folder = Path(config.runs) / config.exp
         for picture in draw_study(folder):
             print(f"Picture: {picture}")
-        print(f"A page with all of it: finetune101 report {folder}")
-    return 0
+        print(f"A page with all of it: finetune101 report {shlex.quote(str(folder))}")
+        failed = any(cell["errors"] for cell in summary["cells"])
+    return int(failed)
 
 
 def _lists(argv: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "finetune101"
 ORDER = (
     ("errors",),
     ("words",),
+    ("faults",),
     ("files",),
     ("schemas",),
     ("config",),
