@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from finetune101.analysis.costs import mean_seconds
+from finetune101.analysis.groups import features_cached
 from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_recipe, to_dict, validate
 from finetune101.data import dataset, splits
 from finetune101.errors import Refused
@@ -275,6 +277,8 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
 def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str]) -> dict[str, Any]:
     """What study.json holds: the settings and, for each cell, means and standard deviations over its finished runs."""
     rows = []
+    every = [Run(Path(config.runs) / config.exp) for cell in cells for config in cell.runs]
+    cached = features_cached(run for run in every if _ended(run))
     for cell in cells:
         runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
         done = [run for run in runs if _ended(run)]
@@ -285,7 +289,7 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str])
             row[key] = statistics.mean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         if done:
-            row["seconds"] = statistics.mean(run.seconds() for run in done)
+            row["seconds"] = mean_seconds(done, cached)
         rows.append(row | {"errors": [errors[c.exp] for c in cell.runs if c.exp in errors]})
     return {"settings": to_dict(study), "cells": rows}
 
