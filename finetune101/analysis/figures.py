@@ -115,8 +115,8 @@ def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: floa
 def comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images") -> Path:
     """Draws validation accuracy against steps and against time, and test accuracy, of two or three arms as a PNG.
 
-    An arm holds ``name``, ``curve`` (points with step, seconds or None, mean, sd), ``top1``, ``interval`` and ``runs`` (test
-    accuracies of its runs), in percent; ``over`` is what the intervals are over.
+    An arm holds ``name``, ``curve`` (points with step, seconds or None, mean, sd), ``top1``, ``interval`` and ``runs``
+    (test accuracies of its runs), in percent; ``over`` is what the intervals are over.
     """
     with style():
         trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
