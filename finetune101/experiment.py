@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from finetune101.analysis.costs import mean_seconds
+from finetune101.analysis.groups import features_cached
 from finetune101.config import (
     DataConfig,
     StudyConfig,
@@ -331,6 +333,8 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any] | F
 def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, Failure]) -> dict[str, Any]:
     """What study.json holds: the settings and, for each cell, means and standard deviations over its finished runs."""
     rows = []
+    every = [Run(Path(config.runs) / config.exp) for cell in cells for config in cell.runs]
+    cached = features_cached(run for run in every if _ended(run))
     for cell in cells:
         runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
         done = [run for run in runs if _ended(run)]
@@ -341,7 +345,7 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, 
             row[key] = statistics.mean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         if done:
-            row["seconds"] = statistics.mean(run.seconds() for run in done)
+            row["seconds"] = mean_seconds(done, cached)
         failed = {c.exp: failures[c.exp] for c in cell.runs if c.exp in failures}
         row["errors"] = [str(failure) for failure in failed.values()]
         row["failed"] = [{"run": exp, "type": f.kind, "message": f.message} for exp, f in failed.items()]

@@ -65,7 +65,7 @@ def compare(argv: Sequence[str]) -> int:
     """``finetune101 compare``."""
     arguments = parse(CompareArguments, argv, prog="finetune101 compare")
     from finetune101.analysis.groups import open_group
-    from finetune101.analysis.report import finished, progress_of, study_folder, study_groups
+    from finetune101.analysis.report import failures_of, finished, progress_of, study_folder, study_groups
     from finetune101.runs import check_folder
 
     check_folder(Path(arguments.out))
@@ -79,6 +79,8 @@ def compare(argv: Sequence[str]) -> int:
         print(f"{network}{f', {size} training images per class' if size else ''}{also}")
         if done < planned:
             print(f"{done} of {planned} runs are done")
+        for cell, reason in failures_of(folder):
+            print(f"failed in {cell}: {reason}")
         print()
     found = study_groups(folder) if folder else [open_group(name, arguments.runs) for name in names]
     run_comparison(found, Path(arguments.out))
@@ -88,11 +90,12 @@ def compare(argv: Sequence[str]) -> int:
 def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
     """Prints the comparisons of every two groups, writes comparison.json and comparison.png; returns the first."""
     from finetune101.analysis import compare as comparing
+    from finetune101.analysis.compare_text import text
     from finetune101.analysis.report import progress
     from finetune101.files import write_json
 
     found = comparing.all_pairs(groups)
-    print("\n\n".join(comparing.text(one) for one in found))
+    print("\n\n".join(text(one) for one in found))
     progress(found, groups, out / "comparison.png")
     write_json(out / "comparison.json", comparing.to_json(found, out))
     print(f"Picture: {out / 'comparison.png'}. A page with all of it: finetune101 report {out}")
