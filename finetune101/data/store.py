@@ -212,9 +212,8 @@ def _wait(lock: Path, stack: contextlib.ExitStack) -> None:
                 stack.push(attempt.pop_all())
                 return
         if not told:
-            print(
-                f"{claimed_by(lock).capitalize()} makes {lock.name[1:-5]} in {escaped(str(lock.parent))}: waiting for it."
-            )
+            where = f"{lock.name[1:-5]} in {escaped(str(lock.parent))}"
+            print(f"{claimed_by(lock).capitalize()} makes {where}: waiting for it.")
             told = True
         time.sleep(0.2)
 
@@ -256,9 +255,7 @@ def make_room(place: Place) -> str:
             with contextlib.suppress(OSError):
                 entry.file.unlink()
                 total -= entry.bytes
-                print(
-                    f"Removed {entry.file.name}, unused for longest: the caches may have {most / 1e9:g} GB ({VARIABLE})."
-                )
+                print(f"Removed {entry.file.name}, unused for longest: {VARIABLE} allows {most / 1e9:g}.")
     return "" if total + place.bytes <= most else f"{needs}, {VARIABLE} leaves {max(0, most - total) / 1e9:.2f}"
 
 
