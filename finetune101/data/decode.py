@@ -32,6 +32,7 @@ from finetune101.machine import usable_cores
 DECODER = 2
 """Version of what this module makes of a file: part of the key of everything that is kept of pixels."""
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+GRAYSCALE = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 MOST_PIXELS = 89_478_485  # of an image: from here on Pillow warns of decompression bombs
 MOST_SIDE = 65_535  # px, that of the largest JPEG: the weights of a resize grow with it
 DRAFT_PIXELS = 12_000_000  # JPEGs above are decoded at a part of their size; no image of Caltech-101 has as many
@@ -76,22 +77,27 @@ def decode(path: Path, size: int, interpolation: str) -> Pixels:
 
 @contextlib.contextmanager
 def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
-    """The picture in ``path`` as a viewer shows it; the block is for Pillow's operations on it only.
+    """The picture in ``path`` as a viewer shows it; memory for it is kept free until the block ends.
 
     Turned by its EXIF orientation (Pillow's ``exif_transpose``), samples of more than 8 bits scaled to 8, transparent
     parts on white, the first of several frames. A JPEG of more than ``DRAFT_PIXELS`` may be decoded smaller, its sides
     at least twice ``side``. What Pillow warns of is told once per file. Raises Unreadable, whatever a decoder raises.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    try:
-        with _listening() as messages, open(path, "rb", opener=_open_regular) as file:
-            image = _open(file)
-            with image, _room.take(_prepared(image, side)):
-                image.load()
-                grayscale = image.getbands() in (("1",), ("L",), ("L", "A"), ("I",), ("F",)) or image.mode == "La"
-                yield Picture(_upright(_rgb(image), _orientation(image)), grayscale)
-    except Exception as error:  # a damaged file can raise nearly anything, MemoryError among it
-        raise Unreadable(path, *_reason(error)) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            messages = stack.enter_context(_listening())
+            image = stack.enter_context(_open(stack.enter_context(open(path, "rb", opener=_open_regular))))
+            stack.enter_context(_room.take(_prepared(image, side)))
+            image.load()
+            grayscale = image.mode in GRAYSCALE
+            picture = Picture(_upright(_rgb(image), _orientation(image)), grayscale)
+        except Exception as error:  # a damaged file can raise nearly anything, MemoryError among it
+            raise Unreadable(path, *_reason(error)) from error
+        try:
+            yield picture
+        except MemoryError as error:
+            raise Unreadable(path, *_reason(error)) from error
     _tell(path, messages)
 
 

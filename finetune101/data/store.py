@@ -41,8 +41,6 @@ class Note(msgspec.Struct):
     """In words."""
     seconds: float
     """That making the array took."""
-    written: int
-    """Modification time of the file, seconds since 1970: another one, and somebody else wrote to it."""
     sums: list[int]
     """CRC-32 of each ``BLOCK`` of the array's bytes."""
 
@@ -111,8 +109,13 @@ def read(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
         return None
     _in_use.add(file.name)
     with contextlib.suppress(OSError):
-        os.utime(file, (time.time(), note.written))
+        _mark_used(file)
     return Kept(array if mapped else np.array(array), note.seconds)
+
+
+def _mark_used(file: Path) -> None:
+    """Sets the time of the file to now in whole seconds: a time with a fraction is of somebody else who wrote to it."""
+    os.utime(file, (int(time.time()),) * 2)
 
 
 def _checked(file: Path, place: Place) -> tuple[NDArray[Any], Note]:
@@ -124,7 +127,7 @@ def _checked(file: Path, place: Place) -> tuple[NDArray[Any], Note]:
             raise ValueError("another version of the format")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(opened)
         start = opened.tell()
-        unchanged = int(os.fstat(opened.fileno()).st_mtime) == note.written
+        unchanged = os.fstat(opened.fileno()).st_mtime_ns % 10**9 == 0
     if (shape, dtype, fortran) != (place.shape, np.dtype(place.dtype), False):
         raise ValueError(f"it holds {dtype} {shape} instead of {np.dtype(place.dtype)} {place.shape}")
     array = np.memmap(file, dtype, "r", start, shape)
@@ -160,7 +163,6 @@ def keep(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float |
     full disk, and what ``rows`` raises; then there is no file.
     """
     started = time.perf_counter()
-    written = int(time.time()) // 2 * 2  # every file system can hold it
     with atomic(place.file) as part:
         with open(part, "wb") as out:
             header = {"descr": np.dtype(place.dtype).str, "fortran_order": False, "shape": place.shape}
@@ -168,9 +170,9 @@ def keep(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float |
             sums = _write(out, rows)
             took = time.perf_counter() - started if seconds is None else seconds
             words = what.encode("utf-8", "replace").decode()
-            note = msgspec.json.encode(Note(words, round(took, 3), written, sums))
+            note = msgspec.json.encode(Note(words, round(took, 3), sums))
             out.write(note + struct.pack("<Q", len(note)) + END)
-        os.utime(part, (written, written))
+        _mark_used(part)
     _in_use.add(place.name)
 
 
@@ -212,9 +214,8 @@ def _wait(lock: Path, stack: contextlib.ExitStack) -> None:
                 stack.push(attempt.pop_all())
                 return
         if not told:
-            print(
-                f"{claimed_by(lock).capitalize()} makes {lock.name[1:-5]} in {escaped(str(lock.parent))}: waiting for it."
-            )
+            where = f"{lock.name[1:-5]} in {escaped(str(lock.parent))}"
+            print(f"{claimed_by(lock).capitalize()} makes {where}: waiting for it.")
             told = True
         time.sleep(0.2)
 
@@ -256,9 +257,7 @@ def make_room(place: Place) -> str:
             with contextlib.suppress(OSError):
                 entry.file.unlink()
                 total -= entry.bytes
-                print(
-                    f"Removed {entry.file.name}, unused for longest: the caches may have {most / 1e9:g} GB ({VARIABLE})."
-                )
+                print(f"Removed {entry.file.name}, unused for longest: {VARIABLE} allows {most / 1e9:g}.")
     return "" if total + place.bytes <= most else f"{needs}, {VARIABLE} leaves {max(0, most - total) / 1e9:.2f}"
 
 
@@ -272,7 +271,7 @@ def entries() -> list[Entry]:
                     state, note = file.lstat(), None
                     with contextlib.suppress(Exception):  # those that are damaged or have no note are listed as well
                         note = _note(file)
-                    kept.append(Entry(file, state.st_size, max(state.st_atime, state.st_mtime), note))
+                    kept.append(Entry(file, state.st_size, state.st_mtime, note))
     return sorted(kept, key=lambda entry: (entry.used, entry.file.name))
 
 
