@@ -124,7 +124,9 @@ def study(argv: Sequence[str]) -> int:
 
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
-    index = dataset.index(dataset.find(config.data), layout)
+    index = dataset.index(dataset.find(config.data), layout, ours=[config.runs])
+    for line in dataset.told(index):
+        print(line)
     cells = experiment.plan(config, index)
     left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
     time = f": {experiment.estimate(config, index, cells, arguments.dry_run)}" if left else ""

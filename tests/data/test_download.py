@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune101.data.dataset import ARCHIVE, FOLDER, download, index
+from finetune101.data.dataset import FOLDER, index
+from finetune101.data.download import ARCHIVE, download
 
 NOISE = b"".join(hashlib.sha256(bytes([i // 256, i % 256])).digest() for i in range(1000))  # does not compress
 CONTENT = {"ant/image_0001.jpg": NOISE, "bee/image_0001.jpg": b"bee"}
