@@ -29,7 +29,7 @@ def make(root: Path, *files: str) -> Path:
     """Files whose content is their own path: indexing looks at names and bytes only."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(file)
+        (root / file).write_bytes(os.fsencode(file))
     return root
 
 

@@ -164,7 +164,7 @@ def test_standard_keeps_groups_on_one_side(seed: int) -> None:
     assert_partition(manifest, found)
 
 
-@pytest.mark.parametrize("n", [6, 12, 15])
+@pytest.mark.parametrize("n", [8, 12, 15])
 def test_bursts_of_similar_photos_leave_images_to_validate(n: int) -> None:
     """Whole groups of four fit no sixth of twelve: every class validates on its smallest group instead."""
     found = index(a=40, b=41)
@@ -308,8 +308,8 @@ def test_broken_manifests_are_refused(manifest: splits.Manifest, tmp_path: Path,
 
 @pytest.mark.parametrize(
     "path",
-    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "C:/a/1.jpg", "\\\\host\\a\\1.jpg", "a/..\\..\\1.jpg",
-     "a//1.jpg", "./a/1.jpg", "a/\0.jpg"],
+    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "C:/a/1.jpg", "\\\\host\\a\\1.jpg",
+     "a/..\\..\\1.jpg", "a//1.jpg", "./a/1.jpg", "a/\0.jpg"],
 )  # fmt: skip
 def test_paths_that_leave_the_data_folder_are_refused(manifest: splits.Manifest, path: str) -> None:
     values = manifest.to_json()
