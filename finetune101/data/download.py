@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -22,6 +23,7 @@ OFFICIAL_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.z
 OFFICIAL_MD5 = "3138e1922a9193bfa496528edbbc45d0"
 ARCHIVE = "caltech-101.zip"
 INNER = FOLDER + ".tar.gz"
+BAD_NAMES = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOENT)
 MOST_BYTES = 4 * 2**30  # of all unpacked files: Caltech-101 has 0.14 GB
 
 
@@ -158,7 +160,7 @@ def _unpack(archive: Path, target: Path) -> None:
     except Refused:
         raise
     except OSError as error:
-        if isinstance(error, tarfile.TarError | zipfile.BadZipFile) or error.errno is None:  # gzip's own are OSErrors
+        if error.errno is None or error.errno in BAD_NAMES:  # None: gzip's own
             raise _damaged(archive, error) from error
         raise Refused(f"{archive} cannot be unpacked to {target} ({error}); make room there and try again") from error
     except Exception as error:  # a damaged or hostile archive can raise nearly anything
