@@ -58,6 +58,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         leave()
         raise SystemExit(0)
     print(f"Recipe {config.recipe}; finetune101 recipes lists all, --recipe NAME chooses, flags override")
+    for line in job.notes:
+        print(line)
     images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
     print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
     layout = ", channels_last" if job.world.channels_last else ""
@@ -94,6 +96,7 @@ def finish(run: Run) -> None:
 def ensure_data(config: TrainConfig) -> None:
     """Downloads Caltech-101 when no data set is there and the user agrees (or gave --download)."""
     from finetune101.data import dataset
+    from finetune101.data.download import download
 
     try:
         dataset.find(config.data.root)
@@ -105,7 +108,7 @@ def ensure_data(config: TrainConfig) -> None:
             agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
         if not agreed:
             raise
-        dataset.download(Path("data"))
+        download(Path("data"))
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -115,11 +118,15 @@ def evaluate(argv: Sequence[str]) -> int:
     from finetune101.runs import open_run
 
     run = open_run(a.run, a.runs)
-    result = score(run, subset=a.subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
-    print(score_text(result, a.subset))
+    subset = a.subset
+    if subset == "test" and not run.read_json("split.json")["subsets"]["test"]:
+        subset = "val"
+        print("The split has no test images: these are the validation images, which chose the epoch as well.")
+    result = score(run, subset=subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
+    print(score_text(result, subset))
     if told := run.stopped():
         print(f"Not the end of its training: {told}")
-    if a.subset == "test":
+    if subset == "test":
         print(f"Every prediction: {run.path / 'predictions.csv'}")
     return 0
 
@@ -222,7 +229,7 @@ def search_report(argv: Sequence[str]) -> int:
 def data_download(argv: Sequence[str]) -> int:
     """``finetune101 data download``."""
     arguments = parse(DownloadArguments, argv, prog="finetune101 data download")
-    from finetune101.data.dataset import download
+    from finetune101.data.download import download
 
     print(f"Caltech-101 is in {download(Path(arguments.target))}")
     return 0

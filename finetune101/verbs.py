@@ -131,7 +131,9 @@ def study(argv: Sequence[str]) -> int:
 
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
-    index = dataset.index(dataset.find(config.data), layout)
+    index = dataset.index(dataset.find(config.data), layout, ours=[config.runs])
+    for line in dataset.told(index):
+        print(line)
     cells = experiment.plan(config, index)
     with nothing_kept() if arguments.dry_run else contextlib.nullcontext():
         print(experiment.estimate(index, cells, arguments.jobs, 10 if arguments.dry_run else 60), flush=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune101.config import DataConfig, Preprocessing
-from finetune101.data import cache, dataset, splits, verify
+from finetune101.data import cache, dataset, duplicates, splits
 from finetune101.data.batches import eval_batches
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
@@ -127,7 +127,7 @@ def times_scored(run: Run) -> int:
 def _without_duplicates(opened: Opened, correct: Tensor) -> dict[str, Any]:
     """Top-1 (percent) on the test images of which no near-duplicate was trained on, and how many those are."""
     subsets, held = opened.manifest.subsets, ("train", "val") if opened.config.fit_on == "train+val" else ("train",)
-    known = verify.with_duplicate(opened.index, subsets["test"], [path for part in held for path in subsets[part]])
+    known = duplicates.with_duplicate(opened.index, subsets["test"], [path for part in held for path in subsets[part]])
     alone = torch.tensor([path not in known for path in subsets["test"]])
     n = int(alone.sum())
     return {"n": n, "top1": 100 * int(correct[alone].sum()) / n if n else None}

@@ -43,6 +43,8 @@ class Job:
     images: Images
     built: Built
     teachers: Teachers | None = None
+    notes: tuple[str, ...] = ()
+    """Lines on the images for the user: what was found, what is left out."""
 
 
 class Diverged(Refused):

@@ -34,6 +34,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     """
     validate(config)
     run = create_run(config, resume=resume, overwrite=overwrite)
+    config = dataclasses.replace(config, data=dataset.as_found(config.data))
     if resume:
         check_same(run, config)
     if config.system.fast_kernels:
@@ -48,9 +49,10 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
             f"--batch-size {config.optim.batch_size} cannot be shared by {world.size} processes;"
             f" give a multiple of {world.size}"
         )
-    index = dataset.index(dataset.find(config.data.root), "folders" if config.data.protocol == "folders" else "classes")
+    index = dataset.index(dataset.find(config.data.root), ours=[config.runs])
     manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
     splits.check(manifest, index)
+    notes = (*dataset.told(index), *(() if index.subsets else splits.remarks(manifest, config.data.fit_on)))
     built = build(
         config.model.name,
         len(manifest.classes),
@@ -83,7 +85,8 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         model = {"init_source": built.init_source, "init_hash": built.init_hash}
         run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels, world)})
         run.write_json("config.json", to_dict(config))
-    return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers)
+    job = Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers)
+    return dataclasses.replace(job, notes=notes)
 
 
 def sharing(config: TrainConfig, jobs: int) -> TrainConfig:
@@ -104,7 +107,7 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
         good = dataclasses.replace(index, paths=tuple(path for path in index.paths if path not in skipped))
         groups = None
         if config.protocol == "standard" and config.group_duplicates:
-            from finetune101.data.verify import duplicate_groups  # reads every image: only where it is needed
+            from finetune101.data.duplicates import duplicate_groups  # reads every image: only where it is needed
 
             groups = duplicate_groups(good)
         manifest = splits.make(good, config, groups)
