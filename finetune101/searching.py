@@ -26,7 +26,7 @@ from finetune101.search.study import Plan
 from finetune101.search.trial import FINISHED, identity, is_finished
 from finetune101.search.workers import alone, run
 from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
+from finetune101.training.prepare import elsewhere, prepare
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -229,7 +229,7 @@ def dry_run(plan: Plan) -> str:
 def measure(config: TrainConfig) -> tuple[float, int, int]:
     """(training images per second, training images, validation images) of ``config``, from a few steps."""
     with tempfile.TemporaryDirectory() as folder:
-        short = dataclasses.replace(config, exp="measure", runs=folder, recipe=None)
+        short = dataclasses.replace(elsewhere(config, folder), exp="measure", recipe=None)
         short = configure(short, {"epochs": 2, "warmup_epochs": 0.0})
         job = prepare(short)
         subsets = job.manifest.subsets

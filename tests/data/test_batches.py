@@ -97,7 +97,7 @@ def test_without_a_cache_no_worker_is_forked(images: Images) -> None:
 
 
 def test_drawing_leaves_every_global_generator_alone(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.manual_seed`` reaches every GPU's generator, where dropout draws; ``fork_rng`` restores the CPU's only."""
+    """``torch.manual_seed`` seeds every GPU's generator, where dropout draws; ``fork_rng`` restores the CPU's only."""
     for name in ("manual_seed", "seed"):
         monkeypatch.setattr(torch, name, lambda *_: pytest.fail("a generator of every device was seeded"))
         monkeypatch.setattr(torch.random, name, lambda *_: pytest.fail("a generator of every device was seeded"))
@@ -147,7 +147,7 @@ def test_erasing_paints_what_the_network_sees(
     holes = (x[:, 0] < 0.5).float()
     assert holes.flatten(1).any(1).all()
     assert float(holes.mean()) == pytest.approx(0.175, abs=0.02)
-    assert 0.01 < float(holes.mean((1, 2)).min()) and float(holes.mean((1, 2)).max()) < 0.35  # sides are rounded
+    assert float(holes.mean((1, 2)).min()) > 0.01 and float(holes.mean((1, 2)).max()) < 0.35  # sides are rounded
     half = train_size // 2
     corners = [float(holes[:, top : top + half, left : left + half].mean()) for top in (0, half) for left in (0, half)]
     assert max(corners) - min(corners) < 0.08  # the standard error of each is about .015
