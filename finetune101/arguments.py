@@ -341,7 +341,7 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
     first.add_argument("--runs", default="runs")
     seen, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if seen.resume and seen.exp:
-        config = open_run(seen.exp, seen.runs).config()
+        config = dataclasses.replace(open_run(seen.exp, seen.runs).config(), runs=seen.runs)  # it may have moved
     elif seen.config:
         if seen.recipe:
             raise Refused("--recipe and --config both say where to start; give one of them")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -50,11 +49,11 @@ def lr_find(argv: Sequence[str]) -> int:
 
     from finetune101.analysis.figures import range_test as draw
     from finetune101.training.lr_find import range_test
-    from finetune101.training.prepare import prepare
+    from finetune101.training.prepare import elsewhere, prepare
 
     ensure_data(arguments.config)
     with TemporaryDirectory() as runs:  # a job has a run, which nobody needs afterwards
-        job = prepare(dataclasses.replace(arguments.config, runs=runs))
+        job = prepare(elsewhere(arguments.config, runs))
         found = range_test(job, arguments.low, arguments.high, arguments.steps)
     print(f"Picture: {draw(found.rates, found.losses, found.suggestion, found.lowest, Path(arguments.out))}")
     print(f"--lr {found.suggestion:.2g}: {found.reason}.")

@@ -25,7 +25,7 @@ from finetune101.machine import place, usable_cores
 
 SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
 PATIENCE = timedelta(days=2)  # for what rank 0 does while the others wait, such as decoding a million images
-_patient: dist.ProcessGroup | None = None
+_patient: Any = None  # the group of processes that waits so long
 
 
 @dataclass(frozen=True)

@@ -177,8 +177,8 @@ def train_batches(
 
     ``epochs`` holds each one's number and the size of its training images, None for that of the preprocessing. (seed,
     number) fixes order and augmentation, whatever the number of processes. A process with fewer than two images of a
-    batch gets others of it behind its own, which are not to be counted (see ``share_of``). On a GPU ``world.workers`` processes prepare the next batches meanwhile, where
-    the images are cached.
+    batch gets others of it behind its own, which are not to be counted (see ``share_of``). On a GPU ``world.workers``
+    processes prepare the next batches meanwhile, where the images are cached.
     """
     own = images.preprocessing
 

@@ -72,10 +72,10 @@ def draw_distortions(count: int, size: int, config: AugmentConfig, generator: to
     if config.erasing > 0:
         erased = (torch.rand(count, generator=generator) < config.erasing).tolist()
         with drawing(int(torch.randint(2**62, (1,), generator=generator))):
-            make, image, none = RandomErasing(1.0).make_params, torch.empty(3, size, size), {"v": None}
-            drawn = [make([image]) if erase else none for erase in erased]
+            make, image = RandomErasing(1.0).make_params, torch.empty(3, size, size)
+            boxes: list[dict[str, Any]] = [make([image]) if erase else {"v": None} for erase in erased]
         # without a value to paint with, torchvision found no box that fits
-        holes = [(0, 0, 0, 0) if box["v"] is None else (box["i"], box["j"], box["h"], box["w"]) for box in drawn]
+        holes = [(0, 0, 0, 0) if box["v"] is None else (box["i"], box["j"], box["h"], box["w"]) for box in boxes]
     return Distortions(kinds, strengths, holes)
 
 

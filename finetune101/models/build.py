@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import os
 import socket
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from finetune101.config import Preprocessing
 from finetune101.errors import Refused
+from finetune101.files import sha256
+from finetune101.models.weights import COUNTER, read_weights, without_wrappers
 from finetune101.models.zoo import Entry, Package, Torchvision, lookup, names
 
 _TIMEOUT = 20.0  # seconds without an answer after which a download gives up
-_COUNTER = "num_batches_tracked"  # batch norm's step counter: old files lack it, and no result depends on it
+_TRIED = 512  # pixels: a pass of a larger image would take seconds and gigabytes, so its shapes alone are computed
+_MOST_CLASSES = 100_000  # of a file that somebody else made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +90,12 @@ def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, i
     Raises Refused when the file cannot be read or holds another network.
     """
     entry = lookup(name)
-    state = read_weights(path)
+    state = without_wrappers(read_weights(path), _own_names(entry), str(path))
     bias = state.get(entry.head + "bias")
     if bias is None:
         raise Refused(f"{path} does not fit {name}: {entry.head}bias is missing; name its network by --model")
+    if bias.dim() != 1 or not 0 < len(bias) <= _MOST_CLASSES:
+        raise Refused(f"{path} has a {entry.head}bias of shape {tuple(bias.shape)}; give weights of a classifier")
     model = entry.build(bias.numel())
     _load(model, state, entry, str(path), head_too=True)
     return model, bias.numel()
@@ -132,37 +137,12 @@ def state_hash(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file by name: .safetensors, else a state dict saved by torch (or {"state_dict": ...}).
-
-    No code in the file is run. Raises Refused when it is missing, damaged, or holds anything but tensors.
-    """
-    if not Path(path).is_file():
-        raise Refused(f"there is no weights file {path}; give a .safetensors file or a .pth state dict")
-    try:
-        if Path(path).suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of some foreign files, and refuses them just after
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise Refused(
-            f"{path} cannot be read as weights: it is damaged, or holds more than tensors (no code in it was run);"
-            " get it again, or save model.state_dict() with torch.save"
-        ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise Refused(f"{path} is no state dict (names and tensors); save model.state_dict() with torch.save")
-    return dict(state)
-
-
 def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: str, head_too: bool = False) -> None:
     """Copies ``state`` into the network, without the head unless ``head_too``; every other key must fit."""
     skip = () if head_too else (entry.head,)
 
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-        kept = (key for key in tensors if not key.startswith(skip) and not key.endswith(_COUNTER))
+        kept = (key for key in tensors if not key.startswith(skip) and not key.endswith(COUNTER))
         return {key: tuple(tensors[key].shape) for key in kept}
 
     ours, theirs = shapes(model.state_dict()), shapes(state)
@@ -177,6 +157,9 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: s
             f"{source} does not fit {entry.name}: {', '.join(wrong[:3])}{more}; give weights that were saved from it"
         )
     kept = {key: value for key, value in state.items() if not key.startswith(skip)}
+    floats = (key for key, value in kept.items() if value.is_floating_point())
+    if bad := next((key for key in floats if not bool(torch.isfinite(kept[key]).all())), None):
+        raise Refused(f"{source} holds values in {bad} that are not finite; give other weights")
     model.load_state_dict(kept, strict=False)
 
 
@@ -195,13 +178,37 @@ def check_size(name: str, model: nn.Module, size: int) -> None:
     own = entry.preprocessing.size
     if entry.fixed_size and size != own:
         raise Refused(f"{name} takes images of {own} px only; leave --size and --train-sizes out")
+    device = "cpu" if size <= _TRIED else "meta"
+    tried = model if device == "cpu" else copy.deepcopy(model).to(device)
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            tried.eval()(torch.zeros(1, 3, size, size, device=device))
+    except NotImplementedError:  # an operation whose shapes cannot be computed alone: training will tell
+        pass
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"{name} cannot take images of {size} px; give a size nearer to its own, {own}") from error
     finally:
         model.train()
+
+
+def norms_single_values(model: nn.Module, size: int) -> bool:
+    """Whether a batch norm of ``model`` sees one value per channel of an image of ``size`` px: it has no variance."""
+    values: list[int] = []
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values.append(inputs[0].numel() // inputs[0].shape[1])
+
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return min(values, default=2) < 2
 
 
 def _find_weights(entry: Entry, given: str | None) -> tuple[dict[str, Tensor], str]:
@@ -238,9 +245,11 @@ def _from_parts(names: tuple[str, ...]) -> tuple[dict[str, Tensor], str]:
 
 def _from_file(entry: Entry, path: Path) -> tuple[dict[str, Tensor], str]:
     state = read_weights(path)
-    digest = _sha256(path)
+    digest = sha256(path)
     if isinstance(entry.weights, Package) and digest == entry.weights.sha256:
         state = _rename_by_order(state, entry)  # the package's own file
+    else:
+        state = without_wrappers(state, _own_names(entry), str(path))
     return state, f"file {path.name} sha256:{digest}"
 
 
@@ -249,7 +258,7 @@ def _from_package(entry: Entry, package: Package) -> tuple[dict[str, Tensor], st
     if path is None:
         reason = f"the package {package.project} is not installed"
         raise _missing(entry, reason, f"pip install {package.project}=={package.version}")
-    digest = _sha256(path)
+    digest = sha256(path)
     if digest != package.sha256:
         raise Refused(f"{path} is not the published file; pip install --force-reinstall {package.project}")
     source = f"package {package.project} {package.version} sha256:{digest}"
@@ -269,10 +278,22 @@ def _rename_by_order(state: Mapping[str, Tensor], entry: Entry) -> dict[str, Ten
     """The packages' tensors under timm's names: both list the same layers in the same order."""
     with torch.device("meta"):
         ours = entry.build(1000).state_dict()
-    assert len(ours) == len(state)
-    for (key, tensor), (theirs, value) in zip(ours.items(), state.items(), strict=True):
-        assert key.rsplit(".")[-1] == theirs.rsplit(".")[-1] and tensor.shape == value.shape, (key, theirs)
+    fits = [
+        key.rsplit(".")[-1] == other.rsplit(".")[-1] and tensor.shape == value.shape
+        for (key, tensor), (other, value) in zip(ours.items(), state.items(), strict=False)
+    ]
+    if len(ours) != len(state) or not all(fits):  # the file is the published one: timm names its layers otherwise
+        raise Refused(f"this version of timm orders the layers of {entry.name} otherwise; install timm as pinned")
     return dict(zip(ours, state.values(), strict=True))
+
+
+def _own_names(entry: Entry) -> list[str]:
+    """The names of all tensors of the network, built without memory for them where it can be."""
+    try:
+        with torch.device("meta"):
+            return list(entry.build(1000).state_dict())
+    except RuntimeError:  # some networks compute with values while they are built
+        return list(entry.build(1000).state_dict())
 
 
 def _from_torchvision(name: str) -> tuple[dict[str, Tensor], str]:
@@ -308,7 +329,7 @@ def _from_hub(repository: str, file: str) -> str:
     # asked first because it gives up at once without a network, where hf_hub_download tries for minutes
     etag = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_TIMEOUT).etag
     path = hub.hf_hub_download(repository, file)
-    if etag and len(etag) == 64 and _sha256(Path(path)) != etag:
+    if etag and len(etag) == 64 and sha256(Path(path)) != etag:
         os.remove(os.path.realpath(path))  # the blob, not the link to it
         raise OSError(f"{file} of {repository} arrived damaged")
     return path
@@ -338,8 +359,3 @@ def _missing(entry: Entry, reason: str, remedy: str) -> Refused:
         f"no ImageNet weights of {entry.name}: {reason}; {remedy}, give a file by --weights, put {file} into the folder"
         f" $FINETUNE101_WEIGHTS, {installed}, or start from random ones by --no-pretrain"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune101.config import Preprocessing, TrainConfig
+from finetune101.data import splits
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
 from finetune101.evaluation.inference import load_model
@@ -57,16 +58,22 @@ class Teachers:
 def open_teachers(config: TrainConfig, manifest: Manifest, student: Preprocessing, world: World) -> Teachers | None:
     """The networks of ``config.optim.teacher``, ready for batches of the student; None without any.
 
-    Raises Refused for a teacher of another split, which may have seen this one's test images, and for one that began
-    from ImageNet weights where the student's start is to be random.
+    Raises Refused for a teacher that may have seen this run's test images (another split) or that was trained on its
+    validation images, and for one that began from ImageNet weights where the student's start is to be random.
     """
     networks: list[tuple[Callable[[Tensor], Tensor], Preprocessing]] = []
     for name in config.optim.teacher:
         run = open_run(name, config.runs)
         if run.config().model.pretrain and not config.model.pretrain:
             raise Refused(f"the teacher {name} began from ImageNet weights, so --no-pretrain would not be honest")
-        if run.read_json("split.json")["hash"] != manifest.hash():
+        if splits.from_json(run.read_json("split.json")).hash() != manifest.hash():
             raise Refused(f"the teacher {name} was trained on another split; train it on this one")
+        validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
+        if validates and run.config().data.fit_on == "train+val":
+            raise Refused(
+                f"the teacher {name} was trained on the validation images (--fit-on train+val), which then choose"
+                " nothing; train one with --fit-on train, or this run with --fit-on train+val"
+            )
         model, theirs, _ = load_model(run)
         model.requires_grad_(False).to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
         fast = config.system.fast_kernels and world.device.type == "cpu"

@@ -133,8 +133,8 @@ def _build(gcc: str, part: Path) -> None:
 
 def _output(*command: str) -> bytes:
     """What ``command`` prints. Raises OSError with what it said where it fails, or does not end in ``TIMEOUT``."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+    pipe, none = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, start_new_session=True) as process:
         try:
             out, errors = process.communicate(timeout=TIMEOUT)
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Training: ``prepare`` puts a run together, ``fit`` yields one record per epoch."""
+"""Training: ``fit`` takes a job from ``prepare`` and yields one record per epoch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from finetune101.config import TrainConfig, to_dict
-from finetune101.data.batches import epoch_order, eval_batches, mix, train_batches
+from finetune101.data.batches import batches_of, epoch_order, eval_batches, mix, step_count, train_batches
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
 from finetune101.evaluation.inference import logits
+from finetune101.files import checked, parse_json
 from finetune101.models.build import Built
-from finetune101.runs import Run, save_with
+from finetune101.models.weights import read_by_torch
+from finetune101.runs import Run, save_checkpoint, save_state
+from finetune101.schemas import Record
 from finetune101.training import cpu, probe
 from finetune101.training.distill import Teachers
 from finetune101.training.optim import factor, optimizer, set_rates
@@ -45,6 +48,8 @@ class Job:
     teachers: Teachers | None = None
     notes: tuple[str, ...] = ()
     """Lines on the images for the user: what was found, what is left out."""
+    lock: ExitStack = field(default_factory=ExitStack)
+    """Keeps other processes out of the run; ``fit`` closes it at its end."""
 
 
 class Diverged(Refused):
@@ -68,7 +73,7 @@ class Trainer:
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
         self.labels = [label for subset in held for label in job.manifest.labels(subset)]
         self.validates = len(held) == 1 and bool(job.manifest.subsets["val"])
-        self.steps_per_epoch = -(-len(self.paths) // job.config.optim.batch_size)
+        self.steps_per_epoch = step_count(len(self.paths), job.config.optim.batch_size)
 
     def probe(self) -> dict[str, Any]:
         """Sets the head to the best linear one on frozen features: the record of epoch 0."""
@@ -76,9 +81,12 @@ class Trainer:
         train, penalties = (self.paths, self.labels), job.config.model.probe_l2
         val = (job.manifest.subsets["val"], job.manifest.labels("val")) if self.validates else None
         fast = job.config.system.fast_kernels
-        found = (
-            probe.fit_head(job.built, job.images, train, val, penalties, job.world, fast) if job.world.writes else {}
-        )
+        with job.world.first():  # it may take longer than a process may be silent
+            found = (
+                probe.fit_head(job.built, job.images, train, val, penalties, job.world, fast)
+                if job.world.writes
+                else {}
+            )
         found = job.world.same_everywhere(self.model, found)
         if self.average:
             self.average.load_state_dict(self.model.state_dict())
@@ -113,9 +121,11 @@ class Trainer:
         """Logits and labels of this process's share of the validation images."""
         job = self.job
         paths, labels = job.manifest.subsets["val"], job.manifest.labels("val")
-        mine = job.world.share(len(paths))
+        share = job.world.share(len(paths))
+        if not paths[share]:  # more processes than images
+            return torch.empty(0, len(job.manifest.classes)), torch.empty(0, dtype=torch.int64)
         batches = eval_batches(
-            job.images, paths[mine], labels[mine], batch_size=job.config.optim.batch_size, world=job.world
+            job.images, paths[share], labels[share], batch_size=job.config.optim.batch_size, world=job.world
         )
         return logits(self.shown, batches, job.world)
 
@@ -130,7 +140,7 @@ class Trainer:
                     module.eval()
 
     def train_epoch(self, epoch: int, batches: Batches, bar: tqdm[Any]) -> dict[str, Any]:
-        """One pass over the training images, the next ``batches``; raises Refused when a loss is not finite."""
+        """One pass over the training images, the next ``batches``; raises Diverged when a loss is not finite."""
         job, o, world = self.job, self.job.config.optim, self.job.world
         torch.manual_seed((job.config.system.seed * 1_000_003 + epoch) * 1009 + world.rank)  # dropout
         self.train_mode()
@@ -139,17 +149,19 @@ class Trainer:
         for x, y, total in islice(batches, self.steps_per_epoch):
             x, target = self.mixed(x, y, step)
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
-            mine = len(range(total)[world.share(total)])
-            # processes hold unequal shares of the last batch, and their gradients are averaged
-            output, _ = self.step(x, target, mine * world.size / total)
+            own = len(range(total)[world.share(total)])  # the first ones; the others of x only fill up its batch norms
+            # ranks hold unequal parts of the last batch: weight the loss so that DDP's mean is the mean over images
+            output, _ = self.step(x, target, own * world.size / total, max(own, 1))
             if self.average:
                 move_towards(self.average, self.model, o.ema, step)
             step += 1
-            plain = F.cross_entropy(output.float(), target)  # without smoothing, as validation's
-            losses.append(plain * mine)
-            correct += (output.argmax(1) == y)[:mine].sum()
+            plain = F.cross_entropy(
+                output[: max(own, 1)].float(), target[: max(own, 1)]
+            )  # not smoothed, as validation's
+            losses.append(plain * own)
+            correct += (output.argmax(1) == y)[:own].sum()
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
-                self._check_finite(losses, step)
+                self._check_finite(losses[-10:], step)
             bar.update(total)
         sums = world.sum(torch.stack([torch.stack(losses).sum(), correct]).cpu().double())
         seconds = time.perf_counter() - started
@@ -174,11 +186,17 @@ class Trainer:
             target = job.teachers.targets(x, target, job.config.optim.teacher_share)
         return x, target
 
-    def step(self, x: torch.Tensor, target: torch.Tensor, weight: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step on the loss times ``weight``; returns logits (N, classes) and the loss, detached."""
+    def step(
+        self, x: torch.Tensor, target: torch.Tensor, weight: float = 1.0, counted: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step on the loss of the first ``counted`` images (default: all) times ``weight``.
+
+        Returns logits (N, classes) of all images and the loss, detached.
+        """
+        smoothing = self.job.config.optim.label_smoothing
         with self.job.world.autocast():
             output = self.wrapped(x)
-            loss = F.cross_entropy(output.float(), target, label_smoothing=self.job.config.optim.label_smoothing)
+            loss = F.cross_entropy(output[:counted].float(), target[:counted], label_smoothing=smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)
@@ -227,6 +245,11 @@ class Trainer:
         self.records.append(record)
         if not self.job.world.writes:
             return record
+        if not self.job.run.has("config.json"):
+            raise Refused(
+                f"{self.job.run.path} was moved or removed while it was trained, so the training ends; put it back and"
+                " continue with --resume, or train it again"
+            )
         if record["best"]:
             self._save_best(record)
         self._save_last(record["epoch"])
@@ -240,8 +263,7 @@ class Trainer:
             "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
             "epoch": str(record["epoch"]),
         }
-        state = {key: value.contiguous() for key, value in self.shown.state_dict().items()}
-        save_with(self.job.run.best, lambda part: save_file(state, part, info))
+        save_checkpoint(self.job.run.best, self.shown.state_dict(), info)
 
     def _save_last(self, epoch: int) -> None:
         state = {
@@ -252,26 +274,34 @@ class Trainer:
             "average": self.average.state_dict() if self.average else None,
             "records": json.dumps(self.records),
         }
-        save_with(self.job.run.last, lambda part: torch.save(state, part))
+        save_state(self.job.run.last, state)
 
     def load_last(self) -> int:
-        """Puts everything back as it was after the last finished epoch; returns that epoch, 0 when there is none."""
-        file = self.job.run.last
+        """Puts everything back as it was after the last finished epoch; returns that epoch, 0 when there is none.
+
+        Raises Refused for a file that is damaged, or of another network.
+        """
+        file, remedy = self.job.run.last, "start anew with --overwrite"
         if not file.is_file():
             return 0
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_by_torch(file)
+        except Refused as error:
+            raise Refused(f"cannot resume from {file} (it is damaged, or no checkpoint of a run); {remedy}") from error
+        try:
+            records = checked(parse_json(state["records"], f"{file}", remedy), list[Record], f"{file}", remedy=remedy)
+            epoch = int(state["epoch"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if self.average:
                 self.average.load_state_dict(state["average"])
-            self.records = json.loads(state["records"])
-        except Exception as error:
-            raise Refused(f"cannot resume from {file} ({error}); start anew with --overwrite") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise Refused(f"cannot resume from {file} (it does not hold what this run needs); {remedy}") from error
+        self.records = records
         if self.job.world.writes:
             self.job.run.write_metrics(self.records)  # a crash may have come between the two files
-        return int(state["epoch"])
+        return epoch
 
 
 def move_towards(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
@@ -314,7 +344,7 @@ class HeadTrainer(Trainer):
         """Features in the order that the images would have."""
         for epoch in epochs:
             order, _ = epoch_order(len(self.x), self.job.config.system.seed, epoch)
-            for chosen in order.to(self.x.device).split(self.job.config.optim.batch_size):
+            for chosen in batches_of(order.to(self.x.device), self.job.config.optim.batch_size):
                 yield self.x[chosen], self.y[chosen], len(chosen)
 
     def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,8 +360,14 @@ def _not_finite(what: str, step: int) -> Diverged:
 def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
     """Trains ``job`` from where its run stands to the last epoch; yields the record of each epoch (see ``runs``).
 
-    Raises Refused when the loss is no longer finite or a checkpoint cannot be written; what was saved before stays.
+    Raises Diverged when the loss is no longer finite, Refused when a checkpoint cannot be written, the run's folder is
+    gone or another process is lost; what was saved before stays. Other processes may work on the run afterwards.
     """
+    with job.lock, job.world.together():
+        yield from _epochs(job, quiet)
+
+
+def _epochs(job: Job, quiet: bool) -> Iterator[dict[str, Any]]:
     if job.world.device.type == "cuda":
         torch.backends.cudnn.deterministic = True
     trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)

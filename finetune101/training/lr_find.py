@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from finetune101.training.loop import HeadTrainer, Job, Trainer
 from finetune101.training.optim import set_rates
 
 SMOOTHING = 0.9  # of the loss that is judged: about the last ten steps
+FLAT = 0.05  # a fall by less than this share is what batches differ by
 TOO_HIGH = 4.0  # the test ends where the smoothed loss is this many times its lowest
 
 
@@ -32,8 +34,9 @@ class RangeTest:
 def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100) -> RangeTest:
     """Trains ``job`` for ``steps`` steps while its rates grow from ``low`` to ``high`` (output layer), others in ratio.
 
-    Suggests a tenth of the rate at which the smoothed loss was lowest: there it still falls quickly. Nothing is saved.
-    Raises Refused for a range or a number of steps that cannot work.
+    Suggests a tenth of the rate at which the smoothed loss was lowest: there it still falls quickly. The output layer
+    is random, also where the training's would be the best linear one: that one leaves hardly a loss to fall. Nothing is
+    saved. Raises Refused for a range or a number of steps that cannot work, and where there is nothing to find.
     """
     if not (0 < low < high and math.isfinite(high)):
         raise Refused(f"the range {low} to {high} is none; give a --low above 0 and below --high")
@@ -42,9 +45,19 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
     o = job.config.optim
     if o.epochs < 1:
         raise Refused(f"recipe {job.config.recipe} has no epoch to find a rate for; take another, or --epochs 1")
-    trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)
+    with job.lock:
+        rates, losses = _curve(job, low, high, steps)
+    result = judge(rates, losses, stopped=len(rates) < steps)
     if job.config.model.head == "probe":
-        trainer.probe()
+        told = "; found from a random output layer, as the probe's leaves no loss to fall"
+        result = dataclasses.replace(result, reason=result.reason + told)
+    return result
+
+
+def _curve(job: Job, low: float, high: float, steps: int) -> tuple[list[float], list[float]]:
+    """Rates of the output layer and smoothed losses at them, up to where the loss explodes."""
+    o = job.config.optim
+    trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)
     trainer.wrap()
     torch.manual_seed(job.config.system.seed)  # dropout
     trainer.train_mode()
@@ -62,14 +75,20 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
             break
         rates.append(rate)
         losses.append(smoothed)
-    return judge(rates, losses, stopped=len(rates) < steps)
+    return rates, losses
 
 
 def judge(rates: list[float], losses: list[float], *, stopped: bool) -> RangeTest:
-    """What a range test's curve says. Raises Refused when the loss never fell."""
+    """What a range test's curve says. Raises Refused when the loss never fell, or by less than ``FLAT`` of it."""
     best = min(range(len(losses)), key=losses.__getitem__) if losses else 0
     if best < 3:
-        raise Refused("the loss never fell; start from a smaller --low or, after a probe, a larger --probe-l2")
+        raise Refused("the loss never fell, so there is no rate to find; start from a smaller --low")
+    start = max(losses[: best + 1])
+    if losses[best] > (1 - FLAT) * start:
+        raise Refused(
+            f"the loss hardly falls ({start:.3g} to {losses[best]:.3g}), so there is no rate to find; give more --steps"
+            " or a larger --high"
+        )
     lowest = rates[best]
     after = "from there it grows" if stopped or best < len(rates) - 1 else "--high is too low to see it grow"
     reason = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,39 +18,85 @@ from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
 from finetune101.errors import Refused
-from finetune101.machine import usable_cores
-from finetune101.models.build import build, check_size, freeze
-from finetune101.runs import Run, create_run
+from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
+from finetune101.machine import place, usable_cores
+from finetune101.models.build import Built, build, check_size, freeze, norms_single_values
+from finetune101.runs import Run, create_run, open_run
 from finetune101.training import cpu, probe
 from finetune101.training.distill import open_teachers
 from finetune101.training.identity import differences, split_of
 from finetune101.training.kernels import compiled
 from finetune101.training.loop import Job
-from finetune101.world import World, detect
+from finetune101.world import World, join
+
+LOCK = "train.lock"
 
 
 def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
     """Everything that ``fit`` needs; writes config.json, split.json and env.json of the run last.
 
-    Raises Refused, in one sentence that says what to do, for settings, data or weights that cannot work.
+    No other process can train the run until ``fit`` has ended or the job is gone. Raises Refused, in one sentence that
+    says what to do, for settings, data or weights that cannot work, and for a run that another process trains.
     """
     validate(config)
     run = create_run(config, resume=resume, overwrite=overwrite)
     config = dataclasses.replace(config, data=dataset.as_found(config.data))
-    if resume:
-        check_same(run, config)
-    if config.system.fast_kernels:
-        cpu.tune_allocator()  # before the first large tensor
-    recorded = run.read_json("env.json") if resume else None
-    world = detect(config.system, recorded["world"] if recorded else None)
-    if recorded and recorded["world"].get("processes", 1) != world.size:
-        before = recorded["world"].get("processes", 1)
+    with contextlib.ExitStack() as undo:
+        lock = undo.enter_context(contextlib.ExitStack())
+        exists = run.has("config.json") or run.has(LOCK)
+        if exists and place().rank == 0:  # told at once, not after decoding
+            lock.enter_context(_alone(run))
+        if resume:
+            check_same(run, config)
+        if config.system.fast_kernels:
+            cpu.tune_allocator()  # before the first large tensor
+        world = _joined(config, run.read_json("env.json")["world"] if resume else None)
+        with world.together():
+            job = _put_together(config, run, world, resume, lock)
+        if world.writes:
+            if not exists:
+                lock.enter_context(_alone(run))
+            if not (resume or overwrite) and run.has("config.json"):  # by another process, since it was looked for
+                raise Refused(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
+            _write(job, resume, overwrite)
+        undo.pop_all()
+    return job
+
+
+def _joined(config: TrainConfig, recorded: dict[str, Any] | None) -> World:
+    """The world of ``config``. Raises Refused when the run or its batches are for another number of processes."""
+    world = join(config.system, recorded)
+    before = recorded.get("processes", 1) if recorded else world.size
+    if before != world.size:
         raise Refused(f"{config.exp} was started with {before} processes; resume it with as many")
     if config.optim.batch_size % world.size:
         raise Refused(
             f"--batch-size {config.optim.batch_size} cannot be shared by {world.size} processes;"
             f" give a multiple of {world.size}"
         )
+    return world
+
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[None]:
+    """This process alone trains ``run``. Raises Refused naming the one that does already."""
+    lock = run.path / LOCK
+    with contextlib.ExitStack() as held:
+        try:
+            claimed = held.enter_context(claim(lock))
+        except OSError as error:
+            raise Refused(f"cannot write {lock}: {error.strerror}; choose another --runs or --exp") from error
+        if not claimed:
+            raise Refused(f"{run.path} is being trained by {claimed_by(lock)}; wait for its end, or end it first")
+        remove_abandoned(run.path)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # still held: who opened it meanwhile sees that it is gone
+
+
+def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, lock: contextlib.ExitStack) -> Job:
     index = dataset.index(dataset.find(config.data.root), ours=[config.runs])
     manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
     splits.check(manifest, index)
@@ -62,31 +110,68 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         cache_size=config.model.cache_size,
         seed=config.system.seed,
     )
-    for size in config.augment.train_sizes:
-        check_size(config.model.name, built.model, size)
-    if config.model.cached_features:
-        probe.check(built, (), validates=True)
-        if world.size > 1:
-            raise Refused("--cached-features trains in one process; start it without torchrun")
-    if config.model.head == "probe":
-        validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
-        probe.check(built, config.model.probe_l2, validates)
+    check_network(config, manifest, built)
+    if config.model.cached_features and world.size > 1:
+        raise Refused("--cached-features trains in one process; start it without torchrun")
     teachers = open_teachers(config, manifest, built.preprocessing, world)
     if config.model.freeze:
         freeze(built.model, built.head)
     with world.first():  # the others find the cache that rank 0 builds
+        if world.writes and config.data.cache != "off":
+            remove_abandoned(cache_dir())
         wanted = (path for paths in manifest.subsets.values() for path in paths)
         images = cache.open_images(index, built.preprocessing, config.data.cache, wanted=wanted)
-    if world.writes and not resume:
-        if overwrite:
-            run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
-        run.write_json("split.json", manifest.to_json())
-        kernels = _uses_kernels(config, world)
-        model = {"init_source": built.init_source, "init_hash": built.init_hash}
-        run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels, world)})
-        run.write_json("config.json", to_dict(config))
-    job = Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers)
-    return dataclasses.replace(job, notes=notes)
+    return Job(
+        config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers,
+        notes=notes, lock=lock,
+    )  # fmt: skip
+
+
+def check_network(config: TrainConfig, manifest: splits.Manifest, built: Built) -> None:
+    """Raises Refused for a network that cannot be trained by ``config``: sizes, the probe, single images."""
+    for size in sorted(set(config.augment.train_sizes)):
+        check_size(config.model.name, built.model, size)
+    if config.model.cached_features:
+        probe.check(built, (), validates=True)
+    validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
+    if config.model.head == "probe":
+        probe.check(built, config.model.probe_l2, validates)
+    images = len(manifest.subsets["train"]) + (config.data.fit_on == "train+val") * len(manifest.subsets["val"])
+    trains_norms = config.optim.epochs and not (config.model.freeze or config.model.freeze_norm)
+    smallest = min(config.augment.train_sizes, default=built.preprocessing.size)
+    if trains_norms and min(config.optim.batch_size, images) == 1 and norms_single_values(built.model, smallest):
+        remedy = "give --batch-size 2 or more" if images > 1 else "give more training images"
+        raise Refused(
+            f"--batch-size {config.optim.batch_size} and {images} training images make batches of one image, in which"
+            f" the batch norms of {config.model.name} see one value at {smallest} px; {remedy}, or --freeze-norm"
+        )
+
+
+def _write(job: Job, resume: bool, overwrite: bool) -> None:
+    """Writes what the run's folder says before training; of a resumed one, what has changed since."""
+    run, kernels = job.run, _uses_kernels(job.config, job.world)
+    if resume:
+        recorded = run.read_json("env.json")
+        machine = recorded.get("machine", {})
+        if machine.get("kernels", kernels) not in (kernels, "in part"):
+            lacks = "were not used before" if kernels else "cannot be built here"
+            print(
+                f"{run.path}: the quick CPU kernels {lacks}: from here on numbers differ by rounding", file=sys.stderr
+            )
+            run.write_json("env.json", {**recorded, "machine": {**machine, "kernels": "in part"}})
+        return
+    if overwrite:
+        run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
+    run.write_json("split.json", job.manifest.to_json())
+    model = {"init_source": job.built.init_source, "init_hash": job.built.init_hash}
+    run.write_json("env.json", {"world": job.world.describe(), "model": model, **environment(kernels, job.world)})
+    run.write_json("config.json", to_dict(job.config))
+
+
+def elsewhere(config: TrainConfig, runs: str) -> TrainConfig:
+    """``config`` with its run below ``runs``, such as a temporary folder; its teachers are found where they are."""
+    teachers = tuple(str(open_run(name, config.runs).path.resolve()) for name in config.optim.teacher)
+    return dataclasses.replace(config, runs=runs, optim=dataclasses.replace(config.optim, teacher=teachers))
 
 
 def sharing(config: TrainConfig, jobs: int) -> TrainConfig:

@@ -97,7 +97,7 @@ def test_without_a_cache_no_worker_is_forked(images: Images) -> None:
 
 
 def test_drawing_leaves_every_global_generator_alone(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.manual_seed`` reaches every GPU's generator, where dropout draws; ``fork_rng`` restores the CPU's only."""
+    """``torch.manual_seed`` seeds every GPU's generator, where dropout draws; ``fork_rng`` restores the CPU's only."""
     for name in ("manual_seed", "seed"):
         monkeypatch.setattr(torch, name, lambda *_: pytest.fail("a generator of every device was seeded"))
         monkeypatch.setattr(torch.random, name, lambda *_: pytest.fail("a generator of every device was seeded"))

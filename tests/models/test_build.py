@@ -24,7 +24,8 @@ import torchvision
 from torch import Tensor
 
 from finetune101.models import zoo
-from finetune101.models.build import build, load_foreign, read_weights, state_hash
+from finetune101.models.build import build, load_foreign, state_hash
+from finetune101.models.weights import read_weights
 
 WEIGHTS_FOLDER = os.environ.get("FINETUNE101_WEIGHTS", "")
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there: fails at once

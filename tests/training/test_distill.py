@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
-from finetune101.config import ModelConfig, TrainConfig, to_dict
-from finetune101.data.batches import eval_batches
-from finetune101.evaluation.inference import load_model
+from finetune101.config import ModelConfig, Preprocessing, TrainConfig, to_dict
 from finetune101.runs import Run
+from finetune101.training.distill import Teachers
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
+from finetune101.world import World
 
 
 def train(config: TrainConfig) -> Run:
@@ -36,22 +37,44 @@ def change(config: TrainConfig, **system: object) -> TrainConfig:
     return dataclasses.replace(config, system=dataclasses.replace(config.system, **system))  # type: ignore[arg-type]
 
 
-def test_the_targets_are_the_teachers_probabilities(small: TrainConfig, teacher: Run) -> None:
+class Fixed:
+    """A teacher that answers a mean over each image: the larger the first channel, the surer of class 0."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.shape, self.mean = x.shape, float(x.mean())
+        return torch.stack([x[:, 0].mean((1, 2)), torch.zeros(len(x)), torch.zeros(len(x))], 1)
+
+
+def test_the_targets_are_the_mean_of_the_teachers_probabilities_and_the_labels() -> None:
+    """A grey image of value 1 in the student's numbers: softmax(1, 0, 0) is .576, .212, .212."""
+    student = Preprocessing(size=32, cache_size=32, mean=(0,) * 3, std=(1,) * 3, interpolation="bilinear")
+    world, teacher = World(torch.device("cpu"), "fp32", False), Fixed()
+    x, y = torch.ones(2, 3, 32, 32), torch.tensor([1, 2])
+    teachers = Teachers([(teacher, student)], student, world)
+    sure = torch.tensor([0.5761, 0.2119, 0.2119])
+    torch.testing.assert_close(teachers.targets(x, y, 1.0), sure.expand(2, 3), atol=1e-4, rtol=0)
+    expected = torch.tensor([[0.2881, 0.6060, 0.1060], [0.2881, 0.1060, 0.6060]])
+    torch.testing.assert_close(teachers.targets(x, y, 0.5), expected, atol=1e-4, rtol=0)
+    shares = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])  # of mixed images
+    expected = torch.tensor([[0.2881, 0.3560, 0.3560], [0.7881, 0.1060, 0.1060]])
+    torch.testing.assert_close(teachers.targets(x, shares, 0.5), expected, atol=1e-4, rtol=0)
+
+    # a second one that is sure of nothing: the mean of .576 and .333; it expects 2 times the value, 64 px
+    other = Preprocessing(size=64, cache_size=64, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
+    flat = Fixed()
+    two = Teachers([(teacher, student), (lambda x: flat(x) * 0, other)], student, world)
+    expected = torch.tensor([0.4547, 0.2726, 0.2726]).expand(2, 3)
+    torch.testing.assert_close(two.probabilities(x), expected, atol=1e-4, rtol=0)
+    assert flat.shape == (2, 3, 64, 64) and flat.mean == pytest.approx(2.0)  # (1 - .5) / .25
+    assert teacher.shape == (2, 3, 32, 32)
+
+
+def test_a_larger_image_is_resized_for_the_teacher(small: TrainConfig, teacher: Run) -> None:
     job = prepare(change(student(small), precision="fp32"))
     assert job.teachers
-    paths, labels = job.manifest.subsets["train"], job.manifest.labels("train")
-    x, y = next(iter(eval_batches(job.images, paths, labels, batch_size=4, world=job.world)))
-    with torch.no_grad(), job.world.autocast():
-        theirs = load_model(teacher)[0](x).float().softmax(1)
-    classes = torch.eye(len(job.manifest.classes))
-    for share, target in ((1.0, y), (0.5, y), (0.5, classes[y])):
-        expected = share * theirs + (1 - share) * classes[y]
-        torch.testing.assert_close(job.teachers.targets(x, target, share), expected, atol=1e-5, rtol=0)
-    larger = torch.nn.functional.interpolate(x, 48)
-    with torch.no_grad(), job.world.autocast():
-        seen = torch.nn.functional.interpolate(larger, 32, mode="bilinear", antialias=True)
-        theirs = load_model(teacher)[0](seen).float().softmax(1)
-    torch.testing.assert_close(job.teachers.probabilities(larger), theirs, atol=1e-5, rtol=0)
+    flat = torch.full((1, 3, 32, 32), 0.7)
+    same = torch.nn.functional.interpolate(flat, 48)  # of one colour, so that no filter changes it
+    torch.testing.assert_close(job.teachers.probabilities(same), job.teachers.probabilities(flat), atol=1e-5, rtol=0)
 
 
 def test_a_student_trains_and_goes_on(small: TrainConfig, teacher: Run) -> None:
@@ -70,6 +93,12 @@ def test_two_teachers_are_averaged(small: TrainConfig, teacher: Run) -> None:
 def test_refused(small: TrainConfig, teacher: Run) -> None:
     with pytest.raises(ValueError, match="another split"):
         prepare(dataclasses.replace(student(small), data=dataclasses.replace(small.data, split_seed=7)))
+    both = dataclasses.replace(small, exp="both", data=dataclasses.replace(small.data, fit_on="train+val"))
+    train(both)
+    with pytest.raises(ValueError, match="validation images"):
+        prepare(student(small, teacher=("teacher", "both")))
+    fine = dataclasses.replace(student(small, teacher=("both",)), exp="fine", data=both.data)
+    assert prepare(fine).teachers  # it validates on nothing either
     with pytest.raises(ValueError, match="no run named nobody"):
         prepare(student(small, teacher=("nobody",)))
     with pytest.raises(ValueError, match="--teacher-share is 2"):

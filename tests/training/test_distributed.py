@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from finetune101.cli import main
+from finetune101.evaluation.evaluate import evaluate
+from finetune101.runs import Run
 
 FLAGS = (
     "--model timm:test_vit --size 160 --no-pretrain --recipe original --epochs 2 --batch-size 6 --lr 0.01 --threads 1 "
@@ -17,13 +25,18 @@ FLAGS = (
 )
 
 
-def train(data: Path, folder: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(data: Path, folder: Path, processes: int, *more: str) -> list[str]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = ["-m", "finetune101", "train", "--exp", "run", "--runs", str(folder), "--data", str(data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, *words, *FLAGS.split(), *more], env=environment, capture_output=True, text=True, check=False
-    )
+    return [*launch, *words, *more]
+
+
+def train(data: Path, folder: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
+    words = command(data, folder, processes, *FLAGS.split(), *more)
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -45,3 +58,71 @@ def test_any_number_of_processes_gives_the_same_numbers(tiny_data: Path, tmp_pat
                 assert several[key] == pytest.approx(one[key], rel=2e-4), (processes, key)
     refused = train(tiny_data, tmp_path / "bad", 2, "--batch-size", "7")
     assert refused.returncode != 0 and "give a multiple of 2" in refused.stderr
+
+
+NORMS = (
+    "--model resnet18 --size 32 --no-pretrain --recipe original --head probe --probe-l2 0.01 0.1 --epochs 2"
+    " --batch-size 10 --lr 0.01 --threads 1 --precision fp32 --val-size 0.2"
+)
+
+
+@pytest.mark.slow
+def test_batch_norm_and_the_probe_in_two_processes(tiny_data: Path, tmp_path: Path) -> None:
+    """21 training images in batches of 10 and 11, 9 that validate: no process has a single one, nor as many as another.
+
+    The probe is that of one process. Afterwards batch norms have seen other images in each process: all validate with
+    those of the first, which are in the checkpoint.
+    """
+    words = command(tiny_data, tmp_path / "two", 2, *NORMS.split(), "--test-size", "0.15")
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    places = ["--exp", "run", "--runs", str(tmp_path / "one"), "--data", str(tiny_data)]
+    assert main(["train", *places, *NORMS.split(), "--test-size", "0.15"]) == 0
+    two, one = records(tmp_path / "two"), records(tmp_path / "one")
+    for key in ("train_loss", "train_top1", "probe_l2", "val_loss", "val_top1"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-4), key
+    assert [record["step"] for record in two] == [record["step"] for record in one]
+    best = [record for record in two if record["best"]][-1]
+    assert best["epoch"] > 0  # or the test says nothing of batch norm
+    scored = evaluate(Run(tmp_path / "two/run"), subset="val")
+    assert scored["loss"] == pytest.approx(best["val_loss"], rel=1e-4) and scored["top1"] == best["val_top1"]
+
+
+def processes_of(parent: int) -> list[int]:
+    """The children of the process ``parent``."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            words = file.read_text().rsplit(")", 1)[1].split()
+            found += [int(file.parent.name)] if int(words[1]) == parent and words[0] != "Z" else []
+    return sorted(found)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("killed", ["a process", "torchrun"])
+def test_who_is_left_ends_with_a_sentence(tiny_data: Path, tmp_path: Path, killed: str) -> None:
+    words = command(tiny_data, tmp_path, 2, *FLAGS.split(), "--epochs", "1000")
+    with open(tmp_path / "errors", "w") as errors:
+        launcher = subprocess.Popen(words, env=ENVIRONMENT, stdout=errors, stderr=errors, start_new_session=True)
+    ranks: list[int] = []
+    try:
+        wait_for((tmp_path / "run/last.pt").exists)
+        ranks = processes_of(launcher.pid)
+        assert len(ranks) == 2
+        os.kill(launcher.pid if killed == "torchrun" else ranks[1], signal.SIGKILL)
+        wait_for(lambda: not any(rank in processes_of(1) + processes_of(launcher.pid) for rank in ranks), 30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    sentences = [line for line in (tmp_path / "errors").read_text().splitlines() if line.startswith("error:")]
+    assert sentences and all("--resume" in line for line in sentences)
+    assert len(records(tmp_path)) < 1000

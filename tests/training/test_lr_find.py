@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from finetune101.cli import main
 from finetune101.config import TrainConfig
+from finetune101.training.loop import fit
 from finetune101.training.lr_find import judge, range_test
 from finetune101.training.prepare import prepare
 
@@ -38,20 +41,38 @@ def test_what_a_curve_says(losses: list[float], stopped: bool, said: str) -> Non
     assert found.suggestion == 100.0 and said in found.reason
 
 
-def test_it_starts_where_training_would(small: TrainConfig) -> None:
+def test_it_starts_from_a_random_output_layer(small: TrainConfig) -> None:
+    """The probe of the fine-tuning recipes leaves no loss to fall, so that its curve said nothing."""
     model = dataclasses.replace(small.model, name="resnet18", freeze_norm=True)
-    job = prepare(dataclasses.replace(small, exp="solved", model=dataclasses.replace(model, head="probe")))
+    probed = dataclasses.replace(small, exp="solved", model=dataclasses.replace(model, head="probe"))
+    job = prepare(probed)
     before = {k: v.clone() for k, v in job.built.model.state_dict().items()}
-    with pytest.raises(ValueError, match="never fell"):  # the best linear head leaves no training loss to fall
-        range_test(job, 1e-9, 1e-7, 12)
+    result = range_test(job, 1e-4, 100.0, 40)
     after = job.built.model.state_dict()
     assert torch.equal(after["bn1.running_mean"], before["bn1.running_mean"])
-    assert not torch.equal(after["fc.weight"], before["fc.weight"])
+    assert result.losses[0] == pytest.approx(math.log(3), abs=0.6) and "random output layer" in result.reason
     with pytest.raises(ValueError, match="has no epoch to find a rate for"):
         none = dataclasses.replace(small.optim, epochs=0)
         range_test(
             prepare(dataclasses.replace(small, exp="none", optim=none, model=dataclasses.replace(model, head="probe")))
         )
+
+
+def test_a_flat_curve_says_nothing() -> None:
+    for losses in ([2.00, 2.01, 2.0, 1.99, 1.985, 1.98, 2.0], [0.010, 0.0101, 0.00995, 0.0099, 0.0098, 0.02]):
+        with pytest.raises(ValueError, match="no rate to find"):
+            judge([10.0**n for n in range(len(losses))], losses, stopped=True)
+
+
+def test_with_a_teacher(small: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by its name in the folder of runs, though the test itself trains in a temporary one."""
+    teacher = dataclasses.replace(small, exp="teacher", optim=dataclasses.replace(small.optim, epochs=1))
+    list(fit(prepare(teacher), quiet=True))
+    words = "--recipe original --no-pretrain --model resnet18 --size 32 --batch-size 8 --threads 1 --teacher teacher"
+    places = ["--runs", small.runs, "--data", str(small.data.root), "--out", str(tmp_path / "lr.png")]
+    assert main(["lr-find", *words.split(), *places, "--steps", "20", "--low", "1e-4"]) == 0
+    assert "--lr" in capsys.readouterr().out and (tmp_path / "lr.png").is_file()
+    assert [path.name for path in Path(small.runs).iterdir()] == ["teacher"]
 
 
 def test_what_cannot_work_is_refused(small: TrainConfig) -> None:
