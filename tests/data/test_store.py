@@ -18,7 +18,7 @@ from finetune101.config import Preprocessing
 from finetune101.data import dataset, store
 from finetune101.data.cache import open_images
 from finetune101.data.dataset import Index
-from finetune101.data.verify import duplicate_groups
+from finetune101.data.duplicates import duplicate_groups
 from finetune101.errors import Refused
 from finetune101.files import claim
 
