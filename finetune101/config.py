@@ -29,6 +29,8 @@ Positive = Annotated[float, Meta(gt=0, le=1e6)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 AboveZero = Annotated[float, Meta(gt=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+Brightness = Annotated[float, Meta(ge=-255, le=255)]
+Spread = Annotated[float, Meta(gt=1e-6, le=255)]  # pixels are divided by it
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what NumPy and PyTorch take, with room to derive others from it
 
 
@@ -42,8 +44,8 @@ class Preprocessing:
 
     size: Pixels
     cache_size: Decoded
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[Brightness, Brightness, Brightness]
+    std: tuple[Spread, Spread, Spread]
     interpolation: Literal["bilinear", "bicubic"]
 
 

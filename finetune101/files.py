@@ -28,7 +28,7 @@ from finetune101.words import bare, escaped, must_be, parts, shortened, shown
 
 FORMAT = 1
 """Version of every file that is written; a file without one is of 0.1.0."""
-MOST_BYTES = 64 * 2**20  # of a JSON file
+MOST_BYTES = 256 * 2**20  # of a JSON file: the split of a million images fits
 MOST_SETTINGS = 2**17  # bytes of a file that people write
 DEEPEST = 50  # levels of tables and lists in a file
 ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine is nobody's any more

@@ -13,8 +13,8 @@ from typing import Any
 
 from finetune101 import config as cfg
 from finetune101.errors import Refused
-from finetune101.files import MOST_BYTES, as_json, atomic, checked, parse_json, read_json, read_text, write_json
-from finetune101.schemas import MOST_OF_SPLIT, REMEDIES, SCHEMAS, Record, Split
+from finetune101.files import as_json, atomic, checked, parse_json, read_json, read_text, write_json
+from finetune101.schemas import MOST_BYTES, REMEDIES, SCHEMAS, Record, Split
 
 WRITTEN = (
     "config.json",
@@ -66,8 +66,8 @@ class Run:
         if not self.has(name):
             raise Refused(f"{self.path} has no {name}; is it the folder of a finished run?")
         kind, remedy = SCHEMAS.get(name, Any), REMEDIES.get(name, "train the run again")
-        most = MOST_OF_SPLIT if kind is Split else MOST_BYTES
-        value = read_json(self.path / name, kind, remedy=remedy, most=most)
+        most = {} if kind is Split else {"most": MOST_BYTES}
+        value = read_json(self.path / name, kind, remedy=remedy, **most)
         return {key: own for key, own in value.items() if key != "format"} if isinstance(value, dict) else value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:

@@ -41,6 +41,14 @@ class Environment(TypedDict):
     machine: NotRequired[dict[str, str | bool | int | float | None]]
 
 
+class Subsets(TypedDict):
+    """Paths of images relative to the data folder, of each subset."""
+
+    train: list[str]
+    val: list[str]
+    test: list[str]
+
+
 class Split(TypedDict):
     """split.json, a manifest."""
 
@@ -49,7 +57,7 @@ class Split(TypedDict):
     options: dict[str, Any]
     classes: list[str]
     content_hash: str
-    subsets: dict[str, list[str]]
+    subsets: Subsets
     hash: NotRequired[str]
 
 
@@ -189,7 +197,7 @@ class Comparison(ComparedPair):
     others: list[ComparedPair]
 
 
-MOST_OF_SPLIT = 256 * 2**20  # bytes of a split: that of a million images fits
+MOST_BYTES = 32 * 2**20  # of any of these files but a split
 
 REMEDIES = {
     "test.json": "test the run again: finetune101 evaluate",

@@ -47,7 +47,8 @@ def parts(value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
         yield from ((str(key), one, inner[1]) for key, one in value.items())
     elif isinstance(value, dict) and hasattr(core, "__annotations__"):
         hints = get_type_hints(core, include_extras=True)
-        yield from ((key, value[key], hint) for key, hint in hints.items() if key in value)
+        required = ((key, get_args(h)[0] if get_origin(h) is NotRequired else h) for key, h in hints.items())
+        yield from ((key, value[key], hint) for key, hint in required if key in value)
     elif isinstance(value, list | tuple) and get_origin(core) in (list, tuple):
         yield from ((str(i), one, inner[0]) for i, one in enumerate(value))
 
@@ -69,8 +70,10 @@ def must_be(hint: Any) -> str:
     if get_origin(core) is Literal:
         return f"one of {', '.join(map(str, inner))}"
     if get_origin(core) in (tuple, list):
-        filled = "a list of at least one value" if any(meta.min_length for meta in bounds) else "a list"
-        return f"{filled} in which each is {must_be(inner[0])}" if inner else filled
+        fixed = get_origin(core) is tuple and Ellipsis not in get_args(core)
+        fewest = len(inner) if fixed else max((meta.min_length or 0 for meta in bounds), default=0)
+        amount = f" of {fewest} values" if fixed or fewest > 1 else " of at least one value" if fewest else ""
+        return f"a list{amount} in which each is {must_be(inner[0])}" if inner else "a list"
     words = {bool: "true or false", str: "text", int: "a whole number", float: "a number", Any: "a value"}
     word = words.get(core, "a table of names and values")
     return f"{word} {limits}" if core in (int, float) and (limits := _limits(bounds)) else word
@@ -78,7 +81,8 @@ def must_be(hint: Any) -> str:
 
 def _limits(bounds: list[msgspec.Meta]) -> str:
     limits = {name: getattr(meta, name) for meta in bounds for name in ("ge", "gt", "le", "lt")}
-    ends = {n: str(end) if isinstance(end, int) else f"{end:g}" for n, end in limits.items() if end is not None}
+    told = {name: end for name, end in limits.items() if end is not None and abs(end) < 1e100}
+    ends = {name: str(end) if isinstance(end, int) else f"{end:g}" for name, end in told.items()}
     low = f"of at least {ends['ge']}" if "ge" in ends else f"above {ends['gt']}" if "gt" in ends else ""
     high = f"at most {ends['le']}" if "le" in ends else f"below {ends['lt']}" if "lt" in ends else ""
     return ", ".join(filter(None, (low, high)))
