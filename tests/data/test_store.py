@@ -211,6 +211,15 @@ def test_only_the_wanted_images_are_decoded(tiny_data: Path, folder: Path, tmp_p
         np.testing.assert_array_equal(same.read(found.paths[-3:]), images.read(found.paths[-3:]))
 
 
+def test_names_that_are_not_utf_8(tiny_data: Path, folder: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
+    os.rename(root / "ball" / "image_0002.jpg", os.fsencode(root / "ball") + b"/caf\xe9.jpg")
+    found = dataset.index(root)
+    odd = next(path for path in found.paths if "caf" in path)
+    assert open_images(found, SHAPE).read([odd]).shape == (1, 24, 24, 3) and len(list(folder.iterdir())) == 1
+    assert len(duplicate_groups(found)) == 36
+
+
 def test_the_verb_lists_and_clears(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache"]) == 0 and "0 files" in capsys.readouterr().out
     put("old", 30), put("young", 2)
