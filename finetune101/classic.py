@@ -87,8 +87,7 @@ def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None
 def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
     arguments = parse_train(argv, prog="search.py", model=MODEL, kind=SearchArguments)
     table = Path(f"gridsearch_results_{file_name(arguments.config.exp)}.json")
-    cli.run_search(arguments, table, Path(), dict(space))
-    return 0
+    return cli.run_search(arguments, table, Path(), dict(space))
 
 
 def test(argv: Sequence[str] | None = None) -> int:

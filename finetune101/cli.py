@@ -172,12 +172,14 @@ def search(argv: Sequence[str]) -> int:
         return search_report(argv[1:])
     arguments = parse_train(argv, prog="finetune101 search", kind=SearchArguments)
     folder = Path(arguments.config.runs) / arguments.config.exp
-    run_search(arguments, folder / f"gridsearch_results_{folder.name}.json", folder)
-    return 0
+    return run_search(arguments, folder / f"gridsearch_results_{folder.name}.json", folder)
 
 
-def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] | None = None) -> None:
-    """Searches; ``usual`` is the space without --grid and --space. Nothing is imported before the flags are checked."""
+def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] | None = None) -> int:
+    """Searches; ``usual`` is the space without --grid and --space. Nothing is imported before the flags are checked.
+
+    1 where a point failed by a fault of the program or the machine.
+    """
     from finetune101.search import space as spaces
 
     config: TrainConfig = arguments.config
@@ -208,10 +210,10 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
     ensure_data(config)
     if arguments.dry_run:
         print(searching.dry_run(plan))
-        return
+        return 0
     plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
     try:
-        searching.run_search(plan, table, plots, arguments.finalists, arguments.seeds)
+        return searching.run_search(plan, table, plots, arguments.finalists, arguments.seeds)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
         raise SystemExit(130) from None

@@ -215,7 +215,7 @@ def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: i
 
     ``jobs`` runs at a time; the same command on other machines with the same folder shares the runs. A run that fails,
     whatever of, stands in study.json with the reason, its traceback in error.log of its folder, and the others go on.
-    Raises Refused where no cell's first run can begin, as settings, images or weights are wrong.
+    Raises Refused where no first run of any cell can begin, as settings, images or weights are wrong.
     """
     folder = Path(study.runs) / study.exp
     open_folder(folder, "study")
@@ -232,7 +232,7 @@ def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: i
             if isinstance(result, Failure):
                 failures[config.exp] = result
                 refused = [f for f in failures.values() if f.kind == "Refused" and not f.begun]
-                if ended == len(refused) >= min(len(cells), len(left)):  # one of each kind, and none could begin
+                if len(left) == len(order) and ended == len(refused) >= len(cells):  # one of each, and none can begin
                     raise Refused(refused[0].message)
             tqdm.write(f"{config.exp}: {_told(result)}", file=sys.stdout)
             bar.update()

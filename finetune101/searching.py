@@ -61,11 +61,11 @@ class Progress:
         self.bar.update(min(len(done), self.bar.total) - self.bar.n)
 
 
-def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: int = 3) -> None:
+def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: int = 3) -> int:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
-    ``table`` gets the original's form, ``plots`` the curves of every trial. Raises Refused for a plan, data or
-    weights that cannot work.
+    ``table`` gets the original's form, ``plots`` the curves of every trial. Returns 1 where a point failed by a fault
+    of the program or the machine, else 0. Raises Refused for a plan, data or weights that cannot work.
     """
     studies.check(plan)
     if finalists < 0 or seeds < 1:
@@ -89,6 +89,7 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
                 write(plan, entries, best, took, table, plots)
     tell(plan, entries, best, table, studies.unfinished(study))
+    return int(any(entry["trace"] for entry in entries))
 
 
 def _check_same(plan: Plan) -> None:
@@ -216,7 +217,7 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {label(entry['point'])}")
     if any(entry["state"] == "complete" for entry in entries):
         print(f"Train the winner: {train_command(plan)}")
-    print(f"What the search saw: finetune101 search report {plan.folder}")
+    print(f"What the search saw: {shlex.join(['finetune101', 'search', 'report', str(plan.folder)])}")
 
 
 def dry_run(plan: Plan) -> str:

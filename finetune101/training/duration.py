@@ -35,7 +35,7 @@ from finetune101.world import World, detect
 
 SAMPLE = 24  # images whose decoding is timed
 SOLUTIONS = 40  # evaluations of the loss that the output layer's solution takes, for each penalty
-LONG_ENOUGH = 1.0  # seconds of training steps, after the first, that make a measurement
+LONG_ENOUGH = 2.0  # seconds of training steps, after the first, that make a measurement
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ def count(index: dataset.Index, data: DataConfig) -> Counts:
 
 def kind(config: TrainConfig) -> str:
     """What decides the pace of a run: equal for runs that differ in rates, seeds and the like only."""
-    o, s = config.optim, config.system
-    mixed = o.batch_size if s.device != "cpu" else min(o.batch_size, 16), o.ema > 0, o.teacher, s.precision, s.device
-    return repr((config.model, config.augment, mixed, s.memory_format, s.threads, s.fast_kernels))
+    o, s = config.optim, dataclasses.replace(config.system, seed=0)
+    return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
 
 
 def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: float = 60.0) -> str:
@@ -117,25 +116,33 @@ def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: flo
     Kinds of runs are measured until ``budget`` seconds are over, those left are guessed from the nearest. Raises
     Refused for a network or a size that cannot be.
     """
-    started, paces, guessed = time.perf_counter(), dict[str, tuple[TrainConfig, Pace]](), 0
-    classes, total = len(index.classes), 0.0
+    paces: dict[str, tuple[TrainConfig, Pace]] = {}
+    impossible: dict[str, Refused] = {}
+    started, guessed, total = time.perf_counter(), 0, 0.0
     shared: dict[str, float] = {}  # what the first of several runs does for all
     with _undisturbed():
         for work in works:
             key = kind(work.config)
-            if key not in paces:
+            if key not in paces and key not in impossible:
                 late = bool(paces) and time.perf_counter() - started > budget
-                guessed += late
-                pace = _nearest(work.config, list(paces.values())) if late else measure(work.config, classes)
-                paces[key] = work.config, pace
-            total += paces[key][1].of(work)
-            _add_shared(shared, work, paces[key][1], index)
+                try:
+                    guess = _nearest(work.config, list(paces.values())) if late else None
+                    paces[key] = work.config, guess or measure(work.config, len(index.classes))
+                    guessed += late
+                except Refused as error:  # told when its turn comes
+                    impossible[key] = error
+            if key in paces:
+                total += paces[key][1].of(work)
+                _add_shared(shared, work, paces[key][1], index)
         total += sum(shared.values())
+    if not paces:
+        raise next(iter(impossible.values()))
     first = works[0].config.system
     at_once = min(jobs, usable_cores() // (first.threads or 1)) if detect(first).device.type == "cpu" else 1
     text = f"This takes about {in_words(total / max(1, min(at_once, len(works))))}, from a few steps of "
     text += f"{len(paces) - guessed} kind{'s' * (len(paces) - guessed != 1)} of run"
-    return f"{text}; {guessed} more are guessed." if guessed else f"{text}."
+    text += f"; {guessed} more are guessed." if guessed else "."
+    return " ".join([text, *(f"Cannot be trained: {error}." for error in impossible.values())])
 
 
 def in_words(seconds: float) -> str:
@@ -215,8 +222,9 @@ def measure(config: TrainConfig, classes: int) -> Pace:
     Raises Refused for a network, a size or a teacher that cannot be.
     """
     world = detect(config.system)
-    batch = config.optim.batch_size if world.device.type != "cpu" else min(config.optim.batch_size, 16)
-    batch = max(batch, 2)  # batch norm
+    largest = max([_shape(config).size, *config.augment.train_sizes])
+    enough = max(16, round(64 * (112 / largest) ** 2))  # beyond, what a step does once no longer counts on a CPU
+    batch = max(2, min(config.optim.batch_size, enough if world.device.type == "cpu" else config.optim.batch_size))
     optim = dataclasses.replace(config.optim, batch_size=batch, teacher=())
     data = dataclasses.replace(config.data, fit_on="train")
     started = time.perf_counter()
