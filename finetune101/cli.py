@@ -330,6 +330,7 @@ VERBS: dict[str, Verb] = {
     "lr-find": _later("lr_find"),
     "recipes": recipes,
     "benchmark": benchmark,
+    "cache": _later("cache"),
     "demo": demo,
 }
 ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
@@ -346,6 +347,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
   benchmark  how fast this machine trains
+  cache      list or clear the folder of decoded images and features
   demo       all of it on a small drawn data set"""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune101.arguments import (
+    CacheArguments,
     CompareArguments,
     EnsembleArguments,
     LrFindArguments,
@@ -154,3 +155,18 @@ def _lists(argv: Sequence[str]) -> list[str]:
         listed = flag.replace("_", "-") in ("--train-per-class", "--models", "--arms")
         words += [part for part in word.split(",") if part] if listed else [word]
     return words
+
+
+def cache(argv: Sequence[str]) -> int:
+    """``finetune101 cache``."""
+    arguments = parse(CacheArguments, argv, prog="finetune101 cache")
+    from finetune101.data import store
+
+    if not arguments.older_than >= 0:
+        raise Refused(f"--older-than is {arguments.older_than}; give a number of days of at least 0")
+    if arguments.action == "list":
+        print(store.table())
+        return 0
+    removed = store.clear(arguments.older_than)
+    print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")
+    return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from finetune101.analysis.groups import Answer, Tested
 from finetune101.data import dataset
+from finetune101.data.decode import Unreadable, opened
 from finetune101.errors import Refused
 
 THUMBNAIL = 150  # px, the longer side of an example image
@@ -100,17 +99,18 @@ def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> l
     ]
 
 
-def thumbnail(file: Path) -> str:
-    """A small copy of an image as a data URI. Raises Refused when it cannot be read."""
+def thumbnail(file: Path) -> str | None:
+    """A small copy of an image, upright, as a data URI; None where it cannot be decoded. Raises Refused without it."""
+    if not file.exists():
+        raise Refused(f"{file} is not there; give --data the images of the run, or --no-gallery")
     try:
-        with warnings.catch_warnings(), Image.open(file) as opened:
-            warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-    except (OSError, ValueError) as error:
-        raise Refused(f"cannot read {file} ({error}); give --data the images of the run, or --no-gallery") from error
+        with opened(file, THUMBNAIL) as picture:
+            small = picture.image.copy()
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+    except Unreadable:
+        return None
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
+    small.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

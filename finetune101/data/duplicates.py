@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from finetune101.data import store
 from finetune101.data.dataset import Index, class_of, content_hash
+from finetune101.data.decode import DECODER, in_threads, opened
 from finetune101.errors import Refused
-from finetune101.files import atomic, cache_dir
-from finetune101.machine import usable_cores
 
 SIDE = 32  # pixels of a thumbnail's side
 NEAR = 0.99  # correlation of thumbnails above which two images count as the same picture
@@ -33,27 +34,21 @@ Group = tuple[str, ...]
 
 
 def thumbnail(image: Image.Image) -> Thumbnails:
-    """uint8 (1024,): the whole image in gray, 32 x 32 pixels."""
-    # by way of RGBA where a palette has transparency, or Pillow warns
-    gray = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("L")
-    return np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.LANCZOS)).ravel()
+    """uint8 (1024,): the whole RGB image in gray, 32 x 32 pixels."""
+    return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)).ravel()
 
 
 def thumbnails(root: Path, paths: Sequence[str]) -> Thumbnails:
     """uint8 (len(paths), 1024): the thumbnail of each image. Raises Refused naming an image that cannot be read."""
 
     def read(path: str) -> Thumbnails:
-        try:
-            with Image.open(root / path) as image:
-                return thumbnail(image)
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise Refused(f"cannot read the image {root / path} ({error}); repair or remove it") from error
+        with opened(root / path, SIDE) as picture:
+            return thumbnail(picture.image)
 
     rows = np.zeros((len(paths), SIDE * SIDE), np.uint8)
-    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes and resizes without the interpreter lock
-        read_all = pool.map(read, paths)
-        for i, row in enumerate(tqdm(read_all, total=len(paths), desc="compare images", unit="img", leave=False)):
-            rows[i] = row
+    progress = tqdm(in_threads(read, paths), total=len(paths), desc="compare images", unit="img", leave=False)
+    for i, row in enumerate(progress):
+        rows[i] = row
     return rows
 
 
@@ -187,25 +182,18 @@ def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> 
 
 
 def _kept_thumbnails(index: Index) -> Thumbnails:
-    key = content_hash(index.digests, index.paths).split(":")[1][:16]
-    file = cache_dir() / f"thumbnails_{SIDE}px_v{_VERSION}_{key}.npy"
-    if (kept := _read_thumbnails(file, len(index.paths))) is not None:
-        return kept
-    rows = thumbnails(index.root, index.paths)
-    with suppress(Refused, OSError), atomic(file) as part, open(part, "wb") as stream:  # without space: no cache
-        np.save(stream, rows)
+    content = f"{content_hash(index.digests, index.paths)} {DECODER} {_VERSION}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    place = store.Place(f"thumbnails_{SIDE}px_{key}.npy", (len(index.paths), SIDE * SIDE), np.uint8)
+    if kept := store.read(place):
+        return kept.array
+    with store.turn(place):
+        if kept := store.read(place):  # another process made them meanwhile
+            return kept.array
+        started = time.perf_counter()
+        rows = thumbnails(index.root, index.paths)
+        if not store.make_room(place):
+            with suppress(Refused):  # on a full disk
+                what = f"{len(rows):,} images of {index.root.name} to find near-duplicates"
+                store.keep(place, [rows], what, time.perf_counter() - started)
     return rows
-
-
-def _read_thumbnails(file: Path, count: int) -> Thumbnails | None:
-    """The kept thumbnails, uint8 (count, 1024); None where they are missing or damaged."""
-    try:
-        rows: Thumbnails = np.load(file)
-    except FileNotFoundError:
-        return None
-    except Exception:  # a damaged file can raise nearly anything
-        rows = np.zeros(0, np.uint8)
-    if rows.shape == (count, SIDE * SIDE) and rows.dtype == np.uint8:
-        return rows
-    print(f"{file} is damaged: its thumbnails are made anew.")
-    return None

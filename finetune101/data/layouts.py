@@ -17,15 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused
 from finetune101.files import cache_dir, escaped
 
 LEFT_OUT = "BACKGROUND_Google"  # clutter, not an object class: the published protocols leave it out
 HEIF_SUFFIXES = (".heic", ".heif")
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".mpo", *HEIF_SUFFIXES
-)  # fmt: skip
-"""Whether a file counts as an image is decided by the end of its name, in any case of letters."""
 SUBSETS = ("train", "val", "test")
 DEEPEST = 40  # folders within each other
 
@@ -51,7 +48,7 @@ NOT_IMAGES = "files that are no images by their names"
 SPECIAL = "pipes, devices or sockets"
 LOOPS = "links that lead back to a folder above"
 DEEP = f"folders more than {DEEPEST} deep"
-HEIF = "HEIC images, which need `pip install pillow-heif`"
+HEIF = "HEIC images, which need a decoder: pip install 'finetune101[heif]'"
 BESIDE = "images beside the class folders"
 ELSEWHERE = "images in folders that are neither train, val nor test, or have no class folders"
 UNKNOWN = "images of classes that the training folder lacks"

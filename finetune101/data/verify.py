@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from finetune101.data import duplicates
@@ -22,10 +21,10 @@ from finetune101.data.dataset import (
     index,
     told,
 )
+from finetune101.data.decode import Problem, Unreadable, in_threads, opened
 from finetune101.data.duplicates import MOST, NEAR, SIDE, Group, Thumbnails, thumbnail
 from finetune101.data.layouts import OWN
 from finetune101.files import escaped
-from finetune101.machine import usable_cores
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _joined(group: Group, between: str, most: int = 6) -> str:
 
 @dataclass(frozen=True)
 class _Finding:
-    problem: str  # "", "unreadable", "truncated" or "not an image"
+    problem: Problem | Literal[""] = ""
     reason: str = ""
     grayscale: bool = False
     thumbnail: Thumbnails | None = None
@@ -112,24 +111,15 @@ class _Finding:
 
 def _examine(path: Path) -> _Finding:
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _Finding(
-                "",
-                grayscale=image.getbands() in (("1",), ("L",), ("L", "A"), ("I",), ("F",)),
-                thumbnail=thumbnail(image),
-            )
-    except UnidentifiedImageError:
-        return _Finding("not an image", "no known image format")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        cut = "truncated" in str(error).lower()
-        return _Finding("truncated" if cut else "unreadable", str(error) or type(error).__name__)
+        with opened(path, SIDE) as picture:
+            return _Finding(grayscale=picture.grayscale, thumbnail=thumbnail(picture.image))
+    except Unreadable as error:
+        return _Finding(error.problem, error.reason)
 
 
 def _examine_all(root: Path, paths: Sequence[str], title: str) -> Iterator[_Finding]:
-    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes and resizes without the interpreter lock
-        findings = pool.map(_examine, (root / path for path in paths))
-        yield from tqdm(findings, total=len(paths), desc=title, unit="img", leave=False)
+    findings = in_threads(_examine, (root / path for path in paths))
+    yield from tqdm(findings, total=len(paths), desc=title, unit="img", leave=False)
 
 
 def verify(root: Path) -> Report:

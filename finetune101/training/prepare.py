@@ -76,8 +76,8 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     if config.model.freeze:
         freeze(built.model, built.head)
     with world.first():  # the others find the cache that rank 0 builds
-        skipped = manifest.options.get("skipped", ())
-        images = cache.open_images(index, built.preprocessing, config.data.cache, skipped)
+        wanted = (path for paths in manifest.subsets.values() for path in paths)
+        images = cache.open_images(index, built.preprocessing, config.data.cache, wanted=wanted)
     if world.writes and not resume:
         if overwrite:
             run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
