@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from finetune101.config import DataConfig
+from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.layouts import (
-    IMAGE_SUFFIXES,
     LEFT_OUT,
     SUBSETS,
     Layout,

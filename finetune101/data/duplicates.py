@@ -33,7 +33,7 @@ Group = tuple[str, ...]
 
 
 def thumbnail(image: Image.Image) -> Thumbnails:
-    """uint8 (1024,): the whole image (RGB) in gray, 32 x 32 pixels."""
+    """uint8 (1024,): the whole RGB image in gray, 32 x 32 pixels."""
     return np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)).ravel()
 
 
@@ -45,9 +45,8 @@ def thumbnails(root: Path, paths: Sequence[str]) -> Thumbnails:
             return thumbnail(picture.image)
 
     rows = np.zeros((len(paths), SIDE * SIDE), np.uint8)
-    for i, row in enumerate(
-        tqdm(in_threads(read, paths), total=len(paths), desc="compare images", unit="img", leave=False)
-    ):
+    progress = tqdm(in_threads(read, paths), total=len(paths), desc="compare images", unit="img", leave=False)
+    for i, row in enumerate(progress):
         rows[i] = row
     return rows
 
@@ -182,7 +181,7 @@ def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> 
 
 
 def _kept_thumbnails(index: Index) -> Thumbnails:
-    content = f"{content_hash(index.digests, index.paths)} {DECODER}"
+    content = f"{content_hash(index.digests, index.paths)} {DECODER} {_VERSION}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     place = store.Place(f"thumbnails_{SIDE}px_{key}.npy", (len(index.paths), SIDE * SIDE), np.uint8)
     if kept := store.read(place):

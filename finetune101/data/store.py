@@ -23,7 +23,7 @@ from finetune101.files import atomic, cache_dir, claim, claimed_by, escaped, rem
 
 VARIABLE = "FINETUNE101_CACHE_MAX_GB"
 DEFAULT_GB = 20.0
-NAMES = re.compile(r"(images|features|thumbnails|kernels|digests)_[\w.-]+\.(npy|npz|so|json)")
+NAMES = re.compile(r"(images|features|thumbnails|kernels|digests)_[\w.-]+\.(npy|npz|so|msgpack)")
 """What the package keeps in the folder; nothing else in it is listed or removed."""
 ARRAYS = ("images", "features", "thumbnails")
 END = b"ft101\0\0\1"  # the last bytes of a file; before them the length of the note, before that the note

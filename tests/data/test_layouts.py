@@ -189,7 +189,7 @@ def test_every_suffix_and_nothing_left_out_without_a_reason(tmp_path: Path, monk
     names = ("notes.txt", "raw.cr2", "gone.jpg", "self.jpg", "pipe.jpg", "loop", "3.HEIF")
     assert set(reasons) == {*(f"cat/{name}" for name in names), "dog/2.heic", "stray.png"}
     assert "dead" in reasons["cat/gone.jpg"] and "dead" in reasons["cat/self.jpg"]
-    assert "pip install pillow-heif" in reasons["dog/2.heic"]
+    assert "pip install" in reasons["dog/2.heic"]
     lines = "\n".join(told(found))
     assert all(word in lines for word in ("2 dead links (cat/gone.jpg", "2 HEIC images", "stray.png", "cat/loop"))
 
