@@ -22,6 +22,9 @@ WRITTEN = (
     "last.pt",
     "best.safetensors",
     "predictions.csv",
+    "temperature.json",
+    "test_*.json",
+    "predictions_*.csv",
     "events.out.tfevents.*",
 )
 

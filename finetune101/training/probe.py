@@ -17,14 +17,13 @@ from tqdm import tqdm
 from finetune101.data.batches import eval_batches
 from finetune101.data.cache import Images
 from finetune101.errors import Refused
-from finetune101.evaluation.inference import logits
+from finetune101.evaluation.forward import logits
 from finetune101.files import atomic, cache_dir
 from finetune101.models.build import Built, state_hash
-from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 BATCH = 64  # images per forward pass
-FUSED = "fused 3"  # the version of cpu_frozen, whose features differ by rounding
+FUSED = "fused 4"  # the version of evaluation/fused, whose features differ by rounding
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -100,7 +99,7 @@ def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = 
 def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Tensor:
     """What the head of ``built.model`` sees of whole images: float32 (N, D) on the CPU, kept in the cache folder.
 
-    ``fast`` allows ``cpu_frozen``.
+    ``fast`` allows ``evaluation.fused``.
     """
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
@@ -117,11 +116,9 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     file = cache_dir() / f"features_{name}.npy"
     if images.pixels is not None and file.is_file():
         return torch.from_numpy(np.load(file))
-    model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = frozen(model, world) if fast else model
     batches = eval_batches(images, paths, [0] * len(paths), batch_size=BATCH, world=world)
     steps = -(-len(paths) // BATCH)
-    result, _ = logits(forward, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world)
+    result, _ = logits(model, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world, fast=fast)
     if images.pixels is not None:  # with --cache off nothing is kept
         with contextlib.suppress(Refused), atomic(file) as part, open(part, "wb") as opened:  # as on a full disk
             np.save(opened, result.numpy())
