@@ -25,7 +25,7 @@ _ACTS: dict[type[nn.Module], tuple[str, list[float]]] = {
 # exactly these: a subclass may compute something else with its weight
 _CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
-_TRIED = 8  # drawn images that a fused copy is compared on
+_TRIED = 4  # drawn images that a fused copy is compared on
 _SLACK = {torch.bfloat16: 0.01, torch.float32: 1e-4}  # of an output's norm, beside twice what the number format costs
 
 

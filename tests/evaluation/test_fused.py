@@ -105,7 +105,7 @@ def test_known_networks_are_fused(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_copy_that_errs_is_not_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One image in eight, or the class of nearly equal outputs: what an error of the whole norm would let pass."""
+    """One image in four, or the class of nearly equal outputs: what an error of the whole norm would let pass."""
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
     ).eval()
