@@ -55,6 +55,8 @@ class EvaluateArguments:
     """See each image and its mirror image, and take the mean."""
     data: str | None = None
     """Where the images are, if not where the run found them."""
+    as_test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score all images of --data, another folder of labelled images; writes test_NAME.json and predictions_NAME.csv."""
     batch_size: int = 64
     """Images per step."""
     runs: str = "runs"
@@ -66,8 +68,8 @@ class PredictArguments:
     """Label images with a run's best epoch, or with a network that comes with this package."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Images, folders or globs; before them the folder or name of a run, if not the package's own network
-    (released_probe) is to label them."""
+    """Images, folders or globs; before them a run (folder or name), a best.safetensors, or released_finetune,
+    released_random or released_probe. Without: released_finetune."""
     top_k: int = 5
     """Classes to show for each image."""
     csv: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -29,7 +29,7 @@ class TestArguments:
 
     __test__ = False  # no class of tests, whatever pytest thinks of its name
     exp: str
-    """Name of the run, of a file EXP_best.pth, or of the package's own network (released_probe)."""
+    """Name of the run, of a file EXP_best.pth, or of the package's own network (released_finetune)."""
     batch_size: int = 64
     """Images per step."""
     data: str | None = None

@@ -26,6 +26,7 @@ from finetune101.arguments import (
 )
 from finetune101.config import TrainConfig, validate
 from finetune101.errors import Refused
+from finetune101.files import escaped
 from finetune101.machine import place
 
 if TYPE_CHECKING:
@@ -118,10 +119,16 @@ def evaluate(argv: Sequence[str]) -> int:
     from finetune101.runs import open_run
 
     run = open_run(a.run, a.runs)
-    subset = a.subset
-    if subset == "test" and not run.read_json("split.json")["subsets"]["test"]:
+    if a.as_test:
+        from finetune101.evaluation.other import evaluate_other, other_text
+
+        other = evaluate_other(run, a.data, batch_size=a.batch_size, mirror=a.mirror)
+        print(f"{score_text(other)}\n{other_text(other)}")
+        return 0
+    subset, held = a.subset, run.read_json("split.json")["subsets"]
+    if subset == "test" and not held["test"] and held["val"]:
         subset = "val"
-        print("The split has no test images: these are the validation images, which chose the epoch as well.")
+        print("The split has no test images: the validation images are scored, which chose the epoch.", file=sys.stderr)
     result = score(run, subset=subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
     print(score_text(result, subset))
     if told := run.stopped():
@@ -143,8 +150,23 @@ def score_text(result: dict[str, Any], subset: str = "test") -> str:
         f"{subset.capitalize()} accuracy: {result['top1']:.2f} % ({result['correct']}/{result['n']}, "
         f"95 % interval {low:.2f} to {high:.2f} %)\n"
         f"Top-5 accuracy: {result['top5']:.2f} %\n"
-        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %{without}"
+        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %{without}{_confidence_text(result)}"
     )
+
+
+def _confidence_text(result: dict[str, Any]) -> str:
+    """What an evaluation says of its confidences and of a frozen backbone; each on a line of its own."""
+    lines = []
+    if reason := result.get("temperature_reason"):
+        lines.append(f"Confidence is not calibrated (temperature 1): {reason}")
+    elif "calibration_scaled" in result:
+        before, after, t = result["calibration"]["ece"], result["calibration_scaled"]["ece"], result["temperature"]
+        lines.append(
+            f"Confidence is calibrated: temperature {t:.2f}, calibration error {after:.3f} ({before:.3f} without)"
+        )
+    if result.get("frozen_backbone"):
+        lines.append("Frozen backbone: only the output layer of this network was trained")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -155,14 +177,18 @@ def predict(argv: Sequence[str]) -> int:
 
     if arguments.csv and arguments.json:
         raise Refused("--csv and --json cannot both be printed; leave one of them out")
-    network, inputs = choose(arguments.inputs, arguments.runs)
-    rows, failed = deploy.predict(network, inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
+    chosen = choose(arguments.inputs, arguments.runs)
+    if not chosen.named:
+        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    if chosen.network.temperature is None:
+        print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+    rows, failed = deploy.predict(chosen.network, chosen.inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:
         print(deploy.as_json(rows, failed))
     else:
         print(deploy.as_csv(rows) if arguments.csv else deploy.as_text(rows))
     for path, reason in failed:
-        print(f"failed: {path}: {reason}", file=sys.stderr)
+        print(f"failed: {escaped(path)}: {escaped(reason)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -26,6 +26,9 @@ WRITTEN = (
     "last.pt",
     "best.safetensors",
     "predictions.csv",
+    "temperature.json",
+    "test_*.json",
+    "predictions_*.csv",
     "events.out.tfevents.*",
     "error.log",
 )

@@ -23,6 +23,7 @@ from finetune101.analysis import costs
 from finetune101.config import TrainConfig
 from finetune101.data import dataset, splits
 from finetune101.errors import Refused
+from finetune101.evaluation.predictions import read_rows
 from finetune101.files import read_json
 from finetune101.models.build import build
 from finetune101.runs import Run, open_run
@@ -277,8 +278,7 @@ def read_answers(run: Run) -> dict[str, Answer]:
     """
     file = run.path / "predictions.csv"
     try:
-        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
+        rows = read_rows(file)
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
         untested = f"{run.path} has not been tested; run: finetune101 evaluate {run.path}"

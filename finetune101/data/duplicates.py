@@ -181,7 +181,7 @@ def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> 
 
 
 def _kept_thumbnails(index: Index) -> Thumbnails:
-    content = f"{content_hash(index.digests, index.paths)} {DECODER} {_VERSION}"
+    content = f"{content_hash(index.digests, index.paths)} {DECODER}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     place = store.Place(f"thumbnails_{SIDE}px_{key}.npy", (len(index.paths), SIDE * SIDE), np.uint8)
     if kept := store.read(place):

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from finetune101.config import DataConfig, Preprocessing, TrainConfig
 from finetune101.data import cache, dataset, splits
 from finetune101.errors import Refused
+from finetune101.evaluation.forward import Forward
 from finetune101.evaluation.inference import load_model
 from finetune101.files import cache_dir
 from finetune101.machine import usable_cores
 from finetune101.models.build import Built, build, freeze
 from finetune101.runs import Run, open_run
 from finetune101.training import cpu, probe
-from finetune101.training.cpu_frozen import frozen
 from finetune101.training.distill import Teachers
 from finetune101.training.loop import HeadTrainer, Job, Trainer
 from finetune101.world import World, detect
@@ -325,9 +325,8 @@ def _teachers(config: TrainConfig, built: Built, world: World) -> Teachers | Non
     networks: list[Any] = []
     for name in config.optim.teacher:
         model, preprocessing, _ = load_model(open_run(name, config.runs))
-        model.requires_grad_(False).to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-        fast = config.system.fast_kernels and world.device.type == "cpu"
-        networks.append((frozen(model, world) if fast else model, preprocessing))
+        network = Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels)
+        networks.append((network, preprocessing))
     return Teachers(networks, built.preprocessing, world) if networks else None
 
 

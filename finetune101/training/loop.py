@@ -21,7 +21,8 @@ from finetune101.data.batches import batches_of, epoch_order, eval_batches, mix,
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
-from finetune101.evaluation.inference import logits
+from finetune101.evaluation.forward import logits
+from finetune101.evaluation.metrics import calibrate
 from finetune101.files import checked, parse_json
 from finetune101.models.build import Built
 from finetune101.models.weights import read_by_torch
@@ -69,6 +70,7 @@ class Trainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
+        self.validated: tuple[torch.Tensor, torch.Tensor] | None = None
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
         self.labels = [label for subset in held for label in job.manifest.labels(subset)]
@@ -127,7 +129,7 @@ class Trainer:
         batches = eval_batches(
             job.images, paths[share], labels[share], batch_size=job.config.optim.batch_size, world=job.world
         )
-        return logits(self.shown, batches, job.world)
+        return logits(self.shown, batches, job.world, fast=job.config.system.fast_kernels)
 
     def train_mode(self) -> None:
         """Dropout on, batch norms learning; frozen ones stay as they are."""
@@ -215,7 +217,7 @@ class Trainer:
             return {"val_loss": None, "val_top1": None, "val_seconds": 0.0}
         job, world, started = self.job, self.job.world, time.perf_counter()
         world.same_buffers(self.shown)
-        output, target = self.val_logits()
+        self.validated = output, target = self.val_logits()
         sums = torch.stack(
             [
                 F.cross_entropy(output, target, reduction="sum").double(),
@@ -263,6 +265,8 @@ class Trainer:
             "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
             "epoch": str(record["epoch"]),
         }
+        if self.validated and self.job.world.size == 1:  # else no process has all outputs; evaluate finds it then
+            info["temperature"] = f"{calibrate(*self.validated).temperature:.6f}"
         save_checkpoint(self.job.run.best, self.shown.state_dict(), info)
 
     def _save_last(self, epoch: int) -> None:

@@ -19,13 +19,12 @@ from finetune101.data import store
 from finetune101.data.batches import eval_batches
 from finetune101.data.cache import Images
 from finetune101.errors import Refused
-from finetune101.evaluation.inference import logits
+from finetune101.evaluation.forward import logits
 from finetune101.models.build import Built, state_hash
-from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 BATCH = 64  # images per forward pass
-FUSED = "fused 3"  # the version of cpu_frozen, whose features differ by rounding
+FUSED = "fused 4"  # the version of evaluation/fused, whose features differ by rounding
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -114,7 +113,7 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     """What the head of ``built.model`` sees of the whole images ``paths``, kept in the cache folder.
 
     The seconds that computing took are kept beside them: a run that finds them has the same cost as the run that
-    computed them, whether it read them in a moment or waited for another process. ``fast`` allows ``cpu_frozen``.
+    computed them, whether it read them in a moment or waited for another process. ``fast`` allows ``evaluation.fused``.
     """
     started = time.perf_counter()
     model = copy.deepcopy(built.model).eval()
@@ -148,9 +147,7 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
 
 def _compute(model: nn.Module, images: Images, paths: Sequence[str], world: World, fast: bool) -> Tensor:
     """Features float32 (N, D) of the headless ``model``."""
-    model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = frozen(model, world) if fast else model
     batches = eval_batches(images, paths, [0] * len(paths), batch_size=BATCH, world=world)
     steps = -(-len(paths) // BATCH)
-    result, _ = logits(forward, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world)
+    result, _ = logits(model, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world, fast=fast)
     return result
