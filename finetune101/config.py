@@ -234,8 +234,8 @@ class StudyConfig:
     """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
     finetune_recipe: str = "finetune_fast"
     """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml."""
-    scratch_recipe: str = "original"
-    """Recipe of the arm scratch: a name, or a file such as a search's winner.yaml."""
+    scratch_recipe: str | None = None
+    """Recipe of the arm scratch: a name, or a file. Default: scratch_long on a GPU, else scratch_fast."""
     probe_recipe: str = "probe"
     """Recipe of the arm probe: a name, or a file such as a search's winner.yaml."""
     epochs: Count | None = None

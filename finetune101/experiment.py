@@ -29,7 +29,7 @@ from finetune101.runs import Run
 from finetune101.training.benchmark import seconds_per_image
 from finetune101.training.loop import fit
 from finetune101.training.prepare import as_started, check_same, make_manifest, prepare, sharing
-from finetune101.training.recipes import named
+from finetune101.training.recipes import named, usual_scratch
 from finetune101.training.tensorboard import log
 
 FIXED = 4.0
@@ -71,7 +71,8 @@ def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
 def _configure(
     study: StudyConfig, index: dataset.Index, model: str, arm: str, size: int | None, folder: str, split: int, seed: int
 ) -> TrainConfig:
-    recipe = {"finetune": study.finetune_recipe, "scratch": study.scratch_recipe, "probe": study.probe_recipe}[arm]
+    scratch = study.scratch_recipe or usual_scratch(model)
+    recipe = {"finetune": study.finetune_recipe, "scratch": scratch, "probe": study.probe_recipe}[arm]
     split_seed = study.split_seed + split
     config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
     _check_arm(arm, recipe, config)

@@ -199,7 +199,7 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {label(entry['point'])}")
     if any(entry["state"] == "complete" for entry in entries):
         print(f"Train the winner: {train_command(plan)}")
-    print(f"What the search saw: finetune101 search report {plan.folder}")
+    print(f"What the search saw: {shlex.join(['finetune101', 'search', 'report', str(plan.folder)])}")
 
 
 def dry_run(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,8 +17,9 @@ from finetune101.arguments import (
     parse,
     parse_train,
 )
-from finetune101.cli import ensure_data, score_text
-from finetune101.config import DataConfig, StudyConfig, TrainConfig
+from finetune101.cli import ensure_data, recipe_line, refuse_others, score_text
+from finetune101.config import DataConfig, StudyConfig, TrainConfig, check_name
+from finetune101.console import watched
 from finetune101.errors import Refused
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def compare(argv: Sequence[str]) -> int:
         cells, (done, planned) = finished(folder), progress_of(folder)
         network, *others = dict.fromkeys(cell["model"] for cell in cells)
         size = max(cell["size"] or 0 for cell in cells)
-        also = f"; {', '.join(others)}: finetune101 report {folder}" if others else ""
+        page = shlex.join(["finetune101", "report", str(folder)])
+        also = f"; {', '.join(others)}: {page}" if others else ""
         print(f"{network}{f', {size} training images per class' if size else ''}{also}")
         if done < planned:
             print(f"{done} of {planned} runs are done")
@@ -92,7 +94,9 @@ def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
     print("\n\n".join(comparing.text(one) for one in found))
     progress(found, groups, out / "comparison.png")
     write_json(out / "comparison.json", comparing.to_json(found, out))
-    print(f"Picture: {out / 'comparison.png'}. A page with all of it: finetune101 report {out}")
+    print(
+        f"Picture: {out / 'comparison.png'}. A page with all of it: {shlex.join(['finetune101', 'report', str(out)])}"
+    )
     return found[0]
 
 
@@ -122,6 +126,10 @@ def study(argv: Sequence[str]) -> int:
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset
 
+    check_name(config.exp)
+    folder = Path(config.runs) / config.exp
+    refuse_others(folder, "study")
+    config = dataclasses.replace(config, scratch_recipe=_scratch_recipe(config, folder))
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
     index = dataset.index(dataset.find(config.data), layout)
@@ -129,26 +137,40 @@ def study(argv: Sequence[str]) -> int:
     left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
     time = f": {experiment.estimate(config, index, cells, arguments.dry_run)}" if left else ""
     print(f"{sum(len(cell.runs) for cell in cells)} runs, {left} to do{time}")
+    if "scratch" in config.arms and config.scratch_recipe:
+        print(f"Arm scratch: recipe {recipe_line(config.scratch_recipe)}")
     if not arguments.dry_run:
-        try:
+        with watched(folder, lambda: "the same command goes on from the last epochs"):
             summary = experiment.run(config, index, cells, arguments.jobs)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
-            return 130
         print(experiment.text(summary))
-        folder = Path(config.runs) / config.exp
         for picture in draw_study(folder):
             print(f"Picture: {picture}")
-        print(f"A page with all of it: finetune101 report {folder}")
+        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
     return 0
 
 
+def _scratch_recipe(config: StudyConfig, folder: Path) -> str | None:
+    """The recipe of the arm scratch: the one given, the one that the study began with, or what suits the machine."""
+    from finetune101.runs import Run
+    from finetune101.training.recipes import usual_scratch
+
+    if config.scratch_recipe or "scratch" not in config.arms:
+        return config.scratch_recipe
+    begun = Run(folder).read_json("study.json")["settings"] if (folder / "study.json").is_file() else {}
+    names = {usual_scratch(model) for model in config.models}
+    return begun.get("scratch_recipe") or (names.pop() if len(names) == 1 else None)
+
+
 def _lists(argv: Sequence[str]) -> list[str]:
-    """Lists may have commas: --train-per-class 1,2,5 is --train-per-class 1 2 5."""
+    """Lists may have commas: --train-per-class 1,2,5 (or =1,2,5) is --train-per-class 1 2 5."""
     words: list[str] = []
     flag = ""
     for word in argv:
-        flag = word if word.startswith("--") else flag
+        given, sign, values = word.partition("=")
+        flag = given if word.startswith("--") else flag
         listed = flag.replace("_", "-") in ("--train-per-class", "--models", "--arms")
-        words += [part for part in word.split(",") if part] if listed else [word]
+        if listed and word.startswith("--"):
+            words += [given, *(part for part in values.split(",") if part)] if sign else [word]
+        else:
+            words += [part for part in word.split(",") if part] if listed else [word]
     return words

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "finetune101"
 # left never imports right; names in one entry may import each other
 ORDER = (
     ("errors",),
+    ("faults",),
     ("files",),
     ("schemas",),
     ("config",),
@@ -33,7 +34,7 @@ ORDER = (
     ("search",),
     ("analysis",),
     ("deploy",),
-    ("arguments", "cli", "verbs", "classic", "demo", "searching", "experiment"),
+    ("console", "arguments", "cli", "verbs", "classic", "demo", "searching", "experiment"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
