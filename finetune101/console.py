@@ -101,7 +101,7 @@ def streams() -> Iterator[tuple[Stream, Stream]]:
     before = sys.stdout, sys.stderr
     if None in before or sys.stdin is None:
         _open_closed()
-    nowhere = open(os.devnull, "w", encoding="utf-8")
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     out, err = Stream(sys.stdout or nowhere), Stream(sys.stderr or nowhere)
     sys.stdout, sys.stderr = out, err
     try:
