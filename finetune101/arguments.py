@@ -254,6 +254,16 @@ class RecipesArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """List or empty the folder of caches: decoded images, features of networks, thumbnails, compiled kernels."""
+
+    action: tyro.conf.Positional[Literal["list", "clear"]] = "list"
+    """list: each file with its size, age and content. clear: remove them; what is needed again is made anew."""
+    older_than: float = 0.0
+    """Clear only what was not used for so many days."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkArguments:
     """Images/s of the bare training step, of the data alone and of both, on this machine."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
 from finetune101.arguments import SearchArguments, expanded, parse, parse_train
-from finetune101.console import guarded, processes
+from finetune101.console import guarded
 from finetune101.errors import Refused
 from finetune101.runs import Run, file_name, is_run
 
@@ -49,7 +49,6 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     arguments = parse_train(argv, prog="train.py", model=MODEL)
-    processes()
     weights, before = weights_file(arguments.config.exp), Run(Path(arguments.config.runs) / arguments.config.exp)
     if weights.exists() and not before.has("config.json") and not arguments.overwrite:
         raise Refused(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101.arguments import (
-    BenchmarkArguments,
     DemoArguments,
     DownloadArguments,
     EvaluateArguments,
@@ -27,10 +26,11 @@ from finetune101.arguments import (
     parse_train,
 )
 from finetune101.config import TrainConfig, validate
-from finetune101.console import guarded, processes, watched
+from finetune101.console import guarded, watched
 from finetune101.errors import Refused
 from finetune101.faults import has_password
 from finetune101.files import escaped
+from finetune101.machine import place
 
 if TYPE_CHECKING:
     from finetune101.runs import Run
@@ -65,9 +65,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
                 pass
             leave()
             raise SystemExit(0)
-        print(
-            f"Recipe {recipe_line(config.recipe)}; finetune101 recipes lists all, --recipe NAME chooses, flags override"
-        )
+        print(f"Recipe {recipe_line(config.recipe)}; --recipe NAME takes another (see finetune101 recipes)")
         images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
         print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
         layout = ", channels_last" if job.world.channels_last else ""
@@ -210,6 +208,7 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
 
     from finetune101 import searching
     from finetune101.search.study import Plan, check
+    from finetune101.training.many_runs import check_kind
 
     timeout = None if arguments.timeout is None else searching.seconds(arguments.timeout)
     plan = Plan(
@@ -223,7 +222,7 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
         storage=arguments.storage,
     )
     check(plan)
-    refuse_others(plan.folder, "search")
+    check_kind(plan.folder, "search")
     if plan.storage and has_password(plan.storage):
         print("note: others can read a password in a command; PGPASSWORD keeps it out", file=sys.stderr)
     ensure_data(config)
@@ -233,14 +232,6 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
     plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
     with watched(plan.folder, lambda: "the same command goes on from the last epochs"):
         searching.run_search(plan, table, plots, arguments.finalists, arguments.seeds)
-
-
-def refuse_others(folder: Path, kind: str) -> None:
-    """Raises Refused where ``folder`` is that of another kind of work than ``kind``."""
-    from finetune101.runs import kind_of
-
-    if (held := kind_of(folder)) not in ("", kind):
-        raise Refused(f"{folder} is the folder of a {held}; give the {kind} another --exp")
 
 
 def search_report(argv: Sequence[str]) -> int:
@@ -279,33 +270,6 @@ def data_show(argv: Sequence[str]) -> int:
     root = dataset.find(arguments.data)
     sheet = show.contact_sheet(root, Path(arguments.out), arguments.augment, arguments.per_class)
     print(f"Picture: {sheet}")
-    return 0
-
-
-def benchmark(argv: Sequence[str]) -> int:
-    """``finetune101 benchmark``."""
-    a = parse(BenchmarkArguments, argv, prog="finetune101 benchmark")
-    from tempfile import TemporaryDirectory
-
-    from finetune101.data import dataset, synthetic
-    from finetune101.files import write_json
-    from finetune101.training.benchmark import Workload, table
-    from finetune101.training.benchmark import benchmark as measure
-
-    for name in ("batch_size", "steps", "repeats"):
-        if getattr(a, name) < 1:
-            raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
-    with TemporaryDirectory() as folder:
-        try:
-            root = dataset.find(a.data)
-        except Refused:
-            if a.data is not None:
-                raise
-            root = synthetic.draw(Path(folder) / "data")
-        work = Workload(size=a.size, batch_size=a.batch_size, steps=a.steps, repeats=a.repeats)
-        result = measure(root, a.models, work, a.every)
-    print(table(result))
-    write_json(Path(a.out), result)
     return 0
 
 
@@ -356,7 +320,8 @@ VERBS: dict[str, Verb] = {
     "search": search,
     "lr-find": _later("lr_find"),
     "recipes": recipes,
-    "benchmark": benchmark,
+    "benchmark": _later("benchmark"),
+    "cache": _later("cache"),
     "demo": demo,
 }
 ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
@@ -373,6 +338,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
   benchmark  how fast this machine trains
+  cache      list or clear the folder of decoded images and features
   demo       all of it on a small drawn data set"""
 
 
@@ -388,7 +354,7 @@ def dispatch(argv: Sequence[str]) -> int:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
         raise Refused(f"unknown {name} {words[0]!r}; {hint}")
-    if processes() > 1 and words[0] != "train":
+    if place().size > 1 and words[0] != "train":
         raise Refused(f"only train runs in several processes; start {words[0]} without torchrun")
     return verbs[words[0]](words[1:])
 

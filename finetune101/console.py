@@ -162,20 +162,6 @@ def watched(folder: Path, goes_on: Callable[[], str] = lambda: "") -> Iterator[N
         raise
 
 
-def processes() -> int:
-    """How many processes torchrun started. Raises Refused where its variables are not as it sets them."""
-    values = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    for name, value in values.items():
-        least = 0 if name.endswith("RANK") else 1
-        if value and not (value.isdecimal() and int(value) >= least):
-            raise Refused(f"{name} is {shortened(repr(value), 40)}; start with torchrun, or unset {name}")
-    size = int(values["WORLD_SIZE"] or 1)
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if size > 1 and missing:
-        raise Refused(f"WORLD_SIZE is {size} without {', '.join(missing)}; start with torchrun, or unset WORLD_SIZE")
-    return size
-
-
 def guarded(call: Callable[[], int]) -> int:
     """The exit code of ``call``: what the user can mend is one sentence and 2; bugs keep their traceback."""
     with streams() as (out, err), terminable():

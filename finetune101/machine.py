@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from finetune101.errors import Refused
 
 GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, WSL, AMD
 CGROUP = Path("/sys/fs/cgroup")
@@ -23,6 +26,37 @@ def usable_cores() -> int:
         cores = (process_count() if process_count else os.cpu_count()) or 1
     limits = [cores, _quota(), *map(_whole, ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"))]
     return max(1, min(limit for limit in limits if limit))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the process stands among those that torchrun started: of all of them, and of those on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place() -> Place:
+    """The process's place by the variables that torchrun sets. Raises Refused for some that are wrong or missing."""
+    size = _variable("WORLD_SIZE", 1)
+    if size < 2:
+        return Place()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise Refused(f"WORLD_SIZE is {size}, but {missing[0]} is not set; start by torchrun, or unset WORLD_SIZE")
+    rank, local_size = _variable("RANK", 0), max(1, _variable("LOCAL_WORLD_SIZE", 1))
+    if rank >= size:
+        raise Refused(f"RANK is {rank} of WORLD_SIZE {size}; start the processes by torchrun")
+    return Place(rank, size, _variable("LOCAL_RANK", rank), local_size)
+
+
+def _variable(name: str, default: int) -> int:
+    word = os.environ.get(name, "").strip() or str(default)
+    if not word.isdecimal():
+        raise Refused(f"{name} is {word}, no whole number; start several processes by torchrun, or unset {name}")
+    return int(word)
 
 
 def _whole(name: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import shlex
@@ -12,8 +13,8 @@ from typing import Any
 
 from finetune101 import config as cfg
 from finetune101.errors import Refused
-from finetune101.files import FORMAT, as_json, atomic, checked, parse_json, read_json, write_json
-from finetune101.schemas import SCHEMAS, Record
+from finetune101.files import MOST_BYTES, as_json, atomic, checked, parse_json, read_json, read_text, write_json
+from finetune101.schemas import MOST_OF_SPLIT, REMEDIES, SCHEMAS, Record, Split
 
 WRITTEN = (
     "config.json",
@@ -64,12 +65,14 @@ class Run:
         """
         if not self.has(name):
             raise Refused(f"{self.path} has no {name}; is it the folder of a finished run?")
-        value = read_json(self.path / name, SCHEMAS.get(name, Any), remedy="train the run again")
+        kind, remedy = SCHEMAS.get(name, Any), REMEDIES.get(name, "train the run again")
+        most = MOST_OF_SPLIT if kind is Split else MOST_BYTES
+        value = read_json(self.path / name, kind, remedy=remedy, most=most)
         return {key: own for key, own in value.items() if key != "format"} if isinstance(value, dict) else value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes the JSON file ``name`` with the version of its form, whole or not at all."""
-        write_json(self.path / name, {"format": FORMAT, **value})
+        """Writes the JSON file ``name``, whole or not at all."""
+        write_json(self.path / name, value)
 
     def config(self) -> cfg.TrainConfig:
         """The configuration that the run was started with."""
@@ -81,11 +84,9 @@ class Run:
         if not file.is_file():
             return []
         remedy = "train the run again"
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"{file} cannot be read ({error}); {remedy}") from error
-        return [checked(parse_json(s, f"{file}", remedy), Record, f"{file}", remedy=remedy) for s in lines if s]
+        lines = [line for line in read_text(file, remedy).split("\n") if line]
+        records = [parse_json(line, f"{file}", remedy) for line in lines]
+        return [checked(record, Record, f"{file}", remedy=remedy) for record in records]
 
     def seconds(self) -> float:
         """Seconds of training and validation over all finished epochs."""
@@ -108,17 +109,15 @@ class Run:
 
     def resume_command(self) -> str:
         """What continues the run, wherever its folder is now."""
-        *parents, name = self.path.parts
-        runs = str(Path(*parents)) if parents else "."
-        recorded = self.config()
-        if Path(recorded.runs) / recorded.exp == self.path:
-            runs, name = recorded.runs, recorded.exp
-        where = [] if runs == "runs" else ["--runs", runs]
-        return shlex.join(["finetune101", "train", "--exp", name, *where, "--resume"])
+        exp, path = self.config().exp, self.path
+        # by its name below RUNS, as study and search name theirs; by its folder where it was renamed or moved
+        runs = next((folder for folder in path.parents if folder / exp == path), path.parent)
+        where = [] if runs == Path("runs") else ["--runs", str(runs)]
+        return shlex.join(["finetune101", "train", "--exp", path.relative_to(runs).as_posix(), *where, "--resume"])
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by ``records``, one line each."""
-        with atomic(self.path / "metrics.jsonl") as part:
+        with atomic(self.path / "metrics.jsonl", make_folder=False) as part:
             part.write_text("".join(as_json(r) + "\n" for r in records), encoding="utf-8")
 
     def clear(self) -> None:
@@ -240,3 +239,31 @@ def save_with(path: Path, save: Callable[[Path], None]) -> None:
             save(part)
     except (RuntimeError, SafetensorError) as error:
         raise Refused(f"cannot write {path}: {error}; free some space, then continue with --resume") from error
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes ``state`` by torch into the existing folder of ``path``. Raises Refused as ``atomic`` does."""
+    import torch
+
+    buffer = io.BytesIO()  # torch's own writing to a file tells of a full disk by a line number
+    torch.save(state, buffer)
+    with atomic(path, make_folder=False) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Any], info: dict[str, str]) -> None:
+    """Writes tensors and metadata as safetensors into the existing folder of ``path``: equal ones as equal bytes.
+
+    safetensors puts the metadata in random order. Raises Refused as ``atomic`` does.
+    """
+    from safetensors.torch import save
+
+    data = save({key: value.contiguous() for key, value in tensors.items()}, info)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8, as safetensors itself does it
+    with atomic(path, make_folder=False) as part, open(part, "wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text, memoryview(data)[8 + length :]):
+            file.write(piece)

@@ -1,12 +1,18 @@
-"""Where the work runs: device, precision and memory format; the only file that knows of several processes."""
+"""Where the work runs: device, precision, memory format, processes. ``detect`` asks, ``join`` acts."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
+import re
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +21,11 @@ from torch import Tensor, nn
 
 from finetune101.config import SystemConfig
 from finetune101.errors import Refused
-from finetune101.machine import usable_cores
+from finetune101.machine import place, usable_cores
+
+SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
+PATIENCE = timedelta(days=2)  # for what rank 0 does while the others wait, such as decoding a million images
+_patient: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,26 @@ class World:
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others: it builds what they then read."""
+        """Rank 0 enters the block before the others, for example to build a cache that they then read."""
         if self.size > 1 and not self.writes:
-            dist.barrier()
+            dist.barrier(_patient)
         yield
         if self.size > 1 and self.writes:
-            dist.barrier()
+            dist.barrier(_patient)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises Refused, in one sentence, where torch says that another process has ended or does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or re.search(r"gloo|nccl|connection|timed out", str(error), re.I)
+            if self.size == 1 or not lost:
+                raise
+            raise Refused(
+                f"process {self.rank} of {self.size} has lost another one, which ended or did not answer; see what that"
+                " one said, then continue with --resume and as many processes"
+            ) from error
 
     def describe(self) -> dict[str, Any]:
         """What was decided, for env.json."""
@@ -105,21 +129,16 @@ class World:
 def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
     """The world for ``system``; with ``recorded`` (a resumed run) precision and format are taken from there.
 
-    Under torchrun it joins the other processes. Raises Refused for a device or precision that this machine lacks.
+    Asking changes nothing: ``join`` sets threads and joins other processes. Raises Refused for a device or precision
+    that this machine lacks.
     """
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(system.threads or max(1, usable_cores() // local))
-    device = _device(system.device)
-    if size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank = dist.get_rank() if size > 1 else 0
-    workers = _workers() if device.type == "cuda" else 0
+    own, device = place(), _device(system.device)
+    if own.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", own.local_rank)
+    workers = _workers(_threads(system.threads)) if device.type == "cuda" else 0
     if recorded:
-        return World(device, recorded["precision"], recorded["channels_last"], rank, size, workers)
+        _check_recorded(device, recorded["precision"], system.precision)
+        return World(device, recorded["precision"], recorded["channels_last"], own.rank, own.size, workers)
     precision = _precision(device) if system.precision == "auto" else system.precision
     if precision == "fp16" and device.type != "cuda":
         raise Refused(f"--precision fp16 needs a CUDA card, this is {device.type}; use --precision auto")
@@ -128,17 +147,85 @@ def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> Worl
     channels_last = system.memory_format == "channels_last"
     if system.memory_format == "auto":
         channels_last = precision != "fp32" or device.type == "cpu"
-    return World(device, precision, channels_last, rank, size, workers)
+    return World(device, precision, channels_last, own.rank, own.size, workers)
 
 
-def _workers() -> int:
+def join(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
+    """``detect``, and then what training needs: threads are set, the GPU is taken, torchrun's processes are joined.
+
+    Raises Refused as ``detect`` does, and when the other processes cannot be reached.
+    """
+    world = detect(system, recorded)
+    use_cores(system.threads)
+    if world.size == 1:
+        return world
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if not dist.is_initialized():
+        _end_with_torchrun()
+        silence = os.environ.get("FINETUNE101_TIMEOUT", "").strip() or str(SILENCE)
+        try:
+            seconds = float(silence)
+        except ValueError:
+            seconds = 0.0
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise Refused(f"FINETUNE101_TIMEOUT is {silence}; give seconds, such as 300")
+        with world.together():
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+            global _patient
+            _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return world
+
+
+def use_cores(threads: int | None = None) -> None:
+    """Lets torch compute with ``threads`` CPU threads, by default with all cores that are the process's to use."""
+    torch.set_num_threads(_threads(threads))
+
+
+def _threads(threads: int | None) -> int:
+    return threads or max(1, usable_cores() // place().local_size)
+
+
+def _end_with_torchrun() -> None:
+    """A process whose torchrun was killed ends as well: whoever resumes the run would train beside it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        print("error: torchrun has ended, and so does this process; continue with --resume", file=sys.stderr)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def has_precision(device: torch.device, precision: str) -> bool:
+    """Whether ``device`` computes in ``precision`` (bf16, fp16, fp32) itself; elsewhere that is refused or emulated."""
+    return precision == "fp32" or precision == _precision(device) or (precision == "fp16" and device.type == "cuda")
+
+
+def _check_recorded(device: torch.device, precision: str, wished: str) -> None:
+    """Raises Refused for a run that cannot go on here as it began; who asked for emulated bf16 gets it."""
+    emulated = precision == wished == "bf16" and device.type == "cpu"
+    if not has_precision(device, precision) and not emulated:
+        raise Refused(
+            f"this run was begun in {precision}, which this {device.type} lacks; continue it on a machine like its"
+            " first, or start it anew here with --overwrite"
+        )
+
+
+def _workers(threads: int) -> int:
     """One for each thread beside the one that feeds the GPU; none where a process cannot be forked."""
-    return min(torch.get_num_threads() - 1, 8) if "fork" in multiprocessing.get_all_start_methods() else 0
+    return min(threads - 1, 8) if "fork" in multiprocessing.get_all_start_methods() else 0
 
 
 def leave() -> None:
     """Parts from the other processes of torchrun, if there are any."""
+    global _patient
     if dist.is_available() and dist.is_initialized():
+        _patient = None
         dist.destroy_process_group()
 
 

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "finetune101"
 # left never imports right; names in one entry may import each other
 ORDER = (
     ("errors",),
+    ("words",),
     ("faults",),
     ("files",),
     ("schemas",),

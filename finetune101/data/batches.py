@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data.cache import Images
-from finetune101.data.distort import Boxes, Distortions, distort, draw_distortions
+from finetune101.data.distort import Boxes, Distortions, distort, draw_distortions, drawing
 from finetune101.world import World
 
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
@@ -26,9 +26,7 @@ FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.
 
 def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tensor:
     """uint8 (N, 3, h, w) -> standardised float32 (N, 3, size, size) on the device, in the world's memory format."""
-    pixels = pixels.to(world.device, non_blocking=True)
-    if pixels.shape[-1] != preprocessing.size:
-        pixels = TF.resize(pixels, [preprocessing.size] * 2, FILTERS[preprocessing.interpolation])
+    pixels = resized(pixels.to(world.device, non_blocking=True), preprocessing)
     x = pixels.to(torch.float32, memory_format=world.memory_format)
     mean = torch.tensor(preprocessing.mean, device=x.device) * 255
     std = torch.tensor(preprocessing.std, device=x.device) * 255
@@ -39,6 +37,13 @@ def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tens
     return x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1)).contiguous(memory_format=world.memory_format)
 
 
+def resized(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """uint8 (N, 3, h, w) -> (N, 3, size, size), by the preprocessing's filter."""
+    if pixels.shape[-1] == preprocessing.size:
+        return pixels
+    return TF.resize(pixels, [preprocessing.size] * 2, FILTERS[preprocessing.interpolation])
+
+
 def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Generator) -> tuple[Boxes, Tensor]:
     """For ``count`` images of ``side`` x ``side`` pixels: the box of each that is kept, and whether it is mirrored.
 
@@ -46,9 +51,7 @@ def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Ge
     """
     boxes: Boxes = [(0, 0, side, side)] * count
     if config.crop_scale < 1:
-        # torchvision draws from the global generator; borrow it, seeded from ours
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        with drawing(int(torch.randint(2**62, (1,), generator=generator))):
             crop, image = RandomResizedCrop(side, scale=(config.crop_scale, 1.0)), torch.empty(3, side, side)
             boxes = [tuple(crop.make_params([image]).values()) for _ in range(count)]
     mirrored = torch.rand(count, generator=generator) < 0.5 if config.flip else torch.zeros(count, dtype=torch.bool)
@@ -56,7 +59,10 @@ def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Ge
 
 
 def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
-    """uint8 (N, 3, side, side) -> (N, 3, size, size): each image's box, resized, mirrored where it should be."""
+    """uint8 (N, 3, side, side): each image's box as (N, 3, size, size), mirrored where it should be.
+
+    Where every box is the whole image, its size stays.
+    """
     side = pixels.shape[-1]
     if any(box != (0, 0, side, side) for box in boxes):
         shape, pairs = [size, size], zip(pixels, boxes, strict=True)
@@ -78,8 +84,7 @@ def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Te
     """
     if len(x) < 2:
         return x, y
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        torch.manual_seed(seed)
+    with drawing(seed):
         mixes, by_adding = (torch.rand(2) < torch.tensor([share, 0.5])).tolist()
         if not mixes:
             return x, y
@@ -101,6 +106,33 @@ def epoch_order(count: int, seed: int, epoch: int) -> tuple[Tensor, torch.Genera
     """Random order of ``count`` images, int64 (count,), and the generator for everything else random in the epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator), generator
+
+
+def batches_of(order: Tensor, batch_size: int) -> list[Tensor]:
+    """``order`` in batches of ``batch_size``. One image that is left over joins the batch before it.
+
+    A single image has no variance for a batch norm, and its gradient would weigh as much as that of a whole batch.
+    """
+    parts = list(order.split(batch_size))
+    if batch_size > 1 and len(parts) > 1 and len(parts[-1]) == 1:
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
+
+
+def step_count(images: int, batch_size: int) -> int:
+    """Batches of an epoch of ``images``, as ``batches_of`` makes them."""
+    alone = batch_size > 1 and images > batch_size and images % batch_size == 1
+    return -(-images // batch_size) - alone
+
+
+def share_of(count: int, world: World) -> list[int]:
+    """Places of the process's images in a batch of ``count``: its own, then more where it has fewer than two.
+
+    Those fill up what a batch norm needs, and are not to be counted: they belong to other processes.
+    """
+    own = list(range(count))[world.share(count)]
+    more = [(world.rank + i) % count for i in range(count)]
+    return (own + [place for place in more if place not in own])[: max(2, len(own))]
 
 
 @dataclass(frozen=True)
@@ -144,8 +176,8 @@ def train_batches(
     """Batches of one epoch after the other: (float (N, 3, size, size), int64 (N,), images in all processes).
 
     ``epochs`` holds each one's number and the size of its training images, None for that of the preprocessing. (seed,
-    number) fixes order and augmentation, whatever the number of processes. A process without an image of the last batch
-    gets its first one, to be counted 0. On a GPU ``world.workers`` processes prepare the next batches meanwhile, where
+    number) fixes order and augmentation, whatever the number of processes. A process with fewer than two images of a
+    batch gets others of it behind its own, which are not to be counted (see ``share_of``). On a GPU ``world.workers`` processes prepare the next batches meanwhile, where
     the images are cached.
     """
     own = images.preprocessing
@@ -153,13 +185,18 @@ def train_batches(
     def plans() -> Iterator[Plan]:
         for number, size in epochs:
             order, generator = epoch_order(len(paths), seed, number)
-            for chosen in (part.tolist() for part in order.split(batch_size)):
+            for chosen in (part.tolist() for part in batches_of(order, batch_size)):
                 boxes, mirrored = draw_boxes(len(chosen), own.cache_size, config, generator)
                 drawn = draw_distortions(len(chosen), size or own.size, config, generator)
-                mine = world.share(len(chosen)) if world.rank < len(chosen) else slice(1)
+                share = share_of(len(chosen), world)
                 yield Plan(
-                    chosen[mine], len(chosen), boxes[mine], mirrored[mine], drawn.of(mine), size or own.size
-                )  # fmt: skip
+                    chosen=[chosen[i] for i in share],
+                    count=len(chosen),
+                    boxes=[boxes[i] for i in share],
+                    mirrored=mirrored[share],
+                    distortions=drawn.of(share),
+                    size=size or own.size,
+                )
 
     made, fast = _Made(images, paths, labels), world.device.type == "cuda"
     fill = [round(255 * value) for value in own.mean]
@@ -171,8 +208,10 @@ def train_batches(
             multiprocessing_context="fork",
         )  # fmt: skip
     for pixels, y, plan in loader:
-        pixels = distort(pixels.to(world.device, non_blocking=fast), plan.distortions, fill)
-        yield to_input(pixels, replace(own, size=plan.size), world), y.to(world.device, non_blocking=fast), plan.count
+        shape = replace(own, size=plan.size)
+        pixels = resized(pixels.to(world.device, non_blocking=fast), shape)  # first: holes and shifts are in its pixels
+        pixels = distort(pixels, plan.distortions, fill)
+        yield to_input(pixels, shape, world), y.to(world.device, non_blocking=fast), plan.count
 
 
 def eval_batches(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused
 
 FOLDER = "101_ObjectCategories"
@@ -23,7 +24,6 @@ OFFICIAL_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.z
 OFFICIAL_MD5 = "3138e1922a9193bfa496528edbbc45d0"
 ARCHIVE = "caltech-101.zip"
 INNER = FOLDER + ".tar.gz"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 SUBSETS = ("train", "val", "test")
 HOW = f"run `finetune101 data download`, or give --data a folder with one folder per class (such as {FOLDER})"
 

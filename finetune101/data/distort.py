@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,20 @@ OPERATIONS = (
 _STEPS = 30  # magnitudes from 0 to 1, besides 0
 
 
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """The CPU's global generator, from which torchvision draws, begins at ``seed``; afterwards it is as it was before.
+
+    ``torch.manual_seed`` would seed the generators of every GPU as well, from which dropout draws.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
 @dataclass(frozen=True)
 class Distortions:
     """What becomes of each image of a batch; nothing without ``kinds`` and ``holes``."""
@@ -34,9 +50,13 @@ class Distortions:
     holes: Boxes
     """The box that is painted over; of no height where there is none."""
 
-    def of(self, mine: slice) -> Distortions:
-        """Those of some of the images."""
-        return Distortions(self.kinds[mine], self.strengths[mine], self.holes[mine])
+    def of(self, places: Sequence[int]) -> Distortions:
+        """Those of the images at ``places``."""
+
+        def taken(values: list[Any]) -> list[Any]:
+            return [values[i] for i in places] if values else []
+
+        return Distortions(taken(self.kinds), taken(self.strengths), taken(self.holes))
 
 
 def draw_distortions(count: int, size: int, config: AugmentConfig, generator: torch.Generator) -> Distortions:
@@ -51,12 +71,11 @@ def draw_distortions(count: int, size: int, config: AugmentConfig, generator: to
         strengths = (steps * (1 - 2 * torch.randint(2, (count,), generator=generator))).tolist()
     if config.erasing > 0:
         erased = (torch.rand(count, generator=generator) < config.erasing).tolist()
-        # torchvision draws from the global generator; borrow it, seeded from ours
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-            make, image = RandomErasing(1.0).make_params, torch.empty(3, size, size)
-            drawn = [make([image]) if erase else {"i": 0, "j": 0, "h": 0, "w": 0} for erase in erased]
-        holes = [(box["i"], box["j"], box["h"], box["w"]) for box in drawn]
+        with drawing(int(torch.randint(2**62, (1,), generator=generator))):
+            make, image, none = RandomErasing(1.0).make_params, torch.empty(3, size, size), {"v": None}
+            drawn = [make([image]) if erase else none for erase in erased]
+        # without a value to paint with, torchvision found no box that fits
+        holes = [(0, 0, 0, 0) if box["v"] is None else (box["i"], box["j"], box["h"], box["w"]) for box in drawn]
     return Distortions(kinds, strengths, holes)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+from finetune101.data import store
 from finetune101.data.dataset import (
     FOLDER,
-    IMAGE_SUFFIXES,
     LEFT_OUT,
     OFFICIAL_CLASSES,
     OFFICIAL_IMAGES,
@@ -27,9 +29,9 @@ from finetune101.data.dataset import (
     layout_of,
     other_files,
 )
+from finetune101.data.decode import DECODER, Picture, Problem, Unreadable, in_threads, opened
+from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused
-from finetune101.files import atomic, cache_dir
-from finetune101.machine import usable_cores
 
 SIDE = 32  # pixels of a thumbnail's side
 NEAR = 0.99  # correlation of thumbnails from which two images count as the same picture
@@ -103,17 +105,16 @@ def _is_listed(path: str) -> bool:
 
 @dataclass(frozen=True)
 class _Finding:
-    problem: str  # "", "unreadable", "truncated" or "not an image"
+    problem: Problem | Literal[""] = ""
     reason: str = ""
     grayscale: bool = False
     thumbnail: Thumbnails | None = None
 
 
-def _standardised(image: Image.Image) -> Thumbnails:
+def _standardised(picture: Picture) -> Thumbnails:
     """float32 (1024,) of mean 0 and norm 1, or zeros for a flat image."""
-    # by way of RGBA where a palette has transparency, or Pillow warns
-    gray = image.convert("RGBA" if "transparency" in image.info else "RGB").convert("L")
-    pixels = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.LANCZOS), np.float32).ravel()
+    gray = picture.image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    pixels = np.asarray(gray, np.float32).ravel()
     pixels = pixels - pixels.mean()
     norm = float(np.linalg.norm(pixels))
     return pixels / norm if norm > 1 else np.zeros_like(pixels)
@@ -121,24 +122,15 @@ def _standardised(image: Image.Image) -> Thumbnails:
 
 def _examine(path: Path) -> _Finding:
     try:
-        with Image.open(path) as image:
-            image.load()
-            return _Finding(
-                "",
-                grayscale=image.getbands() in (("1",), ("L",), ("L", "A"), ("I",), ("F",)),
-                thumbnail=_standardised(image),
-            )
-    except UnidentifiedImageError:
-        return _Finding("not an image", "no known image format")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        cut = "truncated" in str(error).lower()
-        return _Finding("truncated" if cut else "unreadable", str(error) or type(error).__name__)
+        with opened(path, SIDE) as picture:
+            return _Finding(grayscale=picture.grayscale, thumbnail=_standardised(picture))
+    except Unreadable as error:
+        return _Finding(error.problem, error.reason)
 
 
 def _examine_all(root: Path, paths: Sequence[str], title: str) -> Iterator[_Finding]:
-    with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow decodes and resizes without the interpreter lock
-        findings = pool.map(_examine, (root / path for path in paths))
-        yield from tqdm(findings, total=len(paths), desc=title, unit="img", leave=False)
+    findings = in_threads(_examine, (root / path for path in paths))
+    yield from tqdm(findings, total=len(paths), desc=title, unit="img", leave=False)
 
 
 def thumbnails(root: Path, paths: Sequence[str]) -> Thumbnails:
@@ -210,14 +202,20 @@ def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> 
 
 
 def _cached_thumbnails(index: Index) -> Thumbnails:
-    key = content_hash(index.digests, index.paths).split(":")[1][:16]
-    file = cache_dir() / f"thumbnails_{SIDE}px_{key}.npy"
-    if file.is_file():
-        cached: Thumbnails = np.load(file)
-        return cached
-    rows = thumbnails(index.root, index.paths)
-    with suppress(Refused, OSError), atomic(file) as part, open(part, "wb") as stream:  # without space: no cache
-        np.save(stream, rows)
+    content = f"{content_hash(index.digests, index.paths)} {DECODER}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    place = store.Place(f"thumbnails_{SIDE}px_{key}.npy", (len(index.paths), SIDE * SIDE), np.float32)
+    if kept := store.read(place):
+        return kept.array
+    with store.turn(place):
+        if kept := store.read(place):  # another process made them meanwhile
+            return kept.array
+        started = time.perf_counter()
+        rows = thumbnails(index.root, index.paths)
+        if not store.make_room(place):
+            with suppress(Refused):  # on a full disk
+                what = f"{len(rows):,} images of {index.root.name} to find near-duplicates"
+                store.keep(place, [rows], what, time.perf_counter() - started)
     return rows
 
 

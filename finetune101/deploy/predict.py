@@ -8,7 +8,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,11 +17,11 @@ from tqdm import tqdm
 
 from finetune101.config import Preprocessing
 from finetune101.data.batches import to_input
-from finetune101.data.cache import Pixels, decode
-from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
+from finetune101.data.dataset import images_in
+from finetune101.data.decode import Pixels, Unreadable, decode, in_threads
+from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused
 from finetune101.evaluation.inference import Network, logits
-from finetune101.machine import usable_cores
 from finetune101.training import cpu
 from finetune101.training.cpu_frozen import frozen
 
@@ -54,13 +53,10 @@ def predict(
     model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
     forward = frozen(model, world) if network.fast_kernels else model
     rows: list[Row] = []
-    with (
-        ThreadPoolExecutor(usable_cores()) as pool,
-        tqdm(total=len(files), unit="img", leave=False, disable=None) as bar,
-    ):
+    with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
         for start in range(0, len(files), batch_size):
             part = files[start : start + batch_size]
-            decoded = list(pool.map(lambda file: _decode(file, preprocessing), part))
+            decoded = list(in_threads(lambda file: _decode(file, preprocessing), part))
             failed += [(file, result) for file, result in zip(part, decoded, strict=True) if isinstance(result, str)]
             pixels = [result for result in decoded if not isinstance(result, str)]
             if pixels:
@@ -151,5 +147,5 @@ def _decode(file: str, preprocessing: Preprocessing) -> Pixels | str:
     """The pixels, or why there are none."""
     try:
         return decode(Path(file), preprocessing.cache_size, preprocessing.interpolation)
-    except Refused as error:
-        return str(error.__cause__ or error)
+    except Unreadable as error:
+        return error.reason

@@ -55,8 +55,8 @@ class Opened:
         paths, labels = self.manifest.subsets[subset], self.manifest.labels(subset)
         if not paths:
             raise Refused(f"the split has no {subset} images; choose another subset or make a split that has some")
-        skipped = self.manifest.options.get("skipped", ())
-        images = cache.open_images(self.index, self.preprocessing, self.config.cache, skipped)
+        wanted = (path for paths in self.manifest.subsets.values() for path in paths)
+        images = cache.open_images(self.index, self.preprocessing, self.config.cache, wanted=wanted)
         self.model.to(self.world.device, memory_format=self.world.memory_format)  # type: ignore[call-overload]
         batches = eval_batches(images, paths, labels, batch_size=batch_size, world=self.world)
         return logits(mirrored(self.model) if self.mirror else self.model, batches, self.world)

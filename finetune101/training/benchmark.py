@@ -24,7 +24,7 @@ from finetune101.machine import usable_cores
 from finetune101.models.build import Built, build
 from finetune101.training import cpu
 from finetune101.training.optim import optimizer
-from finetune101.world import World, detect
+from finetune101.world import World, join
 
 FORMATS = (("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "contiguous"), ("bf16", "channels_last"))
 WARM_UP = 2  # steps before the clock starts
@@ -56,7 +56,7 @@ def benchmark(root: Path, models: Sequence[str], work: Workload, every: bool = F
     for name in models:
         for precision, layout in formats:
             system = SystemConfig(precision=precision, memory_format=layout)  # type: ignore[arg-type]
-            rows.append(_measure(root, name, detect(system), work))
+            rows.append(_measure(root, name, join(system), work))
     packages = {name: version(name) for name in ("torch", "torchvision", "timm")}
     machine = {"cores": usable_cores(), "processor": _processor(), "system": platform.platform()}
     return {"machine": machine, "versions": packages, "batch_size": work.batch_size, "rows": rows}
@@ -66,13 +66,16 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
     index = dataset.index(root)
     built = build(name, len(index.classes), pretrain=False, size=work.size)
     images = cache.open_images(index, built.preprocessing)
-    labels = [index.classes.index(dataset.class_of(path)) for path in index.paths]
+    if len(index.paths) < work.batch_size:
+        raise Refused(f"{root} has {len(index.paths)} images; give a --batch-size of at most that")
+    paths = index.paths[: len(index.paths) // work.batch_size * work.batch_size]  # whole batches only
+    labels = [index.classes.index(dataset.class_of(path)) for path in paths]
     run = _steps(built, world, name, work.batch_size)
 
     def data() -> Iterable[Batch]:
         how = {"batch_size": work.batch_size, "config": AUGMENT, "world": world, "seed": 0}
-        endless = train_batches(images, index.paths, labels, epochs=((number, None) for number in count(1)), **how)  # type: ignore[arg-type]
-        return islice((batch for batch in endless if batch[2] == work.batch_size), work.steps)
+        endless = train_batches(images, paths, labels, epochs=((number, None) for number in count(1)), **how)  # type: ignore[arg-type]
+        return islice(endless, work.steps)
 
     def step(batches: Iterable[Batch]) -> float:
         return work.steps * work.batch_size / run(batches)
@@ -84,8 +87,6 @@ def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, A
         _wait(world)
         return work.steps * work.batch_size / (time.perf_counter() - started)
 
-    if len(index.paths) < work.batch_size:
-        raise Refused(f"{root} has {len(index.paths)} images; give a --batch-size of at most that")
     resident = next(iter(data()))
     step([resident] * WARM_UP)
     rates: dict[str, list[float]] = {"step": [], "data": [], "whole": []}
@@ -125,7 +126,7 @@ def _steps(built: Built, world: World, name: str, batch_size: int) -> Callable[[
 def seconds_per_image(config: TrainConfig, classes: int) -> float:
     """Seconds that an image of a training step takes in ``config``, mean over its training sizes: steps on noise."""
     cpu.tune_allocator()
-    world, n = detect(config.system), config.optim.batch_size
+    world, n = join(config.system), config.optim.batch_size
     if world.device.type == "cpu":
         n = min(n, 16)  # larger batches are hardly quicker there
     found: dict[int | None, float] = {}

@@ -21,11 +21,10 @@ from finetune101.models.build import build, check_size, freeze
 from finetune101.runs import Run, create_run
 from finetune101.training import cpu, probe
 from finetune101.training.distill import open_teachers
+from finetune101.training.identity import differences, split_of
 from finetune101.training.kernels import compiled
 from finetune101.training.loop import Job
 from finetune101.world import World, detect
-
-MAY_CHANGE = ("root", "cache", "download")  # a resumed run may find its images elsewhere, but they must be the same
 
 
 def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
@@ -36,7 +35,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     validate(config)
     run = create_run(config, resume=resume, overwrite=overwrite)
     if resume:
-        check_same(run.config(), config)
+        check_same(run, config)
     if config.system.fast_kernels:
         cpu.tune_allocator()  # before the first large tensor
     recorded = run.read_json("env.json") if resume else None
@@ -74,8 +73,8 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     if config.model.freeze:
         freeze(built.model, built.head)
     with world.first():  # the others find the cache that rank 0 builds
-        skipped = manifest.options.get("skipped", ())
-        images = cache.open_images(index, built.preprocessing, config.data.cache, skipped)
+        wanted = (path for paths in manifest.subsets.values() for path in paths)
+        images = cache.open_images(index, built.preprocessing, config.data.cache, wanted=wanted)
     if world.writes and not resume:
         if overwrite:
             run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
@@ -85,13 +84,6 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
         run.write_json("env.json", {"world": world.describe(), "model": model, **environment(kernels, world)})
         run.write_json("config.json", to_dict(config))
     return Job(config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers)
-
-
-def as_started(config: TrainConfig, run: Run) -> TrainConfig:
-    """``config`` with the threads and the recipe's name of ``run``: how many runs share the cores may differ now."""
-    started = run.config()
-    system = dataclasses.replace(config.system, threads=started.system.threads)
-    return dataclasses.replace(config, system=system, recipe=started.recipe)
 
 
 def sharing(config: TrainConfig, jobs: int) -> TrainConfig:
@@ -122,24 +114,15 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
     return manifest
 
 
-def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
-    """Raises Refused naming the settings of ``config`` that would change the numbers of the ``recorded`` run."""
-
-    def essence(c: TrainConfig) -> dict[str, Any]:
-        values = to_dict(dataclasses.replace(c, runs=""))
-        return {**values, "data": {k: v for k, v in values["data"].items() if k not in MAY_CHANGE}}
-
-    old, new = essence(recorded), essence(config)
-    differing = [
-        f"{key}.{name}" if isinstance(old[key], dict) else key
-        for key in old
-        if old[key] != new[key]
-        for name in (old[key] if isinstance(old[key], dict) else [key])
-        if not isinstance(old[key], dict) or old[key][name] != new[key][name]
-    ]
-    if differing:
+def check_same(run: Run, config: TrainConfig) -> None:
+    """Raises Refused naming the settings of ``config`` that would change the numbers of ``run``; names are none."""
+    recorded = run.config()
+    changed = differences(recorded, config)
+    if config.data.split and config.data.split != recorded.data.split:  # another file may hold the same split
+        changed += ["data.split"] if splits.read(Path(config.data.split)).hash() != split_of(run) else []
+    if changed:
         raise Refused(
-            f"--resume cannot change {', '.join(differing)} of {config.exp}; "
+            f"--resume cannot change {', '.join(changed)} of {config.exp}; "
             "leave these flags out, or train under another --exp"
         )
 

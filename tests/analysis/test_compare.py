@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from finetune101.analysis import compare, groups
+from finetune101.analysis.compare_text import text
 from finetune101.config import ModelConfig, SystemConfig, TrainConfig, to_dict
 from finetune101.data.splits import Manifest
 from finetune101.evaluation import metrics
@@ -93,7 +94,7 @@ def test_numbers_by_hand(arms):
 
 
 def test_text_says_everything(arms):
-    words = compare.text(compare.compare(*arms))
+    words = text(compare.compare(*arms))
     for expected in (
         "same 200 images",
         "98.50 % (95.68 to 99.49)",
@@ -115,15 +116,15 @@ def test_swapping_the_runs_swaps_the_sign(arms):
     there, back = compare.compare(*arms), compare.compare(*reversed(arms))
     assert back.difference == -there.difference
     assert back.mcnemar[0].p == there.mcnemar[0].p
-    assert "-18.50 points (-" in compare.text(back)
-    assert "fine tuned is better" in compare.text(back)
+    assert "-18.50 points (-" in text(back)
+    assert "fine tuned is better" in text(back)
 
 
 def test_a_small_difference_is_not_called_one(tmp_path):
     c = compare.compare(write_run(tmp_path / "a", {1, 2, 3}), write_run(tmp_path / "b", {3, 4}, name="resnet18"))
     assert c.mcnemar[0].p == 1.0
-    assert "do not tell the two apart" in compare.text(c)
-    assert "networks differ" in compare.text(c)
+    assert "do not tell the two apart" in text(c)
+    assert "networks differ" in text(c)
 
 
 def test_a_run_equals_its_copy(arms, tmp_path):
@@ -207,7 +208,7 @@ def test_groups_give_means_spreads_and_an_interval_over_runs(seeds):
     assert len(c.mcnemar) == 3  # never pooled
     assert [p.only_a - p.only_b for p in c.mcnemar] == [26, 29, 32]
     assert (c.mcnemar[0].a, c.mcnemar[0].b) == ("good/s0", "poor/s0")
-    words = compare.text(c)
+    words = text(c)
     assert "83.50 ± 1.50 %" in words and "n = 3 runs" in words and "over images and runs" in words
     assert max(map(len, words.splitlines())) <= 120
 
@@ -218,7 +219,7 @@ def test_steps_to_the_other_arm_and_cost(seeds):
     assert c.b.steps_to_other is None
     assert (c.a.validation, c.b.validation) == (90, 50)
     assert {(run.steps, run.seconds, run.images) for run in c.a.runs} == {(30, 180, 18)}
-    assert "reaches" in compare.text(c) and "never" in compare.text(c)
+    assert "reaches" in text(c) and "never" in text(c)
 
 
 def test_gains_per_class(seeds):
@@ -313,8 +314,8 @@ def test_one_run_against_several_is_judged_by_the_interval_not_by_one_pair(tmp_p
     c = compare.compare_groups(one, groups.open_group(str(tmp_path / "b")))
     assert c.difference < 0 and c.mcnemar[0].only_a > c.mcnemar[0].only_b  # the first pair says the contrary
     assert c.interval[0] < c.difference < c.interval[1] < 0
-    assert f"So {c.b.name} is better" in compare.text(c)
-    assert f"One training run of {c.a.name}: another seed" in compare.text(c)
+    assert f"So {c.b.name} is better" in text(c)
+    assert f"One training run of {c.a.name}: another seed" in text(c)
 
 
 def test_pairs_share_their_seed(tmp_path):

@@ -12,10 +12,22 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import RandomResizedCrop
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data import dataset
-from finetune101.data.batches import augment, draw_boxes, eval_batches, mix, read, to_input, train_batches
+from finetune101.data.batches import (
+    augment,
+    batches_of,
+    draw_boxes,
+    eval_batches,
+    mix,
+    read,
+    share_of,
+    step_count,
+    to_input,
+    train_batches,
+)
 from finetune101.data.cache import FILTERS, Images, decode, open_images
 from finetune101.world import World
 
@@ -84,10 +96,101 @@ def test_without_a_cache_no_worker_is_forked(images: Images) -> None:
     assert all(same(a[:2], b[:2]) == (True, True) for a, b in zip(found, wanted, strict=True))
 
 
-def test_the_global_random_state_is_left_alone(images: Images) -> None:
+def test_drawing_leaves_every_global_generator_alone(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.manual_seed`` reaches every GPU's generator, where dropout draws; ``fork_rng`` restores the CPU's only."""
+    for name in ("manual_seed", "seed"):
+        monkeypatch.setattr(torch, name, lambda *_: pytest.fail("a generator of every device was seeded"))
+        monkeypatch.setattr(torch.random, name, lambda *_: pytest.fail("a generator of every device was seeded"))
     before = torch.get_rng_state()
-    epoch(images)
+    x, _ = epoch(images, replace(STRONG, mix=1.0))
+    mix(x, torch.arange(len(x)), 36, 1.0, 5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_boxes_are_those_that_torchvision_draws_after_its_seed() -> None:
+    """The numbers of earlier versions, so that a run can be trained again."""
+    boxes, _ = draw_boxes(6, 50, CROP, torch.Generator().manual_seed(3))
+    seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(3)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        crop, image = RandomResizedCrop(50, scale=(0.3, 1.0)), torch.empty(3, 50, 50)
+        assert boxes == [tuple(crop.make_params([image]).values()) for _ in range(6)]
+
+
+GEOMETRIES = [(40, 100, 40), (40, 40, 40), (100, 100, 40), (40, 100, 64), (64, 48, 80)]
+"""Sizes in pixels: the network's input, the decoded images', the training images'."""
+
+
+def grey(folder: Path, size: int, cache_size: int) -> Images:
+    """Eight grey images of one value, which preprocessing leaves as they are."""
+    (folder / "a").mkdir(parents=True)
+    for i in range(8):
+        Image.fromarray(np.full((cache_size, cache_size, 3), 200, np.uint8)).save(folder / f"a/{i}.png")
+    shape = Preprocessing(size=size, cache_size=cache_size, mean=(0,) * 3, std=(1,) * 3, interpolation="bilinear")
+    return Images(folder, [f"a/{i}.png" for i in range(8)], shape)
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+@pytest.mark.parametrize(("size", "cache_size", "train_size"), GEOMETRIES)
+def test_erasing_paints_what_the_network_sees(
+    tmp_path: Path, size: int, cache_size: int, train_size: int, crop: float
+) -> None:
+    """A box has 2 to 33 % of the image: 17.5 % on average, whatever the sizes, spread over the image."""
+    images, count = grey(tmp_path, size, cache_size), 24
+    numbers = ((number, train_size) for number in range(1, count + 1))
+    config = AugmentConfig(crop_scale=crop, erasing=1.0)
+    batches = train_batches(
+        images, images.paths, [0] * 8, batch_size=8, config=config, world=WORLD, seed=0, epochs=numbers
+    )
+    x = torch.cat([x for x, _, _ in batches])
+    assert x.shape == (8 * count, 3, train_size, train_size)
+    holes = (x[:, 0] < 0.5).float()
+    assert holes.flatten(1).any(1).all()
+    assert float(holes.mean()) == pytest.approx(0.175, abs=0.02)
+    assert float(holes.mean((1, 2)).min()) > 0.01 and float(holes.mean((1, 2)).max()) < 0.35  # sides are rounded
+    half = train_size // 2
+    corners = [float(holes[:, top : top + half, left : left + half].mean()) for top in (0, half) for left in (0, half)]
+    assert max(corners) - min(corners) < 0.08  # the standard error of each is about .015
+
+
+@pytest.mark.parametrize(("size", "cache_size", "train_size"), GEOMETRIES)
+@pytest.mark.parametrize("crop", [1.0, 0.999999])
+def test_a_shift_is_in_pixels_of_what_the_network_sees(
+    tmp_path: Path, size: int, cache_size: int, train_size: int, crop: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TrivialAugment's largest shift is 32 pixels; the place that it uncovers has the colour of the mean, black."""
+    monkeypatch.setattr("finetune101.data.distort.OPERATIONS", ("TranslateX",))
+    images = grey(tmp_path, size, cache_size)
+    config = AugmentConfig(crop_scale=crop, policy="trivial", flip=True)
+    numbers = ((number, train_size) for number in range(1, 31))
+    batches = train_batches(
+        images, images.paths, [0] * 8, batch_size=8, config=config, world=WORLD, seed=0, epochs=numbers
+    )
+    uncovered = torch.cat([(x[:, 0] < 0.5).all(1).sum(1) for x, _, _ in batches])  # columns of each image
+    assert int(uncovered.max()) == min(32, train_size)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 16, 17])
+def test_no_batch_is_a_single_image(count: int) -> None:
+    for batch_size in (2, 4, 8):
+        order = torch.arange(count)
+        parts = batches_of(order, batch_size)
+        assert torch.equal(torch.cat(parts), order)  # each image once
+        assert len(parts) == step_count(count, batch_size)
+        assert count == 1 or min(len(part) for part in parts) >= 2
+        assert max(len(part) for part in parts) <= batch_size + 1
+    assert [len(part) for part in batches_of(torch.arange(3), 1)] == [1, 1, 1]  # as asked for
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
+def test_every_process_has_two_images_of_which_its_own_count(processes: int) -> None:
+    for count in (2, 3, 8, 9, 17):
+        shares = [share_of(count, replace(WORLD, rank=rank, size=processes)) for rank in range(processes)]
+        assert min(len(share) for share in shares) >= 2
+        assert all(len(set(share)) == len(share) for share in shares)
+        counted = [share[: len(range(rank, count, processes))] for rank, share in enumerate(shares)]
+        assert sorted(place for share in counted for place in share) == list(range(count))
+    assert [share_of(1, replace(WORLD, rank=rank, size=2)) for rank in (0, 1)] == [[0], [0]]
 
 
 def test_labels_belong_to_their_images(images: Images) -> None:

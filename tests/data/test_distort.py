@@ -44,7 +44,7 @@ def test_distortions_belong_to_an_image_not_to_its_batch(pixels: Tensor) -> None
     drawn = draw_distortions(8, 96, STRONG, torch.Generator().manual_seed(1))
     changed = distort(pixels, drawn, FILL)
     assert changed.shape == pixels.shape and changed.dtype == torch.uint8
-    assert torch.equal(distort(pixels[2:5], drawn.of(slice(2, 5)), FILL), changed[2:5])
+    assert torch.equal(distort(pixels[2:5], drawn.of([2, 3, 4]), FILL), changed[2:5])
     assert sum(not torch.equal(a, b) for a, b in zip(changed, pixels, strict=True)) >= 5
 
 

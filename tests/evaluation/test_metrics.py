@@ -124,7 +124,7 @@ def test_crossed_needs_two_runs_and_takes_equal_ones():
 
 
 def test_crossed_covers_the_truth():
-    # images and runs both random; the whole grid is benchmarks/coverage.py
+    # images and runs both random; the whole grid is benchmarks/intervals.py
     rng, held = np.random.default_rng(0), 0
     for _ in range(400):
         hard, runs = rng.standard_normal(300), rng.standard_normal((2, 3, 1)) * 0.2
