@@ -1,15 +1,16 @@
-"""Verbs beyond one run: ``study`` makes several, ``compare`` and ``report`` read them, ``lr-find`` comes before."""
+"""Verbs beyond one run: ``study`` makes several, ``compare`` and ``report`` read them; and what comes before."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune101.arguments import (
+    BenchmarkArguments,
     CacheArguments,
     CompareArguments,
     EnsembleArguments,
@@ -19,8 +20,9 @@ from finetune101.arguments import (
     parse,
     parse_train,
 )
-from finetune101.cli import ensure_data, score_text
-from finetune101.config import DataConfig, StudyConfig, TrainConfig
+from finetune101.cli import ensure_data, recipe_line, score_text
+from finetune101.config import DataConfig, StudyConfig, TrainConfig, check_name
+from finetune101.console import watched
 from finetune101.errors import Refused
 
 if TYPE_CHECKING:
@@ -74,7 +76,8 @@ def compare(argv: Sequence[str]) -> int:
         cells, (done, planned) = finished(folder), progress_of(folder)
         network, *others = dict.fromkeys(cell["model"] for cell in cells)
         size = max(cell["size"] or 0 for cell in cells)
-        also = f"; {', '.join(others)}: finetune101 report {folder}" if others else ""
+        page = shlex.join(["finetune101", "report", str(folder)])
+        also = f"; {', '.join(others)}: {page}" if others else ""
         print(f"{network}{f', {size} training images per class' if size else ''}{also}")
         if done < planned:
             print(f"{done} of {planned} runs are done")
@@ -97,7 +100,8 @@ def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
     print("\n\n".join(text(one) for one in found))
     progress(found, groups, out / "comparison.png")
     write_json(out / "comparison.json", comparing.to_json(found, out))
-    print(f"Picture: {out / 'comparison.png'}. A page with all of it: finetune101 report {out}")
+    page = shlex.join(["finetune101", "report", str(out)])
+    print(f"Picture: {out / 'comparison.png'}. A page with all of it: {page}")
     return found[0]
 
 
@@ -127,7 +131,12 @@ def study(argv: Sequence[str]) -> int:
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset
     from finetune101.training.duration import nothing_kept
+    from finetune101.training.many_runs import check_kind
 
+    check_name(config.exp)
+    folder = Path(config.runs) / config.exp
+    check_kind(folder, "study")
+    config = dataclasses.replace(config, scratch_recipe=_scratch_recipe(config, folder))
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
     index = dataset.index(dataset.find(config.data), layout, ours=[config.runs])
@@ -136,30 +145,44 @@ def study(argv: Sequence[str]) -> int:
     cells = experiment.plan(config, index)
     with nothing_kept() if arguments.dry_run else contextlib.nullcontext():
         print(experiment.estimate(index, cells, arguments.jobs, 10 if arguments.dry_run else 60), flush=True)
+    if "scratch" in config.arms and config.scratch_recipe:
+        print(f"Arm scratch: recipe {recipe_line(config.scratch_recipe)}")
     failed = False
     if not arguments.dry_run:
-        try:
+        with watched(folder, lambda: "the same command goes on from the last epochs"):
             summary = experiment.run(config, index, cells, arguments.jobs)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
-            return 130
         print(experiment.text(summary))
-        folder = Path(config.runs) / config.exp
         for picture in draw_study(folder):
             print(f"Picture: {picture}")
-        print(f"A page with all of it: finetune101 report {shlex.quote(str(folder))}")
+        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
         failed = any(cell["errors"] for cell in summary["cells"])
     return int(failed)
 
 
+def _scratch_recipe(config: StudyConfig, folder: Path) -> str | None:
+    """The recipe of the arm scratch: the one given, the one that the study began with, or what suits the machine."""
+    from finetune101.runs import Run
+    from finetune101.training.recipes import usual_scratch
+
+    if config.scratch_recipe or "scratch" not in config.arms:
+        return config.scratch_recipe
+    begun = Run(folder).read_json("study.json")["settings"] if (folder / "study.json").is_file() else {}
+    names = {usual_scratch(model) for model in config.models}
+    return begun.get("scratch_recipe") or (names.pop() if len(names) == 1 else None)
+
+
 def _lists(argv: Sequence[str]) -> list[str]:
-    """Lists may have commas: --train-per-class 1,2,5 is --train-per-class 1 2 5."""
+    """Lists may have commas: --train-per-class 1,2,5 (or =1,2,5) is --train-per-class 1 2 5."""
     words: list[str] = []
     flag = ""
     for word in argv:
-        flag = word if word.startswith("--") else flag
+        given, sign, values = word.partition("=")
+        flag = given if word.startswith("--") else flag
         listed = flag.replace("_", "-") in ("--train-per-class", "--models", "--arms")
-        words += [part for part in word.split(",") if part] if listed else [word]
+        if listed and word.startswith("--"):
+            words += [given, *(part for part in values.split(",") if part)] if sign else [word]
+        else:
+            words += [part for part in word.split(",") if part] if listed else [word]
     return words
 
 
@@ -175,4 +198,31 @@ def cache(argv: Sequence[str]) -> int:
         return 0
     removed = store.clear(arguments.older_than)
     print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")
+    return 0
+
+
+def benchmark(argv: Sequence[str]) -> int:
+    """``finetune101 benchmark``."""
+    a = parse(BenchmarkArguments, argv, prog="finetune101 benchmark")
+    from tempfile import TemporaryDirectory
+
+    from finetune101.data import dataset, synthetic
+    from finetune101.files import write_json
+    from finetune101.training.benchmark import Workload, table
+    from finetune101.training.benchmark import benchmark as measure
+
+    for name in ("batch_size", "steps", "repeats"):
+        if getattr(a, name) < 1:
+            raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
+    with TemporaryDirectory() as folder:
+        try:
+            root = dataset.find(a.data)
+        except Refused:
+            if a.data is not None:
+                raise
+            root = synthetic.draw(Path(folder) / "data")
+        work = Workload(size=a.size, batch_size=a.batch_size, steps=a.steps, repeats=a.repeats)
+        result = measure(root, a.models, work, a.every)
+    print(table(result))
+    write_json(Path(a.out), result)
     return 0

@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import itertools
 import math
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from finetune101.errors import Refused
 from finetune101.evaluation.predictions import read_rows
 from finetune101.files import read_json
 from finetune101.models.build import build
-from finetune101.runs import Run, open_run
+from finetune101.runs import Run, kind_of, open_run, runs_below, winner_command
 from finetune101.schemas import Split
 
 ONE_ARM = ("recipe", "model", "augment", "optim")  # what the runs of an arm share
@@ -175,7 +176,7 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
     found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
-    folders = sorted({file.parent for path in found for file in Path(path).glob("**/config.json")})
+    folders = sorted({folder for path in found for folder in runs_below(Path(path))})
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
     if not folders and set(name) & set("*?["):
@@ -240,7 +241,7 @@ def read(run: Run) -> Tested:
     if stated != (len(answers), correct, manifest.hash()) or labels != wanted:
         raise Refused(
             f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
-            f"run: finetune101 evaluate {run.path}"
+            f"run: {evaluate_command(run)}"
         )
     best = [record["epoch"] for record in run.metrics() if record["best"]]
     if best and best[-1] != test.get("epoch"):
@@ -271,6 +272,11 @@ def read_manifest(run: Run) -> splits.Manifest:
     return splits.from_json(read_json(file, Split, remedy="restore it from the repository"))
 
 
+def evaluate_command(run: Run) -> str:
+    """What tests ``run``."""
+    return shlex.join(["finetune101", "evaluate", str(run.path)])
+
+
 def read_answers(run: Run) -> dict[str, Answer]:
     """predictions.csv of an evaluated run by path, sorted.
 
@@ -281,11 +287,13 @@ def read_answers(run: Run) -> dict[str, Answer]:
         rows = read_rows(file)
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
-        untested = f"{run.path} has not been tested; run: finetune101 evaluate {run.path}"
+        if kind_of(run.path.parent) == "search":
+            raise Refused(f"{run.path} is a trial of a search; {winner_command(run.path.parent)}") from None
+        untested = f"{run.path} has not been tested; run: {evaluate_command(run)}"
         raise Refused(run.stopped() or untested) from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise Refused(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
-    again = f"run: finetune101 evaluate {run.path}"
+        raise Refused(f"{file} is damaged ({error}); run: {evaluate_command(run)}") from error
+    again = f"run: {evaluate_command(run)}"
     if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):
         raise Refused(f"{file} is empty, cut off or names an image twice; {again}")
     if not all(math.isfinite(answer.confidence) and 0 <= answer.confidence <= 1.0001 for answer in found.values()):

@@ -14,6 +14,7 @@ from finetune101.analysis.groups import Group, Tested
 from finetune101.analysis.page import Cell, Name, Page, file_stem, minutes, number, percent, spread, text
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
+from finetune101.faults import redacted
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run, open_run
 
@@ -365,6 +366,6 @@ def _facts(page: Page, runs: Sequence[Tested]) -> None:
     facts += [("machine", machine) for machine in shown]
     facts.append(("times_scored", ", ".join(str(run.test.get("times_scored", 1)) for run in runs)))
     page.add("facts", "protocol_title", facts=[(page.words[key], value) for key, value in facts])
-    commands = [run.env["command"] for run in runs if run.env.get("command")]
-    commands += [f"finetune101 evaluate {run.run.path.as_posix()}" for run in runs if run.run.best.is_file()]
+    commands = [redacted(run.env["command"]) for run in runs if run.env.get("command")]  # old ones have secrets
+    commands += [groups.evaluate_command(run.run) for run in runs if run.run.best.is_file()]
     page.add("code", "commands", lines=list(dict.fromkeys(commands)))

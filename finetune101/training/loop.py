@@ -30,6 +30,7 @@ from finetune101.runs import Run, save_checkpoint, save_state
 from finetune101.schemas import Record
 from finetune101.training import cpu, probe
 from finetune101.training.distill import Teachers
+from finetune101.training.forecast import Forecast
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
 
@@ -71,6 +72,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
         self.validated: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.forecast = Forecast()
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
         self.labels = [label for subset in held for label in job.manifest.labels(subset)]
@@ -165,6 +167,7 @@ class Trainer:
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
                 self._check_finite(losses[-10:], step)
             bar.update(total)
+            self.forecast.after_step(self, epoch, len(losses), started, bar)
         sums = world.sum(torch.stack([torch.stack(losses).sum(), correct]).cpu().double())
         seconds = time.perf_counter() - started
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
 from finetune101.errors import Refused
+from finetune101.faults import command
 from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
 from finetune101.machine import place, usable_cores
 from finetune101.models.build import Built, build, check_size, freeze, norms_single_values
@@ -223,13 +223,11 @@ def _uses_kernels(config: TrainConfig, world: World) -> bool:
 def environment(kernels: bool, world: World) -> dict[str, Any]:
     """Command, versions and machine: what another person needs to repeat the run."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    name = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1]
-    start = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
     machine = {"system": platform.system(), "processor": platform.machine(), "kernels": kernels}
     if world.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(world.device)
     return {
-        "command": shlex.join([*start, *sys.argv[1:]]),
+        "command": command(sys.argv),
         "versions": {
             "finetune101": __version__,
             "python": platform.python_version(),
