@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from finetune101.config import ModelConfig, SystemConfig, TrainConfig, to_dict
+from finetune101.config import ModelConfig, OptimConfig, SystemConfig, TrainConfig, to_dict
 from finetune101.data.splits import Manifest
 from finetune101.runs import Run
 
@@ -51,7 +51,9 @@ def write_run(
     head = "random" if first is None else "probe"
     size = 32 if "pretrain" in more else None
     model = ModelConfig(name=name, pretrain=more.get("pretrain", True), size=size, head=head)
-    config = TrainConfig(exp=path.name, model=model, system=SystemConfig(seed=run_seed), recipe=more.get("recipe"))
+    optim = OptimConfig(epochs=len(more.get("scores", [])) or 20)
+    system = SystemConfig(seed=run_seed)
+    config = TrainConfig(exp=path.name, model=model, optim=optim, system=system, recipe=more.get("recipe"))
     run.write_json("config.json", to_dict(config))
     run.write_json("split.json", manifest.to_json())
     run.write_json(
