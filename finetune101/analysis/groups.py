@@ -179,6 +179,8 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     folders = sorted({folder for path in found for folder in runs_below(Path(path))})
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
+        if not folders:
+            raise Refused(f"{name} has no finished run; continue the study first")
     if not folders and set(name) & set("*?["):
         raise Refused(f"no run matches {name}; a glob is looked up here and in {runs}")
     if not folders:

@@ -93,14 +93,15 @@ class Page:
         )
         env.filters |= {"md": markdown, "alone": escaped, "fence": _fence}
         pages = {name: env.get_template(name).render(page=self, t=self.words) for name in ("report.html", "report.md")}
-        files = {name: _LONE.sub(lambda half: escaped(half[0]), page).encode() for name, page in pages.items()}
+        files = {name: _UNPRINTABLE.sub(lambda one: escaped(one[0]), page).encode() for name, page in pages.items()}
         for name, content in {**self.pictures, **files}.items():
             with atomic(self.folder / name) as part:
                 part.write_bytes(content)
         return self.folder / "report.html"
 
 
-_LONE = re.compile("[\ud800-\udfff]")  # what a byte that is no UTF-8 becomes in a file's name
+# control characters, and what a byte that is no UTF-8 becomes in a file's name
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def markdown(value: object) -> str:

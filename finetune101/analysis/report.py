@@ -65,7 +65,7 @@ def _comparison(page: Page, found: Sequence[Group], gallery: bool, data: str | N
 
 def _compared(page: Page, found: Sequence[Group], network: str = "") -> str:
     """Adds what the groups differ by, with ``network`` in the titles; returns the headline."""
-    found, comparisons = groups.with_costs(found), compare.all_pairs(found)
+    comparisons = compare.all_pairs(found)
     first = comparisons[0]
     (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
     values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
@@ -203,7 +203,7 @@ def arms_of(comparisons: Sequence[Comparison], found: Sequence[Group]) -> list[A
 
 def progress(comparisons: Sequence[Comparison], found: Sequence[Group], out: Path) -> Path:
     """Draws the picture of a comparison to ``out``."""
-    arms = zip(arms_of(comparisons, found), found, strict=True)
+    arms = zip(arms_of(comparisons, found), groups.with_costs(found), strict=True)
     return figures.comparison(
         [
             {"name": arm.name, "curve": group.curve(), "top1": arm.top1, "interval": arm.top1_interval,

@@ -1,74 +1,15 @@
 """Comparisons of run directories written to disk, against numbers worked out by hand."""
 
-import csv
 import json
 import shutil
 
 import pytest
+from written_runs import write_run
 
 from finetune101.analysis import compare, groups
 from finetune101.analysis.compare_text import text
-from finetune101.config import ModelConfig, SystemConfig, TrainConfig, to_dict
-from finetune101.data.splits import Manifest
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
-
-WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
-SCORES = {"loss": 0.5, "top1": 50.0, "top1_interval": [40.0, 60.0], "top5": 90.0, "mean_per_class": 50.0}
-RECORD = {
-    "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
-    "val_loss": 1.0, "val_seconds": 0.0, "seconds": 60.0, "best": True,
-}  # fmt: skip
-
-
-CLASSES = ("ant", "bee")
-
-
-def write_run(
-    path, wrong, *, test=200, seed=42, name="efficientnet_lite0", source="random (seed 0)", run_seed=0, **more
-):
-    """An evaluated run whose test images with a number in ``wrong`` are taken for the other class.
-
-    ``more``: ``scores`` (validation accuracies by epoch), ``pretrain`` and ``init_hash``.
-    """
-    subsets = {
-        "train": tuple(f"{c}/train_{i}.jpg" for c in CLASSES for i in range(3)),
-        "val": (),
-        "test": tuple(f"{CLASSES[i % 4 == 0]}/{i:04d}.jpg" for i in range(test)),
-    }
-    manifest = Manifest(
-        protocol="reference", seed=seed, options={}, classes=CLASSES, content_hash=f"sha256:{seed}", subsets=subsets
-    )
-    run = Run(path)
-    path.mkdir(parents=True)
-    model = ModelConfig(name=name, pretrain=more.get("pretrain", True), size=32 if "pretrain" in more else None)
-    run.write_json("config.json", to_dict(TrainConfig(exp=path.name, model=model, system=SystemConfig(seed=run_seed))))
-    run.write_json("split.json", manifest.to_json())
-    run.write_json(
-        "env.json",
-        {
-            "world": WORLD,
-            "model": {"init_source": source, "init_hash": more.get("init_hash", "sha256:0123456789abcdef")},
-        },
-    )
-    correct = test - len(wrong)
-    scores = more.get("scores", [])
-    epoch = scores.index(max(scores)) + 1 if scores else 7
-    run.write_metrics(
-        [
-            {**RECORD, "epoch": e, "step": 10 * e, "val_top1": score, "best": score == max(scores[:e])}
-            for e, score in enumerate(scores, 1)
-        ]
-    )
-    counts = {"n": test, "correct": correct, "manifest_hash": manifest.hash(), "epoch": epoch}
-    run.write_json("test.json", {**SCORES, **counts})
-    with open(path / "predictions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "prediction", "confidence"])
-        for i, image in enumerate(subsets["test"]):
-            label = image.split("/")[0]
-            writer.writerow([image, label, CLASSES[1 - CLASSES.index(label)] if i in wrong else label, "0.9"])
-    return run
 
 
 @pytest.fixture
