@@ -301,29 +301,25 @@ def _tell(path: Path, messages: list[str]) -> None:
             tqdm.write(f"{escaped(name)} is read, though it is odd: {shortened(messages[0])}", file=sys.stderr)
 
 
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(usable_cores(), "decode")
-
-
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """``work`` of each item, in their order, on the cores that the process may use; few results wait to be taken.
 
-    Pillow decodes and resizes without the interpreter lock. All callers share the threads.
+    Pillow decodes and resizes without the interpreter lock. The threads end with the items: a process that has none can
+    be forked.
     """
-    rest, waiting = iter(items), deque[Future[Result]]()
-    submit = _threads().submit
-    try:
-        for item in itertools.islice(rest, 8 * usable_cores()):
-            waiting.append(submit(work, item))
-        while waiting:
-            result = waiting.popleft().result()
-            for item in itertools.islice(rest, 1):
-                waiting.append(submit(work, item))
-            yield result
-    finally:
-        for future in waiting:
-            future.cancel()
+    cores, rest, waiting = usable_cores(), iter(items), deque[Future[Result]]()
+    with ThreadPoolExecutor(cores, "decode") as threads:
+        try:
+            for item in itertools.islice(rest, 8 * cores):
+                waiting.append(threads.submit(work, item))
+            while waiting:
+                result = waiting.popleft().result()
+                for item in itertools.islice(rest, 1):
+                    waiting.append(threads.submit(work, item))
+                yield result
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def unreadable(root: Path, paths: Sequence[str]) -> dict[str, str]:
@@ -340,13 +336,4 @@ def unreadable(root: Path, paths: Sequence[str]) -> dict[str, str]:
     return {path: why for path, why in zip(paths, reasons, strict=True) if why}
 
 
-def _anew() -> None:
-    """Locks and threads of a forked process, in which none of the parent's threads goes on."""
-    global _room, _ear
-    _room, _ear = _Room(PIXELS_AT_ONCE), _Ear()
-    _threads.cache_clear()
-
-
 _room, _ear = _Room(PIXELS_AT_ONCE), _Ear()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_anew)
