@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig
+from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig, check_bounds
 from finetune101.data.batches import augment, draw_boxes
 from finetune101.data.cache import decode
 from finetune101.data.dataset import class_of, index
@@ -50,6 +50,7 @@ def contact_sheet(
         raise Refused(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
     if per_class < 1:
         raise Refused(f"{per_class} images per class cannot be shown; give at least 1")
+    check_bounds(config)
     for flag, given in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
         if given:
             raise Refused(f"{flag} changes whole batches or epochs, which a contact sheet cannot show; leave it out")
