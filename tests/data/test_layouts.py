@@ -229,7 +229,9 @@ def test_classes_that_differ_by_case_are_told(tmp_path: Path) -> None:
 
 def test_a_class_named_as_a_subset_is_not_guessed(tmp_path: Path) -> None:
     make(tmp_path, "train/1.jpg", "bus/1.jpg")
-    assert index(tmp_path).classes == ("bus", "train")
+    found = index(tmp_path)
+    assert found.classes == ("bus", "train")
+    assert "Taken as classes" in told(found)[0] and "train/" in told(found)[0]
     make(tmp_path, "train/steam/1.jpg")
     with pytest.raises(Refused, match="--data"):
         index(tmp_path)
@@ -248,6 +250,8 @@ OWN = {
     "demo/runs/a": ("config.json", "env.json"),
     "demo/data/ball": ("1.jpg",),
     "study/model/arm": ("study.json", "x.png"),
+    "data/101_ObjectCategories/ant": ("1.jpg",),
+    "venv": ("pyvenv.cfg", "lib/matplotlib/icon.png"),
 }
 
 
@@ -258,7 +262,7 @@ def test_what_finetune101_wrote_is_no_class(tmp_path: Path) -> None:
     assert found.classes == ("cat", "dog")
     assert len(found.paths) == 2
     (line,) = told(found)
-    assert "finetune101 wrote" in line and "remove" not in line
+    assert "folders of finetune101" in line and "remove" not in line
 
 
 def test_a_stray_settings_file_makes_no_class_ours(tmp_path: Path) -> None:
