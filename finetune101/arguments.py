@@ -7,13 +7,21 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro._errors import (
+    BadValue,
+    InstantiationFailure,
+    InvalidChoice,
+    MissingArgs,
+    UnrecognizedArgs,
+    on_parse_error,
+)
 
 from finetune101.config import (
     SHEET_AUGMENT,
@@ -22,9 +30,11 @@ from finetune101.config import (
     Flat,
     StudyConfig,
     TrainConfig,
+    check_name,
     read_recipe,
 )
 from finetune101.errors import Refused
+from finetune101.files import shortened
 
 Settings = Annotated[
     str | None, tyro.conf.arg(name="config", help="Start from a recipe file such as a search's winner.yaml.")
@@ -55,6 +65,8 @@ class EvaluateArguments:
     """See each image and its mirror image, and take the mean."""
     data: str | None = None
     """Where the images are, if not where the run found them."""
+    as_test: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score all images of --data, another folder of labelled images; writes test_NAME.json and predictions_NAME.csv."""
     batch_size: int = 64
     """Images per step."""
     runs: str = "runs"
@@ -66,8 +78,8 @@ class PredictArguments:
     """Label images with a run's best epoch, or with a network that comes with this package."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Images, folders or globs; before them the folder or name of a run, if not the package's own network
-    (released_probe) is to label them."""
+    """Images, folders or globs; before them a run (folder or name), a best.safetensors, or released_finetune,
+    released_random or released_probe. Without: released_finetune."""
     top_k: int = 5
     """Classes to show for each image."""
     csv: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -103,7 +115,8 @@ class SearchArguments:
     jobs: int = 1
     """Worker processes."""
     storage: str | None = None
-    """Database URL; the same command on several machines (with one --runs folder) shares the work."""
+    """Database URL; the same command on several machines (with one --runs folder) shares the work. The password is
+    read from PGPASSWORD or ~/.pgpass: what stands in a command can be read by others."""
     finalists: int = 0
     """Train this many of the best again with several seeds; the best mean wins."""
     seeds: int = 3
@@ -243,6 +256,16 @@ class RecipesArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheArguments:
+    """List or empty the folder of caches: decoded images, features of networks, thumbnails, compiled kernels."""
+
+    action: tyro.conf.Positional[Literal["list", "clear"]] = "list"
+    """list: each file with its size, age and content. clear: remove them; what is needed again is made anew."""
+    older_than: float = 0.0
+    """Clear only what was not used for so many days."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkArguments:
     """Images/s of the bare training step, of the data alone and of both, on this machine."""
 
@@ -269,6 +292,21 @@ class _Unparsed(argparse.ArgumentParser):
         raise Refused(message)
 
 
+def expanded(argv: Sequence[str]) -> list[str]:
+    """``argv`` with ~ as a home folder also where a shell leaves it: --runs=~/x. Raises Refused for unknown users."""
+    words: list[str] = []
+    for word in argv:
+        flag, sign, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        if flag == "--exp" or (words and words[-1] == "--exp") or not re.match(r"~[\w.\-]*(/|$)", value):
+            words.append(word)
+            continue
+        path = os.path.expanduser(value)
+        if path == value and not os.path.exists(value):
+            raise Refused(f"{value} names the home folder of a user that is not here; name another folder")
+        words.append(f"{flag}{sign}{path}")
+    return words
+
+
 def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> Any:
     """``argv`` as a ``kind``; raises Refused naming the nearest flag for one that does not exist."""
     extra = {"default": default} if default is not None else {}
@@ -279,26 +317,44 @@ def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> 
             near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
             raise Refused(f"unknown argument {word}; {hint}")
-    said = io.StringIO()
+
+    def refuse(event: Any) -> None:
+        raise Refused(f"{_sentence(event)}; see {prog} --help")
+
+    said = io.StringIO()  # neither a terminal nor UTF-8: tyro draws no colours, and frames that every console has
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), on_parse_error(refuse):
             value, unknown = tyro.cli(kind, args=list(argv), prog=prog, return_unknown_args=True, **extra)
-    except SystemExit as stop:
-        if stop.code != 2:
-            raise
-        raise Refused(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
+    finally:
+        print(said.getvalue(), end="")
     if unknown:
         raise Refused(f"unknown argument {unknown[0]}; see {prog} --help")
     return value
 
 
-def _unboxed(box: str) -> str:
-    """The one sentence in tyro's framed message: its lines up to the rule, without frame and full stop."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    told = " ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)).strip().rstrip(".")
-    told = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", told)
-    told = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", told)
-    return re.sub(r"Missing from [^:]*: (?:([A-Z]+) (?=[A-Z]))?(.*) \(required\)", r"missing: \2", told)
+def _sentence(event: Any) -> str:
+    """What is wrong with a command line, of which tyro's parser made ``event``."""
+    if isinstance(event, MissingArgs):
+        return f"missing: {', '.join(_flag(one.arg) for one in event.missing_arguments)}"
+    if isinstance(event, InvalidChoice):
+        return f"{_flag(event.argument)} cannot be {shortened(repr(event.value))}; give {' or '.join(event.choices)}"
+    if isinstance(event, BadValue):
+        got = "" if event.offending_value is None else f", not {shortened(repr(event.offending_value))}"
+        return f"{_flag(event.argument)} needs {'no' if got else 'a'} value{got}"
+    if isinstance(event, InstantiationFailure):
+        if words := re.fullmatch(r"Could not find valid parse for arguments: \[(.*)\]\.?", event.message.strip()):
+            return f"{_flag(event.argument)} cannot be {shortened(words[1])}"
+        told = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", event.message)
+        told = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", told).strip().rstrip(".")
+        return f"{_flag(event.argument)}: {shortened(told)}" if event.argument else shortened(told)
+    if isinstance(event, UnrecognizedArgs):
+        return f"unknown argument {event.tokens[0]}"
+    return "the command line cannot be read"
+
+
+def _flag(argument: Any) -> str:
+    """How the user writes an argument."""
+    return str(argument.field.intern_name) if argument.is_positional() else str(argument.lowered.name_or_flags[-1])
 
 
 def _flags(kind: Any) -> list[str]:
@@ -320,26 +376,42 @@ def _flags(kind: Any) -> list[str]:
 def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kind: Any = TrainArguments) -> Any:
     """Arguments of ``train`` and ``search``; defaults: --recipe, --config, or with --resume the run itself."""
     from finetune101.runs import open_run
-    from finetune101.training.recipes import named
+    from finetune101.training.recipes import named, usual_scratch
 
     first = _Unparsed(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default=None)
-    first.add_argument("--config", default=None)
+    for name in ("--recipe", "--config", "--model", "--device"):
+        first.add_argument(name, default=None)
     first.add_argument("--no-pretrain", "--no_pretrain", action="store_true")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--exp", default="")
     first.add_argument("--runs", default="runs")
-    seen, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if seen.resume and seen.exp:
-        config = dataclasses.replace(open_run(seen.exp, seen.runs).config(), runs=seen.runs)  # it may have moved
-    elif seen.config:
-        if seen.recipe:
+    told, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    if told.resume and told.exp:
+        check_name(told.exp)
+        recorded = open_run(told.exp, told.runs, anywhere=False).config()
+        config = dataclasses.replace(recorded, runs=told.runs)  # it may have moved
+    elif told.config:
+        if told.recipe:
             raise Refused("--recipe and --config both say where to start; give one of them")
-        config = read_recipe(seen.config, tyro.MISSING)
+        config = read_recipe(told.config, tyro.MISSING)
     else:
-        known = model or seen.no_pretrain or kind is SearchArguments  # whose usual space is the original's
-        usual = "original" if known else "finetune_fast"
-        config = named(seen.recipe or usual)(tyro.MISSING, pretrain=not seen.no_pretrain)
-        if model and seen.recipe in (None, "original"):
+        usual = "original" if model or kind is SearchArguments else "finetune_fast"  # both have the original's space
+        if told.no_pretrain and usual != "original":
+            usual = usual_scratch(told.model or "", told.device or "auto")
+        config = named(told.recipe or usual)(tyro.MISSING, pretrain=not told.no_pretrain)
+        if model and told.recipe in (None, "original"):
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
-    return parse(kind, argv, prog=prog, default=kind(config=config))
+    return _fitting(parse(kind, argv, prog=prog, default=kind(config=config)), argv)
+
+
+def _fitting(arguments: Any, argv: Sequence[str]) -> Any:
+    """``arguments`` with what a recipe sets for its own length and size made to fit the --epochs and --size given."""
+    given = {word.split("=")[0].replace("_", "-") for word in argv}
+    config: TrainConfig = arguments.config
+    optim, augment = config.optim, config.augment
+    if "--epochs" in given and "--warmup-epochs" not in given and optim.warmup_epochs >= optim.epochs:
+        optim = dataclasses.replace(optim, warmup_epochs=max(optim.epochs - 1, 0))
+    if "--size" in given and "--train-sizes" not in given and config.model.size:
+        sizes = tuple(min(size, config.model.size) for size in augment.train_sizes)
+        augment = dataclasses.replace(augment, train_sizes=sizes)
+    return dataclasses.replace(arguments, config=dataclasses.replace(config, optim=optim, augment=augment))

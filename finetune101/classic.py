@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
-from finetune101.arguments import SearchArguments, parse, parse_train
+from finetune101.arguments import SearchArguments, expanded, parse, parse_train
+from finetune101.console import guarded
 from finetune101.errors import Refused
-from finetune101.runs import Run, file_name
+from finetune101.runs import Run, file_name, is_run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,7 @@ class TestArguments:
 
     __test__ = False  # no class of tests, whatever pytest thinks of its name
     exp: str
-    """Name of the run, of a file EXP_best.pth, or of the package's own network (released_probe)."""
+    """Name of the run, of a file EXP_best.pth, or of the package's own network (released_finetune)."""
     batch_size: int = 64
     """Images per step."""
     data: str | None = None
@@ -42,7 +44,7 @@ class TestArguments:
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``python train.py``: trains, then writes EXP_best.pth and the curves to training_plots_finetune/ or _random/."""
-    return cli.guarded(lambda: _train(sys.argv[1:] if argv is None else argv))
+    return guarded(lambda: _train(expanded(sys.argv[1:] if argv is None else argv)))
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -52,7 +54,8 @@ def _train(argv: Sequence[str]) -> int:
         raise Refused(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
     run = cli.run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
     export(run)
-    print(f"Test it: python test.py --exp {arguments.config.exp} --batch_size {arguments.config.optim.batch_size}")
+    words = ["--exp", arguments.config.exp, "--batch_size", str(arguments.config.optim.batch_size)]
+    print(f"Test it: {shlex.join(['python', 'test.py', *words])}")
     return 0
 
 
@@ -81,19 +84,18 @@ def export(run: Run) -> None:
 
 def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None) -> int:
     """``python search.py``: the grid over ``space``; writes gridsearch_results_EXP.json, resumes where it stopped."""
-    return cli.guarded(lambda: _search(space, sys.argv[1:] if argv is None else argv))
+    return guarded(lambda: _search(space, expanded(sys.argv[1:] if argv is None else argv)))
 
 
 def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
     arguments = parse_train(argv, prog="search.py", model=MODEL, kind=SearchArguments)
     table = Path(f"gridsearch_results_{file_name(arguments.config.exp)}.json")
-    cli.run_search(arguments, table, Path(), dict(space))
-    return 0
+    return cli.run_search(arguments, table, Path(), dict(space))
 
 
 def test(argv: Sequence[str] | None = None) -> int:
     """``python test.py --exp EXP``: test loss and accuracy of the run EXP, or of a foreign EXP_best.pth."""
-    return cli.guarded(lambda: _test(list(sys.argv[1:] if argv is None else argv)))
+    return guarded(lambda: _test(expanded(sys.argv[1:] if argv is None else argv)))
 
 
 def _test(argv: list[str]) -> int:
@@ -108,7 +110,7 @@ def _test(argv: list[str]) -> int:
     from finetune101.deploy.released import RELEASED, score_released
 
     run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")
-    if run.has("config.json"):
+    if is_run(run.path):
         from finetune101.evaluation.evaluate import evaluate
 
         result = evaluate(run, data=arguments.data, batch_size=arguments.batch_size)
@@ -117,7 +119,8 @@ def _test(argv: list[str]) -> int:
     elif file.is_file():
         result = test_foreign(file, arguments.model, arguments.data, arguments.batch_size)
     else:
-        raise Refused(f"neither {run.path} nor {file} is there; train it with python train.py --exp {arguments.exp}")
+        train_it = shlex.join(["python", "train.py", "--exp", arguments.exp])
+        raise Refused(f"neither {run.path} nor {file} is there; train it with {train_it}")
     print(cli.score_text(result))
     if told := run.stopped():
         print(f"Not the end of its training: {told}")

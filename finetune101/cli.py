@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101.arguments import (
-    BenchmarkArguments,
     DemoArguments,
     DownloadArguments,
     EvaluateArguments,
@@ -21,11 +21,15 @@ from finetune101.arguments import (
     SearchReportArguments,
     ShowArguments,
     VerifyArguments,
+    expanded,
     parse,
     parse_train,
 )
 from finetune101.config import TrainConfig, validate
+from finetune101.console import guarded, watched
 from finetune101.errors import Refused
+from finetune101.faults import has_password
+from finetune101.files import escaped
 from finetune101.machine import place, usable_cores
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ def train(argv: Sequence[str]) -> int:
     """``finetune101 train``."""
     arguments = parse_train(argv, prog="finetune101 train")
     run = run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
-    print(f"Test it: finetune101 evaluate {run.path}")
+    print(f"Test it: {shlex.join(['finetune101', 'evaluate', str(run.path)])}")
     return 0
 
 
@@ -44,29 +48,49 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     """Trains ``config``, printing a line per epoch; writes TensorBoard events and curves.png as well."""
     from tqdm import tqdm
 
+    from finetune101.runs import create_run, is_run
     from finetune101.training.loop import fit
     from finetune101.training.prepare import prepare
     from finetune101.training.tensorboard import log
     from finetune101.world import leave
 
     validate(config)  # before anything is downloaded
-    ensure_data(config)
-    job = prepare(config, resume=resume, overwrite=overwrite)
-    if not job.world.writes:  # one of torchrun's processes: it computes, and says nothing
-        for _ in fit(job):
-            pass
+    run = create_run(config, resume=resume, overwrite=overwrite)
+    job, new = None, not is_run(run.path)
+    with watched(run.path, lambda: standing(run, begun=bool(job) or resume or (new and is_run(run.path)))):
+        ensure_data(config)
+        job = prepare(config, resume=resume, overwrite=overwrite)
+        if not job.world.writes:  # one of torchrun's processes: it computes, and says nothing
+            for _ in fit(job):
+                pass
+            leave()
+            raise SystemExit(0)
+        print(f"Recipe {recipe_line(config.recipe)}; --recipe NAME takes another (see finetune101 recipes)")
+        for line in job.notes:
+            print(line)
+        images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
+        print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
+        layout = ", channels_last" if job.world.channels_last else ""
+        print(f"{job.world.device}, {job.world.precision}{layout} -> {job.run.path}")
+        for record in log(job.run, fit(job)):
+            tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
+        finish(job.run)
         leave()
-        raise SystemExit(0)
-    print(f"Recipe {config.recipe}; finetune101 recipes lists all, --recipe NAME chooses, flags override")
-    images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
-    print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
-    layout = ", channels_last" if job.world.channels_last else ""
-    print(f"{job.world.device}, {job.world.precision}{layout} -> {job.run.path}")
-    for record in log(job.run, fit(job)):
-        tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
-    finish(job.run)
-    leave()
     return job.run
+
+
+def standing(run: Run, begun: bool) -> str:
+    """Where the training of ``run`` stands, and what goes on with it."""
+    if not begun:
+        return "nothing of it was begun"
+    finished = f"all epochs of {run.path} are done" if run.metrics() else f"no epoch of {run.path} is finished"
+    return run.stopped() or f"{finished}; go on with: {run.resume_command()}"
+
+
+def recipe_line(name: str | None) -> str:
+    """A recipe's name, and what it is made for where the machine decides."""
+    suits = {"scratch_fast": "for a CPU; scratch_long is for a GPU", "scratch_long": "for a GPU"}
+    return f"{name} ({suits[name]})" if name in suits else f"{name}"
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
@@ -94,6 +118,7 @@ def finish(run: Run) -> None:
 def ensure_data(config: TrainConfig) -> None:
     """Downloads Caltech-101 when no data set is there and the user agrees (or gave --download)."""
     from finetune101.data import dataset
+    from finetune101.data.download import download
 
     try:
         dataset.find(config.data.root)
@@ -105,7 +130,7 @@ def ensure_data(config: TrainConfig) -> None:
             agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
         if not agreed:
             raise
-        dataset.download(Path("data"))
+        download(Path("data"))
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -115,11 +140,23 @@ def evaluate(argv: Sequence[str]) -> int:
     from finetune101.runs import open_run
 
     run = open_run(a.run, a.runs)
-    result = score(run, subset=a.subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
-    print(score_text(result, a.subset))
+    with watched(run.path, lambda: "no score was written"):
+        if a.as_test:
+            from finetune101.evaluation.other import evaluate_other, other_text
+
+            other = evaluate_other(run, a.data, batch_size=a.batch_size, mirror=a.mirror)
+            print(f"{score_text(other)}\n{other_text(other)}")
+            return 0
+        subset, held = a.subset, run.read_json("split.json")["subsets"]
+        if subset == "test" and not held["test"] and held["val"]:
+            subset = "val"
+            note = "The split has no test images: the validation images are scored, which chose the epoch."
+            print(note, file=sys.stderr)
+        result = score(run, subset=subset, data=a.data, batch_size=a.batch_size, mirror=a.mirror)
+    print(score_text(result, subset))
     if told := run.stopped():
         print(f"Not the end of its training: {told}")
-    if a.subset == "test":
+    if subset == "test":
         print(f"Every prediction: {run.path / 'predictions.csv'}")
     return 0
 
@@ -136,8 +173,23 @@ def score_text(result: dict[str, Any], subset: str = "test") -> str:
         f"{subset.capitalize()} accuracy: {result['top1']:.2f} % ({result['correct']}/{result['n']}, "
         f"95 % interval {low:.2f} to {high:.2f} %)\n"
         f"Top-5 accuracy: {result['top5']:.2f} %\n"
-        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %{without}"
+        f"Mean per-class accuracy: {result['mean_per_class']:.2f} %{without}{_confidence_text(result)}"
     )
+
+
+def _confidence_text(result: dict[str, Any]) -> str:
+    """What an evaluation says of its confidences and of a frozen backbone; each on a line of its own."""
+    lines = []
+    if reason := result.get("temperature_reason"):
+        lines.append(f"Confidence is not calibrated (temperature 1): {reason}")
+    elif "calibration_scaled" in result:
+        before, after, t = result["calibration"]["ece"], result["calibration_scaled"]["ece"], result["temperature"]
+        lines.append(
+            f"Confidence is calibrated: temperature {t:.2f}, calibration error {after:.3f} ({before:.3f} without)"
+        )
+    if result.get("frozen_backbone"):
+        lines.append("Frozen backbone: only the output layer of this network was trained")
+    return "".join(f"\n{line}" for line in lines)
 
 
 def predict(argv: Sequence[str]) -> int:
@@ -148,14 +200,18 @@ def predict(argv: Sequence[str]) -> int:
 
     if arguments.csv and arguments.json:
         raise Refused("--csv and --json cannot both be printed; leave one of them out")
-    network, inputs = choose(arguments.inputs, arguments.runs)
-    rows, failed = deploy.predict(network, inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
+    chosen = choose(arguments.inputs, arguments.runs)
+    if not chosen.named:
+        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    if chosen.network.temperature is None:
+        print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+    rows, failed = deploy.predict(chosen.network, chosen.inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:
         print(deploy.as_json(rows, failed))
     else:
         print(deploy.as_csv(rows) if arguments.csv else deploy.as_text(rows))
     for path, reason in failed:
-        print(f"failed: {path}: {reason}", file=sys.stderr)
+        print(escaped(f"failed: {path}: {reason}"), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -165,12 +221,14 @@ def search(argv: Sequence[str]) -> int:
         return search_report(argv[1:])
     arguments = parse_train(argv, prog="finetune101 search", kind=SearchArguments)
     folder = Path(arguments.config.runs) / arguments.config.exp
-    run_search(arguments, folder / f"gridsearch_results_{folder.name}.json", folder)
-    return 0
+    return run_search(arguments, folder / f"gridsearch_results_{folder.name}.json", folder)
 
 
-def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] | None = None) -> None:
-    """Searches; ``usual`` is the space without --grid and --space. Nothing is imported before the flags are checked."""
+def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] | None = None) -> int:
+    """Searches; ``usual`` is the space without --grid and --space. Nothing is imported before the flags are checked.
+
+    1 where a point failed by a fault of the program or the machine.
+    """
     from finetune101.search import space as spaces
 
     config: TrainConfig = arguments.config
@@ -185,6 +243,7 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
 
     from finetune101 import searching
     from finetune101.search.study import Plan, check
+    from finetune101.training.many_runs import check_kind
 
     timeout = None if arguments.timeout is None else searching.seconds(arguments.timeout)
     plan = Plan(
@@ -198,16 +257,16 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
         storage=arguments.storage,
     )
     check(plan)
+    check_kind(plan.folder, "search")
+    if plan.storage and has_password(plan.storage):
+        print("note: others can read a password in a command; PGPASSWORD keeps it out", file=sys.stderr)
     ensure_data(config)
     if arguments.dry_run:
         print(searching.dry_run(plan))
-        return
+        return 0
     plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
-    try:
-        searching.run_search(plan, table, plots, arguments.finalists, arguments.seeds)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
-        raise SystemExit(130) from None
+    with watched(plan.folder, lambda: "the same command goes on from the last epochs"):
+        return searching.run_search(plan, table, plots, arguments.finalists, arguments.seeds)
 
 
 def search_report(argv: Sequence[str]) -> int:
@@ -222,7 +281,7 @@ def search_report(argv: Sequence[str]) -> int:
 def data_download(argv: Sequence[str]) -> int:
     """``finetune101 data download``."""
     arguments = parse(DownloadArguments, argv, prog="finetune101 data download")
-    from finetune101.data.dataset import download
+    from finetune101.data.download import download
 
     print(f"Caltech-101 is in {download(Path(arguments.target))}")
     return 0
@@ -246,33 +305,6 @@ def data_show(argv: Sequence[str]) -> int:
     root = dataset.find(arguments.data)
     sheet = show.contact_sheet(root, Path(arguments.out), arguments.augment, arguments.per_class)
     print(f"Picture: {sheet}")
-    return 0
-
-
-def benchmark(argv: Sequence[str]) -> int:
-    """``finetune101 benchmark``."""
-    a = parse(BenchmarkArguments, argv, prog="finetune101 benchmark")
-    from tempfile import TemporaryDirectory
-
-    from finetune101.data import dataset, synthetic
-    from finetune101.files import write_json
-    from finetune101.training.benchmark import Workload, table
-    from finetune101.training.benchmark import benchmark as measure
-
-    for name in ("batch_size", "steps", "repeats"):
-        if getattr(a, name) < 1:
-            raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
-    with TemporaryDirectory() as folder:
-        try:
-            root = dataset.find(a.data)
-        except Refused:
-            if a.data is not None:
-                raise
-            root = synthetic.draw(Path(folder) / "data")
-        work = Workload(size=a.size, batch_size=a.batch_size, steps=a.steps, repeats=a.repeats)
-        result = measure(root, a.models, work, a.every)
-    print(table(result))
-    write_json(Path(a.out), result)
     return 0
 
 
@@ -323,7 +355,8 @@ VERBS: dict[str, Verb] = {
     "search": search,
     "lr-find": _later("lr_find"),
     "recipes": recipes,
-    "benchmark": benchmark,
+    "benchmark": _later("benchmark"),
+    "cache": _later("cache"),
     "demo": demo,
 }
 ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
@@ -340,12 +373,13 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
   benchmark  how fast this machine trains
+  cache      list or clear the folder of decoded images and features
   demo       all of it on a small drawn data set"""
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Runs the verb that ``argv`` starts with. Raises Refused for an unknown one."""
-    verbs, words, name = VERBS, list(argv), "verb"
+    verbs, words, name = VERBS, expanded(argv), "verb"
     if words[:1] == ["data"]:
         verbs, words, name = DATA_VERBS, words[1:], "data verb"
     if not words or words[0] in ("-h", "--help"):
@@ -355,28 +389,9 @@ def dispatch(argv: Sequence[str]) -> int:
         near = difflib.get_close_matches(words[0], verbs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(verbs)}"
         raise Refused(f"unknown {name} {words[0]!r}; {hint}")
-    if words[0] != "train" and place().size > 1:
+    if place().size > 1 and words[0] != "train":
         raise Refused(f"only train runs in several processes; start {words[0]} without torchrun")
     return verbs[words[0]](words[1:])
-
-
-def guarded(call: Callable[[], int]) -> int:
-    """The exit code of ``call``: a Refused is the user's to mend, so it is one sentence and 2."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no progress bar ten times a second
-    try:
-        code = call()
-        sys.stdout.flush()
-        return code
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue a training with --resume", file=sys.stderr)
-        return 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -12,7 +14,8 @@ import tyro
 from msgspec import Meta
 
 from finetune101.errors import Refused
-from finetune101.files import checked, must_be, read_settings, shortened
+from finetune101.files import checked, read_settings, typed
+from finetune101.words import escaped, must_be, shortened, shown
 
 Flat = tyro.conf.arg(name="")  # --lr rather than --optim.lr
 
@@ -26,6 +29,8 @@ Positive = Annotated[float, Meta(gt=0, le=1e6)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 AboveZero = Annotated[float, Meta(gt=0, le=1)]
 BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+Brightness = Annotated[float, Meta(ge=-255, le=255)]
+Spread = Annotated[float, Meta(gt=1e-6, le=255)]  # pixels are divided by it
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what NumPy and PyTorch take, with room to derive others from it
 
 
@@ -39,8 +44,8 @@ class Preprocessing:
 
     size: Pixels
     cache_size: Decoded
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[Brightness, Brightness, Brightness]
+    std: tuple[Spread, Spread, Spread]
     interpolation: Literal["bilinear", "bicubic"]
 
 
@@ -234,8 +239,8 @@ class StudyConfig:
     """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
     finetune_recipe: str = "finetune_fast"
     """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml."""
-    scratch_recipe: str = "original"
-    """Recipe of the arm scratch: a name, or a file such as a search's winner.yaml."""
+    scratch_recipe: str | None = None
+    """Recipe of the arm scratch: a name, or a file. Default: scratch_long on a GPU, else scratch_fast."""
     probe_recipe: str = "probe"
     """Recipe of the arm probe: a name, or a file such as a search's winner.yaml."""
     epochs: Count | None = None
@@ -299,28 +304,43 @@ def with_settings(config: TrainConfig, values: dict[str, Any], source: str) -> T
     part or a setting that does not exist, and for a value that its setting cannot have.
     """
     for part, fields in values.items():
-        if part not in PARTS or not isinstance(fields, dict):
-            raise Refused(f"{source} has {shortened(repr(part))}, which is no part of a recipe; use {', '.join(PARTS)}")
+        if part not in PARTS:
+            raise Refused(f"{source} has {_shown_name(part)}, which is no part of a recipe; {_advice(part, '', PARTS)}")
+        if not isinstance(fields, dict | None):
+            raise Refused(
+                f"{source} has {part} = {shown(fields)}; give a table of settings, such as optim: {{lr: 0.01}}"
+            )
         hints = get_type_hints(PARTS[part], include_extras=True)
         changed = {}
-        for name, value in fields.items():
+        for name, value in (fields or {}).items():
             if name not in hints:
-                raise Refused(f"{source} has {part}.{name}, which is no setting; see finetune101 train --help")
+                named = f"{part}.{_shown_name(name)}"
+                raise Refused(f"{source} has {named}, which is no setting; {_advice(name, part, hints)}")
             changed[name] = typed(hints[name], value, f"{source} has {part}.{name} =")
         config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changed)})
     return config
 
 
-def typed(hint: Any, value: Any, what: str) -> Any:
-    """``value`` as the type ``hint``, also where it is written as text, or alone where a list belongs.
+def _shown_name(name: Any) -> str:
+    return shortened(escaped(f"{name}"), 60)
 
-    Raises Refused, in a sentence that begins with ``what``, for a value that the type cannot have.
-    """
-    listed = [value] if "tuple[" in str(hint) and not isinstance(value, list | tuple) else value
-    try:
-        return msgspec.convert(listed, hint, strict=False)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as error:
-        raise Refused(f"{what} {shortened(repr(value), 60)}; give {must_be(hint)}") from error
+
+def _advice(name: Any, part: str, names: Iterable[str]) -> str:
+    """What to write instead of ``name`` in ``part`` of a recipe, "" at its top, where ``names`` may stand."""
+    word = f"{name}".replace("-", "_")
+    prefix = f"{part}." if part else ""
+    for own, kind in PARTS.items():
+        hints = get_type_hints(kind, include_extras=True)
+        if setting := next((field for field, hint in hints.items() if word in (field, flag_of(field, hint))), None):
+            return f"write {own}.{setting}, as {own}: {{{setting}: ...}}"
+    if near := difflib.get_close_matches(word, names, n=1):
+        return f"did you mean {prefix}{near[0]}?"
+    return f"use {', '.join(names)}" if not part else "see finetune101 train --help"
+
+
+def flag_of(field: str, hint: Any) -> str:
+    """The flag of the setting ``field``, whose type is ``hint``, with underscores: its own name or another."""
+    return next((m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)), field)
 
 
 def read_recipe(file: str, exp: Any) -> TrainConfig:
@@ -344,8 +364,7 @@ def check_bounds(settings: Any) -> None:
         try:
             msgspec.convert(value, hint)
         except msgspec.ValidationError as error:
-            renamed = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
-            flag = (renamed[0] if renamed else name).replace("_", "-")
+            flag = flag_of(name, hint).replace("_", "-")
             told = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise Refused(f"--{flag} is {told}; give {must_be(hint)}") from error
 

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
-import math
-import multiprocessing
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from finetune101.config import DataConfig, StudyConfig, TrainConfig, read_recipe, to_dict, validate
+from finetune101.analysis.costs import mean_seconds
+from finetune101.analysis.groups import features_cached
+from finetune101.config import (
+    DataConfig,
+    StudyConfig,
+    TrainConfig,
+    check_bounds,
+    check_name,
+    read_recipe,
+    to_dict,
+    validate,
+)
 from finetune101.data import dataset, splits
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
+from finetune101.faults import LOG
 from finetune101.files import claim, write_json
 from finetune101.runs import Run
-from finetune101.training.benchmark import seconds_per_image
+from finetune101.training import duration
+from finetune101.training.duration import Counts, Work
+from finetune101.training.identity import as_started
 from finetune101.training.loop import fit
-from finetune101.training.prepare import as_started, check_same, make_manifest, prepare, sharing
-from finetune101.training.recipes import named
+from finetune101.training.many_runs import check_kind, context, described, follow_parent, keep_trace, open_folder, stop
+from finetune101.training.prepare import check_same, make_manifest, prepare, sharing
+from finetune101.training.recipes import named, usual_scratch
 from finetune101.training.tensorboard import log
-
-FIXED = 4.0
-"""Seconds in which a run starts, is tested and written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +59,15 @@ class Cell:
 
 def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
     """Every run of ``study``, checked. Raises Refused for settings that cannot work."""
-    for name, value in (("--seeds", study.seeds), ("--splits", study.splits)):
-        if value < 1:
-            raise Refused(f"{name} is {value}; give at least 1")
+    check_bounds(study)
+    check_name(study.exp)
+    check_kind(Path(study.runs) / study.exp, "study")
+    once = {name: tuple(dict.fromkeys(getattr(study, name))) for name in ("arms", "models", "train_per_class")}
+    study = dataclasses.replace(study, **once)  # type: ignore[arg-type]
     for name, values in (("--arms", study.arms), ("--models", study.models)):
         if not values:
             raise Refused(f"{name} names nothing; give at least one, or leave {name} out")
     _check_sizes(study, index)
-    validate(TrainConfig(exp=study.exp))
     cells = []
     for model, size, arm in itertools.product(study.models, study.train_per_class or (None,), study.arms):
         folder = f"{model.replace(':', '_')}/{arm}/{'all' if size is None else f'{size}_per_class'}"
@@ -71,7 +82,8 @@ def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
 def _configure(
     study: StudyConfig, index: dataset.Index, model: str, arm: str, size: int | None, folder: str, split: int, seed: int
 ) -> TrainConfig:
-    recipe = {"finetune": study.finetune_recipe, "scratch": study.scratch_recipe, "probe": study.probe_recipe}[arm]
+    scratch = study.scratch_recipe or usual_scratch(model)
+    recipe = {"finetune": study.finetune_recipe, "scratch": scratch, "probe": study.probe_recipe}[arm]
     split_seed = study.split_seed + split
     config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
     _check_arm(arm, recipe, config)
@@ -106,8 +118,6 @@ def _configure(
 
 def _check_sizes(study: StudyConfig, index: dataset.Index) -> None:
     """Raises Refused for a number of training images per class that cannot be."""
-    if any(size < 1 for size in study.train_per_class):
-        raise Refused(f"--train-per-class is {min(study.train_per_class)}; give at least 1")
     images = Counter(map(dataset.class_of, index.paths))
     smallest, largest = min(images, key=lambda name: images[name]), max(study.train_per_class, default=0)
     if images[smallest] <= largest:
@@ -185,55 +195,99 @@ def subsample(whole: splits.Manifest, index: dataset.Index, size: int) -> splits
     return dataclasses.replace(whole, options=options, content_hash=content, subsets=subsets)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result."""
+
+    kind: str
+    """Name of the exception, "Refused" for what the user can mend, "Killed" for a process that came to an end."""
+    message: str
+    """One line for people; it begins with ``kind`` but for "Refused"."""
+    begun: bool
+    """Whether anything of it was trained."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def run(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], jobs: int = 1) -> dict[str, Any]:
     """Trains and tests what is not done yet, seed by seed; writes study.json after every run and returns it.
 
-    ``jobs`` runs at a time; the same command on other machines with the same folder shares the runs. A run whose
-    training fails stands in study.json with the reason, and the others go on.
+    ``jobs`` runs at a time; the same command on other machines with the same folder shares the runs. A run that fails,
+    whatever of, stands in study.json with the reason, its traceback in error.log of its folder, and the others go on.
+    Raises Refused where no first run of any cell can begin, as settings, images or weights are wrong.
     """
+    folder = Path(study.runs) / study.exp
+    open_folder(folder, "study")
     if study.train_per_class:
         write_splits(study, index)
-    folder = Path(study.runs) / study.exp
-    errors: dict[str, str] = {}
+    failures: dict[str, Failure] = {}
     order = [config for runs in zip(*(cell.runs for cell in cells), strict=True) for config in runs]
     left = [config for config in order if not is_done(config)]
-    done = len(order) - len(left)
-    with tqdm(total=len(order), initial=done, desc=study.exp, unit="run", dynamic_ncols=True) as bar:
+    ended = 0
+    write_json(folder / "study.json", summarise(study, cells, failures))  # an interrupted study has one as well
+    with tqdm(total=len(order), initial=len(order) - len(left), desc=study.exp, unit="run", dynamic_ncols=True) as bar:
         for config, result in _train_all(left, jobs, folder / "claims"):
-            if "error" in result:
-                if not Run(Path(config.runs) / config.exp).has("config.json"):
-                    raise Refused(result["error"])  # nothing was trained: settings, images or weights are wrong
-                errors[config.exp] = result["error"]
+            ended += 1
+            if isinstance(result, Failure):
+                failures[config.exp] = result
+                refused = [f for f in failures.values() if f.kind == "Refused" and not f.begun]
+                if len(left) == len(order) and ended == len(refused) >= len(cells):  # one of each, and none can begin
+                    raise Refused(refused[0].message)
             tqdm.write(f"{config.exp}: {_told(result)}", file=sys.stdout)
             bar.update()
-            write_json(folder / "study.json", summarise(study, cells, errors))
-    summary = summarise(study, cells, errors)
-    write_json(folder / "study.json", summary)
-    return summary
+            write_json(folder / "study.json", summarise(study, cells, failures))
+    return summarise(study, cells, failures)
 
 
-def _told(result: dict[str, Any]) -> str:
-    if "error" in result:
-        return f"failed: {result['error']}"
+def _told(result: dict[str, Any] | Failure) -> str:
+    if isinstance(result, Failure):
+        return f"failed: {result}"
     return f"{result['top1']:.2f} % of {result['n']} test images" if result else "is being trained elsewhere"
 
 
-def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Iterator[tuple[TrainConfig, dict[str, Any]]]:
-    """Each run with its test.json, {} for those that another process trains, or its error; in the order they end."""
+Ended = tuple[TrainConfig, "dict[str, Any] | Failure"]
+
+
+def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Iterator[Ended]:
+    """Each run with its test.json, {} for those that another process trains, or its failure; in the order they end."""
     if jobs == 1:
         for config in configs:
             yield config, _train(config, claims, quiet=not sys.stderr.isatty())  # one bar is enough in a log file
         return
-    shared = [sharing(config, jobs) for config in configs]
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(_train, s, claims, True): c for s, c in zip(shared, configs, strict=True)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise Refused("a worker was killed; the same command goes on from the last epochs") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    births, waiting = context(__name__), [(config, sharing(config, jobs)) for config in configs][::-1]
+    running: dict[Any, tuple[TrainConfig, Any]] = {}  # by the pipe on which the process says how its run ended
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                config, shared = waiting.pop()
+                said, say = births.Pipe(duplex=False)
+                process = births.Process(target=_main, args=(shared, claims, say), name="study-worker")
+                process.start()
+                say.close()
+                running[said] = config, process
+            for ended in connection.wait(list(running)):
+                config, process = running.pop(ended)
+                try:
+                    result = ended.recv()  # type: ignore[union-attr, call-arg]
+                except EOFError:  # it was killed, as by the system when memory is short
+                    process.join()
+                    run = Run(Path(config.runs) / config.exp)
+                    reason = (
+                        f"Killed: its process ended with code {process.exitcode}; the same command goes on with the run"
+                    )
+                    result = Failure("Killed", reason, run.last.is_file())
+                process.join()
+                yield config, result  # type: ignore[misc]
+    finally:
+        stop([process for _, process in running.values()])
+
+
+def _main(config: TrainConfig, claims: Path, say: Any) -> None:
+    """A worker process: one run, so that whatever happens to it happens to that run alone."""
+    follow_parent()
+    with contextlib.suppress(KeyboardInterrupt):
+        say.send(_train(config, claims, quiet=True))
 
 
 def is_done(config: TrainConfig) -> bool:
@@ -241,7 +295,7 @@ def is_done(config: TrainConfig) -> bool:
     run = Run(Path(config.runs) / config.exp)
     if run.has("config.json"):
         try:
-            check_same(run.config(), as_started(config, run))
+            check_same(run, as_started(config, run))
         except Refused as error:
             raise Refused(f"{error}; or give the study another --exp") from error
     return _ended(run)
@@ -252,11 +306,11 @@ def _ended(run: Run) -> bool:
     return run.has("test.json") and run.epochs_left() <= 0
 
 
-def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
+def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any] | Failure:
     run = Run(Path(config.runs) / config.exp)
     lock = claims / (hashlib.sha256(config.exp.encode()).hexdigest()[:16] + ".lock")
-    with claim(lock) as mine:
-        if not mine:
+    with claim(lock) as ours:
+        if not ours:
             return {}
         if _ended(run):  # meanwhile, elsewhere
             return run.read_json("test.json")
@@ -267,14 +321,20 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any]:
                 pass
             result = evaluate(job.run)
         except Refused as error:
-            return {"error": str(error)}
+            return Failure("Refused", str(error), run.has("config.json"))
+        except Exception as error:  # out of memory, or a fault of ours: kept, and the others go on
+            told = f"{described(error)} (traceback: {keep_trace(run.path, error)})"
+            return Failure(type(error).__name__, told, run.has("config.json"))
         job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
+        (run.path / LOG).unlink(missing_ok=True)  # of an earlier try
         return result
 
 
-def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str]) -> dict[str, Any]:
+def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, Failure]) -> dict[str, Any]:
     """What study.json holds: the settings and, for each cell, means and standard deviations over its finished runs."""
     rows = []
+    every = [Run(Path(config.runs) / config.exp) for cell in cells for config in cell.runs]
+    cached = features_cached(run for run in every if _ended(run))
     for cell in cells:
         runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
         done = [run for run in runs if _ended(run)]
@@ -285,56 +345,40 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], errors: dict[str, str])
             row[key] = statistics.mean(values) if values else None
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         if done:
-            row["seconds"] = statistics.mean(run.seconds() for run in done)
-        rows.append(row | {"errors": [errors[c.exp] for c in cell.runs if c.exp in errors]})
+            row["seconds"] = mean_seconds(done, cached)
+        failed = {c.exp: failures[c.exp] for c in cell.runs if c.exp in failures}
+        row["errors"] = [str(failure) for failure in failed.values()]
+        row["failed"] = [{"run": exp, "type": f.kind, "message": f.message} for exp, f in failed.items()]
+        rows.append(row)
     return {"settings": to_dict(study), "cells": rows}
 
 
-def estimate(study: StudyConfig, index: dataset.Index, cells: Sequence[Cell], measured: bool = False) -> str:
-    """How long the runs not done take one by one, from the runs below RUNS with the same network, size and kind.
+def estimate(index: dataset.Index, cells: Sequence[Cell], jobs: int = 1, budget: float = 60.0) -> str:
+    """How many runs there are, and how long those take that are not done; measuring takes ``budget`` seconds at most.
 
-    Where there is none, it takes a few steps to know, if ``measured``.
+    Writes nothing.
     """
-    rates: dict[tuple[Any, ...], list[float]] = {}
-    for file in Path(study.runs).glob("**/config.json"):
-        run = Run(file.parent)
-        try:
-            records, config = run.metrics(), run.config()
-        except Refused:  # another program's, or another version's
-            continue
-        if records and run.has("split.json"):
-            images = len(run.read_json("split.json")["subsets"]["train"]) * len(records)
-            rates.setdefault(_kind(config), []).append(run.seconds() / images)
-    seconds, unknown = 0.0, set()
-    for cell in cells:
-        per_class = cell.size or _usual_size(study, index)
-        for config in cell.runs:
-            if not is_done(config):
-                passes = config.optim.epochs + (config.model.head == "probe")  # as many as records
-                if measured and _kind(config) not in rates:
-                    print(f"measuring the speed of {cell.arm} with {cell.model} ...", file=sys.stderr)
-                    part = 1 if config.optim.epochs else 1 / 3  # a linear layer needs the forward pass only
-                    rates[_kind(config)] = [part * seconds_per_image(config, len(index.classes))]
-                rate = statistics.median(rates.get(_kind(config), [math.nan]))
-                unknown |= {f"{cell.arm} with {cell.model}"} if math.isnan(rate) else set()
-                seconds += 0 if math.isnan(rate) else FIXED + rate * passes * per_class * len(index.classes)
-    if not seconds and unknown:
-        return "how long they take is not known before one of each arm is done (--dry-run measures it)"
-    minutes = f"about {seconds / 60:.0f} minutes" if seconds >= 60 else "less than a minute"
-    hours = f"about {seconds / 3600:.1f} hours" if seconds >= 5400 else minutes
-    without = f", without {', '.join(sorted(unknown))}, of which no run is recorded" if unknown else ""
-    return f"{hours}, one run at a time{without}"
+    runs = [config for cell in cells for config in cell.runs]
+    left = [config for config in runs if not is_done(config)]
+    told = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(left)} to do"
+    if not left:
+        return f"{told}."
+    sizes = {config.exp: cell.size for cell in cells for config in cell.runs}
+    counts = {cell.size: _counts(index, cell) for cell in cells}
+    shared = [sharing(config, jobs) if jobs > 1 else config for config in left]
+    works = [Work(config, counts[sizes[config.exp]], tested=True) for config in shared]
+    return f"{told}. {duration.told(works, index, jobs, budget)}"
 
 
-def _kind(config: TrainConfig) -> tuple[Any, ...]:
-    """What decides the time that an image takes."""
-    sizes = config.model.size, config.augment.train_sizes
-    return config.model.name, sizes, config.model.freeze, config.optim.epochs == 0
-
-
-def _usual_size(study: StudyConfig, index: dataset.Index) -> float:
-    """Training images per class of a protocol that says no number."""
-    return 25 if study.protocol == "standard" else 0.7 * len(index.paths) / len(index.classes)
+def _counts(index: dataset.Index, cell: Cell) -> Counts:
+    """How many images the runs of ``cell`` train on, validate and test, without making the split."""
+    data = cell.runs[0].data
+    if cell.size is None:
+        return duration.count(index, data)
+    images = duration.count(
+        index, dataclasses.replace(data, split=None, protocol="standard", train_per_class=cell.size)
+    )
+    return dataclasses.replace(images, train=cell.size * len(index.classes), val=0)
 
 
 def text(summary: dict[str, Any]) -> str:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import tempfile
 import time
 import tomllib
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_origin
 
 import msgspec
 
 from finetune101.errors import Refused
+from finetune101.words import bare, escaped, must_be, parts, shortened, shown
 
 FORMAT = 1
 """Version of every file that is written; a file without one is of 0.1.0."""
 MOST_BYTES = 256 * 2**20  # of a JSON file: the split of a million images fits
-MOST_SETTINGS = 2**20  # bytes of a file that people write
+MOST_SETTINGS = 2**17  # bytes of a file that people write
+DEEPEST = 50  # levels of tables and lists in a file
 ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine is nobody's any more
 
 
@@ -137,7 +141,9 @@ def cache_dir() -> Path:
 
 @functools.cache
 def _private_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="finetune101-"))
+    folder, owner = Path(tempfile.mkdtemp(prefix="finetune101-")), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    return folder
 
 
 def sha256(path: Path) -> str:
@@ -150,7 +156,12 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any, *, make_folder: bool = True) -> None:
-    """Writes ``value`` as JSON, whole or not at all; names of files that are not UTF-8 as escaped characters."""
+    """Writes ``value`` as JSON, a table with the version of its form in it, whole or not at all.
+
+    Names of files that are not UTF-8 are written as escaped characters.
+    """
+    if isinstance(value, dict):
+        value = {"format": FORMAT, **value}
     with atomic(path, make_folder=make_folder) as part:
         part.write_text(as_json(value, indent=1) + "\n", encoding="utf-8")
 
@@ -161,176 +172,202 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
-def read_json(file: Path, kind: Any = Any, *, remedy: str) -> Any:
+def read_text(file: Path, remedy: str, most: int = MOST_BYTES) -> str:
+    """The text (UTF-8) of ``file``. Raises Refused where there is none, or more than ``most`` bytes of it."""
+    try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise Refused(f"{file} is a folder or no real file; {remedy}")
+        with open(file, "rb") as opened:
+            content = opened.read(most + 1)
+    except Refused:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that holds a zero byte
+        raise Refused(f"cannot read {file}: {getattr(error, 'strerror', error)}; {remedy}") from error
+    if len(content) > most:
+        raise Refused(f"{file} has more than {most >> 10} KB, too much for what it should hold; {remedy}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file} is not text in UTF-8; {remedy}") from error
+
+
+def read_json(file: Path, kind: Any = Any, *, remedy: str, most: int = MOST_BYTES) -> Any:
     """The content of the JSON file ``file``, of the type ``kind`` (see ``checked``).
 
-    Raises Refused when the file is missing, not JSON, too large, of a newer version or not a ``kind``; ``remedy`` ends
-    the sentence.
+    Raises Refused when the file is missing, not JSON, larger than ``most`` bytes, of a newer version or not a ``kind``;
+    ``remedy`` ends the sentence.
     """
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise Refused(f"{file} has more than {MOST_BYTES >> 20} MB; {remedy}")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise Refused(f"cannot read {file}: {error.strerror}; {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"{file} is not UTF-8 text; {remedy}") from error
-    return checked(parse_json(text, f"{file}", remedy), kind, f"{file}", remedy=remedy)
+    return checked(parse_json(read_text(file, remedy, most), f"{file}", remedy), kind, f"{file}", remedy=remedy)
 
 
 def parse_json(text: str, source: str, remedy: str) -> Any:
-    """``text`` as JSON without NaN; raises Refused naming its ``source``."""
-
-    def refuse(word: str) -> Any:
-        raise Refused(f"{source} holds {word}, which is no number; {remedy}")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise Refused(f"{source} is not valid JSON ({reason}); {remedy}") from error
-    except Refused:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise Refused(f"{source} is not valid JSON ({error}); {remedy}") from error
+    """``text`` as JSON; raises Refused, naming its ``source``, also for NaN, deep nesting and a name given twice."""
+    return _parsed(_json, text, source, "JSON", remedy)
 
 
 def read_settings(file: Path) -> dict[str, Any]:
     """The table in a YAML, TOML or JSON file. Raises Refused when it cannot be read or holds no table."""
-    if file.suffix not in (".yaml", ".yml", ".toml", ".json"):
+    parsers: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": tomllib.loads, ".json": _json}
+    if (suffix := file.suffix.lower()) not in parsers:
         raise Refused(f"{file} is no file of settings; give one that ends in .yaml, .toml or .json")
+    text = read_text(file, "give a file of settings, saved as UTF-8", MOST_SETTINGS)
+    values = _parsed(parsers[suffix], text, f"{file}", suffix[1:].upper(), "correct it")
+    if not isinstance(values, dict) or not values or not all(isinstance(key, str) for key in values):
+        raise Refused(f"{file} holds no table of names and values, such as optim: {{lr: 0.01}} of a recipe; write one")
+    _check_format(values, f"{file}")
+    return {name: value for name, value in values.items() if name != "format"}
+
+
+def _parsed(parse: Callable[[str], Any], text: str, source: str, language: str, remedy: str) -> Any:
+    """``parse(text)``; raises Refused where the text is not of the ``language``, or nested deeply."""
+    try:
+        value = parse(text)
+        if _is_deep(value):
+            raise RecursionError
+        return value
+    except RecursionError as error:
+        raise Refused(f"{source} is nested more than {DEEPEST} deep; {remedy}") from error
+    # a damaged or hostile file can raise nearly anything: ValueError of numbers, AttributeError of dates, …
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = shortened(escaped(" ".join(str(error).split(";")[0].split())))
+        raise Refused(f"{source} is not valid {language} ({reason}); {remedy}") from error
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = (v for held in level for v in (held.values() if isinstance(held, dict) else held))
+        level = [v for v in inner if isinstance(v, dict | list)] if isinstance(level[0], dict | list) else []
+        if not level:
+            return False
+    return True
+
+
+def _json(text: str) -> Any:
+    def number(word: str) -> float:
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"{shortened(word, 20)} is no number")
+        return value
+
+    return json.loads(text, parse_float=number, parse_constant=number, object_pairs_hook=_table)
+
+
+def _table(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A table of ``pairs``; raises ValueError for a name that is given twice."""
+    table: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"{shortened(str(name), 40)} is given twice")
+        table[name] = value
+    return table
+
+
+def _yaml(text: str) -> Any:
+    """``text`` as YAML 1.2 with plain values only: no aliases, which fill the memory, and no tags.
+
+    So ``off`` is a word, ``1e-3`` a number, and a date or 1:30 text. Raises ValueError.
+    """
     import yaml  # only where a file is read: the command line starts without it
 
     class Loader(yaml.SafeLoader):
-        """Without aliases: a few hundred bytes of them fill the memory."""
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+        depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias, which is not read; write the value")
-            return super().compose_node(parent, index)
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+                raise ValueError(f"line {event.start_mark.line + 1} has an alias or a tag; write the value itself")
+            self.depth += 1
+            if self.depth > DEEPEST + 1:
+                raise RecursionError
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
-    read = {".toml": tomllib.loads, ".json": json.loads}.get(file.suffix, lambda text: yaml.load(text, Loader))
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            return _table(
+                [(self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value]
+            )
+
+    number = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    for kind, pattern, first in (
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+        ("float", number, list("-+.0123456789")),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first)
     try:
-        if file.stat().st_size > MOST_SETTINGS:
-            raise Refused(f"{file} has more than {MOST_SETTINGS >> 20} MB, too much for settings; shorten it")
-        values = read(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"cannot read {file}: {error.strerror}; check its name") from error
-    except Refused:
-        raise
-    # a damaged or hostile file can raise nearly anything: ValueError of dates, AttributeError of YAML's !!bool, …
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, yaml.YAMLError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise Refused(f"{file} is not valid {file.suffix[1:].upper()} ({shortened(reason)}); correct it") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise Refused(f"{file} holds no table of names and values; write lines such as lr: [0.01, 0.001]")
-    return values
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
-def shortened(text: str, most: int = 200) -> str:
-    """``text`` of at most ``most`` characters, for messages."""
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def checked(value: Any, kind: Any, source: str, *, remedy: str, text: bool = False) -> Any:
+def checked(value: Any, kind: Any, source: str, *, remedy: str) -> Any:
     """``value`` itself where it is of the type ``kind``; a dataclass is made of a table.
 
     ``kind`` is a type that msgspec knows: a dataclass or TypedDict with bounds (``msgspec.Meta``), a list, a union.
-    Keys that a TypedDict lacks are allowed, those that a dataclass lacks are not. ``text``: numbers and true or false
-    may be written as text, as YAML reads 1e-3. Raises Refused with ``source``, the place in it and what belongs there;
-    ``remedy`` ends the sentence. A "format" above ``FORMAT`` is refused by name.
+    Raises Refused with ``source``, the place in it and what belongs there; ``remedy`` ends the sentence. A "format"
+    above ``FORMAT`` is refused by name.
     """
-    form = value.get("format", 0) if isinstance(value, dict) else 0
-    if isinstance(form, int) and form > FORMAT:
-        raise Refused(
-            f"{source} has format {form}, this version of finetune101 reads up to {FORMAT}; install a newer version"
-        )
+    _check_format(value, source)
     try:
-        made = msgspec.convert(value, kind, strict=not text)
-    except msgspec.ValidationError as error:
-        raise Refused(f"{_place_and_kind(value, kind, source, error)}; {remedy}") from error
-    except (RecursionError, OverflowError) as error:
-        raise Refused(f"{source} holds values that no setting can have; {remedy}") from error
+        made = msgspec.convert(value, kind)
+    except (ValueError, RecursionError, OverflowError) as error:  # msgspec's own, and of surrogates and long numbers
+        raise Refused(f"{_fault(value, kind, source)}; {remedy}") from error
     return made if hasattr(kind, "__dataclass_fields__") else value
 
 
-def _place_and_kind(value: Any, kind: Any, source: str, error: msgspec.ValidationError) -> str:
+def _check_format(value: Any, source: str) -> None:
+    form = value.get("format", 0) if isinstance(value, dict) else 0
+    if type(form) is not int or form < 0:
+        raise Refused(f"{source} has format {shown(form)}, which is no version of a file; remove or repair it")
+    if form > FORMAT:
+        raise Refused(
+            f"{source} has format {shown(form)}, this version of finetune101 reads up to {FORMAT}; "
+            "install a newer version"
+        )
+
+
+def _fault(value: Any, kind: Any, source: str) -> str:
     """A sentence's beginning such as "runs/a/config.json has optim.lr = 'x', not a number above 0"."""
-    reason, _, place = str(error).partition(" - at `")
-    path = [part for part in re.split(r"[.\[\]]", place.rstrip("`").removeprefix("$")) if part]
-    if missing := re.search(r"missing required field `(.+)`", reason):
-        name = ".".join([*path, missing[1]])
-        return f"{source} lacks {name}"
-    at: Any = value
-    for part in path:
-        if isinstance(at, list | tuple) and part.isdigit():
-            at = at[int(part)]
-        elif isinstance(at, dict):
-            at = at.get(part, next(iter(at.values()), None)) if part != "..." else next(iter(at.values()), None)
+    place, reason = "", ""
+    while True:
+        try:
+            msgspec.convert(value, kind)
+        except (ValueError, RecursionError, OverflowError) as error:
+            reason = str(error)
+        for name, inner, hint in parts(value, kind):
+            if not _fits(inner, hint):
+                place, value, kind = f"{place}.{name}" if place else name, inner, hint
+                break
         else:
             break
-    wanted = hint_at(kind, path)
-    told = must_be(wanted) if wanted is not None else reason[0].lower() + reason[1:]
-    name = ".".join(path)
-    return f"{source} has {name} = {shortened(repr(at), 60)}, not {told}" if name else f"{source} is not {told}"
+    if missing := re.match(r"Object missing required field `(.+?)`", reason):
+        return f"{source} lacks {f'{place}.' if place else ''}{missing[1]}"
+    has = f"has {escaped(shortened(place))} = {shown(value)}," if place else "is"
+    return f"{source} {has} not {must_be(kind)}"
 
 
-def hint_at(kind: Any, path: list[str]) -> Any:
-    """The type at ``path`` (names of fields, places in lists) within ``kind``; None where there is none."""
-    for part in path:
-        bare = kind.__origin__ if hasattr(kind, "__metadata__") else kind
-        if get_origin(bare) in (Union, types.UnionType):
-            bare = next((option for option in get_args(bare) if option is not type(None)), bare)
-            bare = bare.__origin__ if hasattr(bare, "__metadata__") else bare
-        if part.isdigit() or part == "...":
-            inner = get_args(bare)
-            kind = inner[-1] if inner and inner[-1] is not Ellipsis else (inner[0] if inner else None)
-        else:
-            try:
-                kind = get_type_hints(bare, include_extras=True).get(part)
-            except TypeError:
-                return None
-        if kind is None:
-            return None
-    return kind
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        msgspec.convert(value, kind)
+    except (ValueError, RecursionError, OverflowError):
+        return False
+    return True
 
 
-def must_be(hint: Any) -> str:
-    """In words what a value of the type ``hint`` is: "a whole number of at least 1", "one of a, b", "true or false"."""
-    bounds = [meta for meta in getattr(hint, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
-    bare = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-    if get_origin(bare) in (Union, types.UnionType):
-        options = [must_be(option) for option in get_args(bare) if option is not type(None)]
-        return " or ".join(options + ["none"] * (type(None) in get_args(bare)))
-    if get_origin(bare) is Literal:
-        return f"one of {', '.join(map(str, get_args(bare)))}"
-    if get_origin(bare) in (tuple, list):
-        inner = [option for option in get_args(bare) if option is not Ellipsis]
-        return f"a list in which each is {must_be(inner[0])}" if inner else "a list"
-    if bare is bool:
-        return "true or false"
-    if bare is str:
-        return "text"
-    if bare in (int, float):
-        return _number(bare, bounds)
-    return "a table of names and values" if bare is not Any else "a value"
+def typed(hint: Any, value: Any, what: str) -> Any:
+    """``value`` as the type ``hint``, also where it is written as text, or alone where a list belongs.
 
-
-def _number(kind: type, bounds: list[msgspec.Meta]) -> str:
-    whole = "a whole number" if kind is int else "a number"
-    limits = {name: getattr(meta, name) for meta in bounds for name in ("ge", "gt", "le", "lt")}
-    ends = {name: f"{limit:g}" for name, limit in limits.items() if limit is not None}
-    low = f"of at least {ends['ge']}" if "ge" in ends else f"above {ends['gt']}" if "gt" in ends else ""
-    high = f"at most {ends['le']}" if "le" in ends else f"below {ends['lt']}" if "lt" in ends else ""
-    return " ".join(filter(None, (whole, ", ".join(filter(None, (low, high))))))
-
-
-def escaped(name: str) -> str:
-    """``name`` for people: control characters and bytes that are not UTF-8 as \\xNN, so that a terminal shows them."""
-    return "".join(
-        f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff"
-        else c if c.isprintable() or c == " "
-        else f"\\x{ord(c):02x}" if ord(c) < 256
-        else f"\\u{ord(c):04x}"
-        for c in name
-    )  # fmt: skip
+    Raises Refused, in a sentence that begins with ``what``, for a value that the type cannot have.
+    """
+    kind, given = bare(hint), value
+    if get_origin(kind) is tuple and not isinstance(value, list | tuple):
+        given = [value]
+    elif kind is bool and isinstance(value, str):
+        given = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+    try:
+        return msgspec.convert(given, hint, strict=False)
+    except (ValueError, RecursionError, OverflowError) as error:  # msgspec's, also of surrogates and long numbers
+        raise Refused(f"{what} {shown(value)}; give {must_be(hint)}") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune101.errors import Refused
 
+GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, WSL, AMD
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -88,3 +90,14 @@ def _quota() -> int | None:
         return min(found, default=None)
     except (OSError, ValueError):
         return None
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch can use a CUDA (or ROCm) GPU here; PyTorch is asked only where the system may have one."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    if sys.platform == "darwin" or (sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES))):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 from finetune101 import config as cfg
 from finetune101.errors import Refused
-from finetune101.files import FORMAT, as_json, atomic, checked, parse_json, read_json, write_json
-from finetune101.schemas import SCHEMAS, Record
+from finetune101.files import as_json, atomic, checked, parse_json, read_json, read_text, write_json
+from finetune101.schemas import MOST_BYTES, REMEDIES, SCHEMAS, Record, Split
 
 WRITTEN = (
     "config.json",
@@ -25,8 +26,14 @@ WRITTEN = (
     "last.pt",
     "best.safetensors",
     "predictions.csv",
+    "temperature.json",
+    "test_*.json",
+    "predictions_*.csv",
     "events.out.tfevents.*",
+    "error.log",
 )
+MOST_CONFIG = 2**20  # bytes
+SEARCH = ("search.json", "optuna.journal")  # either makes a folder a search's
 
 
 class Run:
@@ -61,12 +68,14 @@ class Run:
         """
         if not self.has(name):
             raise Refused(f"{self.path} has no {name}; is it the folder of a finished run?")
-        value = read_json(self.path / name, SCHEMAS.get(name, Any), remedy="train the run again")
+        kind, remedy = SCHEMAS.get(name, Any), REMEDIES.get(name, "train the run again")
+        most = {} if kind is Split else {"most": MOST_BYTES}
+        value = read_json(self.path / name, kind, remedy=remedy, **most)
         return {key: own for key, own in value.items() if key != "format"} if isinstance(value, dict) else value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Writes the JSON file ``name`` with the version of its form, whole or not at all."""
-        write_json(self.path / name, {"format": FORMAT, **value})
+        """Writes the JSON file ``name``, whole or not at all."""
+        write_json(self.path / name, value)
 
     def config(self) -> cfg.TrainConfig:
         """The configuration that the run was started with."""
@@ -78,11 +87,9 @@ class Run:
         if not file.is_file():
             return []
         remedy = "train the run again"
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Refused(f"{file} cannot be read ({error}); {remedy}") from error
-        return [checked(parse_json(s, f"{file}", remedy), Record, f"{file}", remedy=remedy) for s in lines if s]
+        lines = [line for line in read_text(file, remedy).split("\n") if line]
+        records = [parse_json(line, f"{file}", remedy) for line in lines]
+        return [checked(record, Record, f"{file}", remedy=remedy) for record in records]
 
     def seconds(self) -> float:
         """Seconds of training and validation over all finished epochs."""
@@ -97,15 +104,19 @@ class Run:
         """Where a training that did not come to its end stands and what goes on with it, in words; "" for others."""
         if not self.has("config.json") or self.epochs_left() <= 0:
             return ""
-        config, path = self.config(), self.path
+        epochs = self.config().optim.epochs
+        stands = f"{self.path} stands at epoch {epochs - self.epochs_left()} of {epochs}"
+        if kind_of(self.path.parent) == "search":
+            return f"{stands}; it is a trial of a search, and goes on with the search's command"
+        return f"{stands}; go on with: {self.resume_command()} (in a study: with the study's command)"
+
+    def resume_command(self) -> str:
+        """What continues the run, wherever its folder is now."""
+        exp, path = self.config().exp, self.path
         # by its name below RUNS, as study and search name theirs; by its folder where it was renamed or moved
-        runs = next((folder for folder in path.parents if folder / config.exp == path), path.parent)
-        folder = "" if runs == Path("runs") else f" --runs {shlex.quote(str(runs))}"
-        return (
-            f"{path} stands at epoch {config.optim.epochs - self.epochs_left()} of {config.optim.epochs}; go on with: "
-            f"finetune101 train --exp {shlex.quote(path.relative_to(runs).as_posix())}{folder} --resume"
-            " (in a study: with the study's command)"
-        )
+        runs = next((folder for folder in path.parents if folder / exp == path), path.parent)
+        where = [] if runs == Path("runs") else ["--runs", str(runs)]
+        return shlex.join(["finetune101", "train", "--exp", path.relative_to(runs).as_posix(), *where, "--resume"])
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by ``records``, one line each."""
@@ -127,12 +138,50 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
     run = Run(Path(config.runs) / config.exp)
     if run.path.exists() and not run.path.is_dir():
         raise Refused(f"{run.path} is a file; choose another --exp or --runs")
-    exists = run.has("config.json")
+    if (kind := kind_of(run.path)) in ("search", "study"):
+        raise Refused(f"{run.path} is the folder of a {kind}; choose another --exp")
+    exists = kind == "run"
+    if run.has("config.json") and not exists:
+        raise Refused(f"{run.path} holds the config.json of another program; choose another --exp")
     if resume and not exists:
         raise Refused(f"there is no run {run.path} to resume; start it without --resume")
     if exists and not resume and not overwrite:
         raise Refused(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
     return run
+
+
+def kind_of(folder: Path) -> str:
+    """What ``folder`` holds: "run", "search", "study" or "" for none of them."""
+    if is_run(folder):
+        return "run"
+    if any((folder / name).is_file() for name in SEARCH):
+        return "search"
+    return "study" if (folder / "study.json").is_file() else ""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is that of a run: its config.json is ours, also where it is damaged."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < MOST_CONFIG else None
+    except (OSError, ValueError, RecursionError):  # to be told when it is read
+        return True
+    return not isinstance(values, dict) or bool({"exp", "recipe", "optim", "format"} & values.keys())
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """The folders of the runs in ``folder``, itself among them, sorted; trials of a search are none."""
+    found = []
+    for path, names, _ in os.walk(folder):
+        names.sort()
+        kind = kind_of(Path(path))
+        if kind == "run":
+            found.append(Path(path))
+        if kind in ("run", "search"):
+            names.clear()
+    return found
 
 
 def file_name(exp: str) -> str:
@@ -141,25 +190,41 @@ def file_name(exp: str) -> str:
 
 
 def find_run(name: str, runs: str = "runs") -> Run | None:
-    """The existing run ``name``, if there is one: a folder, or a name below ``runs``."""
-    paths = (Path(name), Path(runs) / name)
-    return next((Run(path) for path in paths if (path / "config.json").is_file()), None)
+    """The existing run ``name``, if there is one: a name below ``runs``, or a folder."""
+    paths = [Path(runs) / name, Path(name)]
+    if len(Path(name).parts) > 1 or name.startswith("."):  # it names a folder rather than a run
+        paths.reverse()
+    return next((Run(path) for path in paths if is_run(path)), None)
 
 
-def open_run(name: str, runs: str = "runs") -> Run:
-    """The existing run ``name``: a folder, or a name below ``runs``. Raises Refused naming the runs that exist."""
-    if run := find_run(name, runs):
+def open_run(name: str, runs: str = "runs", anywhere: bool = True) -> Run:
+    """The existing run ``name``: a name below ``runs``, or, ``anywhere``, a folder.
+
+    Raises Refused naming the runs that exist.
+    """
+    below = Path(runs) / name
+    if run := find_run(name, runs) if anywhere else (Run(below) if is_run(below) else None):
         return run
-    found = [path.parent for path in Path(runs).glob("**/config.json")]
-    names = [path.relative_to(runs).as_posix() for path in found if not (path.parent / "optuna.journal").exists()]
-    known = sorted(names, key=lambda name: (name.count("/"), name))  # trials of searches have no name of their own
-    if folder := next((path for path in (Path(name), Path(runs) / name) if path.is_dir()), None):
-        raise Refused(f"{folder} is no run: it has no config.json; name a run, or train one first")
-    if near := difflib.get_close_matches(name, known, n=3):
-        raise Refused(f"no run named {name}; did you mean {' or '.join(near)}?")
+    names = [path.relative_to(runs).as_posix() for path in runs_below(Path(runs))]
+    known = sorted(names, key=lambda name: (name.count("/"), name))
+    if folder := next((path for path in (Path(name), below)[not anywhere :] if path.is_dir()), None):
+        if (kind := kind_of(folder)) == "search":
+            raise Refused(f"{folder} is a search, not a run; {winner_command(folder)}")
+        what = f"a {kind}, not a run" if kind else "no run: it has no config.json of ours"
+        within = [path.relative_to(folder).as_posix() for path in runs_below(folder)[:3]]
+        near = f"; in it there are {', '.join(within)}" if within else ""
+        raise Refused(f"{folder} is {what}{near}; name a run, or train one first")
+    if close := difflib.get_close_matches(name, known, n=3):
+        raise Refused(f"no run named {name}; did you mean {' or '.join(close)}?")
     more = ", …" if len(known) > 10 else ""
     hint = f"there are: {', '.join(known[:10])}{more}" if known else f"there is none yet in {runs}; train one first"
     raise Refused(f"no run named {name}; {hint}")
+
+
+def winner_command(search: Path) -> str:
+    """What to do with the search in the folder ``search``: its trials are never tested, its winner is trained."""
+    words = ["finetune101", "train", "--config", str(search / "winner.yaml"), "--exp"]
+    return f"its trials are never tested: train its winner with {shlex.join(words)} NAME"
 
 
 def check_folder(out: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
-Whole = Annotated[int, Meta(ge=0)]
+Whole = Annotated[int, Meta(ge=0, le=10**15)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Percent = Annotated[float, Meta(ge=0, le=100.0001)]
 
@@ -20,7 +21,7 @@ class Machine(TypedDict):
     device: str
     precision: str
     channels_last: bool
-    processes: NotRequired[Annotated[int, Meta(ge=1)]]
+    processes: NotRequired[Annotated[int, Meta(ge=1, le=10**15)]]
 
 
 class Start(TypedDict):
@@ -40,15 +41,23 @@ class Environment(TypedDict):
     machine: NotRequired[dict[str, str | bool | int | float | None]]
 
 
+class Subsets(TypedDict):
+    """Paths of images relative to the data folder, of each subset."""
+
+    train: list[str]
+    val: list[str]
+    test: list[str]
+
+
 class Split(TypedDict):
     """split.json, a manifest."""
 
     protocol: str
-    seed: int
+    seed: Whole
     options: dict[str, Any]
     classes: list[str]
     content_hash: str
-    subsets: dict[str, list[str]]
+    subsets: Subsets
     hash: NotRequired[str]
 
 
@@ -57,13 +66,13 @@ class Record(TypedDict):
 
     epoch: Whole
     step: Whole
-    train_loss: float
-    train_top1: float
-    lr_head: float
-    lr_backbone: float
+    train_loss: Finite
+    train_top1: Finite
+    lr_head: Finite
+    lr_backbone: Finite
     seconds: Seconds
-    images_per_s: float
-    val_loss: float | None
+    images_per_s: Finite
+    val_loss: Finite | None
     val_top1: Percent | None
     val_seconds: NotRequired[Seconds]
     best: bool
@@ -73,14 +82,14 @@ class Bin(TypedDict):
     """One bin of a reliability diagram; shares from 0 to 1, None where the bin is empty."""
 
     n: Whole
-    confidence: float | None
-    top1: float | None
+    confidence: Finite | None
+    top1: Finite | None
 
 
 class Calibration(TypedDict):
     """Expected calibration error (a share) and the bins behind it."""
 
-    ece: float
+    ece: Finite
     bins: list[Bin]
     temperature: NotRequired[Annotated[float, Meta(gt=0, le=1e6)]]
 
@@ -95,11 +104,11 @@ class WithoutDuplicates(TypedDict):
 class Test(TypedDict):
     """test.json."""
 
-    n: Annotated[int, Meta(ge=1)]
+    n: Annotated[int, Meta(ge=1, le=10**15)]
     correct: Whole
-    loss: float
+    loss: Finite
     top1: Percent
-    top1_interval: Annotated[list[float], Meta(min_length=2, max_length=2)]
+    top1_interval: Annotated[list[Finite], Meta(min_length=2, max_length=2)]
     top5: Percent
     mean_per_class: Percent
     manifest_hash: str
@@ -119,15 +128,15 @@ class Cell(TypedDict):
 
     model: str
     arm: str
-    size: int | None
+    size: Whole | None
     folder: str
     n: Whole
     planned: Whole
     seconds: Seconds | None
     top1: Percent | None
-    top1_sd: float | None
+    top1_sd: Finite | None
     mean_per_class: Percent | None
-    mean_per_class_sd: float | None
+    mean_per_class_sd: Finite | None
     errors: list[str]
 
 
@@ -187,6 +196,16 @@ class Comparison(ComparedPair):
 
     others: list[ComparedPair]
 
+
+MOST_BYTES = 32 * 2**20  # of any of these files but a split
+
+REMEDIES = {
+    "test.json": "test the run again: finetune101 evaluate",
+    "study.json": "start the study again: it keeps the runs that are done",
+    "search.json": "start the search again: it keeps the runs that are done",
+    "comparison.json": "compare the runs again",
+}
+"""What to do about a damaged file; of a file that is not listed: train the run again."""
 
 SCHEMAS: dict[str, Any] = {
     "config.json": dict[str, Any],  # config.from_dict reads it: its settings have bounds of their own

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shlex
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,20 @@ import yaml
 from tqdm import tqdm
 
 from finetune101.analysis.figures import curves
-from finetune101.config import TrainConfig, from_dict, to_dict
+from finetune101.config import from_dict, to_dict
+from finetune101.data import dataset
 from finetune101.errors import Refused
-from finetune101.files import atomic, write_json
+from finetune101.files import atomic, escaped, shortened, write_json
 from finetune101.runs import Run, file_name
 from finetune101.search import study as studies
-from finetune101.search.space import SETTINGS, configure, label
+from finetune101.search.space import SETTINGS, Point, configure, label
 from finetune101.search.study import Plan
-from finetune101.search.trial import FINISHED, identity, is_finished
+from finetune101.search.trial import FINISHED, is_finished, split_hash
 from finetune101.search.workers import alone, run
-from finetune101.training.loop import fit
-from finetune101.training.prepare import elsewhere, prepare
+from finetune101.training import duration
+from finetune101.training.identity import essence
+from finetune101.training.many_runs import check_kind
+from finetune101.training.prepare import sharing
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -60,17 +61,18 @@ class Progress:
         self.bar.update(min(len(done), self.bar.total) - self.bar.n)
 
 
-def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: int = 3) -> None:
+def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: int = 3) -> int:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
-    ``table`` gets the original's form, ``plots`` the curves of every trial. Raises Refused for a plan, data or
-    weights that cannot work.
+    ``table`` gets the original's form, ``plots`` the curves of every trial. Returns 1 where a point failed by a fault
+    of the program or the machine, else 0. Raises Refused for a plan, data or weights that cannot work.
     """
     studies.check(plan)
     if finalists < 0 or seeds < 1:
         raise Refused(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
     with alone(plan):
         _check_same(plan)
+        print(estimate(plan, finalists, seeds), flush=True)
         started, best = time.perf_counter(), None
         study = studies.open_study(plan)
         before = _training_seconds(plan, study)
@@ -87,22 +89,28 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
                 write(plan, entries, best, took, table, plots)
     tell(plan, entries, best, table, studies.unfinished(study))
+    return int(any(entry["trace"] for entry in entries))
 
 
 def _check_same(plan: Plan) -> None:
     """Raises Refused where the folder holds the results of a search with other settings beside the space."""
     if not (plan.folder / "search.json").is_file():
         return
-    known = Run(plan.folder).read_json("search.json")
-    before, now = studies.recipe(from_dict(known["base"]), {}), studies.recipe(plan.base, {})
-    searched = {SETTINGS[name][1] for name in {*known["space"], *plan.space} if name in SETTINGS}
+    file, known = plan.folder / "search.json", Run(plan.folder).read_json("search.json")
+    if "base" not in known:
+        raise Refused(f"{file} lacks base; remove it and give the command again, it finds the runs")
+    before, now = essence(from_dict(known["base"], f"{file}, base,")), essence(plan.base)
+    searched = {SETTINGS[name][:2] for name in {*known["space"], *plan.space} if name in SETTINGS}
     for part, fields in now.items():
         for name, value in fields.items():
-            old = before.get(part, {}).get(name)
-            if old != value and name not in searched:
+            old = before[part][name]
+            if old != value and (part, name) not in {*searched, ("system", "seed")}:
                 raise Refused(
                     f"{plan.folder} holds a search with {name} {old}, not {value}; give this one another --exp"
                 )
+    split = known.get("split")
+    if split and split != split_hash(plan.base.data):
+        raise Refused(f"{plan.folder} holds a search on another split of the images; give this one another --exp")
 
 
 def _run(plan: Plan, words: str) -> optuna.Study:
@@ -134,6 +142,7 @@ def write(
     value = {
         "study": name,
         "base": to_dict(plan.base),
+        "split": split_hash(plan.base.data),
         "space": studies.described(plan.space),
         "sampler": plan.sampler,
         "pruner": plan.pruner,
@@ -154,9 +163,16 @@ def write(
     for entry in entries:
         source = Run(Path(entry["run"])) if entry["run"] else None
         if source and source.has("metrics.jsonl"):
-            out = plots / f"{file_name(plan.base.exp)}_{label(entry['point'])}_{source.name[:6]}.png"
+            out = plots / picture_name(plan, entry["point"], source)
             if not out.is_file() or out.stat().st_mtime < (source.path / "metrics.jsonl").stat().st_mtime:
-                curves(source.metrics(), out, label(entry["point"]))
+                curves(source.metrics(), out, shortened(label(entry["point"]), 90))
+
+
+def picture_name(plan: Plan, point: Point, run: Run) -> str:
+    """The file name of the curves of ``run``: its settings where they are short, and its hash."""
+    settings = re.sub(r"[^A-Za-z0-9=.,+-]", "-", label(point))
+    exp, middle = file_name(plan.base.exp)[:60], f"{settings}_" if len(settings) <= 100 else ""
+    return f"{exp}_{middle}{run.name[:6] if middle else run.name}.png"
 
 
 def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
@@ -164,7 +180,8 @@ def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
     out = plan.folder / "winner.yaml"
     score = winner.get("mean", winner.get("best_val_top1"))
     text = (
-        f"# Found by a search of {plan.base.exp}: {label(winner['point'])}, {score or 0:.2f} % on validation images.\n"
+        f"# Found by a search of {plan.base.exp}: {escaped(label(winner['point']))}, "
+        f"{score or 0:.2f} % on validation images.\n"
     )
     text += f"# {train_command(plan)}\n"
     text += yaml.safe_dump(studies.recipe(plan.base, winner["point"]), sort_keys=False)
@@ -189,7 +206,8 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         return
     print(f"\nRanking of {len(entries)} point{'s' * (len(entries) != 1)} by validation accuracy ({table}):")
     for rank, entry in enumerate(entries[:10], 1):
-        score = entry["error"] or f"{entry['best_val_top1']:.2f} %"
+        trace = f" (a fault of the program or the machine: {entry['trace']})" if entry.get("trace") else ""
+        score = f"failed: {entry['error']}{trace}" if entry["error"] else f"{entry['best_val_top1']:.2f} %"
         stopped = f", stopped after epoch {entry['epochs']}" if entry["state"] == "pruned" else ""
         print(f"{rank:3d}. {score}{stopped}  " + "  ".join(f"{k} {v}" for k, v in entry["point"].items()))
     for rank, entry in enumerate(best or [], 1):
@@ -199,52 +217,44 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {label(entry['point'])}")
     if any(entry["state"] == "complete" for entry in entries):
         print(f"Train the winner: {train_command(plan)}")
-    print(f"What the search saw: finetune101 search report {plan.folder}")
+    print(f"What the search saw: {shlex.join(['finetune101', 'search', 'report', str(plan.folder)])}")
 
 
 def dry_run(plan: Plan) -> str:
-    """What ``plan`` would do, and about how long; trains a few steps of its first point to know."""
+    """What ``plan`` would do, and about how long; a few steps on noise tell, and nothing is written."""
     studies.check(plan)
+    check_kind(plan.folder, "search")
+    with duration.nothing_kept():
+        _check_same(plan)
+        return estimate(plan, budget=10.0)
+
+
+def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 60.0) -> str:
+    """How many trials of ``plan`` there are, and how long those take that are not finished.
+
+    Measuring takes ``budget`` seconds at most. Writes nothing. Raises Refused for data, networks or sizes that cannot
+    be.
+    """
     queue = plan.queue()
-    if plan.sampler == "grid":
-        configs = [configure(plan.base, point) for point in queue]
-        runs = [(config, Run(plan.folder / identity(config))) for config in configs]
-        left = [config for config, run in runs if not is_finished(run, config)]
-    else:
-        left = [plan.base] * len(queue)
+    kept = [Run(file.parent) for file in sorted(plan.folder.glob("*/config.json"))]
+    finished = [config for run in kept if is_finished(run, config := run.config())]
+    done = {json.dumps(essence(config)) for config in finished}
+    configs = [configure(plan.base, point) for point in queue]
+    left = [config for config in configs if json.dumps(essence(config)) not in done]
+    if plan.sampler != "grid":
+        left = left[min(len(finished), len(left)) :]
     text = f"{len(queue)} trial{'s' * (len(queue) != 1)}, {len(queue) - len(left)} of them finished"
     if not left:
         return f"{text}: nothing to do."
-    rate, train, val = measure(left[0])
-    total = sum(config.optim.epochs * (train + val / 3) / rate for config in left)  # validating: forward only
+    left += [plan.base] * (min(finalists, len(queue)) * (seeds - 1))
+    data = plan.base.data
+    index = dataset.index(dataset.find(data.root), "folders" if data.protocol == "folders" else "classes")
+    images = duration.count(index, data)
+    works = [duration.Work(sharing(config, plan.jobs) if plan.jobs > 1 else config, images) for config in left]
+    less = "" if plan.pruner == "none" else " Less what the pruner saves."
+    drawn = "" if plan.sampler == "grid" else " Points that are drawn may take other times than the base."
     epochs = sum(config.optim.epochs for config in left)
-    less = "" if plan.pruner == "none" else ", less what the pruner saves"
     return (
-        f"{text}; {epochs} epochs of {train} training images are left{less}.\n"
-        f"About {_duration(total)} one after another, at the {rate:.0f} images/s measured on "
-        f"{label(queue[0]) or 'the base'}; other sizes and networks take other times."
-    )
-
-
-def measure(config: TrainConfig) -> tuple[float, int, int]:
-    """(training images per second, training images, validation images) of ``config``, from a few steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        short = dataclasses.replace(elsewhere(config, folder), exp="measure", recipe=None)
-        short = configure(short, {"epochs": 2, "warmup_epochs": 0.0})
-        job = prepare(short)
-        subsets = job.manifest.subsets
-        train, val = len(subsets["train"]), len(subsets["val"])
-        few = {**subsets, "train": subsets["train"][: 6 * config.optim.batch_size], "val": subsets["val"][:2]}
-        job = dataclasses.replace(job, manifest=dataclasses.replace(job.manifest, subsets=few))
-        *_, last = fit(job, quiet=True)
-    return float(last["images_per_s"]), train, val
-
-
-def _duration(total: float) -> str:
-    return (
-        f"{total:.0f} seconds"
-        if total < 120
-        else f"{total / 60:.0f} minutes"
-        if total < 7200
-        else f"{total / 3600:.1f} hours"
+        f"{text}; {epochs} epochs of {images.train} training images are left. "
+        f"{duration.told(works, index, plan.jobs, budget)}{less}{drawn}"
     )

@@ -1,13 +1,17 @@
-"""Verbs beyond one run: ``study`` makes several, ``compare`` and ``report`` read them, ``lr-find`` comes before."""
+"""Verbs beyond one run: ``study`` makes several, ``compare`` and ``report`` read them; and what comes before."""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune101.arguments import (
+    BenchmarkArguments,
+    CacheArguments,
     CompareArguments,
     EnsembleArguments,
     LrFindArguments,
@@ -16,8 +20,9 @@ from finetune101.arguments import (
     parse,
     parse_train,
 )
-from finetune101.cli import ensure_data, score_text
-from finetune101.config import DataConfig, StudyConfig, TrainConfig
+from finetune101.cli import ensure_data, recipe_line, score_text
+from finetune101.config import DataConfig, StudyConfig, TrainConfig, check_name
+from finetune101.console import watched
 from finetune101.errors import Refused
 
 if TYPE_CHECKING:
@@ -61,7 +66,7 @@ def compare(argv: Sequence[str]) -> int:
     """``finetune101 compare``."""
     arguments = parse(CompareArguments, argv, prog="finetune101 compare")
     from finetune101.analysis.groups import open_group
-    from finetune101.analysis.report import finished, progress_of, study_folder, study_groups
+    from finetune101.analysis.report import failures_of, finished, progress_of, study_folder, study_groups
     from finetune101.runs import check_folder
 
     check_folder(Path(arguments.out))
@@ -71,10 +76,13 @@ def compare(argv: Sequence[str]) -> int:
         cells, (done, planned) = finished(folder), progress_of(folder)
         network, *others = dict.fromkeys(cell["model"] for cell in cells)
         size = max(cell["size"] or 0 for cell in cells)
-        also = f"; {', '.join(others)}: finetune101 report {folder}" if others else ""
+        page = shlex.join(["finetune101", "report", str(folder)])
+        also = f"; {', '.join(others)}: {page}" if others else ""
         print(f"{network}{f', {size} training images per class' if size else ''}{also}")
         if done < planned:
             print(f"{done} of {planned} runs are done")
+        for cell, reason in failures_of(folder):
+            print(f"failed in {cell}: {reason}")
         print()
     found = study_groups(folder) if folder else [open_group(name, arguments.runs) for name in names]
     run_comparison(found, Path(arguments.out))
@@ -84,14 +92,16 @@ def compare(argv: Sequence[str]) -> int:
 def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
     """Prints the comparisons of every two groups, writes comparison.json and comparison.png; returns the first."""
     from finetune101.analysis import compare as comparing
+    from finetune101.analysis.compare_text import text
     from finetune101.analysis.report import progress
     from finetune101.files import write_json
 
     found = comparing.all_pairs(groups)
-    print("\n\n".join(comparing.text(one) for one in found))
+    print("\n\n".join(text(one) for one in found))
     progress(found, groups, out / "comparison.png")
     write_json(out / "comparison.json", comparing.to_json(found, out))
-    print(f"Picture: {out / 'comparison.png'}. A page with all of it: finetune101 report {out}")
+    page = shlex.join(["finetune101", "report", str(out)])
+    print(f"Picture: {out / 'comparison.png'}. A page with all of it: {page}")
     return found[0]
 
 
@@ -112,7 +122,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 def study(argv: Sequence[str]) -> int:
-    """``finetune101 study``."""
+    """``finetune101 study``; 1 when a run failed."""
     arguments = parse(StudyArguments, _lists(argv), prog="finetune101 study")
     config: StudyConfig = arguments.study
     if arguments.jobs < 1:
@@ -120,34 +130,99 @@ def study(argv: Sequence[str]) -> int:
     from finetune101 import experiment
     from finetune101.analysis.report import draw_study
     from finetune101.data import dataset
+    from finetune101.training.duration import nothing_kept
+    from finetune101.training.many_runs import check_kind
 
+    check_name(config.exp)
+    folder = Path(config.runs) / config.exp
+    check_kind(folder, "study")
+    config = dataclasses.replace(config, scratch_recipe=_scratch_recipe(config, folder))
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
-    index = dataset.index(dataset.find(config.data), layout)
+    index = dataset.index(dataset.find(config.data), layout, ours=[config.runs])
+    for line in dataset.told(index):
+        print(line)
     cells = experiment.plan(config, index)
-    left = sum(not experiment.is_done(run) for cell in cells for run in cell.runs)
-    time = f": {experiment.estimate(config, index, cells, arguments.dry_run)}" if left else ""
-    print(f"{sum(len(cell.runs) for cell in cells)} runs, {left} to do{time}")
+    with nothing_kept() if arguments.dry_run else contextlib.nullcontext():
+        print(experiment.estimate(index, cells, arguments.jobs, 10 if arguments.dry_run else 60), flush=True)
+    if "scratch" in config.arms and config.scratch_recipe:
+        print(f"Arm scratch: recipe {recipe_line(config.scratch_recipe)}")
+    failed = False
     if not arguments.dry_run:
-        try:
+        with watched(folder, lambda: "the same command goes on from the last epochs"):
             summary = experiment.run(config, index, cells, arguments.jobs)
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from the last epochs", file=sys.stderr)
-            return 130
         print(experiment.text(summary))
-        folder = Path(config.runs) / config.exp
         for picture in draw_study(folder):
             print(f"Picture: {picture}")
-        print(f"A page with all of it: finetune101 report {folder}")
-    return 0
+        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
+        failed = any(cell["errors"] for cell in summary["cells"])
+    return int(failed)
+
+
+def _scratch_recipe(config: StudyConfig, folder: Path) -> str | None:
+    """The recipe of the arm scratch: the one given, the one that the study began with, or what suits the machine."""
+    from finetune101.runs import Run
+    from finetune101.training.recipes import usual_scratch
+
+    if config.scratch_recipe or "scratch" not in config.arms:
+        return config.scratch_recipe
+    begun = Run(folder).read_json("study.json")["settings"] if (folder / "study.json").is_file() else {}
+    names = {usual_scratch(model) for model in config.models}
+    return begun.get("scratch_recipe") or (names.pop() if len(names) == 1 else None)
 
 
 def _lists(argv: Sequence[str]) -> list[str]:
-    """Lists may have commas: --train-per-class 1,2,5 is --train-per-class 1 2 5."""
+    """Lists may have commas: --train-per-class 1,2,5 (or =1,2,5) is --train-per-class 1 2 5."""
     words: list[str] = []
     flag = ""
     for word in argv:
-        flag = word if word.startswith("--") else flag
+        given, sign, values = word.partition("=")
+        flag = given if word.startswith("--") else flag
         listed = flag.replace("_", "-") in ("--train-per-class", "--models", "--arms")
-        words += [part for part in word.split(",") if part] if listed else [word]
+        if listed and word.startswith("--"):
+            words += [given, *(part for part in values.split(",") if part)] if sign else [word]
+        else:
+            words += [part for part in word.split(",") if part] if listed else [word]
     return words
+
+
+def cache(argv: Sequence[str]) -> int:
+    """``finetune101 cache``."""
+    arguments = parse(CacheArguments, argv, prog="finetune101 cache")
+    from finetune101.data import store
+
+    if not arguments.older_than >= 0:
+        raise Refused(f"--older-than is {arguments.older_than}; give a number of days of at least 0")
+    if arguments.action == "list":
+        print(store.table())
+        return 0
+    removed = store.clear(arguments.older_than)
+    print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")
+    return 0
+
+
+def benchmark(argv: Sequence[str]) -> int:
+    """``finetune101 benchmark``."""
+    a = parse(BenchmarkArguments, argv, prog="finetune101 benchmark")
+    from tempfile import TemporaryDirectory
+
+    from finetune101.data import dataset, synthetic
+    from finetune101.files import write_json
+    from finetune101.training.benchmark import Workload, table
+    from finetune101.training.benchmark import benchmark as measure
+
+    for name in ("batch_size", "steps", "repeats"):
+        if getattr(a, name) < 1:
+            raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
+    with TemporaryDirectory() as folder:
+        try:
+            root = dataset.find(a.data)
+        except Refused:
+            if a.data is not None:
+                raise
+            root = synthetic.draw(Path(folder) / "data")
+        work = Workload(size=a.size, batch_size=a.batch_size, steps=a.steps, repeats=a.repeats)
+        result = measure(root, a.models, work, a.every)
+    print(table(result))
+    write_json(Path(a.out), result)
+    return 0

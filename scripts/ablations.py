@@ -23,7 +23,8 @@ from publish import RESULTS, keep_config
 
 from finetune101.arguments import parse_train
 from finetune101.runs import Run
-from finetune101.training.prepare import as_started, check_same
+from finetune101.training.identity import as_started
+from finetune101.training.prepare import check_same
 
 RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
 KEPT = ("config.json", "metrics.jsonl")
@@ -68,7 +69,7 @@ def train(name: str, flags: list[str], jobs: int) -> None:
     run, kept = RUNS / name, RESULTS / "ablations" / name
     if all((kept / file).is_file() for file in KEPT):
         asked = parse_train([*flags, "--exp", f"ablations/{name}"], prog="ablations").config
-        check_same(Run(kept).config(), as_started(asked, Run(kept)))
+        check_same(Run(kept), as_started(asked, Run(kept)))
         return
     command = [sys.executable, "-m", "finetune101", "train", "--exp", f"ablations/{name}"]
     threads = ["--threads", "1"] if jobs > 1 else []

@@ -1,11 +1,15 @@
-"""Recomputes every accuracy in results/claims.json from its predictions and its split; ``make claims`` runs it.
+"""Checks results/claims.json: recomputes accuracies, finds other numbers in their evidence; ``make claims`` runs it.
 
-claims.json is a list of {id, value, unit, n, spread, command, evidence}.
+claims.json is a list of {id, kind, value, unit, n, spread, command, evidence}.
 
+- ``kind`` is "recomputed" where this script computes the value anew from predictions and splits (or from the runs'
+  test.json), "recorded" where a program measured it: then a file of the evidence has to hold the number, times have to
+  be the sums of metrics.jsonl, and those on speed what benchmarks/table.py makes of results/speed. Numbers of weights
+  (``.parameters``) are not checked: they need the networks.
 - ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
   in percent and recomputed; in ids that begin with ``compare.gain.`` it is the difference of two arms, and recomputed
   from the runs that comparison.json names, whose interval must be that of ``spread``. Ids that end in ``.ece`` are
-  the mean of their runs' test.json. Other ids are no accuracies; of those only the evidence must be there.
+  the mean of their runs' test.json.
 - ``n`` is the number of runs behind the value (of a difference, those of the smaller arm); with several, ``value`` is
   their mean and ``spread`` their sample standard deviation.
 - ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
@@ -18,21 +22,30 @@ A claim that a README mentions by its id must stand there with its value, on one
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FIELDS = ("id", "value", "unit", "n", "spread", "command", "evidence")
+FIELDS = ("id", "kind", "value", "unit", "n", "spread", "command", "evidence")
 ACCURACIES = ("top1", "mean_per_class")
 GAIN = "compare.gain."
 READMES = ("README.md", "README.zh-CN.md")
 TOLERANCE = 0.005 + 1e-9  # percent: two decimals
+UNCHECKED = (".parameters",)
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)")
+
+
+def kind_of(name: str) -> str:
+    """What the claim ``name`` is: "recomputed" by this script, or "recorded" when it was measured."""
+    return "recomputed" if name.rpartition(".")[2] in (*ACCURACIES, "ece") else "recorded"
 
 
 def read_json(file: Path) -> Any:
@@ -137,10 +150,92 @@ def check_ece(claim: dict[str, Any], results: Path) -> list[str]:
     return []
 
 
+def check_recorded(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with a number that was measured: its evidence has to hold it."""
+    folder, name, value = results / claim["evidence"], claim["id"], claim["value"]
+    if name.endswith(UNCHECKED):
+        return []
+    if name.endswith(".minutes"):
+        wanted = minutes(folder, results)
+        return [] if wanted == value else [f"claims {value} minutes, metrics.jsonl gives {wanted}"]
+    if name.startswith("speed."):
+        measured = speed(results).get(name)
+        return [] if measured == value else [f"claims {value}, benchmarks/table.py gives {measured}"]
+    if name.startswith("report.size.study"):
+        size = round((folder / "report" / "report.html").stat().st_size / 1e6, 2)
+        return [] if size == value else [f"claims {value} MB, the page has {size}"]
+    files = [path for pattern in ("*.json*", "*.txt", "report/report.md") for path in folder.glob(pattern)]
+    found = [number for file in files for number in numbers(file.read_text(encoding="utf-8"))]
+    found += [100 * share for share in found] if claim["unit"].startswith("%") else []
+    found += of_a_search(folder) if (folder / "search.json").is_file() else []
+    return [] if any(same(number, value) for number in found) else [f"claims {value}, no file in {folder} has it"]
+
+
+def of_a_search(folder: Path) -> list[float]:
+    """What is said of a search beside its files' numbers: the winner's lead over the second and its standard error on
+    505 validation images, in points, and what searching took beyond the training, in percent, with two workers."""
+    search = read_json(folder / "search.json")
+    best, second, *_ = sorted((one["best_val_top1"] for one in search["results"] if one["run"]), reverse=True)
+    error = math.sqrt(best * (100 - best) / 505)
+    records = [json.loads(line) for file in folder.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
+    trained = sum(one["seconds"] + one["val_seconds"] for one in records)
+    wall = sum(command["wall_seconds"] for command in search.get("commands", ()))
+    return [best - second, error, *([100 * (2 * wall / trained - 1)] if trained else [])]
+
+
+def numbers(text: str) -> Iterator[float]:
+    """Every number that stands in a text."""
+    for match in NUMBER.finditer(text):
+        yield float(match[0].replace(",", ""))
+
+
+def same(number: float, value: float) -> bool:
+    """Whether ``number``, with as many digits as ``value`` has, is it."""
+    mantissa, _, power = str(value).partition("e")
+    digits = len(mantissa.partition(".")[2])
+    return f"{number:.{digits}{'e' if power else 'f'}}" == f"{value:.{digits}{'e' if power else 'f'}}"
+
+
+def minutes(folder: Path, results: Path) -> int | None:
+    """Minutes of one training of the runs in ``folder``, or of all members of an ensemble; None where a cache spared
+    each of them its features."""
+    from finetune101.analysis.costs import mean_seconds
+    from finetune101.analysis.groups import features_cached
+    from finetune101.runs import Run
+
+    runs = [Run(path) for path in runs_in(folder)]
+    members = [Run(results / name) for name in read_json(runs[0].path / "config.json").get("members", ())]
+    cached = features_cached(members or runs)
+    if not members:
+        seconds = mean_seconds(runs, cached)
+        return None if seconds is None else max(1, round(seconds / 60))
+    total = 0.0
+    for member in members:  # runs of one folder are one arm: where a cache spared one its features, another paid
+        arm = [one for one in members if one.path.parent == member.path.parent]
+        seconds = mean_seconds([member], cached) or mean_seconds(arm, cached)
+        if seconds is None:
+            return None
+        total += seconds
+    return round(total / 60)
+
+
+@functools.cache
+def speed(results: Path) -> dict[str, float]:
+    """The claims that benchmarks/table.py makes of results/speed, by their id."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    try:
+        import table
+    finally:
+        sys.path.pop(0)
+    return {one["id"]: one["value"] for one in table.rows(results / "speed")[1]}
+
+
 def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     """What is wrong with one claim: empty when it holds."""
     if missing := [field for field in FIELDS if field not in claim]:
         return [f"lacks {', '.join(missing)}"]
+    if claim["kind"] != kind_of(claim["id"]):
+        return [f"is called {claim['kind']}, it is {kind_of(claim['id'])}"]
     folder = (results / claim["evidence"]).resolve()
     if not folder.is_dir() or results.resolve() not in folder.parents:
         return [f"evidence {claim['evidence']} is no folder below {results}"]
@@ -148,7 +243,7 @@ def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     if metric == "ece":
         return check_ece(claim, results)
     if metric not in ACCURACIES:
-        return []
+        return check_recorded(claim, results)
     if claim["id"].startswith(GAIN):
         return check_difference(claim, results)
     try:
@@ -175,8 +270,8 @@ def check_readme(claim: dict[str, Any], text: str) -> bool:
     return not lines or any(number.search(line) for line in lines)
 
 
-def check(root: Path) -> tuple[int, list[str]]:
-    """(number of claims, problems) of the project at ``root``."""
+def check(root: Path) -> tuple[Counter[str], list[str]]:
+    """(claims of each kind, problems) of the project at ``root``."""
     results = root / "results"
     claims = read_json(results / "claims.json")
     ids = [claim.get("id") for claim in claims]
@@ -190,7 +285,8 @@ def check(root: Path) -> tuple[int, list[str]]:
                 for readme in READMES
                 if (root / readme).is_file() and not check_readme(claim, (root / readme).read_text(encoding="utf-8"))
             ]
-    return len(claims), problems
+    kinds = ("not checked" if str(one.get("id")).endswith(UNCHECKED) else str(one.get("kind")) for one in claims)
+    return Counter(kinds), problems
 
 
 def main(root: Path = Path(__file__).parents[1]) -> int:
@@ -198,11 +294,14 @@ def main(root: Path = Path(__file__).parents[1]) -> int:
     try:
         count, problems = check(root)
     except ValueError as error:
-        count, problems = 0, [str(error)]
+        count, problems = Counter(), [str(error)]
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
-        print(f"All {count} claims hold.")
+        print(
+            f"All {count.total()} claims hold: {count['recomputed']} recomputed from predictions, {count['recorded']} "
+            f"recorded in their evidence, {count['not checked']} not checked (numbers of weights)."
+        )
     return 1 if problems else 0
 
 

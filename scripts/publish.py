@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from claims import kind_of
+
 from finetune101.analysis.groups import mean_sd
 from finetune101.files import write_json
 from finetune101.runs import Run
@@ -91,7 +93,8 @@ def enter(entries: Sequence[dict[str, Any]], command: str, evidence: str, digits
             else spread and round(spread, digits)
         )
         value = round(entry["value"], digits)
-        claims[entry["id"]] = {**entry, "value": value, "spread": spread, "command": command, "evidence": evidence}
+        stands_on = {"kind": kind_of(entry["id"]), "command": command, "evidence": evidence}
+        claims[entry["id"]] = {**entry, "value": value, "spread": spread, **stands_on}
         print(f"{entry['id']} = {value} {entry['unit']}, evidence in {RESULTS / evidence}")
     write_json(RESULTS / "claims.json", sorted(claims.values(), key=lambda one: str(one["id"])))
 
@@ -105,7 +108,7 @@ def keep_split(run: Path) -> str:
     name += f"_test{options['max_test_per_class']}" if options.get("max_test_per_class") else ""
     name += f"_seed{split['seed']}"
     known = RESULTS / "splits" / f"{name}.json"
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != split:
+    if known.is_file() and Run(known.parent).read_json(known.name) != split:
         raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")
     write_json(known, split)
     return name

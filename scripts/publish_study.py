@@ -2,6 +2,7 @@
 
 python scripts/publish_study.py RUNS/EXP --command "finetune101 study --exp EXP ..." [--best ARM ...]
 python scripts/publish_study.py RUNS/EXP --restore     puts them back, so that the study goes on from there
+python scripts/publish_study.py RUNS/EXP --again       makes times, comparison and page of results/study_EXP anew
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 from publish import RESULTS, enter, keep_run
 
 from finetune101.analysis.compare import Comparison, over_splits
-from finetune101.analysis.groups import Group, mean_sd, read_manifest
+from finetune101.analysis.costs import mean_seconds
+from finetune101.analysis.groups import Group, features_cached, mean_sd, read_manifest
 from finetune101.analysis.report import draw_study, report, study_groups
 from finetune101.experiment import split_file
 from finetune101.files import write_json
@@ -38,26 +40,44 @@ def publish(study: Path, command: str, best: Sequence[str] = ()) -> Path:
             (kept / "curves.png").unlink(missing_ok=True)  # the page has them
     settings = {**saved["settings"], "runs": "runs", "data": None}
     write_json(folder / "study.json", {**saved, "settings": settings})
+    found, groups = publish_page(folder)
     for cell in saved["cells"]:
         prefix = "best" if cell["arm"] in best else "study"
         enter(list(accuracies(cell, settings["protocol"], prefix)), command, f"{folder.name}/{cell['folder']}")
         if prefix == "best" and cell["arm"] == "finetune" and cell["size"] is None:
             enter([calibration(folder / cell["folder"])], command, f"{folder.name}/{cell['folder']}", 4)
-    if len(saved["cells"]) > 1:
-        groups = study_groups(folder)
-        found = run_comparison(groups, folder)
-        if (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
-            size = max(cell["size"] or 0 for cell in saved["cells"])
-            where = f"per_class_{size}." if size else "" if found.splits == 1 else f"{settings['protocol']}."
-            if not {"finetune", "scratch"} <= set(best):
-                where = f"study.{where}"
-            enter(list(gains(groups, found, where)), command, folder.name)
+    if found and (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
+        size = max(cell["size"] or 0 for cell in saved["cells"])
+        where = f"per_class_{size}." if size else "" if found.splits == 1 else f"{settings['protocol']}."
+        if not {"finetune", "scratch"} <= set(best):
+            where = f"study.{where}"
+        enter(list(gains(groups, found, where)), command, folder.name)
     if len(saved["settings"]["train_per_class"]) > 1:
         enter(list(curve(saved["cells"])), command, folder.name)
+    return folder
+
+
+def publish_page(folder: Path) -> tuple[Comparison | None, list[Group]]:
+    """Writes times, pictures, comparison and page of the published study in ``folder``.
+
+    Returns the first two arms' comparison, None with one arm, and the arms.
+    """
+    saved = Run(folder).read_json("study.json")
+    runs = {cell["folder"]: _runs_in(folder / cell["folder"]) for cell in saved["cells"]}
+    cached = features_cached(run for own in runs.values() for run in own)
+    for cell in saved["cells"]:
+        cell["seconds"] = mean_seconds(runs[cell["folder"]], cached)
+    write_json(folder / "study.json", saved)
+    groups = study_groups(folder) if len(saved["cells"]) > 1 else []
+    found = run_comparison(groups, folder) if groups else None
     draw_study(folder)
     page = report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
-    return folder
+    return found, groups
+
+
+def _runs_in(folder: Path) -> list[Run]:
+    return [Run(test.parent) for test in sorted(folder.glob("*/test.json"))]
 
 
 def restore(study: Path) -> None:
@@ -136,10 +156,13 @@ if __name__ == "__main__":
     parser.add_argument("study", type=Path)
     parser.add_argument("--command", default="")
     parser.add_argument("--restore", action="store_true", help="from results/ to RUNS/EXP")
+    parser.add_argument("--again", action="store_true", help="page and times of results/study_EXP")
     parser.add_argument("--best", nargs="+", default=(), metavar="ARM", help="arms that have the best recipe there is")
     arguments = parser.parse_args()
     if arguments.restore:
         restore(arguments.study)
+    elif arguments.again:
+        publish_page(RESULTS / f"study_{arguments.study.name}")
     elif arguments.command:
         publish(arguments.study, arguments.command, arguments.best)
     else:

@@ -6,10 +6,9 @@ Writes it into both READMEs, between their marks, and adds training time and par
 from __future__ import annotations
 
 import json
-from statistics import fmean
 from typing import Any
 
-from claims import runs_in
+from claims import kind_of, minutes, runs_in
 from publish import RESULTS
 
 from finetune101.analysis.groups import read_manifest
@@ -56,10 +55,9 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
     top1, per_class = claims[f"{stem}.top1"], claims[f"{stem}.mean_per_class"]
     runs = [Run(folder) for folder in runs_in(RESULTS / top1["evidence"])]
     members = [Run(RESULTS / name) for name in runs[0].read_json("config.json").get("members", ())]
-    seconds = sum(run.seconds() for run in members) if members else fmean(run.seconds() for run in runs)
     described = [_described(run) for run in members or runs[:1]]
     weights = round(sum(one["weights"] for one in described) / 1e6, 1)
-    minutes = max(1, round(seconds / 60))
+    time = minutes(RESULTS / top1["evidence"], RESULTS)
     spread = top1["spread"]
     shown = f"{top1['value']:.2f}"
     if isinstance(spread, list):
@@ -73,13 +71,12 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
         split += ", train + val"
     cells = [network, "; ".join(dict.fromkeys(starts)), split, shown]
     cards = dict.fromkeys(_card(run) for run in members or runs)
-    shown = f"{minutes} {', '.join(card for card in cards if card)}".strip()
+    shown = f"{'–' if time is None else time} {', '.join(card for card in cards if card)}".strip()
     cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", shown, f"`{stem}.top1`"]
     made = {"n": len(runs), "spread": None, "command": top1["command"], "evidence": top1["evidence"]}
-    extra = [
-        {"id": f"{stem}.minutes", "value": minutes, "unit": "min", **made},
-        {"id": f"{stem}.parameters", "value": weights, "unit": "million weights", **made},
-    ]
+    extra = [{"id": f"{stem}.parameters", "value": weights, "unit": "million weights", **made}]
+    if time is not None:
+        extra.append({"id": f"{stem}.minutes", "value": time, "unit": "min", **made})
     return cells, extra
 
 
@@ -113,7 +110,8 @@ def main() -> None:
     file = RESULTS / "claims.json"
     claims = {one["id"]: one for one in json.loads(file.read_text(encoding="utf-8"))}
     found = [row(stem, claims) for stem in STEMS if f"{stem}.top1" in claims]
-    claims |= {claim["id"]: claim for _, extra in found for claim in extra}
+    claims = {name: one for name, one in claims.items() if not name.endswith(".minutes")}
+    claims |= {claim["id"]: {**claim, "kind": kind_of(claim["id"])} for _, extra in found for claim in extra}
     write_json(file, sorted(claims.values(), key=lambda one: str(one["id"])))
     for name, head in HEADS.items():
         lines = [head, "|" + "---|" * head.count(" |")]

@@ -57,6 +57,29 @@ def small(tiny_data: Path, tmp_path: Path) -> TrainConfig:
 
 
 @pytest.fixture(scope="session")
+def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs a and b (two seeds) and other (another split), all tested. Shared: copy it first."""
+    from finetune101.cli import main
+
+    small = "--model squeezenet1_1 --size 32 --batch-size 8 --threads 1 --epochs 1 --no-pretrain"
+    folder = tmp_path_factory.mktemp("cli") / "runs"
+    for name, extra in {"a": [], "b": ["--seed", "1"], "other": ["--split-seed", "1"]}.items():
+        words = ["--exp", name, "--runs", str(folder), "--data", str(tiny_data), *small.split()]
+        assert main(["train", *words, *extra]) == 0
+        assert main(["evaluate", name, "--runs", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder, and no data set or weights named by the environment."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FINETUNE101_DATA", raising=False)
+    monkeypatch.delenv("FINETUNE101_WEIGHTS", raising=False)
+    yield tmp_path
+
+
+@pytest.fixture(scope="session")
 def caltech101() -> Path:
     """The real 101_ObjectCategories, to be read only; use it in tests marked caltech101."""
     root = os.environ.get("FINETUNE101_DATA")

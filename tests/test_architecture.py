@@ -20,6 +20,8 @@ PACKAGE = ROOT / "finetune101"
 # left never imports right; names in one entry may import each other
 ORDER = (
     ("errors",),
+    ("words",),
+    ("faults",),
     ("files",),
     ("schemas",),
     ("config",),
@@ -33,7 +35,7 @@ ORDER = (
     ("search",),
     ("analysis",),
     ("deploy",),
-    ("arguments", "cli", "verbs", "classic", "demo", "searching", "experiment"),
+    ("console", "arguments", "cli", "verbs", "classic", "demo", "searching", "experiment"),
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
@@ -176,3 +178,19 @@ def commands(readme: str) -> list[str]:
 
 def test_both_readmes_give_the_same_commands() -> None:
     assert commands("README.md") == commands("README.zh-CN.md") != []
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [line for lines in project["optional-dependencies"].values() for line in lines]
+    declared += project["dependencies"]
+    names = {re.split(r"[^A-Za-z0-9_.\-]", line)[0].lower().replace("_", "-") for line in declared}
+    packages = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "pillow_heif": "pillow-heif"}
+    imported = {
+        target.split(".")[0]
+        for name in MODULES
+        for _, target in imports(name, inside_functions=True)
+        if target.split(".")[0] not in {*sys.stdlib_module_names, "finetune101"}
+    }
+    missing = {name for name in imported if packages.get(name, name).lower().replace("_", "-") not in names}
+    assert not missing, f"declare these in pyproject.toml: {sorted(missing)}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import claims
 import publish
@@ -15,8 +19,10 @@ import pytest
 
 from finetune101 import experiment
 from finetune101.analysis import groups, report
+from finetune101.cli import main
 from finetune101.config import StudyConfig
 from finetune101.data import dataset, splits
+from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run
 from finetune101.training.loop import fit
@@ -36,6 +42,7 @@ def study(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyCon
         runs=str(tmp_path_factory.mktemp("study")),
         data=str(tiny_data),
         arms=("probe", "scratch"),
+        scratch_recipe="original",
         seeds=1,
         train_per_class=(2, 4),
         epochs=1,
@@ -81,17 +88,15 @@ def test_a_second_call_trains_nothing(folder: Path, study: StudyConfig, index: d
     assert times == {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")} and len(times) == 4
 
 
-def test_the_estimate_comes_from_recorded_runs(folder: Path, study: StudyConfig, index: dataset.Index) -> None:
-    more = dataclasses.replace(study, seeds=3)
-    assert "minute" in experiment.estimate(more, index, experiment.plan(more, index))
-    other = dataclasses.replace(study, exp="t", models=("squeezenet1_1",), arms=("scratch",))
-    said = experiment.estimate(other, index, experiment.plan(other, index))
-    assert said.startswith("how long they take is not known")
-    said = experiment.estimate(other, index, experiment.plan(other, index), measured=True)
-    assert re.fullmatch(r"(about \d+ minutes|less than a minute), one run at a time", said)
-    both = dataclasses.replace(more, models=(*more.models, "squeezenet1_1"), arms=("scratch",))
-    said = experiment.estimate(both, index, experiment.plan(both, index))
-    assert said.endswith("without scratch with squeezenet1_1, of which no run is recorded")
+def test_the_estimate_counts_every_run_that_is_left(
+    folder: Path, study: StudyConfig, index: dataset.Index, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiment.estimate(index, experiment.plan(study, index)) == "4 runs, 0 to do."
+    more = dataclasses.replace(study, seeds=3, models=(*study.models, "squeezenet1_1"), arms=("scratch",))
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    said = experiment.estimate(index, experiment.plan(more, index), budget=0)
+    assert said.startswith("12 runs, 10 to do. This takes about ") and said.endswith("1 more are guessed.")
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
 def test_other_settings_are_another_study(folder: Path, study: StudyConfig, index: dataset.Index) -> None:
@@ -106,7 +111,9 @@ def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: datase
         ({"arms": ()}, "--arms names nothing"),
         ({"models": ()}, "--models names nothing"),
         ({"exp": "../x"}, "--exp '../x' cannot name a folder"),
-        ({"train_per_class": (0, 1)}, "--train-per-class is 0"),
+        ({"train_per_class": (0, 1)}, "--train-per-class is 0 1"),
+        ({"split_seed": -1}, "--split-seed is -1"),
+        ({"exp": "a" * 300}, "too long"),
         ({"train_per_class": (1, 500)}, "--train-per-class 500 leaves none to test"),
         ({"scratch_recipe": "probe"}, "--scratch-recipe probe trains the output layer only"),
         ({"probe_recipe": "finetune"}, "--probe-recipe finetune trains every layer"),
@@ -232,7 +239,7 @@ def test_an_ensemble_is_published_with_the_names_of_its_members(
     members = [results / name for name in ("a", "b")]
     for folder in members:
         Run(folder).write_json("test.json", {"manifest_hash": "sha256:1", "manifest": "reference_seed42"})
-    Run(results).write_json("claims.json", [])
+    (results / "claims.json").write_text("[]")
     test = {"manifest_hash": "sha256:1", "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123}
     Run(out).write_json("test.json", {**test, "top1_interval": [97.4, 98.7]})
     (out / "predictions.csv").write_text("path,label,prediction,confidence\n")
@@ -256,3 +263,117 @@ def test_a_curve_claims_how_few_images_reach_random_initialisation_with_the_most
     assert not list(
         publish_study.curve([{**cell, "mean_per_class": 1.0 + (cell["arm"] == "scratch")} for cell in cells])
     )
+
+
+def test_a_study_that_was_moved_or_named_by_an_absolute_path_goes_on(
+    folder: Path, study: StudyConfig, index: dataset.Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder, tmp_path / "new" / "renamed")
+    monkeypatch.chdir(tmp_path)
+    for runs in ("new", str(tmp_path / "new")):
+        moved = dataclasses.replace(study, exp="renamed", runs=runs)
+        cells = experiment.plan(moved, index)
+        assert all(experiment.is_done(config) for cell in cells for config in cell.runs)
+        assert [cell["n"] for cell in experiment.run(moved, index, cells)["cells"]] == [1] * 4
+    other = tmp_path / "new/renamed/splits/split42_2_per_class.json"
+    other.write_bytes((tmp_path / "new/renamed/splits/split42_4_per_class.json").read_bytes())
+    with pytest.raises(Refused, match=r"data\.split"):
+        experiment.is_done(cells[0].runs[0])
+
+
+@pytest.fixture
+def short(study: StudyConfig, tmp_path: Path) -> StudyConfig:
+    """Two runs of a small network from random initialisation."""
+    return dataclasses.replace(
+        study, runs=str(tmp_path), arms=("scratch",), models=("squeezenet1_1",), train_per_class=(), seeds=2
+    )
+
+
+def test_a_run_that_dies_of_a_fault_is_kept_and_the_others_go_on(
+    short: StudyConfig, index: dataset.Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cells = experiment.plan(short, index)
+    first = cells[0].runs[0]
+
+    def failing(job: Any, **how: Any) -> Any:
+        if job.config.exp == first.exp:
+            raise MemoryError("no room\nfor more")
+        return fit(job, **how)
+
+    monkeypatch.setattr(experiment, "fit", failing)
+    (cell,) = experiment.run(short, index, cells)["cells"]
+    assert cell["n"] == 1 and [(f["run"], f["type"]) for f in cell["failed"]] == [(first.exp, "MemoryError")]
+    log = tmp_path / first.exp / "error.log"
+    assert "Traceback" in log.read_text() and "MemoryError: no room" in cell["errors"][0]
+    assert json.loads((tmp_path / "s" / "study.json").read_text())["cells"] == [cell]
+    monkeypatch.undo()
+    (cell,) = experiment.run(short, index, cells)["cells"]  # the same command tries it again
+    assert (cell["n"], cell["errors"], log.exists()) == (2, [], False)
+
+
+@pytest.mark.slow
+def test_with_two_jobs_a_killed_worker_is_one_failed_run(
+    short: StudyConfig, index: dataset.Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = dataclasses.replace(short, models=("squeezenet1_1", "alexnet"), epochs=3)  # alexnet cannot take 32 px
+    cells = experiment.plan(mixed, index)
+    victims: list[int] = []
+
+    def kill_one(process: Any) -> None:
+        real_start(process)
+        if not victims:
+            victims.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
+
+    real_start = BaseProcess.start
+    monkeypatch.setattr(BaseProcess, "start", kill_one)
+    trained, impossible = experiment.run(mixed, index, cells, jobs=2)["cells"]
+    assert (trained["n"], impossible["n"]) == (1, 0)
+    assert [f["type"] for f in trained["failed"]] == ["Killed"] and "-9" in trained["errors"][0]
+    assert [f["type"] for f in impossible["failed"]] == ["Refused"] * 2 and "32" in impossible["errors"][0]
+    monkeypatch.undo()
+    one = dataclasses.replace(short, exp="one", epochs=3, seeds=1)
+    experiment.run(one, index, experiment.plan(one, index))
+    assert experiment.run(mixed, index, cells, jobs=2)["cells"][0]["n"] == 2
+    scores = [Run(tmp_path / exp / cells[0].folder / "split42_seed0").read_json("test.json") for exp in ("s", "one")]
+    assert scores[0]["loss"] == scores[1]["loss"]
+
+
+def test_a_study_of_which_nothing_can_begin_is_one_sentence(short: StudyConfig, index: dataset.Index) -> None:
+    small = dataclasses.replace(short, models=("alexnet",))
+    with pytest.raises(Refused, match="32"):
+        experiment.run(small, index, experiment.plan(small, index))
+
+
+def test_a_folder_of_something_else_is_refused(short: StudyConfig, index: dataset.Index, tmp_path: Path) -> None:
+    for name in ("config.json", "search.json", "optuna.journal"):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / name).write_text('{"optim": {}}')
+        with pytest.raises(Refused, match="is the folder of a"):
+            experiment.plan(short, index)
+        (tmp_path / "s" / name).unlink()
+    (tmp_path / "file").write_text("")
+    unwritable = dataclasses.replace(short, runs=str(tmp_path / "file"))
+    with pytest.raises(Refused, match="--runs"):
+        experiment.run(unwritable, index, experiment.plan(unwritable, index))
+
+
+def test_what_is_listed_twice_is_trained_once(short: StudyConfig, index: dataset.Index) -> None:
+    twice = dataclasses.replace(short, models=short.models * 2, arms=("scratch", "scratch"), train_per_class=(2, 2))
+    assert len(experiment.plan(twice, index)) == 1
+
+
+def test_the_command_says_how_long_and_ends_with_1_where_a_run_failed(
+    short: StudyConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = [
+        "study", "--exp", "my study", "--runs", short.runs, "--data", str(short.data), "--arms", "scratch",
+        "--seeds", "1", "--models", "squeezenet1_1", "alexnet", "--epochs", "1", "--size", "32", "--threads", "1",
+    ]  # fmt: skip
+    assert main([*words, "--dry-run"]) == 0
+    assert re.search("2 to do. This takes about .* second", capsys.readouterr().out) and not any(tmp_path.iterdir())
+    assert main(words) == 1
+    said = capsys.readouterr().out
+    assert "failed: " in said and "'" + str(tmp_path / "my study") + "'" in said
+    saved = json.loads((tmp_path / "my study" / "study.json").read_text())
+    assert [cell["n"] for cell in saved["cells"]] == [1, 0]

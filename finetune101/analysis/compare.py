@@ -17,7 +17,17 @@ import numpy as np
 from scipy import stats
 
 from finetune101.analysis.figures import ARMS
-from finetune101.analysis.groups import Group, Tested, common_splits, mean_sd, proof, read, shortened
+from finetune101.analysis.groups import (
+    Group,
+    Tested,
+    common_splits,
+    mean_sd,
+    one_arm,
+    proof,
+    read,
+    shortened,
+    with_costs,
+)
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
@@ -39,16 +49,26 @@ class Score:
     start: str
     command: str
     seconds: float
+    features_cached: bool
+    frozen: bool
     steps: int
     images: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One side: means over its runs, with the standard deviation where there are several."""
+    """One side: means over its runs, with the standard deviation where there are several.
+
+    ``seconds`` are those of one training, mean over the runs that computed their features; None where all read them
+    from a cache.
+    """
 
     name: str
     network: str
+    recipe: str | None
+    pretrain: bool
+    device: str
+    seconds: float | None
     init_source: str
     init_hash: str
     epoch: int
@@ -62,6 +82,21 @@ class Arm:
     steps_to_other: float | None
     seconds_to_other: float | None
     runs: tuple[Score, ...]
+
+    @property
+    def better_recipes(self) -> tuple[tuple[str, str], ...]:
+        """Recipes that are known to reach more than this arm's, each with its time: "half", "same", "twice", "gpu"."""
+        if self.pretrain:
+            return (("finetune", "half"),) if self.recipe == "original" else ()
+        if self.device == "cuda":
+            return (("scratch_long", "gpu"),) if self.recipe in ("original", "scratch_fast", "scratch") else ()
+        quick = (("scratch_fast", "same"),) if self.recipe == "original" else ()
+        return (*quick, ("scratch", "twice")) if self.recipe in ("original", "scratch_fast") else ()
+
+    @property
+    def frozen(self) -> int:
+        """Runs whose tested weights have the backbone as it came: only an output layer was trained."""
+        return sum(run.frozen for run in self.runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +191,23 @@ def compare_groups(a: Group, b: Group) -> Comparison:
 
 
 def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
-    """Every two of ``groups``, in their order. Raises Refused with fewer than two, or too many for a picture."""
+    """Every two of ``groups``, in their order; costs leave out runs that the others show to be read from a cache.
+
+    Raises Refused with fewer than two, or too many for a picture.
+    """
     if len(groups) > len(ARMS):
         raise Refused(f"compare shows {len(ARMS)} groups at most; name fewer")
     if len(groups) < 2:
         raise Refused("compare needs two runs or groups of runs; give another one")
-    return [compare_groups(a, b) for a, b in itertools.combinations(shortened(groups), 2)]
+    return [compare_groups(a, b) for a, b in itertools.combinations(shortened(with_costs(groups)), 2)]
 
 
 def over_splits(differences: Sequence[float], ratio: float) -> tuple[float, float]:
     """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test to training images.
 
-    The splits share images, so the plain t interval would be too narrow: its 1/K grows by ``ratio``.
+    The splits share images, so the plain t interval would be too narrow: its 1/K grows by ``ratio``. With few training
+    images ``ratio`` is large (29 for one image per class of Caltech-101) and the interval says next to nothing: studies
+    show it at their largest size only.
     Source: C. Nadeau, Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
     """
     k = len(differences)
@@ -189,9 +229,13 @@ def _arm(group: Group, other: Group) -> Arm:
     return Arm(
         name=group.name,
         network=first.config.model.name,
+        recipe=first.config.recipe,
+        pretrain=first.config.model.pretrain,
+        device=first.env["world"]["device"],
+        seconds=group.seconds(),
         init_source=first.env["model"]["init_source"],
         init_hash=first.env["model"]["init_hash"],
-        epoch=first.test["epoch"],
+        epoch=first.test.get("epoch", 0),
         correct=float(np.mean([s.correct for s in scores])),
         top1=top1,
         top1_sd=top1_sd,
@@ -223,13 +267,15 @@ def _score(run: Tested, pretrained: dict[str, str]) -> Score:
         seed=run.config.system.seed,
         split_seed=run.manifest.seed,
         manifest_hash=run.split,
-        epoch=run.test["epoch"],
+        epoch=run.test.get("epoch", 0),
         correct=right,
         top1=100 * right / len(run.correct),
         mean_per_class=float(np.mean(list(run.by_class().values()))),
         init_hash=run.env["model"]["init_hash"],
         start=proof(run, pretrained),
         command=run.env.get("command", ""),
+        features_cached=run.features_cached,
+        frozen=run.frozen,
         **run.cost(),  # type: ignore[arg-type]
     )
 
@@ -293,101 +339,7 @@ def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
 def groups_of(folder: Path) -> list[Group]:
     """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when those are gone."""
     values = Run(folder).read_json("comparison.json")
-    try:
-        sides = {arm["name"]: arm["runs"] for pair in [values, *values["others"]] for arm in (pair["a"], pair["b"])}
-        paths = {name: [folder / one["path"] for one in runs] for name, runs in sides.items()}
-    except (KeyError, TypeError) as error:
-        raise Refused(f"{folder / 'comparison.json'} lacks {error}; run compare again") from error
-    return [Group(name=name, runs=tuple(read(Run(path)) for path in found)) for name, found in paths.items()]
-
-
-def text(c: Comparison) -> str:
-    """The comparison as lines for a terminal."""
-    width = max(len(c.a.name), len(c.b.name), len("difference"))
-    where = f"the same {c.n} images" if c.splits == 1 else f"{c.splits} splits (the first has {c.n} images)"
-    lines = [f"Tested on {where} (95 % intervals)", "", f"{'':{width}}  {'right answers':26}  mean per class"]
-    lines += [_row(arm, width, c.n) for arm in (c.a, c.b)]
-    lines.append(f"{'difference':{width}}  {_points(c.difference)} points ({_span(c.interval)}; over {c.over})")
-    if c.crossed and c.difference_interval:
-        lines.append(f"{'':{width}}  of these very runs, over images only: {_span(c.difference_interval)}")
-        lines.append(
-            f"{'':{width}}  t test over images and runs: p = {c.crossed.p:.2g} ({c.crossed.df:.1f} degrees of freedom)"
-        )
-    lines.append("")
-    for pair in c.mcnemar:
-        lines.append(f"Only {pair.a} is right: {_images(pair.only_a)}. Only {pair.b} is right: {_images(pair.only_b)}.")
-        lines.append(f"  McNemar's exact test that both are equally good: p = {pair.p:.2g}.")
-    lines.append(_verdict(c))
-    single = [arm.name for arm in (c.a, c.b) if len(arm.runs) == 1]
-    if single:
-        lines.append(f"One training run of {' and of '.join(single)}: another seed or split would give other numbers.")
-    best, worst = c.classes[:3], c.classes[:-4:-1]
-    lines += ["", f"By class, the difference is greatest in {_classes(best)}; least in {_classes(worst)}."]
-    lines += [line for arm, other in ((c.a, c.b), (c.b, c.a)) for line in _arm_lines(arm, other)]
-    if c.a.network != c.b.network:
-        lines += ["", "The networks differ, so the difference does not come from the start of training alone."]
-    return "\n".join(lines)
-
-
-def _arm_lines(arm: Arm, other: Arm) -> list[str]:
-    """Start, cost and speed of one arm."""
-    first, n = arm.runs[0], len(arm.runs)
-    lines = [
-        "",
-        f"{arm.name}: {arm.network}, weights of epoch {arm.epoch}" + (f" (first of {n} runs)" if n > 1 else ""),
-    ]
-    lines += [f"  started from: {arm.init_source}", f"  initial state: {arm.init_hash[:19]}"]
-    lines += [f"  {start}" for start in dict.fromkeys(run.start for run in arm.runs) if start != "pretrained"]
-    if first.steps or first.seconds:
-        each = ", each of its runs" if n > 1 else ""
-        time = _minutes(float(np.mean([run.seconds for run in arm.runs])))
-        lines.append(f"  trained for {time}: {first.steps} steps, {first.images} images gone through{each}")
-    if arm.validation is not None and other.validation is not None:
-        goal = f"{other.name}'s final validation accuracy ({other.validation:.1f} %)"
-        when = "never"
-        if arm.steps_to_other is not None and arm.seconds_to_other is not None:
-            when = f"after {arm.steps_to_other:g} steps, {_minutes(arm.seconds_to_other)}"
-        lines.append(f"  reaches {goal}: {when}")
-    return lines
-
-
-def _row(arm: Arm, width: int, n: int) -> str:
-    if arm.top1_sd is None or arm.mean_per_class_sd is None:
-        top1, right = f"{arm.top1:6.2f} % ({_span(arm.top1_interval, '.2f')})", f"{arm.correct:g} of {n}"
-        return f"{arm.name:{width}}  {top1:26}  {arm.mean_per_class:6.2f} %    {right}"
-    top1, per_class = (
-        f"{arm.top1:6.2f} ± {arm.top1_sd:.2f} %",
-        f"{arm.mean_per_class:6.2f} ± {arm.mean_per_class_sd:.2f} %",
-    )
-    return f"{arm.name:{width}}  {top1:26}  {per_class}    n = {len(arm.runs)} runs"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def _points(value: float) -> str:
-    return f"{value:+.2f}"
-
-
-def _span(interval: tuple[float, float], form: str = "+.2f") -> str:
-    return f"{interval[0]:{form}} to {interval[1]:{form}}"
-
-
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
-
-
-def _classes(rows: Sequence[ClassGain]) -> str:
-    return ", ".join(f"{row.name} ({row.gain:+.0f})" for row in rows)
-
-
-def _verdict(c: Comparison) -> str:
-    what = "choice of test images" if c.over == "images" else f"choice of {c.over}"
-    single = len(c.a.runs) == len(c.b.runs) == 1
-    sure = c.mcnemar[0].p < 0.05 if single else not c.interval[0] <= 0 <= c.interval[1]
-    if not any(pair.only_a or pair.only_b for pair in c.mcnemar):
-        return "Both are right on the same images."
-    if not sure:
-        return "So these images do not tell the two apart." if c.over == "images" else "So the two are not told apart."
-    return f"So {c.a.name if c.difference > 0 else c.b.name} is better, by more than the {what} explains."
+    if "\0" in str(values):
+        raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")
+    sides = {arm["name"]: arm["runs"] for pair in (values, *values["others"]) for arm in (pair["a"], pair["b"])}
+    return [one_arm(name, [Run(folder / one["path"]) for one in runs]) for name, runs in sides.items()]

@@ -5,8 +5,9 @@ The colours are from M. Okabe and K. Ito's palette for colour-blind readers; lin
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from finetune101.errors import Refused
-from finetune101.files import atomic
+from finetune101.files import atomic, escaped
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -114,8 +115,8 @@ def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: floa
 def comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images") -> Path:
     """Draws validation accuracy against steps and against time, and test accuracy, of two or three arms as a PNG.
 
-    An arm holds ``name``, ``curve`` (points with step, seconds, mean, sd), ``top1``, ``interval`` and ``runs`` (test
-    accuracies of its runs), in percent; ``over`` is what the intervals are over.
+    An arm holds ``name``, ``curve`` (points with step, seconds or None, mean, sd), ``top1``, ``interval`` and ``runs``
+    (test accuracies of its runs), in percent; ``over`` is what the intervals are over.
     """
     with style():
         trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
@@ -137,12 +138,13 @@ def comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images
 
 def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
     """Validation accuracy of each arm against steps and against time."""
-    hours = max(point["seconds"] for arm in arms for point in arm["curve"]) >= 2 * 3600
+    hours = max((point["seconds"] or 0 for arm in arms for point in arm["curve"]), default=0) >= 2 * 3600
     unit, seconds = ("hours", 3600) if hours else ("minutes", 60)
     for arm, colour, style in zip(arms, ARMS, LINES, strict=False):
         for axes, key, scale in ((by_step, "step", 1), (by_time, "seconds", seconds)):
-            x = [point[key] / scale for point in arm["curve"]]
-            mean, sd = ([point[k] for point in arm["curve"]] for k in ("mean", "sd"))
+            points = [point for point in arm["curve"] if point[key] is not None]  # no time where a cache spared it
+            x = [point[key] / scale for point in points]
+            mean, sd = ([point[k] for point in points] for k in ("mean", "sd"))
             marker = "o" if len(x) <= 12 else ""
             axes.plot(x, mean, color=colour, linestyle=style, marker=marker, markersize=4)
             _band(axes, x, mean, sd, colour)
@@ -210,12 +212,13 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
     the share of the true class's images; a small matrix also says how many.
     """
     share = counts / counts.sum(1, keepdims=True).clip(1)
-    side = max(5.0, 1.5 + 0.135 * len(names))
+    counted = len(names) <= COUNTED
+    cell = max(0.3, 0.12 + 0.09 * len(str(np.max(counts)))) if counted else 0.19 if len(names) <= 40 else 0.135
     with style():
-        figure = Figure(figsize=(side, side), layout="compressed")
-        axes = figure.subplots()
+        figure = Figure()
+        axes = figure.add_axes((0, 0, 1, 1))
         image = axes.imshow(100 * share, cmap=CONFUSION, norm=PowerNorm(0.5, 0, 100), interpolation="none")
-        size = 10.0 if len(names) <= 30 else 7.5
+        size = 10.0 if counted else 9.0 if len(names) <= 40 else 7.5
         short = [_short(name, 24) for name in names]
         axes.set_xticks(range(len(names)), short, rotation=90, fontsize=size)
         axes.set_yticks(range(len(names)), short, fontsize=size)
@@ -227,14 +230,30 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
                 box = (start - 0.5, start - 0.5)
                 axes.add_patch(Rectangle(box, length, length, fill=False, edgecolor=VERMILION, linewidth=1.5))
             start += length
-        if len(names) <= COUNTED:
+        if counted:
             for (row, column), count in np.ndenumerate(counts):
                 colour = "white" if share[row, column] > 0.4 else "black"
                 axes.text(column, row, str(count or ""), ha="center", va="center", color=colour)
         axes.set(xlabel="prediction", ylabel="true class")
-        bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=40, ticks=[0, 1, 5, 20, 50, 100])
-        bar.set_label("images of the true class (%)")
+        _fit(figure, axes, image, cell * len(names))
         return save(figure, out)
+
+
+def _fit(figure: Figure, axes: Axes, image: Any, matrix: float) -> None:
+    """Makes ``figure`` as large as a matrix of ``matrix`` inches, its names and the colour scale above it need."""
+    with _any_script():
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        names = max(label.get_window_extent(renderer).width for label in axes.get_yticklabels()) / figure.dpi + 0.45
+    scale, top = max(3.4, 0.4 * matrix), 0.75  # room for the scale's own numbers
+    width, height = names + max(matrix, scale) + 0.25, names + matrix + top
+    figure.set_size_inches(width, height)
+    axes.set_position((names / width, names / height, matrix / width, matrix / height))
+    middle = names + max(matrix, scale) / 2
+    box = ((middle - scale / 2) / width, (height - top + 0.18) / height, scale / width, 0.09 / height)
+    bar = figure.colorbar(image, cax=figure.add_axes(box), orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
+    bar.ax.xaxis.set_ticks_position("top")
+    bar.ax.xaxis.set_label_position("top")
+    bar.set_label("images of the true class (%)")
 
 
 def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
@@ -244,10 +263,10 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.5, label="as sure as right")
         for k, (label, bins) in enumerate(lines.items()):
-            points = [(one["confidence"], one["top1"]) for one in bins if one["n"]]
+            points = [(one["confidence"], one["top1"]) for one in bins if one["confidence"] and one["top1"] is not None]
             look = {"color": ARMS[k], "linestyle": LINES[k], "marker": "os"[k], "markersize": 5}
-            upper.plot(*zip(*points, strict=True), label=label, **look)
-            width = 100 / len(bins)
+            upper.plot([x for x, _ in points], [y for _, y in points], label=label, **look)
+            width = 100 / max(1, len(bins))
             x = [width * (i + 0.3 + 0.4 * k) for i in range(len(bins))]
             lower.bar(x, [one["n"] for one in bins], width=0.38 * width, color=ARMS[k])
         upper.set(ylim=(0, 102), ylabel="right answers (%)")
@@ -255,7 +274,8 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
         figure.legend(loc="outside lower left")
         lower.set(xlim=(0, 101), xlabel="confidence of the prediction (%)", ylabel="images")
         lower.set_yscale("symlog", linthresh=10)
-        ticks = [0, *(10**k for k in range(1, len(str(max(one["n"] for bins in lines.values() for one in bins)))))]
+        most = max((one["n"] for bins in lines.values() for one in bins), default=0)
+        ticks = [0, *(10**k for k in range(1, len(str(most))))]
         lower.set_yticks(ticks, [str(tick) for tick in ticks])  # the scale's own labels would need math text
         lower.yaxis.set_minor_locator(NullLocator())
         return save(figure, out)
@@ -312,7 +332,7 @@ def _star_key() -> Line2D:
 
 def _line(axes: Axes, metrics: Records, key: str, colour: str, dashed: bool = False) -> None:
     """One curve over epochs; records without ``key`` are left out, short runs show their points."""
-    points = [(r["epoch"], r[key]) for r in metrics if r[key] is not None]
+    points = [(r["epoch"], r[key]) for r in metrics if r.get(key) is not None]
     if points:
         marker = "o" if len(points) <= 12 else ""
         style = "--" if dashed else "-"
@@ -347,7 +367,7 @@ def _check(metrics: Records, name: str) -> None:
 
 def _short(text: str, length: int) -> str:
     """At most ``length`` characters; the middle is left out, as names of runs often differ at the end."""
-    half = length // 2
+    half, text = length // 2, escaped(text)
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
@@ -357,15 +377,21 @@ def style() -> Any:
     return matplotlib.rc_context({**STYLE, "font.family": [f for f in wanted if f in font_manager.get_font_names()]})
 
 
+@contextlib.contextmanager
+def _any_script() -> Iterator[None]:
+    """A name in a script that no font here can draw shows as boxes, which is no reason to fail."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
 def save(figure: Figure, out: Path) -> Path:
     """Writes the picture whole or not at all; no library version in it, so that equal runs give equal files.
 
     It has 256 colours, which makes the file a third as large and no picture here different to the eye.
     """
     drawn = BytesIO()
-    with warnings.catch_warnings(), atomic(out) as part:
-        # a name in a script that no font here can draw shows as boxes, which is no reason to fail
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with _any_script(), atomic(out) as part:
         FigureCanvasAgg(figure).print_figure(drawn, format="png", dpi=100)
         with Image.open(drawn) as image:
             small = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)  # kmeans keeps rare colours

@@ -6,23 +6,29 @@ import csv
 import dataclasses
 import glob
 import itertools
+import math
+import shlex
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from finetune101.analysis import costs
 from finetune101.config import TrainConfig
 from finetune101.data import dataset, splits
 from finetune101.errors import Refused
+from finetune101.evaluation.predictions import read_rows
+from finetune101.files import read_json
 from finetune101.models.build import build
-from finetune101.runs import Run, open_run
+from finetune101.runs import Run, kind_of, open_run, runs_below, winner_command
+from finetune101.schemas import Split
 
 ONE_ARM = ("recipe", "model", "augment", "optim")  # what the runs of an arm share
 
@@ -50,6 +56,20 @@ class Tested:
     test: Mapping[str, Any]
     manifest: splits.Manifest
     answers: Mapping[str, Answer]
+    features_cached: bool = False
+    """Its first pass was read from the cache of an earlier run, so its seconds are not what a training costs."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights that were tested have the backbone as it was: only an output layer was trained."""
+        solved = self.test.get("epoch") == 0 and self.config.model.head == "probe"
+        return solved or self.config.model.freeze or self.config.optim.epochs == 0
+
+    @property
+    def first_pass(self) -> costs.FirstPass | None:
+        """The pass that solves an output layer before the first epoch."""
+        images = {name: len(paths) for name, paths in self.manifest.subsets.items()}
+        return costs.first_pass(self.run, self.config, self.env, images)
 
     @cached_property
     def split(self) -> str:
@@ -95,18 +115,53 @@ class Group:
         """The runs on the split with this hash."""
         return [run for run in self.runs if run.split == split]
 
-    def curve(self) -> list[dict[str, float]]:
-        """Validation accuracy after each epoch, mean and standard deviation over the runs; without validation none."""
+    def curve(self) -> list[dict[str, Any]]:
+        """Validation accuracy after each epoch, mean and standard deviation over the runs; without validation none.
+
+        The seconds are the mean over the runs that computed their features; None where all read them from a cache.
+        """
         points = []
         seconds = [0.0] * len(self.runs)
+        paid = [not run.features_cached for run in self.runs]
         for records in zip(*(run.run.metrics() for run in self.runs), strict=False):
             seconds = [s + r["seconds"] + r.get("val_seconds", 0.0) for s, r in zip(seconds, records, strict=True)]
             values = [r["val_top1"] for r in records if r["val_top1"] is not None]
             if len(values) == len(self.runs):
                 mean, sd = mean_sd(values)
                 step = statistics.mean(r["step"] for r in records)
-                points.append({"step": step, "seconds": statistics.mean(seconds), "mean": mean, "sd": sd or 0.0})
+                time = statistics.mean(itertools.compress(seconds, paid)) if any(paid) else None
+                points.append({"step": step, "seconds": time, "mean": mean, "sd": sd or 0.0})
         return points
+
+    def seconds(self) -> float | None:
+        """Mean time of a training over the runs that computed their features; None where there is none."""
+        found = [run.run.seconds() for run in self.runs if not run.features_cached]
+        return statistics.mean(found) if found else None
+
+
+def with_costs(groups: Sequence[Group]) -> list[Group]:
+    """``groups`` whose runs know whether their features were read from a cache, which the other runs show."""
+    cached = costs.read_from_cache(run.first_pass for group in groups for run in group.runs)
+    return [
+        dataclasses.replace(
+            group,
+            runs=tuple(
+                dataclasses.replace(run, features_cached=run.run.path.resolve() in cached) for run in group.runs
+            ),
+        )
+        for group in groups
+    ]
+
+
+def features_cached(runs: Iterable[Run]) -> frozenset[Path]:
+    """The folders of ``runs`` whose features were read from the cache of an earlier one."""
+    passes = []
+    for run in runs:
+        if not (records := run.metrics()) or records[0]["epoch"] != 0:
+            continue  # it computed no features before its first epoch
+        images = {name: len(paths) for name, paths in read_manifest(run).subsets.items()}
+        passes.append(costs.first_pass(run, run.config(), run.read_json("env.json"), images))
+    return costs.read_from_cache(passes)
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -121,15 +176,23 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
     found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
-    folders = sorted({file.parent for path in found for file in Path(path).glob("**/config.json")})
+    folders = sorted({folder for path in found for folder in runs_below(Path(path))})
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
+        if not folders:
+            raise Refused(f"{name} has no finished run; continue the study first")
     if not folders and set(name) & set("*?["):
         raise Refused(f"no run matches {name}; a glob is looked up here and in {runs}")
     if not folders:
         folders = [open_run(name, runs).path]  # which says what there is
-    tested = [read(Run(folder)) for folder in folders]
-    tested.sort(key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
+    return one_arm((folders[0] if len(folders) == 1 else Path(name)).as_posix(), [Run(folder) for folder in folders])
+
+
+def one_arm(name: str, runs: Sequence[Run]) -> Group:
+    """``runs`` as a group. Raises Refused when there is none, one is not tested, or they are not one arm."""
+    if not runs:
+        raise Refused(f"{name} has no run; run compare again")
+    tested = sorted(map(read, runs), key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
     if len({one.config.model.name for one in tested}) > 1:
         raise Refused(f"{name} holds several networks; give a folder or a glob with one of them")
     for other in tested[1:]:
@@ -142,7 +205,7 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
         if (one.split, one.config.system.seed) == (other.split, other.config.system.seed):
             same = f"{one.run.path} and {other.run.path} have the same seed and split"
             raise Refused(f"{same}; give a folder or a glob that holds one run of each")
-    return Group(name=(folders[0] if len(folders) == 1 else Path(name)).as_posix(), runs=tuple(tested))
+    return Group(name=name, runs=tuple(tested))
 
 
 def on_common_splits(groups: Sequence[Group]) -> list[Group]:
@@ -171,6 +234,8 @@ def read(run: Run) -> Tested:
     Raises Refused when it has not been evaluated, or its files contradict each other.
     """
     answers, test, manifest = read_answers(run), run.read_json("test.json"), read_manifest(run)
+    if outside := next((path for paths in manifest.subsets.values() for path in paths if not is_inside(path)), None):
+        raise Refused(f"the split of {run.path} has {outside}, which is not inside of a data folder; it is damaged")
     correct = sum(answer.right for answer in answers.values())
     stated = (test.get("n"), test.get("correct"), test.get("manifest_hash"))
     wanted = {path: dataset.class_of(path) for path in manifest.subsets["test"]}
@@ -178,18 +243,24 @@ def read(run: Run) -> Tested:
     if stated != (len(answers), correct, manifest.hash()) or labels != wanted:
         raise Refused(
             f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
-            f"run: finetune101 evaluate {run.path}"
+            f"run: {evaluate_command(run)}"
         )
     best = [record["epoch"] for record in run.metrics() if record["best"]]
-    if best and best[-1] != test["epoch"]:
+    if best and best[-1] != test.get("epoch"):
         raise Refused(f"{run.path} was trained on after its test; evaluate it again")
     return Tested(run, run.config(), run.read_json("env.json"), test, manifest, answers)
+
+
+def is_inside(path: str) -> bool:
+    """Whether ``path`` stays below the folder that it is joined to, on any system."""
+    kinds = (PurePosixPath(path), PureWindowsPath(path))
+    return not any(kind.anchor or ".." in kind.parts for kind in kinds) and "\0" not in path
 
 
 def manifest_file(run: Run) -> Path:
     """Where the split of ``run`` is: its split.json, or, of published evidence, the file that test.json names."""
     name = run.read_json("test.json").get("manifest")
-    if not name or run.has("split.json"):
+    if not isinstance(name, str) or not is_inside(name) or run.has("split.json"):
         return run.path / "split.json"
     files = [folder / "splits" / f"{name}.json" for folder in run.path.absolute().parents]
     return next((file for file in files if file.is_file()), files[0])
@@ -198,7 +269,14 @@ def manifest_file(run: Run) -> Path:
 def read_manifest(run: Run) -> splits.Manifest:
     """The split of ``run``. Raises Refused when its file is missing or damaged."""
     file = manifest_file(run)
-    return splits.from_json(run.read_json(file.name)) if file.parent == run.path else splits.read(file)
+    if file.parent == run.path:
+        return splits.from_json(run.read_json(file.name))
+    return splits.from_json(read_json(file, Split, remedy="restore it from the repository"))
+
+
+def evaluate_command(run: Run) -> str:
+    """What tests ``run``."""
+    return shlex.join(["finetune101", "evaluate", str(run.path)])
 
 
 def read_answers(run: Run) -> dict[str, Answer]:
@@ -208,16 +286,20 @@ def read_answers(run: Run) -> dict[str, Answer]:
     """
     file = run.path / "predictions.csv"
     try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
+        rows = read_rows(file)
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
-        untested = f"{run.path} has not been tested; run: finetune101 evaluate {run.path}"
+        if kind_of(run.path.parent) == "search":
+            raise Refused(f"{run.path} is a trial of a search; {winner_command(run.path.parent)}") from None
+        untested = f"{run.path} has not been tested; run: {evaluate_command(run)}"
         raise Refused(run.stopped() or untested) from None
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise Refused(f"{file} is damaged ({error}); run: finetune101 evaluate {run.path}") from error
+        raise Refused(f"{file} is damaged ({error}); run: {evaluate_command(run)}") from error
+    again = f"run: {evaluate_command(run)}"
     if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):
-        raise Refused(f"{file} is empty, cut off or names an image twice; run: finetune101 evaluate {run.path}")
+        raise Refused(f"{file} is empty, cut off or names an image twice; {again}")
+    if not all(math.isfinite(answer.confidence) and 0 <= answer.confidence <= 1.0001 for answer in found.values()):
+        raise Refused(f"{file} has a confidence that is not from 0 to 1; {again}")
     return dict(sorted(found.items()))
 
 

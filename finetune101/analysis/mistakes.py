@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from finetune101.analysis.groups import Answer, Tested
+from finetune101.analysis.groups import Answer, Tested, is_inside
 from finetune101.data import dataset
+from finetune101.data.decode import Unreadable, opened
 from finetune101.errors import Refused
 
 THUMBNAIL = 150  # px, the longer side of an example image
@@ -82,10 +81,9 @@ def pair_examples(run: Tested, root: Path) -> list[dict[str, Any]]:
     for label, prediction, count in pairs(run.answers):
         mine = [(a.confidence, p) for p, a in run.answers.items() if (a.label, a.prediction) == (label, prediction)]
         right = [(a.confidence, p) for p, a in run.answers.items() if a.right and a.label == prediction]
-        other = max(right)[1] if right else next(
-            p for p in run.manifest.subsets["train"] if dataset.class_of(p) == prediction
-        )  # fmt: skip
-        images = [thumbnail(root / max(mine)[1]), thumbnail(root / other)]
+        trained = (p for p in run.manifest.subsets["train"] if dataset.class_of(p) == prediction)
+        other = max(right)[1] if right else next(trained, None)
+        images = [picture(root, path) if path else None for path in (max(mine)[1], other)]
         found.append({"label": label, "prediction": prediction, "count": count, "images": images})
     return found
 
@@ -95,22 +93,34 @@ def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> l
     chosen = [(path, answer) for path, answer in answers.items() if answer.right == right]
     chosen.sort(key=lambda one: (one[1].confidence if right else -one[1].confidence, one[0]))
     return [
-        {"path": path, **answer._asdict(), "image": thumbnail(root / path) if root else None}
+        {"path": path, **answer._asdict(), "image": picture(root, path) if root else None}
         for path, answer in chosen[:EXAMPLES]
     ]
 
 
-def thumbnail(file: Path) -> str:
-    """A small copy of an image as a data URI. Raises Refused when it cannot be read."""
+def picture(root: Path, path: str) -> str | None:
+    """A small copy of the image ``path`` in ``root`` as a data URI; None where it cannot be decoded.
+
+    Raises Refused where it is not there, and for a path that leaves ``root``: somebody else's run could show any
+    picture of this machine.
+    """
+    if not is_inside(path):
+        raise Refused(f"{path} is not inside of the data folder; the run is damaged")
+    return thumbnail(root / path)
+
+
+def thumbnail(file: Path) -> str | None:
+    """A small copy of an image, upright, as a data URI; None where it cannot be decoded. Raises Refused without it."""
+    if not file.exists():
+        raise Refused(f"{file} is not there; give --data the images of the run, or --no-gallery")
     try:
-        with warnings.catch_warnings(), Image.open(file) as opened:
-            warnings.simplefilter("ignore")  # Pillow warns of odd files that it can read
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-    except (OSError, ValueError) as error:
-        raise Refused(f"cannot read {file} ({error}); give --data the images of the run, or --no-gallery") from error
+        with opened(file, THUMBNAIL) as picture:
+            small = picture.image.copy()
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+    except Unreadable:
+        return None
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
+    small.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from finetune101.analysis import compare, figures, groups, mistakes
 from finetune101.analysis.compare import Arm, Comparison
 from finetune101.analysis.groups import Group, Tested
-from finetune101.analysis.page import Cell, Page, minutes, number, percent, spread, text
+from finetune101.analysis.page import Cell, Name, Page, file_stem, minutes, number, percent, spread, text
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
+from finetune101.faults import redacted
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run, open_run
 
@@ -42,7 +43,9 @@ def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
     low, high = run.test["top1_interval"]
     page.title = f"{run.config.exp}: {run.config.model.name}"
     page.headline = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
-    alt = page.say("curves_alt", epoch=run.test["epoch"])
+    if run.frozen:
+        page.headline += " " + page.words["frozen"]
+    alt = page.say("curves_alt", epoch=run.test.get("epoch", 0))
     page.picture("curves", lambda out: figures.curves(run.run.metrics(), out, page.title), alt)
     _class_table(page, run)
     _details(page, run, "", mistakes.image_root([run], data) if gallery else None)
@@ -108,6 +111,10 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
         if len(found) > 1:
             page.headline += f" {_about(page, cells, model, True)}{_compared(page, found, model)}"
     done, planned = progress_of(folder)
+    failures = failures_of(folder)
+    if failures:
+        page.headline = page.say("some_failed", n=len(failures)) + page.headline
+        page.add("facts", "failed", facts=failures)
     if done < planned:
         page.headline = page.say("partial", done=done, planned=planned) + page.headline
 
@@ -138,9 +145,13 @@ def study_folder(name: str, runs: str) -> Path | None:
 
 def finished(folder: Path) -> list[dict[str, Any]]:
     """The cells of a study that have runs. Raises Refused when none has."""
-    cells = [cell for cell in Run(folder).read_json("study.json")["cells"] if cell["n"]]
+    all_cells = Run(folder).read_json("study.json")["cells"]
+    cells = [cell for cell in all_cells if cell["n"] and cell["top1"] is not None]
     if not cells:
-        raise Refused(f"{folder} has no finished run yet; continue the study first")
+        failed = "".join(f"; {name} failed: {reason}" for name, reason in failures_of(folder)[:1])
+        raise Refused(f"{folder} has no finished run yet; continue the study first{failed}")
+    if outside := next((cell for cell in all_cells if not groups.is_inside(cell["folder"])), None):
+        raise Refused(f"{folder / 'study.json'} has the folder {outside['folder']}, which is outside of the study")
     return cells
 
 
@@ -148,6 +159,12 @@ def progress_of(folder: Path) -> tuple[int, int]:
     """How many runs of a study are done, and how many it has."""
     cells = Run(folder).read_json("study.json")["cells"]
     return sum(cell["n"] for cell in cells), sum(cell["planned"] for cell in cells)
+
+
+def failures_of(folder: Path) -> list[tuple[str, str]]:
+    """(cell, reason) of each run of a study that failed."""
+    cells = Run(folder).read_json("study.json")["cells"]
+    return [(cell["folder"], reason) for cell in cells for reason in cell["errors"]]
 
 
 def study_groups(folder: Path, model: str | None = None) -> list[Group]:
@@ -172,7 +189,7 @@ def lines_of(cells: Cells) -> dict[str, dict[str, list[dict[str, Any]]]]:
 def draw_study(folder: Path) -> list[Path]:
     """Draws accuracy against training images per class, a picture for each network, into the study's folder."""
     lines = lines_of(finished(folder)).items()
-    return [_efficiency(arms, model)(folder / f"{model.replace(':', '_')}.png") for model, arms in lines]
+    return [_efficiency(arms, model)(folder / f"{file_stem(model.replace(':', '_'))}.png") for model, arms in lines]
 
 
 def _efficiency(lines: dict[str, list[dict[str, Any]]], model: str) -> Callable[[Path], Path]:
@@ -186,7 +203,7 @@ def arms_of(comparisons: Sequence[Comparison], found: Sequence[Group]) -> list[A
 
 def progress(comparisons: Sequence[Comparison], found: Sequence[Group], out: Path) -> Path:
     """Draws the picture of a comparison to ``out``."""
-    arms = zip(arms_of(comparisons, found), found, strict=True)
+    arms = zip(arms_of(comparisons, found), groups.with_costs(found), strict=True)
     return figures.comparison(
         [
             {"name": arm.name, "curve": group.curve(), "top1": arm.top1, "interval": arm.top1_interval,
@@ -219,7 +236,9 @@ def _gains_table(page: Page, c: Comparison, network: str) -> None:
          number(row.gain, "+.1f")]
         for row in c.classes
     ]  # fmt: skip
-    page.table("gains_table", ("class", "images", f"{c.a.name}, %", f"{c.b.name}, %", "gain"), rows, network)
+    page.table(
+        "gains_table", ("class", "images", Name(f"{c.a.name}, %"), Name(f"{c.b.name}, %"), "gain"), rows, network
+    )
 
 
 def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group], network: str) -> None:
@@ -232,12 +251,26 @@ def _arms_table(page: Page, arms: Sequence[Arm], found: Sequence[Group], network
             (*config.augment.train_sizes, config.model.size or lookup(arm.network).preprocessing.size)
         )
         settings = [text(config.recipe or "–"), text(" → ".join(map(str, sizes))), number(config.optim.epochs, "d")]
-        cost = [float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("seconds", "steps", "images")]
+        steps, images = (float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("steps", "images"))
         top1 = percent(arm.top1, arm.top1_interval, ".2f") if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
         scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
-        costs = [minutes(cost[0]), number(cost[1], ",.0f"), number(cost[2], ",.0f")]
+        costs = [minutes(arm.seconds), number(steps, ",.0f"), number(images, ",.0f")]
         rows.append([text(arm.name), text(arm.network), *settings, number(len(arm.runs), "d"), *scores, *costs])
-    page.table("arms", heads, rows, network)
+    page.table("arms", heads, rows, network, notes=" ".join(_notes(page, arms)))
+
+
+def _notes(page: Page, arms: Sequence[Arm]) -> list[str]:
+    """What the table of arms does not show by itself: frozen backbones, costs left out, weak recipes."""
+    said = []
+    for arm in arms:
+        if arm.frozen:
+            said.append(page.say("frozen_arm", arm=arm.name, frozen=arm.frozen, n=len(arm.runs)))
+        if cached := [f"{arm.name}/{Path(run.path).name}" for run in arm.runs if run.features_cached]:
+            said.append(page.say("cached", runs=", ".join(cached)))
+        if arm.better_recipes:
+            better = ", ".join(f"{recipe} ({page.words[time]})" for recipe, time in arm.better_recipes)
+            said.append(page.say("better", arm=arm.name, recipe=arm.recipe, better=better))
+    return said
 
 
 def _starts_table(page: Page, arms: Sequence[Arm], network: str) -> None:
@@ -267,7 +300,7 @@ def _tests_tables(page: Page, comparisons: Sequence[Comparison], network: str) -
         pairs += [
             [text(p.a), text(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")] for p in c.mcnemar
         ]
-    over = [f"95 %: {page.words[key]}" for key in ("over_images", "over_images_and_runs", "over_splits")]
+    over = [Name(f"95 %: {page.words[key]}") for key in ("over_images", "over_images_and_runs", "over_splits")]
     page.table("differences", ("pair", "gain", *over, "p"), rows, network)
     page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs, network)
 
@@ -294,18 +327,26 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
     hidden = page.say("confusion_hidden", shown=len(found.names), total=total) if found.hidden else ""
     page.picture("confusion", draw, alt, name, wide=total > mistakes.MAY_HIDE, hidden=hidden)
     if root:
-        page.add("pairs", "pairs", name, pairs=mistakes.pair_examples(run, root))
+        found_pairs = mistakes.pair_examples(run, root)
+        unread = sum(image is None for pair in found_pairs for image in pair["images"])
+        page.add("pairs", "pairs", name, pairs=found_pairs, unread=page.say("unread", n=unread) if unread else "")
     else:
         rows = [[text(label), text(prediction), number(count, "d")] for label, prediction, count in worst]
         page.table("pairs_table", ("class", "prediction", "images"), rows, name)
     for key, right in (("mistakes", False), ("hits", True)):
-        page.add("gallery", key, name, examples=mistakes.examples(run.answers, right, root))
+        chosen = mistakes.examples(run.answers, right, root)
+        unread = sum(one["image"] is None for one in chosen) if root else 0
+        page.add("gallery", key, name, examples=chosen)
+        page.sections[-1]["note"] += page.say("unread", n=unread) if unread else ""
     if "calibration" in run.test:
         before, after = run.test["calibration"], run.test.get("calibration_scaled")
+        after = after if after and "temperature" in after else None
         lines = {f"as trained (ECE {before['ece']:.3f})": before["bins"]}
-        if after:
+        if after and after["temperature"] != 1:
             lines[f"with temperature {after['temperature']:.2f} (ECE {after['ece']:.3f})"] = after["bins"]
-        scaled = page.say("scaled", t=after["temperature"], ece=after["ece"]) if after else page.words["unscaled"]
+        if after:
+            helps = "scaled" if after["ece"] < before["ece"] else "scaled_worse"
+        scaled = page.say(helps, t=after["temperature"], ece=after["ece"]) if after else page.words["unscaled"]
         values = {"ece": before["ece"], "scaled": scaled}
         alt = page.say("reliability_text", name=name, **values)
         page.picture("reliability", lambda out: figures.reliability(lines, out), alt, name, **values)
@@ -325,6 +366,6 @@ def _facts(page: Page, runs: Sequence[Tested]) -> None:
     facts += [("machine", machine) for machine in shown]
     facts.append(("times_scored", ", ".join(str(run.test.get("times_scored", 1)) for run in runs)))
     page.add("facts", "protocol_title", facts=[(page.words[key], value) for key, value in facts])
-    commands = [run.env["command"] for run in runs if run.env.get("command")]
-    commands += [f"finetune101 evaluate {run.run.path.as_posix()}" for run in runs if run.run.best.is_file()]
+    commands = [redacted(run.env["command"]) for run in runs if run.env.get("command")]  # old ones have secrets
+    commands += [groups.evaluate_command(run.run) for run in runs if run.run.best.is_file()]
     page.add("code", "commands", lines=list(dict.fromkeys(commands)))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from finetune101.analysis.figures import BLUE, GREY, VERMILION, save, style
-from finetune101.analysis.page import Page, number
+from finetune101.analysis.page import Name, Page, number
 from finetune101.analysis.page import text as shown
 from finetune101.errors import Refused
 from finetune101.search import effects
@@ -64,7 +64,14 @@ def report(folder: Path, pairs: Sequence[tuple[str, ...]] = (), out: Path | None
 
 
 def _best_trials(page: Page, seen: Seen) -> None:
-    heads = ("search_rank", "search_accuracy", *seen.best.point, "search_epochs", "search_steps", "search_end")
+    heads = (
+        "search_rank",
+        "search_accuracy",
+        *map(Name, seen.best.point),
+        "search_epochs",
+        "search_steps",
+        "search_end",
+    )
     rows = [
         [
             number(rank, "d"),

@@ -15,15 +15,19 @@ from PIL import Image, ImageDraw, ImageFont
 from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig
 from finetune101.data.batches import augment, draw_boxes
 from finetune101.data.cache import decode
-from finetune101.data.dataset import class_of, index, layout_of
+from finetune101.data.dataset import class_of, index
+from finetune101.data.distort import distort, draw_distortions
 from finetune101.errors import Refused
-from finetune101.files import atomic
+from finetune101.files import atomic, escaped
 
 SIDE = 56  # pixels of an image's side among the classes
 LARGE = 96  # and in the rows of augmented images
 GAP, LINE, MARGIN, COLUMNS = 10, 18, 16, 5
 AUGMENTED = 5  # images that are shown augmented
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+MOST_PIXELS = 30_000_000  # of the whole sheet
+MOST_SIDE = 65_000  # of a JPEG
+FILL = (124, 116, 104)  # ImageNet's mean, with which training paints over
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -38,21 +42,28 @@ def contact_sheet(
         seed: picks images and augmentation; the same seed draws the same sheet.
 
     Raises:
-        Refused: another suffix, an unreadable image, ``per_class`` below 1, or what ``dataset.index`` refuses.
+        Refused: another suffix, an unreadable image, ``per_class`` below 1 or too many, augmentation of whole batches
+            or epochs, which no single image shows, or what ``dataset.index`` refuses.
     """
     if out.suffix.lower() not in FORMATS:
         raise Refused(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
     if per_class < 1:
         raise Refused(f"{per_class} images per class cannot be shown; give at least 1")
-    found, rng = index(root, layout_of(root)), random.Random(seed)
+    for flag, given in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
+        if given:
+            raise Refused(f"{flag} changes whole batches or epochs, which a contact sheet cannot show; leave it out")
+    found, rng = index(root), random.Random(seed)
     classes: dict[str, list[str]] = defaultdict(list)
     for path in found.paths:
         classes[class_of(path)].append(path)
     chosen = {name: rng.sample(classes[name], min(per_class, len(classes[name]))) for name in found.classes}
     names = list(found.classes)[:: max(1, len(found.classes) // AUGMENTED)][:AUGMENTED]
 
-    width, height, columns = _geometry(len(chosen), per_class)
-    sheet = Image.new("RGB", (width, height + 2 * LINE + len(names) * (LARGE + GAP)), PAPER)
+    width, height, columns = _geometry(len(chosen), max(len(paths) for paths in chosen.values()))
+    total = height + 2 * LINE + len(names) * (LARGE + GAP)
+    if width * total > MOST_PIXELS or max(width, total) > MOST_SIDE:
+        raise Refused(f"the picture would have {width} x {total} pixels; give a smaller --per-class, now {per_class}")
+    sheet = Image.new("RGB", (width, total), PAPER)
     _draw_classes(sheet, root, chosen, columns)
     _draw_augmented(sheet, [root / chosen[name][0] for name in names], config, seed, height)
     if FORMATS[out.suffix.lower()] == "PNG":
@@ -72,8 +83,8 @@ def _geometry(classes: int, per_class: int) -> tuple[int, int, int]:
 
 
 def _text(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, room: int) -> None:
-    """Writes ``text``, shortened to ``room`` pixels."""
-    font = ImageFont.load_default(12)
+    """Writes ``text`` in one line, shortened to ``room`` pixels."""
+    font, text = ImageFont.load_default(12), escaped(text[:1000])
     while draw.textlength(text, font) > room and len(text) > 2:
         text = text.rstrip("…")[:-1] + "…"
     draw.text((x, y), text, INK, font)
@@ -93,14 +104,19 @@ def _draw_augmented(sheet: Image.Image, files: Sequence[Path], config: AugmentCo
     """One row per image below ``top``: the image itself, then as many random versions of it as there is room."""
     draw = ImageDraw.Draw(sheet)
     title = f"left: the image; right: training versions with --crop-scale {config.crop_scale:g}"
-    _text(draw, MARGIN, top, title + (" --flip" if config.flip else " --no-flip"), sheet.width - 2 * MARGIN)
+    title += " --flip" if config.flip else " --no-flip"
+    title += f" --policy {config.policy}" * (config.policy != "none") + f" --erasing {config.erasing:g}" * (
+        config.erasing > 0
+    )
+    _text(draw, MARGIN, top, title, sheet.width - 2 * MARGIN)
     generator = torch.Generator().manual_seed(seed)
     versions = (sheet.width - 2 * MARGIN) // (LARGE + GAP) - 1
     for row, file in enumerate(files):
         image: NDArray[np.uint8] = decode(file, LARGE, "bicubic")
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).expand(versions, 3, LARGE, LARGE)
         boxes, mirrored = draw_boxes(versions, LARGE, config, generator)
-        changed = augment(pixels, boxes, mirrored, LARGE).permute(0, 2, 3, 1).numpy()
+        drawn = draw_distortions(versions, LARGE, config, generator)
+        changed = distort(augment(pixels, boxes, mirrored, LARGE), drawn, FILL).permute(0, 2, 3, 1).numpy()
         for column, version in enumerate([image, *changed]):
             spot = (MARGIN + column * (LARGE + GAP), top + LINE + row * (LARGE + GAP))
             sheet.paste(Image.fromarray(np.ascontiguousarray(version)), spot)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetune101.config import DataConfig
-from finetune101.data.dataset import Index, class_of, content_hash
+from finetune101.data.dataset import SUBSETS, Index, class_of, content_hash
 from finetune101.errors import Refused
+from finetune101.files import escaped, read_json
+from finetune101.schemas import Split
 
-SUBSETS = ("train", "val", "test")
+ANEW = "make it anew by leaving out --split"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +36,12 @@ class Manifest:
 
     def labels(self, subset: str) -> list[int]:
         """Class indices of the images of ``subset``, in their order."""
-        number = {name: i for i, name in enumerate(self.classes)}
-        return [number[class_of(path)] for path in self.subsets[subset]]
+        return [self.numbers[class_of(path)] for path in self.subsets[subset]]
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """Class name -> index."""
+        return {name: i for i, name in enumerate(self.classes)}
 
     def hash(self) -> str:
         """Identifies the split: the same classes and the same images in the same subsets."""
@@ -45,11 +53,22 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, ``hash`` included."""
-        return {**asdict(self), "hash": self.hash()}
+        return {
+            "protocol": self.protocol,
+            "seed": self.seed,
+            "options": dict(self.options),
+            "classes": self.classes,
+            "content_hash": self.content_hash,
+            "subsets": dict(self.subsets),
+            "hash": self.hash(),
+        }
 
 
 def from_json(values: Mapping[str, Any]) -> Manifest:
-    """The inverse of ``Manifest.to_json``. Raises Refused for a broken one or an image in two subsets."""
+    """The inverse of ``Manifest.to_json``.
+
+    Raises Refused for a broken one, an image in two subsets, or a path that leads out of the data folder.
+    """
     try:
         manifest = Manifest(
             protocol=values["protocol"],
@@ -60,26 +79,53 @@ def from_json(values: Mapping[str, Any]) -> Manifest:
             subsets={name: tuple(values["subsets"][name]) for name in SUBSETS},
         )
     except (KeyError, TypeError) as error:
-        raise Refused(f"the split manifest lacks {error}; make it anew by leaving out --split") from error
-    seen: dict[str, str] = {}
+        raise Refused(f"the split manifest lacks {error}; {ANEW}") from error
+    held: dict[str, str] = {}
     for name, paths in manifest.subsets.items():
         for path in paths:
-            if path in seen:
-                raise Refused(f"the split manifest has {path} in {seen[path]} and in {name}; make it anew")
-            if class_of(path) not in manifest.classes:
-                raise Refused(f"the split manifest has {path}, of a class that it does not list; make it anew")
-            seen[path] = name
+            if path in held:
+                raise Refused(f"the split manifest has {escaped(path)} in {held[path]} and in {name}; {ANEW}")
+            if _leads_out(path):
+                raise Refused(f"the split manifest has {escaped(path)}, which leads out of the data folder; {ANEW}")
+            if class_of(path) not in manifest.numbers:
+                raise Refused(f"the split manifest has {escaped(path)}, of a class that it does not list; {ANEW}")
+            held[path] = name
     return manifest
+
+
+def _leads_out(path: str) -> bool:
+    """Whether a manifest's path could name a file outside of the data folder, on any system."""
+    if re.match(r"[A-Za-z]:[\\/]|[\\/]", path) or "\0" in path:
+        return True
+    return any(part in ("", ".", "..") for part in path.split("/")) or ".." in path.split("\\")
 
 
 def read(file: Path) -> Manifest:
     """Reads a manifest from ``file``. Raises Refused when it is missing or broken."""
-    try:
-        return from_json(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise Refused(f"cannot read the split manifest {file}: {error.strerror}; check --split") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise Refused(f"{file} is not a split manifest ({error}); make it anew by leaving out --split") from error
+    return from_json(read_json(file, Split, remedy=f"check --split, or {ANEW}"))
+
+
+def remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
+    """What a user should know of a split: subsets without images, or without those of some class; in sentences."""
+    lines = []
+    if not manifest.subsets["val"]:
+        if fit_on == "train":
+            lines.append("No validation images: nothing tells which epoch is best, the last one is kept.")
+    elif few := _lacking(manifest, "val"):
+        lines.append(f"No validation images of {few}.")
+    if not manifest.subsets["test"]:
+        lines.append("No test images: evaluate will use the validation images.")
+    elif few := _lacking(manifest, "test"):
+        lines.append(f"No test images of {few}.")
+    return lines
+
+
+def _lacking(manifest: Manifest, subset: str, most: int = 3) -> str:
+    """Names the classes of which ``subset`` has no image; "" when there is none."""
+    held = {class_of(path) for path in manifest.subsets[subset]}
+    names = [escaped(name) for name in manifest.classes if name not in held]
+    few = ", ".join(names[:most]) + ", …" * (len(names) > most)
+    return f"{len(names)} of {len(manifest.classes)} classes ({few})" if names else ""
 
 
 def check(manifest: Manifest, index: Index) -> None:
@@ -88,7 +134,7 @@ def check(manifest: Manifest, index: Index) -> None:
     missing = [path for path in wanted if path not in index.digests]
     if missing:
         raise Refused(
-            f"{len(missing)} images of the split are not in {index.root} (first: {missing[0]}); "
+            f"{len(missing)} images of the split are not in {index.root} (first: {escaped(missing[0])}); "
             "give the --data it was made from"
         )
     if content_hash(index.digests, wanted) != manifest.content_hash:
@@ -98,12 +144,20 @@ def check(manifest: Manifest, index: Index) -> None:
 def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
     """Splits the images of ``index`` by ``config.protocol``.
 
-    ``groups`` (path -> group) keeps near-duplicates on one side of the standard split. Raises Refused when a class
-    has too few images.
+    Images in train/, val/ and test/ stay there, also by the default protocol. ``groups`` (path -> group) keeps
+    near-duplicates on one side of the standard split. Raises Refused when a class has too few images, or the folders
+    do not suit the protocol.
     """
-    if config.protocol == "folders":
-        subsets = {name: [p for p in index.paths if p.split("/", 1)[0] == name] for name in SUBSETS}
-        options: dict[str, Any] = {}
+    _check_classes(index, config)
+    protocol = config.protocol
+    options: dict[str, Any] = {}
+    subsets: dict[str, list[str]]
+    if index.layout == "folders":
+        protocol = "folders"
+        subsets = {name: [] for name in SUBSETS}
+        folders = {folder: name for name, folder in index.subsets.items()}
+        for path in index.paths:
+            subsets[folders[path.split("/", 1)[0]]].append(path)
     elif config.protocol == "standard":
         subsets = _standard(_by_class(index.paths), config, groups or {})
         options = {
@@ -116,13 +170,31 @@ def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = No
         options = {"test_size": config.test_size, "val_size": config.val_size}
     used = [path for paths in subsets.values() for path in paths]
     return Manifest(
-        protocol=config.protocol,
+        protocol=protocol,
         seed=config.split_seed,
         options=options,
         classes=index.classes,
         content_hash=content_hash(index.digests, used),
         subsets={name: tuple(paths) for name, paths in subsets.items()},
     )
+
+
+def _check_classes(index: Index, config: DataConfig) -> None:
+    where = escaped(str(index.root))
+    if config.protocol == "standard" and index.layout == "folders":
+        folders = " and ".join(f"{escaped(name)}/" for name in index.subsets.values())
+        raise Refused(
+            f"{where} is split into {folders}, and --protocol standard would mix them; leave --protocol out,"
+            " or give a folder with one folder per class"
+        )
+    if config.protocol == "folders" and index.layout == "classes":
+        raise Refused(f"{where} has no train/ with val/ or test/ of class folders; leave --protocol out")
+    train = index.subsets.get("train")
+    held = {class_of(path) for path in index.paths if train is None or path.startswith(f"{train}/")}
+    if empty := [name for name in index.classes if name not in held]:
+        raise Refused(
+            f"class {escaped(empty[0])} has no image that can be read; repair its images, or move its folder elsewhere"
+        )
 
 
 def _by_class(paths: Sequence[str]) -> dict[str, list[str]]:
@@ -147,7 +219,7 @@ def _reference(classes: Mapping[str, list[str]], config: DataConfig) -> dict[str
         # rounded: 0.1 / (1 - 0.2) must be the 0.125 of the original, not 0.12500000000000003
         train, val = _shuffle_split(rest, round(config.val_size / (1 - config.test_size), 12), config.split_seed)
         if not train:
-            raise Refused(f"class {name} has {len(items)} image(s), too few to split; add some or remove it")
+            raise Refused(f"class {escaped(name)} has {len(items)} image(s), too few to split; add some or remove it")
         for subset, paths in (("train", train), ("val", val), ("test", test)):
             subsets[subset] += paths
     return subsets
@@ -163,24 +235,28 @@ def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapp
     for name, items in classes.items():
         if len(items) <= config.train_per_class:
             raise Refused(
-                f"class {name} has {len(items)} images, --train-per-class {config.train_per_class} leaves none to test"
+                f"class {escaped(name)} has {len(items)} images,"
+                f" --train-per-class {config.train_per_class} leaves none to test"
             )
     members: dict[str, list[str]] = defaultdict(list)
     for items in classes.values():
         for path in items:
             members[groups.get(path, path)].append(path)
     order = np.random.RandomState(config.split_seed).permutation(len(members))
-    drawn = [list(members.values())[i] for i in order]
+    listed = list(members.values())
+    drawn = [listed[i] for i in order]
     pool, outside = _fill(drawn, wanted)
     short = {name: left for name, left in wanted.items() if left}
     if short:
         name = next(iter(short))
         raise Refused(
-            f"class {name} lacks {short[name]} image(s) for training without splitting near-duplicates; "
+            f"class {escaped(name)} lacks {short[name]} image(s) for training without splitting near-duplicates; "
             "use --no-group-duplicates or a smaller --train-per-class"
         )
     share = (config.train_per_class + 3) // 6  # n / 6, halves up: 3 of 15, where Python's round(2.5) is 2
     val, train = _fill(pool, dict.fromkeys(classes, share))
+    if share:
+        val, train = _with_every_class(val, train)
     test = _by_class([path for group in outside for path in group])
     if config.max_test_per_class is not None:
         rng = np.random.RandomState(config.split_seed)
@@ -191,6 +267,33 @@ def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapp
         "val": sorted(path for group in val for path in group),
         "test": [path for items in test.values() for path in items],
     }
+
+
+def _with_every_class(val: list[list[str]], train: list[list[str]]) -> tuple[list[list[str]], list[list[str]]]:
+    """(val, train) where classes without validation images get their smallest group, if one is left to train on.
+
+    Groups may be larger than a class's share, so that none of them fitted.
+    """
+    left = Counter(class_of(path) for group in train for path in group)
+    validated = {class_of(path) for group in val for path in group}
+    lacking = sorted(set(left) - validated)
+    if not lacking:
+        return val, train
+    groups: dict[str, list[int]] = defaultdict(list)  # class -> places of its groups in train, the smallest first
+    for i in sorted(range(len(train)), key=lambda i: len(train[i])):
+        for name in {class_of(path) for path in train[i]}:
+            groups[name].append(i)
+    moved: set[int] = set()
+    for name in lacking:
+        for i in groups[name] if name not in validated else ():
+            sizes = Counter(map(class_of, train[i]))
+            if i not in moved and all(left[other] > size for other, size in sizes.items()):
+                moved.add(i)
+                left -= sizes
+                validated |= set(sizes)
+                break
+    kept = [group for i, group in enumerate(train) if i not in moved]
+    return [*val, *(train[i] for i in sorted(moved))], kept
 
 
 def _fill(groups: Sequence[list[str]], wanted: dict[str, int]) -> tuple[list[list[str]], list[list[str]]]:

@@ -1,4 +1,4 @@
-"""What a trained network sees in images: files, whole folders or patterns."""
+"""What a trained network sees in images: files, whole folders or patterns; probabilities are calibrated."""
 
 from __future__ import annotations
 
@@ -8,25 +8,21 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from finetune101.config import Preprocessing
-from finetune101.data.batches import to_input
-from finetune101.data.cache import Pixels, decode
-from finetune101.data.dataset import IMAGE_SUFFIXES, images_in
+from finetune101.data.dataset import images_in
+from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused
-from finetune101.evaluation.inference import Network, logits
-from finetune101.machine import usable_cores
+from finetune101.evaluation import metrics
+from finetune101.evaluation.inference import Network
+from finetune101.evaluation.photos import Failure, decoded
+from finetune101.evaluation.predictions import cell
+from finetune101.files import escaped
 from finetune101.training import cpu
-from finetune101.training.cpu_frozen import frozen
-
-Failure = tuple[str, str]
 
 
 class Row(TypedDict):
@@ -42,7 +38,7 @@ def predict(
     """The ``top_k`` most probable classes of every image in ``inputs``: files, folders (with all below) and patterns.
 
     Returns (rows, failed); failed holds (path, reason) for what is missing or cannot be read. With fewer classes than
-    ``top_k``, all are given. Raises Refused when a number is below 1.
+    ``top_k``, all are given. Raises Refused when a number is below 1, or the network's output is not finite.
     """
     for name, value in (("--top-k", top_k), ("--batch-size", batch_size)):
         if value < 1:
@@ -50,28 +46,20 @@ def predict(
     files, failed = expand(inputs)
     if network.fast_kernels:
         cpu.tune_allocator()
-    model, world, preprocessing = network.model, network.world, network.preprocessing
-    model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = frozen(model, world) if network.fast_kernels else model
-    rows: list[Row] = []
-    with (
-        ThreadPoolExecutor(usable_cores()) as pool,
-        tqdm(total=len(files), unit="img", leave=False, disable=None) as bar,
-    ):
-        for start in range(0, len(files), batch_size):
-            part = files[start : start + batch_size]
-            decoded = list(pool.map(lambda file: _decode(file, preprocessing), part))
-            failed += [(file, result) for file, result in zip(part, decoded, strict=True) if isinstance(result, str)]
-            pixels = [result for result in decoded if not isinstance(result, str)]
-            if pixels:
-                x = to_input(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), preprocessing, world)
-                output, _ = logits(forward, [(x, torch.zeros(len(x)))], world)
-                values, indices = (output / network.temperature).softmax(1).topk(min(top_k, len(network.classes)))
-                good = [file for file, result in zip(part, decoded, strict=True) if not isinstance(result, str)]
-                for file, probabilities, numbers in zip(good, values.tolist(), indices.tolist(), strict=True):
-                    names = [network.classes[number] for number in numbers]
-                    rows.append({"path": file, "predictions": list(zip(names, probabilities, strict=True))})
-            bar.update(len(part))
+    forward, rows = network.forward(), []
+    with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
+        for good, x in decoded(files, network.preprocessing, network.world, batch_size, failed):
+            output = forward(x).cpu()
+            if not bool(torch.isfinite(output).all()):
+                raise Refused(f"the output of {network.name or 'the network'} is not finite; train it again")
+            order = output.sort(dim=1, descending=True, stable=True).indices[
+                :, :top_k
+            ]  # of equals the first, as argmax
+            best = metrics.probabilities(output, network.temperature or 1.0).gather(1, order)
+            for file, shares, numbers in zip(good, best.tolist(), order.tolist(), strict=True):
+                names = [network.classes[number] for number in numbers]
+                rows.append(Row(path=file, predictions=list(zip(names, shares, strict=True))))
+            bar.update(len(good))
     return rows, failed
 
 
@@ -91,27 +79,31 @@ def expand(inputs: Iterable[str]) -> tuple[list[str], list[Failure]]:
 
 
 def as_text(rows: Iterable[Row]) -> str:
-    """Lines for a terminal: each path, and below it its classes with their probability in percent."""
+    """Lines for a terminal: each path, and below it its classes with their probability in percent; names escaped."""
     lines = []
     for row in rows:
-        lines += [row["path"], *(f"  {100 * probability:5.1f} %  {name}" for name, probability in row["predictions"])]
+        lines.append(escaped(row["path"]))
+        lines += [f"  {100 * probability:5.1f} %  {escaped(name)}" for name, probability in row["predictions"]]
     return "\n".join(lines)
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line per image: path, class_1, probability_1, class_2, ...; like the others, without a newline at the end."""
+    """One line per image: path, class_1, probability_1, class_2, ...; like the others, without a newline at the end.
+
+    Names are written as ``predictions.cell`` does.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     width = max((len(row["predictions"]) for row in rows), default=1)
     writer.writerow(["path", *(f"{column}_{k + 1}" for k in range(width) for column in ("class", "probability"))])
     for row in rows:
-        cells = [cell for name, probability in row["predictions"] for cell in (name, f"{probability:.6f}")]
-        writer.writerow([row["path"], *cells])
+        cells = [value for name, probability in row["predictions"] for value in (cell(name), f"{probability:.6f}")]
+        writer.writerow([cell(row["path"]), *cells])
     return file.getvalue().rstrip("\n")
 
 
 def as_json(rows: Iterable[Row], failed: Iterable[Failure]) -> str:
-    """{"predictions": [{"path", "classes": [{"class", "probability"}]}], "failed": [{"path", "reason"}]}."""
+    """{"predictions": [{"path", "classes": [{"class", "probability"}]}], "failed": [{"path", "reason"}]}, in ASCII."""
     value = {
         "predictions": [
             {"path": r["path"], "classes": [{"class": n, "probability": round(p, 6)} for n, p in r["predictions"]]}
@@ -119,25 +111,31 @@ def as_json(rows: Iterable[Row], failed: Iterable[Failure]) -> str:
         ],
         "failed": [{"path": path, "reason": reason} for path, reason in failed],
     }
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    return json.dumps(value, indent=1)
 
 
 def _images(given: str) -> list[str]:
     """The images that one input names. Raises Refused when there are none."""
-    if os.path.isfile(given):  # also one whose own name looks like a pattern; its suffix does not matter
-        return [given]
-    matches = [given] if os.path.isdir(given) else sorted(glob.glob(given, recursive=True))
+    try:
+        if os.path.isfile(given):  # also one whose own name looks like a pattern; its suffix does not matter
+            return [given]
+        if os.path.lexists(given) and not os.path.isdir(given):
+            dead = os.path.islink(given) and not os.path.exists(given)
+            raise Refused("a link to nothing" if dead else "a pipe or a device, not a file")
+        matches = [given] if os.path.isdir(given) else sorted(glob.glob(given, recursive=True))
+    except ValueError as error:  # a NUL in the name
+        raise Refused("no such file or folder") from error
     if not matches:
         raise Refused("no such file or folder")
-    found: list[str] = []
+    images: list[str] = []
     for match in matches:
         if os.path.isdir(match):
-            found += map(str, _below(Path(match)))
-        elif Path(match).suffix.lower() in IMAGE_SUFFIXES:
-            found.append(match)
-    if not found:
+            images += map(str, _below(Path(match)))
+        elif Path(match).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(match):
+            images.append(match)
+    if not images:
         raise Refused(f"no image there ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+    return images
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -145,11 +143,3 @@ def _below(folder: Path) -> Iterator[Path]:
     for here, folders, _ in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from images_in(Path(here))
-
-
-def _decode(file: str, preprocessing: Preprocessing) -> Pixels | str:
-    """The pixels, or why there are none."""
-    try:
-        return decode(Path(file), preprocessing.cache_size, preprocessing.interpolation)
-    except Refused as error:
-        return str(error.__cause__ or error)

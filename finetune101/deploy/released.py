@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
-import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from finetune101.data import dataset, splits
 from finetune101.data.dataset import IMAGE_SUFFIXES
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
-from finetune101.evaluation.inference import Network, load_file, open_network
+from finetune101.evaluation.inference import Info, Network, SplitOf, load_file, open_file, open_network
 from finetune101.runs import find_run, open_run
 from finetune101.world import detect
 
@@ -24,6 +25,10 @@ RELEASED = {
     "released_probe": "caltech101_probe_efficientnet_lite0",
 }
 """Name to use -> file in ``weights/``, and the card of the same name beside it; the first that is there predicts."""
+OF_RUNS = {"config.json", "env.json", "split.json", "metrics.jsonl", "last.pt", "best.safetensors", "study.json"}
+"""Files of runs: a folder with one of them below it is not taken for a folder of images."""
+OF_NETWORKS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".json"}
+"""Suffixes that no image has, and that whoever names a network may mean."""
 
 
 def available() -> list[str]:
@@ -31,40 +36,66 @@ def available() -> list[str]:
     return [name for name, file in RELEASED.items() if (FOLDER / f"{file}.safetensors").is_file()]
 
 
-def open_released(name: str) -> tuple[Network, dict[str, str]]:
+def open_released(name: str) -> tuple[Network, Info]:
     """The released network ``name`` (see ``available``), and what is written in its file.
 
     Raises Refused when it is not there, damaged, or stands on ImageNet weights that are not installed.
     """
     if name not in available():
         raise Refused(f"this package does not hold {name}; it holds {', '.join(available()) or 'none'}")
-    model, preprocessing, classes, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
-    world, temperature = detect(SystemConfig()), float(info["temperature"])
-    network = Network(model=model, preprocessing=preprocessing, classes=classes, world=world, temperature=temperature)
+    model, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
+    network = Network(
+        model=model,
+        preprocessing=info.preprocessing,
+        classes=list(info.classes),
+        world=detect(SystemConfig()),
+        temperature=info.temperature,
+        name=name,
+    )
     return network, info
 
 
-def choose(words: Sequence[str], runs: str = "runs") -> tuple[Network, list[str]]:
-    """The network that ``words`` begin with, a run or a released one, and the rest; without, the first released one.
+@dataclass(frozen=True)
+class Chosen:
+    """The network that the words of a command name, the images that they name, and whether it was named at all."""
 
-    Raises Refused when no image is left, or the first word is neither a network nor an image.
+    network: Network
+    inputs: list[str]
+    named: bool
+
+
+def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
+    """The network that ``words`` begin with (a run, a checkpoint, a released one; else the first released one).
+
+    Raises Refused when no image is left, or the first word is neither a network nor images.
     """
-    first, rest = (words[0], list(words[1:])) if words else ("", [])
-    released = available()
-    run = None if first in released else find_run(first, runs)
-    if run or first in released:
-        if not rest:
-            raise Refused("no image given; name files, folders or patterns after the run")
-        return (open_network(run) if run else open_released(first)[0]), rest
     if not words:
         raise Refused("no image given; name files, folders or patterns")
-    if (
-        Path(first).suffix.lower() not in IMAGE_SUFFIXES
-        and not Path(first).exists()
-        and not glob.glob(first, recursive=True)
-    ):
+    first, rest = words[0], list(words[1:])
+    released, file = available(), Path(first)
+    run = None if first in released else find_run(first, runs)
+    checkpoint = file.suffix == ".safetensors" and file.is_file()
+    if run or checkpoint or first in released:
+        if not rest:
+            raise Refused("no image given; name files, folders or patterns after the run")
+        network = open_network(run) if run else open_file(file) if checkpoint else open_released(first)[0]
+        return Chosen(network, rest, named=True)
+    if not _names_images(first):
+        if file.is_file():
+            raise Refused(f"{first} is no network that predict reads; name a run, or a best.safetensors of one")
         open_run(first, runs)  # says which runs there are
-    return open_released((released or list(RELEASED))[0])[0], list(words)
+    return Chosen(open_released((released or list(RELEASED))[0])[0], list(words), named=False)
+
+
+def _names_images(word: str) -> bool:
+    """Whether the first word of a command can mean images: a file, a pattern, or a folder of images without runs."""
+    suffix = Path(word).suffix.lower()
+    if os.path.isdir(word):
+        below = {name for _, _, names in os.walk(word) for name in names}
+        return not below & OF_RUNS and any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in below)
+    if suffix in OF_NETWORKS:
+        return False
+    return suffix in IMAGE_SUFFIXES or os.path.lexists(word) or bool(glob.glob(word, recursive=True))
 
 
 def score_released(name: str, data: str | None = None, batch_size: int = 64) -> dict[str, Any]:
@@ -73,24 +104,23 @@ def score_released(name: str, data: str | None = None, batch_size: int = 64) -> 
     Raises Refused when the images in ``data`` are not those of that split.
     """
     network, info = open_released(name)
-    return score_reference(network, data, batch_size, name, json.loads(info["split"]))
+    return score_reference(network, data, batch_size, name, info.split)
 
 
 def score_reference(
-    network: Network, data: str | None, batch_size: int, name: str, split: dict[str, Any] | None = None
+    network: Network, data: str | None, batch_size: int, name: str, split: SplitOf | None = None
 ) -> dict[str, Any]:
     """Scores ``network`` on the reference test images; ``split`` holds the seed and hash of another than the usual one.
 
     Raises Refused when the images are of other classes or another split, or when ``batch_size`` is below 1.
     """
     check_batch_size(batch_size)
-    config = DataConfig(root=data, split_seed=split["seed"] if split else DataConfig().split_seed)
+    config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
     index = dataset.index(dataset.find(data))
     manifest = splits.make(index, config)
     if len(network.classes) != len(manifest.classes):
         known, found = len(network.classes), len(manifest.classes)
         raise Refused(f"{name} knows {known} classes, the data set has {found}; give the --data it was trained on")
-    if split and manifest.hash() != split["hash"]:
+    if split and manifest.hash() != split.hash:
         raise Refused(f"the images in {index.root} are not those that {name} was trained on; give them by --data")
-    opened = Opened(network.model, network.preprocessing, manifest, index, config, network.world)
-    return scores(*opened.logits("test", batch_size))
+    return scores(*Opened(network, manifest, index, config).logits("test", batch_size))

@@ -11,15 +11,11 @@ from torch import Tensor
 
 from finetune101.data import splits
 from finetune101.errors import Refused
-from finetune101.evaluation.evaluate import (
-    calibrations,
-    check_batch_size,
-    open_scored,
-    scores,
-    times_scored,
-    write_predictions,
-)
-from finetune101.files import write_json
+from finetune101.evaluation import metrics
+from finetune101.evaluation.evaluate import calibrations, check_batch_size, open_scored, rows, scores, times_scored
+from finetune101.evaluation.metrics import Calibrated
+from finetune101.evaluation.predictions import write_pair
+from finetune101.files import FORMAT
 from finetune101.runs import Run
 
 
@@ -32,13 +28,17 @@ def ensemble(
     batch_size: int = 64,
     mirror: bool = False,
 ) -> dict[str, Any]:
-    """Scores the mean probabilities of ``runs`` on ``subset``; "test" is written to ``out`` like an evaluation's.
+    """Scores the mean of the calibrated probabilities of ``runs`` on ``subset``; "test" is written to ``out``.
 
-    The test is counted in the members' own test.json too. Raises Refused for fewer than two runs, runs of different
-    splits, images that are not those of the split, and validation images that a member was trained on.
+    The test is counted in the members' own test.json too. Raises Refused for fewer than two runs, a run named twice,
+    runs of different splits, images that are not those of the split, and validation images that a member was trained
+    on.
     """
     if len(runs) < 2:
         raise Refused("an ensemble needs two runs or more; name them all")
+    places = [run.path.resolve() for run in runs]
+    if twice := next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None):
+        raise Refused(f"{twice.path} is named twice; name each run once")
     check_batch_size(batch_size)
     if (out / "config.json").exists():
         raise Refused(f"{out} is a run of its own; give the ensemble another --out")
@@ -52,25 +52,32 @@ def ensemble(
     first = open_scored(runs[0], data, mirror=mirror)
     members = [first, *(open_scored(run, data, first.index, mirror) for run in runs[1:])]
 
+    temperatures = [member.calibrated(batch_size).temperature for member in members]
+
     def outputs(subset: str) -> tuple[Tensor, Tensor]:
-        return mean_log_probabilities([member.logits(subset, batch_size) for member in members])
+        return mean_log_probabilities([member.logits(subset, batch_size) for member in members], temperatures)
 
     output, labels = outputs(subset)
     result = scores(output, labels)
     if subset == "test":
         result |= {"runs": [str(run.path) for run in runs], "manifest_hash": hashes[0], "mirror": mirror}
         result["protocol"] = first.manifest.protocol
-        result |= calibrations(output, labels, outputs("val") if all(m.chosen_on_val for m in members) else None)
+        chosen = all(member.chosen_on_val for member in members)
+        reason = "a member was trained on the validation images, or there are none"
+        found = metrics.calibrate(*outputs("val")) if chosen else Calibrated(temperature=1.0, reason=reason)
+        result |= calibrations(output, labels, found, chosen)
         for run in runs:
             if run.has("test.json"):
                 run.write_json("test.json", {**run.read_json("test.json"), "times_scored": times_scored(run) + 1})
         result["times_scored"] = times_scored(Run(out)) + 1
-        write_json(out / "test.json", result)
-        write_predictions(out / "predictions.csv", first.manifest, output)
+        write_pair(out, "", {"format": FORMAT, **result}, rows(first.manifest, output, found.temperature))
     return result
 
 
-def mean_log_probabilities(outputs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and labels (N,) of each network -> log of the mean probabilities, labels."""
-    each = torch.stack([torch.log_softmax(output.double(), 1) for output, _ in outputs])
+def mean_log_probabilities(
+    outputs: Sequence[tuple[Tensor, Tensor]], temperatures: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) and labels (N,) of each network, its temperature -> log of the mean probabilities, labels."""
+    pairs = zip(outputs, temperatures, strict=True)
+    each = torch.stack([torch.log_softmax(output.double() / t, 1) for (output, _), t in pairs])
     return (torch.logsumexp(each, 0) - torch.tensor(float(len(each))).log()).float(), outputs[0][1]

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from finetune101.config import DataConfig, Preprocessing
-from finetune101.data import cache, dataset, splits, verify
+from finetune101.config import DataConfig
+from finetune101.data import cache, dataset, duplicates, splits
 from finetune101.data.batches import eval_batches
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
-from finetune101.evaluation.inference import load_model, logits, mirrored, read_checkpoint, world_of
-from finetune101.files import atomic
+from finetune101.evaluation.forward import logits
+from finetune101.evaluation.inference import Network, keep_temperature, open_checkpoint, open_network
+from finetune101.evaluation.metrics import Calibrated
+from finetune101.evaluation.predictions import write_pair
+from finetune101.files import FORMAT
 from finetune101.runs import Run
-from finetune101.world import World
 
 
 def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Every number of one evaluation of logits (N, classes) against labels (N,); accuracies in percent."""
+    """Every number of one evaluation of logits (N, classes) against labels (N,); accuracies in percent.
+
+    Raises Refused for logits that are not finite.
+    """
+    if bad := int((~torch.isfinite(output)).any(1).sum()):
+        raise Refused(f"the network's output is not finite for {bad} of {len(output)} images; train it again")
     prediction = output.argmax(1)
     correct = int((prediction == labels).sum())
     low, high = metrics.wilson(correct, len(labels))
@@ -40,31 +45,48 @@ def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Opened:
-    """A network that is ready to be scored: its weights, its split and the images of it, and how it computes."""
+    """A network that is ready to be scored, its split and the images of it."""
 
-    model: nn.Module
-    preprocessing: Preprocessing
+    network: Network
     manifest: splits.Manifest
     index: dataset.Index
     config: DataConfig
-    world: World
     mirror: bool = False
 
     def logits(self, subset: str, batch_size: int) -> tuple[Tensor, Tensor]:
         """Logits (N, classes) and labels (N,) of ``subset``, in the manifest's order. Raises Refused without any."""
-        paths, labels = self.manifest.subsets[subset], self.manifest.labels(subset)
+        paths, labels, network = self.manifest.subsets[subset], self.manifest.labels(subset), self.network
         if not paths:
-            raise Refused(f"the split has no {subset} images; choose another subset or make a split that has some")
-        skipped = self.manifest.options.get("skipped", ())
-        images = cache.open_images(self.index, self.preprocessing, self.config.cache, skipped)
-        self.model.to(self.world.device, memory_format=self.world.memory_format)  # type: ignore[call-overload]
-        batches = eval_batches(images, paths, labels, batch_size=batch_size, world=self.world)
-        return logits(mirrored(self.model) if self.mirror else self.model, batches, self.world)
+            raise Refused(f"the split has no {subset} images; {_instead(subset)}")
+        wanted = (path for paths in self.manifest.subsets.values() for path in paths)
+        images = cache.open_images(self.index, network.preprocessing, self.config.cache, wanted=wanted)
+        batches = eval_batches(images, paths, labels, batch_size=batch_size, world=network.world)
+        fast = network.fast_kernels
+        return logits(network.model, batches, network.world, fast=fast, mirror=self.mirror)
 
     @property
     def chosen_on_val(self) -> bool:
         """Whether there are validation images that were not trained on."""
         return bool(self.manifest.subsets["val"]) and self.config.fit_on == "train"
+
+    def calibrated(self, batch_size: int) -> Calibrated:
+        """The temperature of the network, found on its validation images where none is stored with its weights."""
+        stored = self.network.temperature
+        if stored is not None and not self.mirror:
+            reason = "no temperature helped on the validation images" if stored == 1 else ""
+            return Calibrated(temperature=stored, reason=reason)
+        if not self.chosen_on_val:
+            return Calibrated(temperature=1.0, reason="no validation images were kept from training")
+        return metrics.calibrate(*self.logits("val", batch_size))
+
+
+def _instead(subset: str) -> str:
+    """What can be scored where the split has no images of ``subset``."""
+    if subset != "test":
+        return "choose another --subset"
+    return (
+        "score its validation images by --subset val, or another folder of labelled images by --data FOLDER --as-test"
+    )
 
 
 def open_scored(run: Run, data: str | None = None, known: dataset.Index | None = None, mirror: bool = False) -> Opened:
@@ -75,14 +97,14 @@ def open_scored(run: Run, data: str | None = None, known: dataset.Index | None =
     config = run.config().data
     config = config if data is None else dataclasses.replace(config, root=data)
     manifest = splits.from_json(run.read_json("split.json"))
-    model, preprocessing, classes = load_model(run)
-    if tuple(classes) != manifest.classes:
+    network = open_network(run)
+    if tuple(network.classes) != manifest.classes:
         raise Refused(f"{run.best} knows other classes than the split of {run.path}; train the run again")
     root = dataset.find(config.root)
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
     index = known if known and known.root == root else dataset.index(root, layout)
     splits.check(manifest, index)
-    return Opened(model, preprocessing, manifest, index, config, world_of(run), mirror)
+    return Opened(network, manifest, index, config, mirror)
 
 
 def evaluate(
@@ -90,27 +112,40 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores the best checkpoint of ``run`` on ``subset`` of its own split; "test" is written to the run directory.
 
-    ``data`` overrides where the images are; with ``mirror`` each is seen twice (see ``inference.mirrored``). Raises
-    Refused when the images are not those of the split.
+    ``data`` overrides where the images are; with ``mirror`` each is seen twice (see ``forward.Forward``). The loss is
+    that of the outputs as they are; the confidence in predictions.csv is calibrated by the temperature in the result.
+    Raises Refused when the images are not those of the split, before anything is written.
     """
     check_batch_size(batch_size)
     opened = open_scored(run, data, mirror=mirror)
     output, labels = opened.logits(subset, batch_size)
-    result = scores(output, labels)
+    result = scores(output, labels) | frozen_backbone(run)
     if subset == "test":
+        found = opened.calibrated(batch_size)
         result |= {
             "manifest_hash": opened.manifest.hash(),
             "protocol": opened.manifest.protocol,
-            "epoch": int(read_checkpoint(run.best)[1]["epoch"]),
+            "epoch": open_checkpoint(run.best)[1].epoch or 0,
             "times_scored": times_scored(run) + 1,
             "mirror": mirror,
-            "world": opened.world.describe(),
+            "world": opened.network.world.describe(),
         }
-        result |= calibrations(output, labels, opened.logits("val", batch_size) if opened.chosen_on_val else None)
+        result |= calibrations(output, labels, found, opened.chosen_on_val)
         result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)
-        write_predictions(run.path / "predictions.csv", opened.manifest, output)
-        run.write_json("test.json", result)
+        if opened.network.temperature is None and not mirror:
+            keep_temperature(run, found)
+        write_pair(run.path, "", {"format": FORMAT, **result}, rows(opened.manifest, output, found.temperature))
     return result
+
+
+def frozen_backbone(run: Run) -> dict[str, bool]:
+    """{"frozen_backbone": True} where only the output layer of the best checkpoint was trained, else empty.
+
+    That is so where ``freeze`` says so, and where the best epoch is 0, the probe that fine-tuning starts from.
+    """
+    config = run.config()
+    kept = config.model.head == "probe" and open_checkpoint(run.best)[1].epoch == 0
+    return {"frozen_backbone": True} if kept or config.model.freeze else {}
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -126,34 +161,37 @@ def times_scored(run: Run) -> int:
 
 def _without_duplicates(opened: Opened, correct: Tensor) -> dict[str, Any]:
     """Top-1 (percent) on the test images of which no near-duplicate was trained on, and how many those are."""
-    subsets, held = opened.manifest.subsets, ("train", "val") if opened.config.fit_on == "train+val" else ("train",)
-    known = verify.with_duplicate(opened.index, subsets["test"], [path for part in held for path in subsets[part]])
-    alone = torch.tensor([path not in known for path in subsets["test"]])
+    test = opened.manifest.subsets["test"]
+    known = duplicates.with_duplicate(opened.index, test, trained_on(opened.manifest, opened.config))
+    alone = torch.tensor([path not in known for path in test])
     n = int(alone.sum())
     return {"n": n, "top1": 100 * int(correct[alone].sum()) / n if n else None}
 
 
-def calibrations(output: Tensor, labels: Tensor, val: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    """Calibration of logits as they are and, with logits and labels of validation images, by their temperature."""
-    found: dict[str, Any] = {"calibration": calibration(output, labels)}
-    if val:
-        t = metrics.temperature(*val)
-        found["calibration_scaled"] = {"temperature": t, **calibration(output / t, labels)}
-    return found
+def trained_on(manifest: splits.Manifest, config: DataConfig) -> list[str]:
+    """Paths of the images that a run with these settings trained on."""
+    held = ("train", "val") if config.fit_on == "train+val" else ("train",)
+    return [path for part in held for path in manifest.subsets[part]]
 
 
-def calibration(output: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Expected calibration error (a share) of logits (N, classes), and the bins behind it."""
-    confidence, prediction = torch.softmax(output.double(), 1).max(1)
-    bins = metrics.reliability(confidence.numpy(), prediction == labels)
+def calibrations(output: Tensor, labels: Tensor, found: Calibrated, scaled: bool = True) -> dict[str, Any]:
+    """The temperature and why it is 1 where it is; calibration of logits as they are and, ``scaled``, by it."""
+    t = found.temperature
+    result: dict[str, Any] = {"temperature": t} | ({"temperature_reason": found.reason} if found.reason else {})
+    result["calibration"] = calibration(output, labels)
+    if scaled:
+        result["calibration_scaled"] = {"temperature": t, **calibration(output, labels, t)}
+    return result
+
+
+def calibration(output: Tensor, labels: Tensor, temperature: float = 1.0) -> dict[str, Any]:
+    """Expected calibration error (a share) of logits (N, classes) over ``temperature``, and the bins behind it."""
+    bins = metrics.reliability(*metrics.confidences(output, temperature, labels))
     return {"ece": metrics.ece(bins), "bins": bins}
 
 
-def write_predictions(out: Path, manifest: splits.Manifest, output: Tensor) -> None:
-    """A CSV file: path, label, prediction, confidence of every test image."""
-    confidence, prediction = torch.softmax(output, 1).max(1)
-    with atomic(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "label", "prediction", "confidence"])
-        for path, p, c in zip(manifest.subsets["test"], prediction.tolist(), confidence.tolist(), strict=True):
-            writer.writerow([path, dataset.class_of(path), manifest.classes[p], f"{c:.4f}"])
+def rows(manifest: splits.Manifest, output: Tensor, temperature: float) -> list[tuple[str, str, str, float]]:
+    """The rows of predictions.csv for the logits (N, classes) of the test images; the confidence is calibrated."""
+    confidence, prediction = metrics.probabilities(output, temperature).max(1)
+    columns = zip(manifest.subsets["test"], prediction.tolist(), confidence.tolist(), strict=True)
+    return [(path, dataset.class_of(path), manifest.classes[p], c) for path, p, c in columns]

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from scipy import optimize, stats
 from torch import Tensor
@@ -19,6 +20,8 @@ from finetune101.errors import Refused
 Integers: TypeAlias = Tensor | npt.ArrayLike
 Booleans: TypeAlias = Tensor | npt.ArrayLike
 BINS = 15  # of a reliability diagram
+TEMPERATURES = (0.1, 10.0)  # between which a temperature is looked for
+FEWEST = 10  # validation images that can tell one
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -159,15 +162,63 @@ def _between_runs(correct: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """The number that logits (N, C) are divided by so that their cross-entropy against ``labels`` is least.
+    """The number from 1/10 to 10 by which logits (N, C) are divided so that their cross-entropy is least.
 
     Fitted on validation images; no prediction changes. Source: C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On
     calibration of modern neural networks", ICML (2017).
     """
     found = optimize.minimize_scalar(  # over the logarithm: the minimum is one, and the scale unknown
-        lambda log: cross_entropy(logits / float(np.exp(log)), labels), bounds=(-4.0, 4.0), method="bounded"
+        lambda log: cross_entropy(logits / float(np.exp(log)), labels), bounds=np.log(TEMPERATURES), method="bounded"
     )
     return float(np.exp(found.x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """The number that logits are divided by, 1 where none helps, and then why."""
+
+    temperature: float
+    reason: str = ""
+
+
+def calibrate(logits: Tensor, labels: Tensor) -> Calibrated:
+    """``temperature`` of validation images where it helps: logits (N, C), labels (N,); six decimals.
+
+    It helps where it lowers the cross-entropy of images that it was not fitted on (every fifth in turn), does not
+    raise the calibration error, and lies within its bounds: at chance level there is no best one.
+    """
+    if len(labels) < FEWEST:
+        return Calibrated(temperature=1.0, reason=f"{len(labels)} validation images are too few to find a temperature")
+    if bool((logits.argmax(1) == labels).all()):  # the lower the better then
+        return Calibrated(temperature=1.0, reason="every validation image is right, so that no temperature is too low")
+    found = round(temperature(logits, labels), 6)
+    low, high = TEMPERATURES
+    if not low * 1.01 < found < high / 1.01:
+        return Calibrated(temperature=1.0, reason="the validation images give no best temperature, as at chance level")
+    held = torch.arange(len(labels)) % 5
+    each = [(logits[held == k], labels[held == k], logits[held != k], labels[held != k]) for k in range(5)]
+    unseen = sum(len(y) * cross_entropy(x / temperature(*rest), y) for x, y, *rest in each) / len(labels)
+    if unseen >= cross_entropy(logits, labels):
+        return Calibrated(
+            temperature=1.0, reason="no temperature lowers the loss of validation images that it has not seen"
+        )
+    before, after = (ece(reliability(*confidences(logits, t, labels))) for t in (1.0, found))
+    if after > before:
+        return Calibrated(
+            temperature=1.0, reason=f"temperature {found:.2f} makes calibration worse on the validation images"
+        )
+    return Calibrated(temperature=found)
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Calibrated probabilities, float64 (N, C), of logits (N, C): the numbers that users see."""
+    return torch.softmax(logits.double() / temperature, 1)
+
+
+def confidences(logits: Tensor, temperature: float, labels: Tensor) -> tuple[npt.NDArray[np.float64], Tensor]:
+    """The highest probability of each image, float64 (N,), and whether its class is the label."""
+    confidence, prediction = probabilities(logits, temperature).max(1)
+    return confidence.numpy(), prediction == labels
 
 
 def reliability(confidence: npt.ArrayLike, correct: Booleans, bins: int = BINS) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import optuna
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from finetune101.errors import Refused
+from finetune101.files import checked, escaped, shortened
 from finetune101.runs import Run
 from finetune101.search.replay import ORDERS, Curve, dropped
-from finetune101.search.space import Point, text
+from finetune101.search.space import SETTINGS, Point, text
 
 Floats = NDArray[np.float64]
 EARLY = 3  # the epoch whose ranking is compared with the last one's
@@ -95,15 +96,12 @@ def load(folder: Path) -> Seen:
             else f"{folder} is no folder of a search; give RUNS/EXP of one"
         )
     saved = Run(folder).read_json("search.json")
+    _check(saved, folder / "search.json")
     curves = []
     for entry in saved["results"]:
         records = Run(folder / Path(entry["run"]).name).metrics() if entry["run"] else []
         if records and entry["state"] != "failed":
-            if records[0]["epoch"] == 0 and len(records) > 1:  # a solved output layer's score counts with epoch 1
-                solved, first, *others = records
-                records = [{**first, "val_top1": max(solved["val_top1"], first["val_top1"])}, *others]
-            scores, steps = (tuple(record[key] for record in records) for key in ("val_top1", "step"))
-            curves.append(Curve(entry["point"], scores, steps, entry["state"]))
+            curves.append(_curve(entry, records, folder))
     if len(curves) < 2:
         raise Refused(f"{folder} has {len(curves)} trial(s) with a curve; let the search train at least 2")
     names = tuple(name for name in saved["space"] if len({str(curve.point[name]) for curve in curves}) > 1)
@@ -112,6 +110,42 @@ def load(folder: Path) -> Seen:
     images = len(winner.read_json("split.json")["subsets"]["val"]) if winner.has("split.json") else None
     failed = sum(entry["state"] == "failed" for entry in saved["results"])
     return Seen(folder.name, names, tuple(curves), failed, images, chosen["point"], len(saved.get("finalists", [])))
+
+
+REMEDY = "give the search's command again, it writes the file anew from its runs"
+
+
+def _check(saved: Any, file: Path) -> None:
+    """Raises Refused where the names in a search.json are not those of settings, or a point lacks one or its value."""
+    if foreign := sorted(set(saved["space"]) - SETTINGS.keys()):
+        raise Refused(f"{file} searches {escaped(shortened(foreign[0], 60))}, which is no setting; {REMEDY}")
+    chosen = saved.get("winner")
+    checked(chosen, Winner | None, f"{file}, winner,", remedy=REMEDY)
+    checked(saved.get("finalists", []), list[dict[str, Any]], f"{file}, finalists,", remedy=REMEDY)
+    for number, entry in enumerate([*saved["results"], *([chosen] if chosen else [])], 1):
+        if missing := sorted(set(saved["space"]) - entry["point"].keys()):
+            raise Refused(f"{file} has a point without {missing[0]} (result {number}); {REMEDY}")
+        for name in saved["space"]:
+            if not isinstance(entry["point"][name], str | bool | int | float | None):
+                raise Refused(f"{file} has a {name} that is no value (result {number}); {REMEDY}")
+
+
+class Winner(TypedDict):
+    """The key "winner" of search.json."""
+
+    point: dict[str, Any]
+    run: str | None
+
+
+def _curve(entry: dict[str, Any], records: list[dict[str, Any]], folder: Path) -> Curve:
+    """The curve of a trial from its records. Raises Refused for an epoch without a validation accuracy."""
+    if records[0]["epoch"] == 0 and len(records) > 1:  # a solved output layer's score counts with epoch 1
+        solved, first, *others = records
+        records = [{**first, "val_top1": max(solved["val_top1"] or 0, first["val_top1"] or 0)}, *others]
+    scores, steps = (tuple(record[key] for record in records) for key in ("val_top1", "step"))
+    if None in scores:
+        raise Refused(f"{folder / Path(entry['run']).name} has epochs without validation, so it is no trial; {REMEDY}")
+    return Curve(entry["point"], scores, steps, entry["state"])
 
 
 def levels(seen: Seen, name: str) -> tuple[list[str], list[int]]:

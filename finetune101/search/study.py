@@ -25,12 +25,13 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune101.config import TrainConfig, to_dict
+from finetune101.config import TrainConfig
 from finetune101.errors import Refused
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure, label, points
-from finetune101.search.trial import FINISHED, NotMine, Objective, OutOfTime, changed, essence, split_hash
+from finetune101.search.trial import FINISHED, NotMine, Objective, OutOfTime, split_hash
+from finetune101.training.identity import essence
 
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "asha"]
@@ -98,7 +99,7 @@ def check(plan: Plan) -> None:
 def study_name(plan: Plan) -> str:
     """Names the study: another base, split, space, sampler or pruner is another one (the runs are shared by all)."""
     text = json.dumps(
-        [changed(plan.base), split_hash(plan.base.data), described(plan.space), plan.sampler, plan.pruner, plan.only]
+        [essence(plan.base), split_hash(plan.base.data), described(plan.space), plan.sampler, plan.pruner, plan.only]
     )
     return f"{plan.base.exp}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -138,11 +139,17 @@ def open_storage(plan: Plan) -> BaseStorage:
     """The database of --storage, else the journal. Raises Refused for a database that cannot be reached."""
     if plan.storage is None:
         path = str(plan.folder / "optuna.journal")
-        return JournalStorage(JournalFileBackend(path, KernelLock(path) if os.name == "posix" else None))
+        backend = JournalFileBackend(path, KernelLock(path) if os.name == "posix" else None)
+        try:
+            return JournalStorage(backend)
+        except Exception as error:  # Optuna's reader: a damaged file raises nearly anything
+            raise Refused(
+                f"{path} is damaged ({type(error).__name__}); remove it and give the command again, it finds the runs"
+            ) from error
     from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-    url = plan.storage
+    url, shown = plan.storage, _no_password(plan.storage)
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]  # psycopg 3, which this project locks
     for attempt in range(5):
@@ -156,8 +163,8 @@ def open_storage(plan: Plan) -> BaseStorage:
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
                 )
         except (ArgumentError, NoSuchModuleError, OperationalError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise Refused(f"--storage {_no_password(plan.storage)} cannot be used: {reason}") from error
+            reason = str(error).splitlines()[0].replace(plan.storage, shown).replace(url, shown)
+            raise Refused(f"--storage {shown} cannot be used: {reason}") from None  # its notes hold the password
         except SQLAlchemyError:  # another machine makes the same tables at this moment
             if attempt == 4:
                 raise
@@ -250,7 +257,7 @@ def retry(study: optuna.Study, dead: Callable[[FrozenTrial], bool] = lambda tria
         if trial.state == TrialState.RUNNING and dead(trial):
             try:
                 study.tell(trial.number, state=TrialState.FAIL)
-            except Refused:  # told by its worker after all
+            except ValueError:  # Optuna's: told by its worker after all
                 continue
         elif trial.state != TrialState.FAIL:
             continue
@@ -320,6 +327,7 @@ def results(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
                 "state": state,
                 **{key: attrs.get(key) for key in ("best_val_top1", "best_epoch", "epochs", "steps", "seconds")},
                 "error": error,
+                "trace": attrs.get("trace"),
                 "rungs": rungs,
                 "trial": trial.number,
                 "run": str(plan.folder / attrs["run"]) if "run" in attrs else None,
@@ -372,7 +380,7 @@ def averages(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def recipe(base: TrainConfig, point: Point) -> dict[str, Any]:
     """The settings of ``point`` as ``train --config`` reads them: all that decides the numbers, but not the seed."""
     parts = essence(configure(base, point))
-    assert parts.keys() <= to_dict(base).keys()
+    parts["data"]["split"] = base.data.split  # whoever trains the winner trains it on these images
     return {
         part: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "seed"}
         for part, values in parts.items()

@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from finetune101.config import DataConfig, TrainConfig, to_dict, validate
+from finetune101.config import DataConfig, TrainConfig, validate
 from finetune101.data import dataset
 from finetune101.errors import Refused
+from finetune101.files import remove_abandoned
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure
+from finetune101.training.identity import as_started, essence, is_same
 from finetune101.training.loop import Diverged, fit
-from finetune101.training.prepare import MAY_CHANGE, as_started, make_manifest, prepare
+from finetune101.training.many_runs import described, keep_trace
+from finetune101.training.prepare import make_manifest, prepare
 from finetune101.training.tensorboard import log
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -59,18 +61,9 @@ def split_hash(config: DataConfig) -> str:
     return make_manifest(dataset.index(dataset.find(config.root), layout), config).hash()
 
 
-def essence(config: TrainConfig) -> dict[str, Any]:
-    """Everything in ``config`` that decides a run's numbers."""
-    values = {part: value for part, value in to_dict(config).items() if isinstance(value, dict)}
-    values["data"] = {key: value for key, value in values["data"].items() if key not in MAY_CHANGE}
-    values["system"] = {key: value for key, value in values["system"].items() if key != "threads"}
-    return values
-
-
 def changed(config: TrainConfig) -> dict[str, Any]:
-    """``essence`` without the split's file, and without defaults: a new setting must rename no run."""
+    """``essence`` without defaults: a new setting must rename no run."""
     values = essence(config)
-    values["data"].pop("split")
     usual = essence(TrainConfig(exp=""))
     return {part: {k: v for k, v in own.items() if v != usual[part].get(k)} for part, own in values.items()}
 
@@ -79,6 +72,21 @@ def identity(config: TrainConfig) -> str:
     """The name of the run of ``config``: a hash of the configuration and of the split."""
     text = json.dumps([changed(config), split_hash(config.data)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_of(folder: Path, config: TrainConfig) -> Run:
+    """The run of ``config`` in ``folder``, begun or not: named by ``identity``.
+
+    Where a run of that name has other settings, as one of a version with other defaults, all settings make the name.
+    Raises Refused where a run is damaged, or both names are taken by other settings.
+    """
+    split = split_hash(config.data)
+    whole = hashlib.sha256(json.dumps([essence(config), split], sort_keys=True).encode()).hexdigest()[:16]
+    for name in (identity(config), whole):
+        run = Run(folder / name)
+        if not run.has("config.json") or is_same(run, config, split):
+            return run
+    raise Refused(f"{folder / whole} holds a run with other settings; give the search another --exp")
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
@@ -113,8 +121,8 @@ class Objective:
         try:
             validate(config)
         except Refused as error:  # such as more warm-up than epochs: only the combination is wrong
-            raise _failed(trial, error) from error
-        key = identity(config)
+            raise _failed(trial, str(error)) from error
+        key = run_of(Path(self.base.runs) / self.base.exp, config).name
         trial.set_user_attr("run", key)
         if twin := _twin(trial, key):
             trial.set_user_attr("same_as", twin.number)
@@ -125,8 +133,7 @@ class Objective:
 
     def _train(self, trial: optuna.Trial, config: TrainConfig, point: Point) -> float:
         run = Run(Path(config.runs) / config.exp)
-        for leftover in run.path.glob(".*.part"):  # of a killed worker
-            leftover.unlink(missing_ok=True)
+        remove_abandoned(run.path)  # of a killed worker
         finished = is_finished(run, config)
         records = run.metrics() if finished or run.last.is_file() else []
         before, pruned = len(records), False
@@ -139,8 +146,13 @@ class Objective:
                     self.on_epoch(record)
                     if pruned := _report(trial, record) and record["epoch"] < config.optim.epochs:
                         break
-        except (Diverged, Impossible, torch.OutOfMemoryError) as error:  # the point's fault: the others go on
-            raise _failed(trial, error) from error
+        except (Diverged, Impossible) as error:  # the point's fault: the others go on
+            raise _failed(trial, str(error)) from error
+        except (Refused, optuna.TrialPruned, NotMine, OutOfTime):
+            raise
+        except Exception as error:  # out of memory, or a fault of ours: recorded, and the others go on
+            trial.set_user_attr("trace", keep_trace(run.path, error))
+            raise _failed(trial, described(error)) from error
         finally:
             _describe(trial, records, before)
         best = max(record["val_top1"] for record in records)
@@ -198,9 +210,9 @@ def _report(trial: optuna.Trial, record: dict[str, Any]) -> bool:
     return trial.should_prune()
 
 
-def _failed(trial: optuna.Trial, error: Exception) -> optuna.TrialPruned:
+def _failed(trial: optuna.Trial, reason: str) -> optuna.TrialPruned:
     """How a point that cannot be trained ends: finished and last, so that the sampler learns to avoid it."""
-    trial.set_user_attr("error", str(error).splitlines()[0])
+    trial.set_user_attr("error", reason.splitlines()[0])
     return optuna.TrialPruned()
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +14,10 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from finetune101.errors import Refused
-from finetune101.files import claim
+from finetune101.files import claim, claimed_by
 from finetune101.search.study import Plan, fill, open_study, retry, work
 from finetune101.search.trial import signature
+from finetune101.training.many_runs import context, follow_parent, open_folder, stop
 from finetune101.training.prepare import sharing
 
 Watch = Callable[[optuna.Study, dict[str, Any] | None], None]
@@ -30,13 +27,16 @@ NEWBORN = 10.0  # seconds in which a worker must have signed the trial that it t
 @contextlib.contextmanager
 def alone(plan: Plan) -> Iterator[None]:
     """Keeps a second search out of a folder with a journal. Raises Refused when there is one already."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    open_folder(plan.folder, "search")
     if plan.storage is not None or os.name != "posix":
         yield
         return
     with claim(plan.folder / "search.lock") as mine:
         if not mine:
-            raise Refused(f"another search is at work in {plan.folder}; wait for it, or give this one another --exp")
+            raise Refused(
+                f"another search ({claimed_by(plan.folder / 'search.lock')}) is at work in {plan.folder}; "
+                "wait for it, or give this one another --exp"
+            )
         _mend(plan)
         yield
 
@@ -100,7 +100,7 @@ class _Parent:
                 watch(self.study, None)
                 time.sleep(0.2 if self.plan.storage is None else 1)
         finally:
-            self._stop()
+            stop([worker.process for worker in self.workers])
 
     def _reap(self) -> bool:
         """Takes the ended workers off the list; whether one was killed. Raises Refused when one met an error."""
@@ -122,50 +122,23 @@ class _Parent:
         return owner not in {signature(worker.process.pid) for worker in self.workers}
 
     def _start(self) -> None:
-        context = _context()
-        ours, theirs = context.Pipe(duplex=False)
+        births = context(__name__)
+        ours, theirs = births.Pipe(duplex=False)
         plan = dataclasses.replace(self.plan, base=sharing(self.plan.base, self.plan.jobs))
         left = self.deadline - time.monotonic()
         self.started += 1
-        process = context.Process(target=_main, args=(plan, left, self.started, theirs), name="search-worker")
+        process = births.Process(target=_main, args=(plan, left, self.started, theirs), name="search-worker")
         process.start()
         theirs.close()
         self.workers.append(_Worker(process, ours))
 
-    def _stop(self) -> None:
-        """Asks the workers that are left to stop, and makes them."""
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join(15)
-            worker.process.kill()
-            worker.process.join()
-
-
-def _context() -> Any:
-    """How workers are born: from a server that has PyTorch loaded, where there is such a thing."""
-    if "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune101.search.workers"])
-    return context
-
 
 def _main(plan: Plan, seconds: float, number: int, errors: Any) -> None:
     """A worker process; it ends with its parent, and by the parent's SIGTERM as by Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent decides
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    follow_parent()
     try:
         work(plan, open_study(plan), time.monotonic() + seconds, number)
     except Refused as error:
         errors.send(str(error))
     except KeyboardInterrupt:
         pass
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)  # as if killed: whoever starts the search again finds the last epoch

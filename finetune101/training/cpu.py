@@ -95,6 +95,8 @@ def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
 class FastConv2d(nn.Conv2d):
     """A depthwise ``nn.Conv2d`` with the fast backward pass."""
 
+    infers_as = nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""
         if not _is_slow(self, x):
@@ -105,6 +107,8 @@ class FastConv2d(nn.Conv2d):
 
 class FastConv2dSame(Conv2dSame):
     """timm's depthwise ``Conv2dSame`` (TensorFlow's padding: more at bottom and right) with the fast backward pass."""
+
+    infers_as = Conv2dSame
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""

@@ -7,8 +7,6 @@ convolutions (counted by reading it), this 8 times.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune101.evaluation.fused import followers
 from finetune101.training.kernels import SUFFIXES, compiled, kernel
 
 Limits = tuple[float, float]
@@ -39,13 +38,6 @@ def fast_norm(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = _FAST[type(layer)]
     return len(layers)
-
-
-def followers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """For a module of an ``nn.Sequential`` the next one, which alone sees its output; both are used nowhere else."""
-    owners = Counter(child for parent in model.modules() for child in parent.children())
-    chains = [m for m in model.modules() if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward]
-    return {a: b for chain in chains for a, b in pairwise(chain) if owners[a] == owners[b] == 1}
 
 
 def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -91,6 +83,7 @@ def _moments(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class FastBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d``, with the clamp of the ReLU that follows it in its ``nn.Sequential``."""
 
+    infers_as = nn.BatchNorm2d
     limits: Limits = NONE
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +99,8 @@ class FastBatchNorm2d(nn.BatchNorm2d):
 class FastBatchNormAct2d(BatchNormAct2d):
     """timm's ``BatchNormAct2d`` (batch norm with its activation) with the clamp in the same pass."""
 
+    infers_as = BatchNormAct2d
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         if not _applies(self, x):
@@ -119,6 +114,8 @@ class FastBatchNormAct2d(BatchNormAct2d):
 class DoneReLU(nn.ReLU):
     """A ReLU after a ``FastBatchNorm2d``."""
 
+    infers_as = nn.ReLU
+
     def forward(self, x: Tensor) -> Tensor:
         """Its input, where that has been clamped already."""
         return x if x.__dict__.pop("clamped", False) else super().forward(x)
@@ -126,6 +123,8 @@ class DoneReLU(nn.ReLU):
 
 class DoneReLU6(nn.ReLU6):
     """A ReLU6 after a ``FastBatchNorm2d``."""
+
+    infers_as = nn.ReLU6
 
     def forward(self, x: Tensor) -> Tensor:
         """Its input, where that has been clamped already."""

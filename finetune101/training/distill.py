@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ from finetune101.config import Preprocessing, TrainConfig
 from finetune101.data import splits
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
+from finetune101.evaluation.forward import Forward
 from finetune101.evaluation.inference import load_model
 from finetune101.runs import open_run
-from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 
@@ -23,14 +23,14 @@ from finetune101.world import World
 class Teachers:
     """Trained networks, each with the input that it expects, and the input that the student gets."""
 
-    networks: Sequence[tuple[Callable[[Tensor], Tensor], Preprocessing]]
+    networks: Sequence[tuple[Forward, Preprocessing]]
     student: Preprocessing
     world: World
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Mean probabilities (N, classes) of the networks for the student's standardised input (N, 3, h, w)."""
         found = []
-        with torch.no_grad(), self.world.autocast():
+        with torch.no_grad():
             for network, theirs in self.networks:
                 mine = x
                 if (theirs.mean, theirs.std) != (self.student.mean, self.student.std):
@@ -41,7 +41,7 @@ class Teachers:
                     mine = (mine * std + mean - other_mean) / other_std
                 if mine.shape[-1] != theirs.size:
                     mine = F.interpolate(mine, theirs.size, mode="bilinear", antialias=True)
-                found.append(network(mine.contiguous(memory_format=self.world.memory_format)).float().softmax(1))
+                found.append(network(mine).softmax(1))
         return torch.stack(found).mean(0)
 
     def targets(self, x: Tensor, target: Tensor, share: float) -> Tensor:
@@ -61,7 +61,7 @@ def open_teachers(config: TrainConfig, manifest: Manifest, student: Preprocessin
     Raises Refused for a teacher that may have seen this run's test images (another split) or that was trained on its
     validation images, and for one that began from ImageNet weights where the student's start is to be random.
     """
-    networks: list[tuple[Callable[[Tensor], Tensor], Preprocessing]] = []
+    networks: list[tuple[Forward, Preprocessing]] = []
     for name in config.optim.teacher:
         run = open_run(name, config.runs)
         if run.config().model.pretrain and not config.model.pretrain:
@@ -75,7 +75,5 @@ def open_teachers(config: TrainConfig, manifest: Manifest, student: Preprocessin
                 " nothing; train one with --fit-on train, or this run with --fit-on train+val"
             )
         model, theirs, _ = load_model(run)
-        model.requires_grad_(False).to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-        fast = config.system.fast_kernels and world.device.type == "cpu"
-        networks.append((frozen(model, world) if fast else model, theirs))
+        networks.append((Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels), theirs))
     return Teachers(networks, student, world) if networks else None

@@ -21,7 +21,8 @@ from finetune101.data.batches import batches_of, epoch_order, eval_batches, mix,
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
-from finetune101.evaluation.inference import logits
+from finetune101.evaluation.forward import logits
+from finetune101.evaluation.metrics import calibrate
 from finetune101.files import checked, parse_json
 from finetune101.models.build import Built
 from finetune101.models.weights import read_by_torch
@@ -29,6 +30,7 @@ from finetune101.runs import Run, save_checkpoint, save_state
 from finetune101.schemas import Record
 from finetune101.training import cpu, probe
 from finetune101.training.distill import Teachers
+from finetune101.training.forecast import Forecast
 from finetune101.training.optim import factor, optimizer, set_rates
 from finetune101.world import World
 
@@ -46,6 +48,8 @@ class Job:
     images: Images
     built: Built
     teachers: Teachers | None = None
+    notes: tuple[str, ...] = ()
+    """Lines on the images for the user: what was found, what is left out."""
     lock: ExitStack = field(default_factory=ExitStack)
     """Keeps other processes out of the run; ``fit`` closes it at its end."""
 
@@ -67,6 +71,8 @@ class Trainer:
         self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
+        self.validated: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.forecast = Forecast()
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
         self.labels = [label for subset in held for label in job.manifest.labels(subset)]
@@ -88,7 +94,7 @@ class Trainer:
         found = job.world.same_everywhere(self.model, found)
         if self.average:
             self.average.load_state_dict(self.model.state_dict())
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + found.pop("unpaid")
         record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
         return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate(epoch=0)
 
@@ -125,7 +131,7 @@ class Trainer:
         batches = eval_batches(
             job.images, paths[share], labels[share], batch_size=job.config.optim.batch_size, world=job.world
         )
-        return logits(self.shown, batches, job.world)
+        return logits(self.shown, batches, job.world, fast=job.config.system.fast_kernels)
 
     def train_mode(self) -> None:
         """Dropout on, batch norms learning; frozen ones stay as they are."""
@@ -161,6 +167,7 @@ class Trainer:
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
                 self._check_finite(losses[-10:], step)
             bar.update(total)
+            self.forecast.after_step(self, epoch, len(losses), started, bar)
         sums = world.sum(torch.stack([torch.stack(losses).sum(), correct]).cpu().double())
         seconds = time.perf_counter() - started
         rates = {f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups}
@@ -213,7 +220,7 @@ class Trainer:
             return {"val_loss": None, "val_top1": None, "val_seconds": 0.0}
         job, world, started = self.job, self.job.world, time.perf_counter()
         world.same_buffers(self.shown)
-        output, target = self.val_logits()
+        self.validated = output, target = self.val_logits()
         sums = torch.stack(
             [
                 F.cross_entropy(output, target, reduction="sum").double(),
@@ -261,6 +268,8 @@ class Trainer:
             "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
             "epoch": str(record["epoch"]),
         }
+        if self.validated and self.job.world.size == 1:  # else no process has all outputs; evaluate finds it then
+            info["temperature"] = f"{calibrate(*self.validated).temperature:.6f}"
         save_checkpoint(self.job.run.best, self.shown.state_dict(), info)
 
     def _save_last(self, epoch: int) -> None:
@@ -321,9 +330,18 @@ class HeadTrainer(Trainer):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         held = [*self.paths, *(job.manifest.subsets["val"] if self.validates else ())]
-        x = probe.features(job.built, job.images, held, job.world, job.config.system.fast_kernels)
+        started = time.perf_counter()
+        x, unpaid = probe.features(job.built, job.images, held, job.world, job.config.system.fast_kernels)
+        self.feature_seconds = time.perf_counter() - started + unpaid
         self.x, self.x_val = x.to(job.world.device).split([len(self.paths), len(held) - len(self.paths)])
         self.y = torch.tensor(self.labels, device=job.world.device)
+
+    def train_epoch(self, epoch: int, batches: Batches, bar: tqdm[Any]) -> dict[str, Any]:
+        """One pass over the features; computing them is a part of what the first one costs."""
+        record = super().train_epoch(epoch, batches, bar)
+        if epoch == 1:
+            record["seconds"] = round(record["seconds"] + self.feature_seconds, 3)
+        return record
 
     def wrap(self) -> None:
         """The output layer alone sees features."""

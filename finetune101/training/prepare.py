@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,17 +17,18 @@ from finetune101 import __version__
 from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
 from finetune101.errors import Refused
+from finetune101.faults import command
 from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
 from finetune101.machine import place, usable_cores
 from finetune101.models.build import Built, build, check_size, freeze, norms_single_values
 from finetune101.runs import Run, create_run, open_run
 from finetune101.training import cpu, probe
 from finetune101.training.distill import open_teachers
+from finetune101.training.identity import differences, split_of
 from finetune101.training.kernels import compiled
 from finetune101.training.loop import Job
 from finetune101.world import World, join
 
-MAY_CHANGE = ("root", "cache", "download")  # a resumed run may find its images elsewhere, but they must be the same
 LOCK = "train.lock"
 
 
@@ -40,13 +40,14 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     """
     validate(config)
     run = create_run(config, resume=resume, overwrite=overwrite)
+    config = dataclasses.replace(config, data=dataset.as_found(config.data))
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context(contextlib.ExitStack())
         exists = run.has("config.json") or run.has(LOCK)
         if exists and place().rank == 0:  # told at once, not after decoding
             lock.enter_context(_alone(run))
         if resume:
-            check_same(run.config(), config)
+            check_same(run, config)
         if config.system.fast_kernels:
             cpu.tune_allocator()  # before the first large tensor
         world = _joined(config, run.read_json("env.json")["world"] if resume else None)
@@ -96,11 +97,10 @@ def _alone(run: Run) -> Iterator[None]:
 
 
 def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, lock: contextlib.ExitStack) -> Job:
-    index = dataset.index(dataset.find(config.data.root), "folders" if config.data.protocol == "folders" else "classes")
+    index = dataset.index(dataset.find(config.data.root), ours=[config.runs])
     manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
-    if resume:
-        check_split(config, manifest)
     splits.check(manifest, index)
+    notes = (*dataset.told(index), *(() if index.subsets else splits.remarks(manifest, config.data.fit_on)))
     built = build(
         config.model.name,
         len(manifest.classes),
@@ -119,11 +119,12 @@ def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, loc
     with world.first():  # the others find the cache that rank 0 builds
         if world.writes and config.data.cache != "off":
             remove_abandoned(cache_dir())
-        skipped = manifest.options.get("skipped", ())
-        images = cache.open_images(index, built.preprocessing, config.data.cache, skipped)
+        wanted = (path for paths in manifest.subsets.values() for path in paths)
+        images = cache.open_images(index, built.preprocessing, config.data.cache, wanted=wanted)
     return Job(
-        config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers, lock=lock
-    )
+        config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers,
+        notes=notes, lock=lock,
+    )  # fmt: skip
 
 
 def check_network(config: TrainConfig, manifest: splits.Manifest, built: Built) -> None:
@@ -173,13 +174,6 @@ def elsewhere(config: TrainConfig, runs: str) -> TrainConfig:
     return dataclasses.replace(config, runs=runs, optim=dataclasses.replace(config.optim, teacher=teachers))
 
 
-def as_started(config: TrainConfig, run: Run) -> TrainConfig:
-    """``config`` with the threads and the recipe's name of ``run``: how many runs share the cores may differ now."""
-    started = run.config()
-    system = dataclasses.replace(config.system, threads=started.system.threads)
-    return dataclasses.replace(config, system=system, recipe=started.recipe)
-
-
 def sharing(config: TrainConfig, jobs: int) -> TrainConfig:
     """``config`` with its share of the cores, where it names no number of threads itself."""
     threads = config.system.threads or max(1, usable_cores() // jobs)
@@ -198,7 +192,7 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
         good = dataclasses.replace(index, paths=tuple(path for path in index.paths if path not in skipped))
         groups = None
         if config.protocol == "standard" and config.group_duplicates:
-            from finetune101.data.verify import duplicate_groups  # reads every image: only where it is needed
+            from finetune101.data.duplicates import duplicate_groups  # reads every image: only where it is needed
 
             groups = duplicate_groups(good)
         manifest = splits.make(good, config, groups)
@@ -208,30 +202,17 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
     return manifest
 
 
-def check_same(recorded: TrainConfig, config: TrainConfig) -> None:
-    """Raises Refused naming the settings of ``config`` that would change the numbers of the ``recorded`` run.
-
-    Names and folders are no settings: a run may be renamed or moved, and its images and its split's file as well.
-    """
-
-    def essence(c: TrainConfig) -> dict[str, Any]:
-        values = {part: own for part, own in to_dict(c).items() if isinstance(own, dict)}
-        return {**values, "data": {k: v for k, v in values["data"].items() if k not in (*MAY_CHANGE, "split")}}
-
-    old, new = essence(recorded), essence(config)
-    differing = [f"{part}.{name}" for part in old for name in old[part] if old[part][name] != new[part][name]]
-    if differing:
+def check_same(run: Run, config: TrainConfig) -> None:
+    """Raises Refused naming the settings of ``config`` that would change the numbers of ``run``; names are none."""
+    recorded = run.config()
+    changed = differences(recorded, config)
+    if config.data.split and config.data.split != recorded.data.split:  # another file may hold the same split
+        changed += ["data.split"] if splits.read(Path(config.data.split)).hash() != split_of(run) else []
+    if changed:
         raise Refused(
-            f"--resume cannot change {', '.join(differing)} of {config.exp}; "
+            f"--resume cannot change {', '.join(changed)} of {config.exp}; "
             "leave these flags out, or train under another --exp"
         )
-
-
-def check_split(config: TrainConfig, manifest: splits.Manifest) -> None:
-    """Raises Refused where ``config`` names the file of another split than ``manifest``, which the run began with."""
-    file = Path(config.data.split) if config.data.split else None
-    if file and file.is_file() and splits.read(file).hash() != manifest.hash():
-        raise Refused(f"--resume cannot change the split of {config.exp}; leave --split out, or take another --exp")
 
 
 def _uses_kernels(config: TrainConfig, world: World) -> bool:
@@ -242,13 +223,11 @@ def _uses_kernels(config: TrainConfig, world: World) -> bool:
 def environment(kernels: bool, world: World) -> dict[str, Any]:
     """Command, versions and machine: what another person needs to repeat the run."""
     packages = ("torch", "torchvision", "timm", "numpy", "pillow")
-    name = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1]
-    start = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
     machine = {"system": platform.system(), "processor": platform.machine(), "kernels": kernels}
     if world.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(world.device)
     return {
-        "command": shlex.join([*start, *sys.argv[1:]]),
+        "command": command(sys.argv),
         "versions": {
             "finetune101": __version__,
             "python": platform.python_version(),

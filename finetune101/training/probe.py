@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,17 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from finetune101.data import store
 from finetune101.data.batches import eval_batches
 from finetune101.data.cache import Images
 from finetune101.errors import Refused
-from finetune101.evaluation.inference import logits
-from finetune101.files import atomic, cache_dir
+from finetune101.evaluation.forward import logits
 from finetune101.models.build import Built, state_hash
-from finetune101.training.cpu_frozen import frozen
 from finetune101.world import World
 
 BATCH = 64  # images per forward pass
-FUSED = "fused 3"  # the version of cpu_frozen, whose features differ by rounding
+FUSED = "fused 4"  # the version of evaluation/fused, whose features differ by rounding
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -50,12 +50,14 @@ def fit_head(
 
     Multinomial logistic regression on standardised features of whole images, by L-BFGS (Liu & Nocedal, 1989), for each
     of the L2 ``penalties``; the one with the highest validation accuracy is kept, of equals the one with the lowest
-    validation loss. Returns what the record of the run shows. ``check`` says what it cannot work with.
+    validation loss. Returns what the record of the run shows, and ``unpaid`` (see ``Features``), which is for its
+    seconds. ``check`` says what it cannot work with.
     """
     head = built.output_layer
     assert isinstance(head, nn.Linear)
     shown = [*train[0], *(val[0] if val else ())]
-    x, x_val = features(built, images, shown, world, fast).split([len(train[0]), len(shown) - len(train[0])])
+    both, unpaid = features(built, images, shown, world, fast)
+    x, x_val = both.split([len(train[0]), len(shown) - len(train[0])])
     y = torch.tensor(train[1])
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
     found, solution = [], None
@@ -75,7 +77,8 @@ def fit_head(
         head.bias.copy_(bias)
     output = F.linear(x, weight, bias)
     correct = float((output.argmax(1) == y).float().mean())
-    return {"train_loss": float(F.cross_entropy(output, y)), "train_top1": 100 * correct, "probe_l2": l2}
+    loss = float(F.cross_entropy(output, y))
+    return {"train_loss": loss, "train_top1": 100 * correct, "probe_l2": l2, "unpaid": unpaid}
 
 
 def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = None, steps: int = 100) -> Tensor:
@@ -97,11 +100,22 @@ def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = 
     return weight.detach()
 
 
-def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Tensor:
-    """What the head of ``built.model`` sees of whole images: float32 (N, D) on the CPU, kept in the cache folder.
+class Features(NamedTuple):
+    """What the head of a network sees of images."""
 
-    ``fast`` allows ``cpu_frozen``.
+    values: Tensor
+    """float32 (N, D) on the CPU."""
+    unpaid: float
+    """Seconds to add to the clock, so that the features cost what they took when they were computed."""
+
+
+def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Features:
+    """What the head of ``built.model`` sees of the whole images ``paths``, kept in the cache folder.
+
+    The seconds that computing took are kept beside them: a run that finds them has the same cost as the run that
+    computed them, whether it read them in a moment or waited for another process. ``fast`` allows ``evaluation.fused``.
     """
+    started = time.perf_counter()
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
     key = [
@@ -113,16 +127,27 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
         world.device.type,
         fast and FUSED,
     ]
-    name = hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
-    file = cache_dir() / f"features_{name}.npy"
-    if images.pixels is not None and file.is_file():
-        return torch.from_numpy(np.load(file))
-    model.to(world.device, memory_format=world.memory_format)  # type: ignore[call-overload]
-    forward = frozen(model, world) if fast else model
+    if images.pixels is None:  # with --cache off nothing is kept
+        return Features(_compute(model, images, paths, world, fast), 0.0)
+    name = hashlib.sha256("\n".join(map(str, key)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    place = store.Place(f"features_{name}.npy", (len(paths), built.output_layer.in_features), np.float32)  # type: ignore[arg-type]
+    kept = store.read(place)
+    with contextlib.nullcontext() if kept else store.turn(place):
+        kept = kept or store.read(place)  # another process may have computed them meanwhile
+        if kept is None:
+            computing = time.perf_counter()
+            values = _compute(model, images, paths, world, fast)
+            seconds = time.perf_counter() - computing
+            if not store.make_room(place):
+                with contextlib.suppress(Refused):  # on a full disk
+                    store.keep(place, [values.numpy()], f"{len(paths):,} images seen by a network", seconds)
+            return Features(values, seconds - (time.perf_counter() - started))
+    return Features(torch.from_numpy(kept.array), kept.seconds - (time.perf_counter() - started))
+
+
+def _compute(model: nn.Module, images: Images, paths: Sequence[str], world: World, fast: bool) -> Tensor:
+    """Features float32 (N, D) of the headless ``model``."""
     batches = eval_batches(images, paths, [0] * len(paths), batch_size=BATCH, world=world)
     steps = -(-len(paths) // BATCH)
-    result, _ = logits(forward, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world)
-    if images.pixels is not None:  # with --cache off nothing is kept
-        with contextlib.suppress(Refused), atomic(file) as part, open(part, "wb") as opened:  # as on a full disk
-            np.save(opened, result.numpy())
+    result, _ = logits(model, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world, fast=fast)
     return result

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
 from finetune101.errors import Refused
+from finetune101.machine import has_gpu
 
 
 def original(exp: str, *, pretrain: bool = True) -> TrainConfig:
@@ -148,3 +149,14 @@ def named(name: str) -> Callable[..., TrainConfig]:
     if name not in RECIPES:
         raise Refused(f"there is no recipe {name}; choose from {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def usual_scratch(model: str = "", device: str = "auto") -> str:
+    """The name of the recipe from random initialisation that suits the machine, or ``device`` (as --device names it).
+
+    Networks that take images of one size only (vision transformers, and what timm has) keep the original's, which
+    sets no size.
+    """
+    if model.startswith(("vit_", "timm:")):
+        return "original"
+    return "scratch_long" if device == "cuda" or (device == "auto" and has_gpu()) else "scratch_fast"

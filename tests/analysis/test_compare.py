@@ -1,73 +1,15 @@
 """Comparisons of run directories written to disk, against numbers worked out by hand."""
 
-import csv
 import json
 import shutil
 
 import pytest
+from written_runs import write_run
 
 from finetune101.analysis import compare, groups
-from finetune101.config import ModelConfig, SystemConfig, TrainConfig, to_dict
-from finetune101.data.splits import Manifest
+from finetune101.analysis.compare_text import text
 from finetune101.evaluation import metrics
 from finetune101.runs import Run
-
-WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
-SCORES = {"loss": 0.5, "top1": 50.0, "top1_interval": [40.0, 60.0], "top5": 90.0, "mean_per_class": 50.0}
-RECORD = {
-    "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
-    "val_loss": 1.0, "val_seconds": 0.0, "seconds": 60.0, "best": True,
-}  # fmt: skip
-
-
-CLASSES = ("ant", "bee")
-
-
-def write_run(
-    path, wrong, *, test=200, seed=42, name="efficientnet_lite0", source="random (seed 0)", run_seed=0, **more
-):
-    """An evaluated run whose test images with a number in ``wrong`` are taken for the other class.
-
-    ``more``: ``scores`` (validation accuracies by epoch), ``pretrain`` and ``init_hash``.
-    """
-    subsets = {
-        "train": tuple(f"{c}/train_{i}.jpg" for c in CLASSES for i in range(3)),
-        "val": (),
-        "test": tuple(f"{CLASSES[i % 4 == 0]}/{i:04d}.jpg" for i in range(test)),
-    }
-    manifest = Manifest(
-        protocol="reference", seed=seed, options={}, classes=CLASSES, content_hash=f"sha256:{seed}", subsets=subsets
-    )
-    run = Run(path)
-    path.mkdir(parents=True)
-    model = ModelConfig(name=name, pretrain=more.get("pretrain", True), size=32 if "pretrain" in more else None)
-    run.write_json("config.json", to_dict(TrainConfig(exp=path.name, model=model, system=SystemConfig(seed=run_seed))))
-    run.write_json("split.json", manifest.to_json())
-    run.write_json(
-        "env.json",
-        {
-            "world": WORLD,
-            "model": {"init_source": source, "init_hash": more.get("init_hash", "sha256:0123456789abcdef")},
-        },
-    )
-    correct = test - len(wrong)
-    scores = more.get("scores", [])
-    epoch = scores.index(max(scores)) + 1 if scores else 7
-    run.write_metrics(
-        [
-            {**RECORD, "epoch": e, "step": 10 * e, "val_top1": score, "best": score == max(scores[:e])}
-            for e, score in enumerate(scores, 1)
-        ]
-    )
-    counts = {"n": test, "correct": correct, "manifest_hash": manifest.hash(), "epoch": epoch}
-    run.write_json("test.json", {**SCORES, **counts})
-    with open(path / "predictions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "prediction", "confidence"])
-        for i, image in enumerate(subsets["test"]):
-            label = image.split("/")[0]
-            writer.writerow([image, label, CLASSES[1 - CLASSES.index(label)] if i in wrong else label, "0.9"])
-    return run
 
 
 @pytest.fixture
@@ -93,7 +35,7 @@ def test_numbers_by_hand(arms):
 
 
 def test_text_says_everything(arms):
-    words = compare.text(compare.compare(*arms))
+    words = text(compare.compare(*arms))
     for expected in (
         "same 200 images",
         "98.50 % (95.68 to 99.49)",
@@ -115,15 +57,15 @@ def test_swapping_the_runs_swaps_the_sign(arms):
     there, back = compare.compare(*arms), compare.compare(*reversed(arms))
     assert back.difference == -there.difference
     assert back.mcnemar[0].p == there.mcnemar[0].p
-    assert "-18.50 points (-" in compare.text(back)
-    assert "fine tuned is better" in compare.text(back)
+    assert "-18.50 points (-" in text(back)
+    assert "fine tuned is better" in text(back)
 
 
 def test_a_small_difference_is_not_called_one(tmp_path):
     c = compare.compare(write_run(tmp_path / "a", {1, 2, 3}), write_run(tmp_path / "b", {3, 4}, name="resnet18"))
     assert c.mcnemar[0].p == 1.0
-    assert "do not tell the two apart" in compare.text(c)
-    assert "networks differ" in compare.text(c)
+    assert "do not tell the two apart" in text(c)
+    assert "networks differ" in text(c)
 
 
 def test_a_run_equals_its_copy(arms, tmp_path):
@@ -207,7 +149,7 @@ def test_groups_give_means_spreads_and_an_interval_over_runs(seeds):
     assert len(c.mcnemar) == 3  # never pooled
     assert [p.only_a - p.only_b for p in c.mcnemar] == [26, 29, 32]
     assert (c.mcnemar[0].a, c.mcnemar[0].b) == ("good/s0", "poor/s0")
-    words = compare.text(c)
+    words = text(c)
     assert "83.50 ± 1.50 %" in words and "n = 3 runs" in words and "over images and runs" in words
     assert max(map(len, words.splitlines())) <= 120
 
@@ -218,7 +160,7 @@ def test_steps_to_the_other_arm_and_cost(seeds):
     assert c.b.steps_to_other is None
     assert (c.a.validation, c.b.validation) == (90, 50)
     assert {(run.steps, run.seconds, run.images) for run in c.a.runs} == {(30, 180, 18)}
-    assert "reaches" in compare.text(c) and "never" in compare.text(c)
+    assert "reaches" in text(c) and "never" in text(c)
 
 
 def test_gains_per_class(seeds):
@@ -313,8 +255,8 @@ def test_one_run_against_several_is_judged_by_the_interval_not_by_one_pair(tmp_p
     c = compare.compare_groups(one, groups.open_group(str(tmp_path / "b")))
     assert c.difference < 0 and c.mcnemar[0].only_a > c.mcnemar[0].only_b  # the first pair says the contrary
     assert c.interval[0] < c.difference < c.interval[1] < 0
-    assert f"So {c.b.name} is better" in compare.text(c)
-    assert f"One training run of {c.a.name}: another seed" in compare.text(c)
+    assert f"So {c.b.name} is better" in text(c)
+    assert f"One training run of {c.a.name}: another seed" in text(c)
 
 
 def test_pairs_share_their_seed(tmp_path):

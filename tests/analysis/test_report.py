@@ -11,11 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from written_runs import write_run
 
-from finetune101.analysis import mistakes
+from finetune101.analysis import groups, mistakes
 from finetune101.analysis.groups import Answer
-from finetune101.analysis.page import TEMPLATES
+from finetune101.analysis.page import TEMPLATES, Name, Page
+from finetune101.analysis.page import text as shown
+from finetune101.analysis.report import _details
 from finetune101.cli import main
+from finetune101.errors import Refused
+from finetune101.runs import Run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -80,7 +85,7 @@ def test_a_run_says_what_it_is(runs: Path, tmp_path: Path) -> None:
     env = json.loads((runs / "r0" / "env.json").read_text())
     for expected in (f"{test['top1']:.2f} %", test["manifest_hash"], env["versions"]["torch"], "finetune101 evaluate"):
         assert expected in page
-    assert f"{test['calibration_scaled']['ece']:.3f} after temperature scaling" in page
+    assert f"{test['calibration_scaled']['ece']:.3f}" in page
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert len(pictures) == 3 and all((tmp_path / name).is_file() for name in pictures)
@@ -98,18 +103,123 @@ def test_without_gallery_the_images_need_not_be_there(
     assert "no run named nope; there are: r0, r1" in capsys.readouterr().err
 
 
-def test_class_names_cannot_inject(runs: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(runs / "r0", run)
-    file = run / "predictions.csv"
-    rows = [line.split(",") for line in file.read_text().splitlines()]
-    for row in rows[1:4]:
-        row[2] = "<script>alert(1)</script>"
-    file.write_text("\n".join(map(",".join, rows)) + "\n")
-    test = json.loads((run / "test.json").read_text())
-    test["correct"] = sum(row[1] == row[2] for row in rows)
-    (run / "test.json").write_text(json.dumps(test))
-    assert "<script>alert" not in make(run, tmp_path / "out", "--no-gallery")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "![x](http:evil)",
+    "](javascript:alert(1))",
+    "a|b",
+    "a`b",
+    "new\nline",
+    "\x1b[31mred",
+    "*bold*",
+    "not UTF-8 \udcff",
+)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_stand_as_they_are_in_markdown_and_html(tmp_path: Path, name: str) -> None:
+    page = Page(tmp_path, "en")
+    page.title, page.headline = name, f"headline {name}"
+    page.table("classes", [Name(name), "images"], [[shown(name), shown("1")]], name)
+    page.add("gallery", "mistakes", examples=[{"path": name, **answer(name)._asdict(), "image": None}])
+    page.add(
+        "pairs", "pairs", pairs=[{"label": name, "prediction": name, "count": 1, "images": [None, None]}], unread=""
+    )
+    page.add("facts", "failed", facts=[(name, name)])
+    page.add("code", "commands", lines=[f"train {name}", "```", "# after"])
+    page.write()
+    html, text = ((tmp_path / file).read_text(encoding="utf-8") for file in ("report.html", "report.md"))
+    assert not {"script", "img"} & {tag for tag, attrs in Reader(html).tags if tag == "img" or attrs.get("src")}
+    assert "<script>alert" not in html and "\x1b" not in text + html
+    before, fence, code = text.partition("````sh\n")
+    assert fence and code.splitlines()[1:4] == ["```", "# after", "````"]
+    assert not re.search(r"<(script|img)|(?<!\\)\]\(|(?<!\\)`", before)
+    headings = [line for line in before.splitlines() if line.startswith("#")]
+    assert len(headings) == 6  # the title and one of each section: a name begins no line
+    table = [line for line in before.splitlines() if line.startswith("|")]
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table] == [3, 3, 3]
+
+
+def answer(name: str) -> Answer:
+    """A mistake between two classes of this name."""
+    return Answer(name, name + "!", 0.9)
+
+
+def test_headings_are_words_or_names(tmp_path: Path) -> None:
+    page = Page(tmp_path, "en")
+    page.table("cells", ["size", Name("size")], [])
+    assert page.sections[0]["heads"] == ["images per class", "size"]
+    with pytest.raises(KeyError):
+        page.table("cells", ["no such word"], [])
+
+
+@pytest.mark.parametrize("stem", ["/../../../escaped", "..", "a" * 300, "x/y", ".hidden", "\0"])
+def test_pictures_stay_in_the_folder(tmp_path: Path, stem: str) -> None:
+    page = Page(tmp_path / "page" / "in", "en")
+
+    def draw(file: Path) -> Path:
+        file.write_bytes(b"picture")
+        return file
+
+    page.picture("search_heat", draw, "alt", stem=stem, upto="")
+    page.write()
+    assert sorted(path.suffix for path in page.folder.iterdir()) == [".html", ".md", ".png"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "page"] and list((tmp_path / "page").iterdir()) == [page.folder]
+
+
+@pytest.mark.parametrize("path", ["../secret/bee/1.jpg", "/etc/bee/1.jpg", "C:\\bee\\1.jpg", "a/../../bee/1.jpg"])
+def test_no_picture_from_outside_of_the_data(tmp_path: Path, path: str) -> None:
+    with pytest.raises(Refused, match="not inside"):
+        mistakes.picture(tmp_path, path)
+    run = write_run(tmp_path / "run", {1})
+    split = run.read_json("split.json")
+    split["subsets"]["train"][0] = path if "bee" in path.split("/")[-2:-1] else f"ant/{path}"
+    run.write_json("split.json", split)
+    with pytest.raises(Refused):
+        groups.read(run)
+
+
+def test_a_page_without_the_picture_that_cannot_be_read(tiny_data: Path, runs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    for file in data.rglob("*.*"):
+        file.write_bytes(b"no picture at all")
+    page = make(runs / "r0", tmp_path / "out", "--data", str(data))
+    assert "data:image/jpeg" not in page and "could not be read" in page
+
+
+@pytest.mark.parametrize(("after", "told"), [(0.3, "does not help"), (0.1, "after temperature scaling")])
+def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, after: float, told: str) -> None:
+    run = write_run(tmp_path / "run", {1, 2})
+    bins = [{"n": 5, "confidence": 80.0, "top1": 60.0}]
+    scaled = {"ece": after, "bins": bins, "temperature": 36.0}
+    run.write_json("test.json", {**run.read_json("test.json"), "calibration": {"ece": 0.2, "bins": bins},
+                                 "calibration_scaled": scaled})  # fmt: skip
+    page = Page(tmp_path / "page", "en")
+    _details(page, groups.read(run), "", None)
+    assert told in page.sections[-1]["note"]
+
+
+def test_a_study_with_failed_runs_tells_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("finetune", "scratch"):
+        write_run(tmp_path / "study" / "net" / name / "all" / "split42_seed0", {1, 2}, scores=[50, 60])
+    cell = {"model": "efficientnet_lite0", "size": None, "n": 1, "planned": 2, "seconds": 60.0}
+    cell |= {"top1": 99.0, "top1_sd": None, "mean_per_class": 99.0, "mean_per_class_sd": None}
+    cells = [
+        {**cell, "arm": name, "folder": f"net/{name}/all", "errors": ["out of memory (seed 1)"] * (name == "scratch")}
+        for name in ("finetune", "scratch")
+    ]
+    Run(tmp_path / "study").write_json("study.json", {"settings": {}, "cells": cells})
+    page = make(tmp_path / "study", tmp_path / "out", "--no-gallery")
+    assert "Failed runs: 1." in page and "out of memory (seed 1)" in page
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "study"), "--out", str(tmp_path / "compared")]) == 0
+    assert "failed in net/scratch/all: out of memory" in capsys.readouterr().out
+    cells = [{**one, "n": 0} for one in cells]
+    Run(tmp_path / "study").write_json("study.json", {"settings": {}, "cells": cells})
+    assert main(["compare", str(tmp_path / "study")]) == 2
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_confused_classes_stand_together() -> None:

@@ -51,6 +51,14 @@ def test_the_page_holds_everything_itself(folder: Path) -> None:
             assert picture.width >= 500 and picture.height >= 250
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_a_setting_with_the_name_of_a_word_keeps_it(folder: Path, tmp_path: Path, lang: str) -> None:
+    file = folder / "search.json"
+    file.write_text(file.read_text().replace('"schedule"', '"size"').replace('"step"', "96").replace('"cosine"', "128"))
+    head = report(folder, out=tmp_path / "out", lang=lang).with_suffix(".md").read_text(encoding="utf-8")
+    assert "| lr | batch_size | size |" in head
+
+
 def test_the_page_in_chinese(folder: Path, tmp_path: Path) -> None:
     text = report(folder, out=tmp_path / "out", lang="zh").read_text(encoding="utf-8")
     assert 'lang="zh' in text and "最好的试验" in text and "Best trials" not in text

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from finetune101.data import dataset
 from finetune101.data.dataset import (
     FOLDER,
     OFFICIAL_CLASSES,
@@ -20,15 +21,15 @@ from finetune101.data.dataset import (
     find,
     index,
     layout_of,
-    other_files,
 )
+from finetune101.files import sha256
 
 
 def make(root: Path, *files: str) -> Path:
     """Files whose content is their own path: indexing looks at names and bytes only."""
     for file in files:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
-        (root / file).write_text(file)
+        (root / file).write_bytes(os.fsencode(file))
     return root
 
 
@@ -63,10 +64,11 @@ def test_find_order_is_flag_then_environment_then_default(here: Path, monkeypatc
 
 
 def test_find_takes_a_folder_of_subsets(here: Path) -> None:
-    make(here, "pets/train/cat/1.png", "pets/train/dog/1.png", "pets/test/cat/2.png", "lone/train/cat/1.png")
+    make(here, "pets/train/cat/1.png", "pets/train/dog/1.png", "pets/test/cat/2.png")
+    make(here, "lone/train/cat/1.png", "lone/train/dog/1.png")
     assert find("pets") == Path("pets")
     assert layout_of(Path("pets")) == "folders"
-    assert find("lone") == Path("lone")
+    assert find("lone") == Path("lone/train")
 
 
 def test_a_class_named_train_is_a_class(here: Path) -> None:
@@ -120,7 +122,7 @@ def test_index_lists_images_only_and_sorts_by_code_point(tmp_path: Path) -> None
     assert found.paths == ("B/x.WebP", "B_c/y.bmp", "b/1.jpeg", "b/10.png", "b/2.JPG")
     assert found.digests["b/2.JPG"] == hashlib.sha256(b"b/2.JPG").hexdigest()
     assert {class_of(path) for path in found.paths} == set(found.classes)
-    assert other_files(found) == ["b/notes.txt"]
+    assert sorted(path for paths in found.left_out.values() for path in paths) == ["b/notes.txt", "stray.jpg"]
 
 
 def test_index_does_not_depend_on_the_order_files_were_made(tmp_path: Path) -> None:
@@ -139,25 +141,51 @@ def test_index_refuses(tmp_path: Path, files: list[str], says: str) -> None:
         index(make(tmp_path, *files))
 
 
-def test_index_of_subsets(tmp_path: Path) -> None:
-    make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/1.jpg", "val/dog/1.jpg", "notes/1.txt")
-    found = index(tmp_path, "folders")
-    assert found.classes == ("cat", "dog")
-    assert found.paths == ("test/cat/1.jpg", "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/1.jpg")
-    make(tmp_path, "test/emu/1.jpg")
-    with pytest.raises(ValueError, match="emu is a class that train/ does not have"):
-        index(tmp_path, "folders")
-    shutil.rmtree(tmp_path / "test")
-    with pytest.raises(ValueError, match="no folder test/"):
-        index(tmp_path, "folders")
-
-
 @pytest.mark.skipif(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs file modes")
 def test_index_names_a_file_it_may_not_read(tmp_path: Path) -> None:
     make(tmp_path, "a/1.jpg", "b/1.jpg")
     (tmp_path / "b/1.jpg").chmod(0)
     with pytest.raises(ValueError, match=r"b/1\.jpg cannot be read"):
         index(tmp_path)
+
+
+def test_digests_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "KEPT_FROM", (1, 0))
+    monkeypatch.setattr(dataset, "FRESH", 0)
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    hashed: list[str] = []
+    monkeypatch.setattr(dataset, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    data = make(tmp_path / "data", "a/1.jpg", "a/2.jpg", "b/caf\udce9.jpg")
+
+    def newly(**how: bool) -> list[str]:
+        hashed.clear()
+        assert index(data, **how).digests == {path: sha256(data / path) for path in index(data).paths}
+        return sorted(hashed)
+
+    time.sleep(0.02)  # the clock of files ticks every few ms
+    assert len(newly()) >= 3
+    assert newly() == []
+    kept = (data / "a/1.jpg").stat()
+    (data / "a/1.jpg").write_text("A/1.JPG")  # as long as before, and with its old time
+    os.utime(data / "a/1.jpg", ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert "1.jpg" in newly() and "2.jpg" not in hashed
+    assert len(newly(fresh=True)) >= 3
+    (file,) = (tmp_path / "cache").iterdir()
+    for damaged in (b"", b"\x81", file.read_bytes()[:-5], b"\x81\xa1a\x01"):
+        file.write_bytes(damaged)
+        assert len(newly()) >= 3
+    (data / "a/1.jpg").unlink()
+    assert "a/1.jpg" not in index(data).digests
+
+
+def test_a_file_that_changed_just_now_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one tick of the clock it may change without another time."""
+    monkeypatch.setattr(dataset, "KEPT_FROM", (1, 0))
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    data = make(tmp_path / "data", "a/1.jpg", "b/1.jpg")
+    index(data)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert dataset._read_digests(file) == {}
 
 
 def test_content_hash_depends_on_names_and_bytes_not_on_order() -> None:

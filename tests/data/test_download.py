@@ -9,12 +9,15 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from finetune101.data.dataset import ARCHIVE, FOLDER, download, index
+from finetune101.data.dataset import FOLDER, index
+from finetune101.data.download import ARCHIVE, download
+from finetune101.errors import Refused
 
 NOISE = b"".join(hashlib.sha256(bytes([i // 256, i % 256])).digest() for i in range(1000))  # does not compress
 CONTENT = {"ant/image_0001.jpg": NOISE, "bee/image_0001.jpg": b"bee"}
@@ -180,6 +183,71 @@ def test_refuses_a_bad_archive_and_leaves_nothing(tmp_path: Path, data: bytes, s
         download(target, "http://nobody.invalid", md5(data))
     assert "\n" not in str(caught.value)
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "b", ARCHIVE]
+
+
+def method(number: int) -> bytes:
+    """The archive with another number for the way its files are packed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(f"{FOLDER}.tar.gz", tar_of({f"{FOLDER}/ant/1.jpg": b"x"}))
+    data = bytearray(stream.getvalue())
+    for start in (data.index(b"PK\3\4") + 8, data.index(b"PK\1\2") + 10):
+        data[start] = number
+    return bytes(data)
+
+
+def locked() -> bytes:
+    data = bytearray(method(0))
+    for start in (data.index(b"PK\3\4") + 6, data.index(b"PK\1\2") + 8):
+        data[start] |= 1
+    return bytes(data)
+
+
+def claiming(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """An archive whose last file claims a size."""
+    info = tarfile.TarInfo(f"{FOLDER}/ant/claims.jpg")
+    info.size, info.type = size, kind
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+        first = tarfile.TarInfo(f"{FOLDER}/ant/1.jpg")
+        first.size = 1
+        tar.addfile(first, io.BytesIO(b"x"))
+        assert tar.fileobj is not None
+        tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+        tar.fileobj.write(bytes(1024))
+    return zip_of({f"{FOLDER}.tar.gz": stream.getvalue()})
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (locked(), "encrypted"),
+        (method(99), "cannot be unpacked"),
+        (method(12), "cannot be unpacked"),
+        (method(14), "cannot be unpacked"),
+        (archive_of(files={"": b"x", ".": b"x"}), "download it again"),
+        (archive_of(files={f"{FOLDER}/" + "d/" * 2000 + "1.jpg": b"x"}), "cannot be unpacked|path that leaves"),
+        (archive_of(files={f"{FOLDER}/ant/{'x' * 300}.jpg": b"x"}), "cannot be unpacked"),
+        (claiming(-2000), "negative size|cannot be unpacked"),
+        (claiming(2**40), "more than 4 GB"),
+        (claiming(10, tarfile.GNUTYPE_SPARSE), "link or device|cannot be unpacked"),
+        (archive_of(files={f"{FOLDER}/ant": b"x", f"{FOLDER}/ant/1.jpg": b"x"}), "cannot be unpacked"),
+    ],
+)
+def test_damaged_and_hostile_archives_are_one_sentence(tmp_path: Path, data: bytes, says: str) -> None:
+    (tmp_path / ARCHIVE).write_bytes(data)
+    with pytest.raises(Refused, match=says) as caught:
+        download(tmp_path, "http://nobody.invalid", md5(data))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [ARCHIVE]
+
+
+def test_processes_that_come_together_download_once(server: Server, tmp_path: Path) -> None:
+    """As all ranks of torchrun do."""
+    with ThreadPoolExecutor(3) as pool:
+        folders = list(pool.map(lambda _: download(tmp_path, server.url, md5(server.data)), range(3)))
+    assert server.starts == [0]
+    assert_complete(folders[0], tmp_path)
 
 
 def test_without_network_one_sentence_says_what_to_do(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from finetune101.config import AugmentConfig
+from finetune101.data import show
 from finetune101.data.show import GAP, LARGE, MARGIN, contact_sheet
 
 
@@ -43,6 +45,41 @@ def test_many_images_of_few_and_long_named_classes(tiny_data: Path, tmp_path: Pa
     shutil.copytree(tiny_data / "box", tmp_path / "data" / "box")
     with Image.open(contact_sheet(tmp_path / "data", tmp_path / "sheet.png", per_class=20)) as image:
         assert image.width < 1500
+
+
+@pytest.mark.parametrize("more", [{"erasing": 1.0}, {"policy": "trivial"}])
+def test_distortions_are_drawn(tiny_data: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    pixels = []
+    for augment in (AugmentConfig(flip=False), AugmentConfig(flip=False, **more)):
+        with Image.open(contact_sheet(tiny_data, tmp_path / "sheet.png", augment)) as image:
+            pixels.append(np.asarray(image.convert("RGB"))[-GAP - LARGE : -GAP].astype(int))
+    left = MARGIN + LARGE
+    image, versions = (abs(pixels[0][:, part] - pixels[1][:, part]).mean() for part in (slice(left), slice(left, None)))
+    assert versions > 1.5 * image  # the image itself differs by the palette only
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"), [(AugmentConfig(mix=0.5), "--mix"), (AugmentConfig(train_sizes=(32, 64)), "--train-sizes")]
+)
+def test_what_a_sheet_cannot_show_is_refused(tiny_data: Path, tmp_path: Path, config: AugmentConfig, flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        contact_sheet(tiny_data, tmp_path / "sheet.png", config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_odd_class_names_and_more_images_than_there_are(tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data / "ball", tmp_path / "data" / "two\nlines \x1b[2J")
+    shutil.copytree(tiny_data / "box", tmp_path / "data" / "caf\udce9")
+    wide = contact_sheet(tmp_path / "data", tmp_path / "wide.png", per_class=1_000_000)
+    assert wide.read_bytes() == contact_sheet(tmp_path / "data", tmp_path / "all.png", per_class=12).read_bytes()
+
+
+def test_a_sheet_too_large_for_a_picture_is_refused(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "MOST_PIXELS", 100_000)
+    with pytest.raises(ValueError, match="smaller --per-class"):
+        contact_sheet(tiny_data, tmp_path / "sheet.png", per_class=12)
 
 
 def test_bad_input_is_refused_in_one_sentence(tiny_data: Path, tmp_path: Path) -> None:

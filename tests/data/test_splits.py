@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import pytest
 from finetune101.config import DataConfig
 from finetune101.data import dataset, splits
 from finetune101.data.dataset import Index, class_of
-from finetune101.data.verify import duplicate_groups
+from finetune101.data.duplicates import duplicate_groups
+from finetune101.errors import Refused
 
 # what scikit-learn's train_test_split(random_state=42) makes of the 31 images of inline_skate
 INLINE_SKATE = {
@@ -162,6 +164,56 @@ def test_standard_keeps_groups_on_one_side(seed: int) -> None:
     assert_partition(manifest, found)
 
 
+@pytest.mark.parametrize("n", [8, 12, 15])
+def test_bursts_of_similar_photos_leave_images_to_validate(n: int) -> None:
+    """Whole groups of four fit no sixth of twelve: every class validates on its smallest group instead."""
+    found = index(a=40, b=41)
+    groups = {path: f"{class_of(path)} {int(path[-8:-4]) // 4}" for path in found.paths}
+    manifest = splits.make(found, standard(n), groups)
+    counts = per_class(manifest, "train"), per_class(manifest, "val")
+    assert all(set(held) == {"a", "b"} for held in counts)
+    assert Counter(counts[0]) + Counter(counts[1]) == {"a": n, "b": n}
+    side = {path: name for name, paths in manifest.subsets.items() for path in paths}
+    assert all(len({side[path] for path in groups if groups[path] == group}) == 1 for group in groups.values())
+    assert splits.remarks(manifest) == []
+
+
+def test_a_class_that_cannot_validate_is_said() -> None:
+    found = index(a=30, b=30)
+    groups = {path: "one burst" for path in found.paths if path < "a/image_0013"}
+    several = [splits.make(found, standard(12, split_seed=seed), groups) for seed in range(40)]
+    burst = next(manifest for manifest in several if "a/image_0001.jpg" in manifest.subsets["train"])
+    assert per_class(burst, "val") == {"b": 2}
+    assert splits.remarks(burst) == ["No validation images of 1 of 2 classes (a)."]
+
+
+def test_no_validation_images_are_said() -> None:
+    for config in (standard(2), DataConfig(val_size=0)):
+        manifest = splits.make(index(a=12, b=12), config)
+        assert not manifest.subsets["val"]
+        assert splits.remarks(manifest)[0].startswith("No validation images: ")
+        assert splits.remarks(manifest, "train+val") == []
+
+
+def test_large_sets_are_split_in_time_that_grows_with_them() -> None:
+    """60,000 images of 1,000 classes: each of these took minutes where it went over all images for each image."""
+    found = index(**{f"c{i}": 60 for i in range(1000)})
+    start = time.process_time()
+    manifest = splits.make(found, standard(30), {path: path for path in found.paths})
+    splits.check(splits.from_json(manifest.to_json()), found)
+    assert manifest.labels("val")[:6] == [0] * 5 + [1]
+    assert time.process_time() - start < 10
+
+
+def test_a_class_without_a_good_image_is_refused() -> None:
+    """As --skip-bad-images may leave it."""
+    found = index(a=12, b=12, c=12)
+    rest = dataclasses.replace(found, paths=tuple(path for path in found.paths if class_of(path) != "b"))
+    for config in (DataConfig(), standard(5)):
+        with pytest.raises(Refused, match="class b has no image that can be read"):
+            splits.make(rest, config)
+
+
 def test_standard_says_when_groups_are_too_large() -> None:
     groups = {f"a/image_{i:04d}.jpg": "all one" for i in range(1, 11)}
     with pytest.raises(ValueError, match=r"class a lacks 3 image.* use --no-group-duplicates or a smaller"):
@@ -242,8 +294,8 @@ def broken(values: dict, how: str) -> object:  # type: ignore[type-arg]
         ("twice", "in train and in test; make it anew"),
         ("same subset", "in test and in test; make it anew"),
         ("unlisted class", "of a class that it does not list"),
-        ("key", "lacks 'content_hash'"),
-        ("subset", "lacks 'val'"),
+        ("key", "lacks content_hash"),
+        ("subset", "'val'"),
         ("list", "--split"),
     ],
 )
@@ -254,6 +306,25 @@ def test_broken_manifests_are_refused(manifest: splits.Manifest, tmp_path: Path,
         splits.read(file)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "C:/a/1.jpg", "\\\\host\\a\\1.jpg",
+     "a/..\\..\\1.jpg", "a//1.jpg", "./a/1.jpg", "a/\0.jpg"],
+)  # fmt: skip
+def test_paths_that_leave_the_data_folder_are_refused(manifest: splits.Manifest, path: str) -> None:
+    values = manifest.to_json()
+    values["classes"] = [*values["classes"], path.split("/")[0]]
+    values["subsets"]["test"] = [*values["subsets"]["test"], path]
+    with pytest.raises(Refused, match="leads out of the data folder"):
+        splits.from_json(values)
+
+
+def test_odd_names_are_no_way_out(manifest: splits.Manifest) -> None:
+    values = manifest.to_json()
+    values["subsets"]["test"] = [*values["subsets"]["test"], "a/x..jpg", "a/b/c:d.jpg", "a/back\\slash.jpg", "a/...jpg"]
+    assert len(splits.from_json(values).subsets["test"]) == len(manifest.subsets["test"]) + 4
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'"text"'])
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)
@@ -262,7 +333,7 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -
 
 
 def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot read the split manifest .*; check --split"):
+    with pytest.raises(ValueError, match=r"cannot read .*none.json.*check --split"):
         splits.read(tmp_path / "none.json")
 
 

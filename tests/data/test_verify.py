@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune101.data import duplicates
 from finetune101.data.dataset import find, index
-from finetune101.data.verify import duplicate_groups, near_duplicates, thumbnails, verify
+from finetune101.data.duplicates import duplicate_groups, near_groups, near_labels, standardised, thumbnails
+from finetune101.data.verify import verify
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_a_sound_data_set_has_nothing_to_report(tiny_data: Path) -> None:
     report = verify(tiny_data)
     assert report.class_sizes == {"ball": 12, "box": 12, "stripes": 12}
     assert report.images == 36
-    found = (report.bad, report.not_images, report.grayscale, report.identical, report.near, report.twins)
+    found = (report.bad, report.left_out, report.grayscale, report.identical, report.near, report.twins)
     assert not any(found)
     assert "3 classes, 36 images, 12 per class" in report.text()
     assert "Caltech-101" not in report.text()
@@ -55,7 +57,8 @@ def test_everything_wrong_is_found_and_nothing_is_edited(data: Path) -> None:
     report = verify(data)
     assert snapshot(data) == before
     assert list(report.truncated) == ["ball/image_0002.jpg"]
-    assert report.not_images == ("ball/image_0003.jpg", "ball/image_0004.png", "ball/notes.txt")
+    assert report.not_images == ("ball/image_0003.jpg", "ball/image_0004.png")
+    assert list(report.left_out.values()) == [("ball/notes.txt",)]
     assert report.bad == ("ball/image_0002.jpg", "ball/image_0003.jpg", "ball/image_0004.png")
     assert report.grayscale == ("stripes/gray.png",)
     assert report.identical == (("ball/image_0001.jpg", "box/same.jpg"),)
@@ -102,10 +105,11 @@ def test_thumbnails_correlate(data: Path) -> None:
     Image.new("RGB", (30, 30), (9, 9, 9)).save(data / "box/flat.png")
     rows = thumbnails(data, ["ball/image_0001.jpg", "ball/image_0001.jpg", "box/image_0001.jpg", "box/flat.png"])
     assert rows.shape == (4, 1024)
-    assert rows.dtype == np.float32
-    assert np.allclose((rows @ rows.T)[:3, :3], np.corrcoef(rows[:3]), atol=1e-5)
-    assert not rows[3].any()
-    assert near_duplicates(rows) == [(0, 1)]
+    assert rows.dtype == np.uint8
+    even = standardised(rows)
+    assert np.allclose((even @ even.T)[:3, :3], np.corrcoef(rows[:3]), atol=1e-5)
+    assert not even[3].any()
+    assert near_groups("abcd", rows) == (("a", "b"),)
 
 
 def test_thumbnails_name_a_bad_file(data: Path) -> None:
@@ -114,13 +118,47 @@ def test_thumbnails_name_a_bad_file(data: Path) -> None:
         thumbnails(data, ["ball/image_0001.jpg", "ball/image_0003.jpg"])
 
 
-def test_near_duplicates_across_chunks() -> None:
-    rows = np.random.default_rng(0).normal(size=(2500, 1024)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    rows[2400] = rows[3]
-    rows[1100] = rows[2400]
-    assert near_duplicates(rows) == [(3, 1100), (3, 2400), (1100, 2400)]
-    assert near_duplicates(rows[:0]) == []
+def same_groups(labels: np.ndarray, pairs: list[tuple[int, int]]) -> bool:
+    """Whether ``labels`` join exactly what ``pairs`` of places join."""
+    expected = np.arange(len(labels))
+    for a, b in pairs:
+        expected[expected == expected[b]] = expected[a]
+    return (
+        len(set(zip(labels.tolist(), expected.tolist(), strict=True)))
+        == len(set(labels.tolist()))
+        == len(set(expected.tolist()))
+    )
+
+
+def test_near_duplicates_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same groups as all correlations give, whatever the size of a block; noise, chains and flat images."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 256, (60, 1024)).astype(np.int16)
+    for i in range(30):  # every image near the one before it, the last far from the first
+        rows[i + 1] = np.where(rng.random(1024) < 0.008, rng.integers(0, 256, 1024), rows[i])
+    rows[55], rows[40], rows[58] = rows[3], 9, 9
+    thumbs = rows.astype(np.uint8)
+    even = standardised(thumbs).astype(np.float64)
+    pairs = [(int(i), int(j)) for i, j in np.argwhere(even @ even.T > 0.99) if i < j]
+    assert 10 < len(pairs) < 1000
+    for block in (7, 16, 2048):
+        monkeypatch.setattr(duplicates, "BLOCK", block)
+        assert same_groups(near_labels(thumbs), pairs)
+    assert len(near_labels(thumbs[:0])) == 0
+
+
+def test_thousands_of_similar_photos_are_one_group() -> None:
+    """A burst: pairs by the million, one group."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, 1024)
+    thumbs = np.clip(base + rng.integers(-2, 3, (3000, 1024)), 0, 255).astype(np.uint8)
+    assert len(set(near_labels(thumbs).tolist())) == 1
+
+
+def test_more_images_than_can_be_compared_are_not(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "MOST", 20)
+    groups = duplicate_groups(index(tiny_data))
+    assert len(set(groups.values())) == 36
 
 
 def test_groups_join_copies_near_duplicates_and_twins(
@@ -168,5 +206,6 @@ def test_train_and_test_folders_are_verified_too(tiny_data: Path, tmp_path: Path
 def test_known_duplicates_of_caltech101(caltech101: Path, tmp_path: Path) -> None:
     found = index(find(str(caltech101)))
     few = [path for path in found.paths if path.startswith("Motorbikes/image_07")]
-    pairs = [(few[i], few[j]) for i, j in near_duplicates(thumbnails(found.root, few))]
-    assert ("Motorbikes/image_0719.jpg", "Motorbikes/image_0720.jpg") in pairs
+    groups = near_groups(few, thumbnails(found.root, few))
+    pair = {"Motorbikes/image_0719.jpg", "Motorbikes/image_0720.jpg"}
+    assert any(pair <= set(group) for group in groups)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from finetune101.data.batches import to_input
 from finetune101.data.cache import decode
 from finetune101.deploy import predict
 from finetune101.evaluation.inference import open_network
+from finetune101.evaluation.predictions import named
 from finetune101.models.build import build
 from finetune101.runs import Run
 from finetune101.world import World
@@ -93,7 +95,7 @@ def test_batch_size_changes_nothing(run, folder):
     one, _ = predict.predict(open_network(run), [str(folder)], batch_size=1)
     many, _ = predict.predict(open_network(run), [str(folder)], batch_size=64)
     for a, b in zip(one, many, strict=True):
-        assert [p for _, p in a["predictions"]] == pytest.approx([p for _, p in b["predictions"]], abs=1e-5)
+        assert a == b
 
 
 def test_only_bad_files(run, folder):
@@ -137,6 +139,18 @@ def test_unusual_images_are_read(run, tmp_path):
     assert (len(rows), failed) == (6, [])
 
 
+def test_what_is_no_file_is_named_at_once(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "dead.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    given = [str(tmp_path / "pipe.png"), str(tmp_path / "dead.jpg"), "/dev/null", str(tmp_path / "*.png"), "a\0b.jpg"]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(predict.expand(given)), daemon=True)
+    thread.start()
+    thread.join(20)  # opening a pipe that nobody writes to waits for ever
+    files, failed = results[0]
+    assert files == [] and [path for path, _ in failed] == given
+
+
 @pytest.mark.parametrize("numbers", [{"top_k": 0}, {"batch_size": 0}])
 def test_impossible_numbers_are_a_value_error(run, numbers):
     with pytest.raises(ValueError, match="give at least 1"):
@@ -169,6 +183,26 @@ def test_csv():
         "probability_2": "0.250000",
     }
     assert predict.as_csv([]) == "path,class_1,probability_1"
+
+
+STRANGE = [{"path": "d/\x1b[2Jphoto\udce9.jpg", "predictions": [("=cmd|' /C calc'!A1", 0.5), ("猫\u202e", 0.5)]}]
+
+
+def test_names_are_printed_without_control_characters_or_bytes():
+    text = predict.as_text(STRANGE)
+    assert "\\x1b[2Jphoto\\xe9.jpg" in text and "猫" in text and text.isprintable() is False  # newlines alone
+    assert all(line.isprintable() for line in text.splitlines())
+    table = predict.as_csv(STRANGE)
+    assert "\x1b" not in table and table.encode("utf-8")
+    row = next(csv.DictReader(io.StringIO(table)))
+    assert row["class_1"].startswith("'=") and named(row["class_1"]) == STRANGE[0]["predictions"][0][0]
+    assert named(row["path"]) == STRANGE[0]["path"]
+    assert json.loads(predict.as_json(STRANGE, []))["predictions"][0]["path"] == STRANGE[0]["path"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_json_fits_any_console(encoding):
+    assert json.loads(predict.as_json(ROWS, []).encode(encoding))["predictions"][1]["path"] == "贝.jpg"
 
 
 def test_json():

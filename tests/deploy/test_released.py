@@ -83,8 +83,9 @@ def test_predict_needs_no_run(run: Run, folder: Path, tiny_data: Path, capsys: p
         assert main(["predict", *words, "--csv"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and photo in said[0]
-    network, inputs = released.choose([photo])
-    assert inputs == [photo] and network.temperature == run.read_json("test.json")["calibration_scaled"]["temperature"]
+    chosen = released.choose([photo])
+    scaled = run.read_json("test.json")["calibration_scaled"]
+    assert chosen.inputs == [photo] and not chosen.named and chosen.network.temperature == scaled["temperature"]
     assert main(["predict", str(run.path), photo, "--csv"]) == 0  # a run of one's own comes first
     assert main(["predict", "missing.jpg"]) == 1
     for words, sentence in (
@@ -95,6 +96,44 @@ def test_predict_needs_no_run(run: Run, folder: Path, tiny_data: Path, capsys: p
         capsys.readouterr()
         assert main(["predict", *words]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_never_a_photo(
+    run: Run, folder: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The package's own network answers by name, or where no network was named, and then says so."""
+    photo = str(tiny_data / "ball" / "image_0001.jpg")
+    lost = Path("lost")  # a run that lost its config.json: only pictures and weights
+    shutil.copytree(run.path, lost)
+    (lost / "config.json").unlink()
+    Path("empty").mkdir()
+    Path("weights.pt").write_bytes(b"x")
+    for first in (str(run.path.parent), "lost", "empty", "weights.pt", str(run.last), str(run.path / "config.json")):
+        assert main(["predict", first, photo]) == 2, first
+        streams = capsys.readouterr()
+        assert not streams.out and "Traceback" not in streams.err
+    shutil.copytree(tiny_data / "box", "photos")
+    for words in (["photos", photo], [photo]):
+        assert main(["predict", *words, "--csv"]) == 0
+        assert "released_random" in capsys.readouterr().err
+    assert main(["predict", "released_random", "photos"]) == 0
+    assert "answers" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_predicts_wherever_it_lies(
+    run: Run, folder: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = str(tiny_data / "ball" / "image_0001.jpg")
+    shutil.copy(run.best, "moved.safetensors")
+    said = []
+    for network in (str(run.path), str(run.best), "moved.safetensors"):
+        assert main(["predict", network, photo, "--csv"]) == 0
+        streams = capsys.readouterr()
+        said.append(streams.out)
+        assert not streams.err
+    assert said[0] == said[1]
+    probabilities = [float(out.splitlines()[1].split(",")[2]) for out in said]
+    assert probabilities[2] == pytest.approx(probabilities[0], abs=0.02)  # its number format is not known any more
 
 
 @pytest.mark.caltech101

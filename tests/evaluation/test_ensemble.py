@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from finetune101.config import TrainConfig
+from finetune101.errors import Refused
 from finetune101.evaluation.ensemble import ensemble, mean_log_probabilities
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.runs import Run
@@ -29,21 +31,40 @@ def trained(config: TrainConfig, exp: str, seed: int = 0, **data: object) -> Run
 def test_the_mean_of_probabilities() -> None:
     a, b, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.tensor([0])
     mean = (torch.softmax(a, 1) + torch.softmax(b, 1)) / 2
-    output, same = mean_log_probabilities([(a, labels), (b, labels)])
+    output, same = mean_log_probabilities([(a, labels), (b, labels)], [1.0, 1.0])
     torch.testing.assert_close(output.exp(), mean)
     assert torch.equal(same, labels)
 
 
-def test_twice_the_same_run_is_that_run_and_the_folder_holds_its_evidence(small: TrainConfig, tmp_path: Path) -> None:
+def test_members_are_calibrated_first() -> None:
+    a, b, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 1.0]]), torch.tensor([0])
+    mean = (torch.softmax(a / 4, 1) + torch.softmax(b / 0.5, 1)) / 2
+    output, _ = mean_log_probabilities([(a, labels), (b, labels)], [4.0, 0.5])
+    torch.testing.assert_close(output.exp(), mean)
+
+
+def test_the_folder_holds_the_evidence_of_two_equal_runs(small: TrainConfig, tmp_path: Path) -> None:
     run = trained(small, "one")
-    alone, twice = evaluate(run), ensemble([run, run], tmp_path / "both")
-    assert run.read_json("test.json")["times_scored"] == 3 and twice["times_scored"] == 1
-    assert twice["loss"] == pytest.approx(alone["loss"], abs=1e-5)
-    assert {k: twice[k] for k in ("n", "correct", "top1")} == {k: alone[k] for k in ("n", "correct", "top1")}
-    assert json.loads((tmp_path / "both" / "test.json").read_text())["runs"] == [str(run.path)] * 2
+    twin = Run(run.path.with_name("twin"))
+    shutil.copytree(run.path, twin.path)
+    alone, both = evaluate(run), ensemble([run, twin], tmp_path / "both")
+    assert run.read_json("test.json")["times_scored"] == 2 and both["times_scored"] == 1
+    assert both["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert {k: both[k] for k in ("n", "correct", "top1")} == {k: alone[k] for k in ("n", "correct", "top1")}
+    assert json.loads((tmp_path / "both" / "test.json").read_text())["runs"] == [str(run.path), str(twin.path)]
     with open(tmp_path / "both" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sum(row["label"] == row["prediction"] for row in rows) == alone["correct"] and len(rows) == alone["n"]
+
+
+def test_a_run_named_twice_is_refused(small: TrainConfig, tmp_path: Path) -> None:
+    run = trained(small, "one")
+    evaluate(run)
+    (tmp_path / "link").symlink_to(run.path)
+    for again in (run, Run(tmp_path / "link")):
+        with pytest.raises(Refused, match="twice"):
+            ensemble([run, again], tmp_path / "both")
+    assert run.read_json("test.json")["times_scored"] == 1 and not (tmp_path / "both").exists()
 
 
 def test_validation_is_not_written(small: TrainConfig, tmp_path: Path) -> None:
@@ -60,7 +81,7 @@ def test_what_cannot_work_is_refused(small: TrainConfig, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="another split"):
         ensemble([run, other], tmp_path)
     with pytest.raises(ValueError, match="is a run of its own"):
-        ensemble([run, run], run.path)
+        ensemble([run, other], run.path)
     both = trained(small, "both", fit_on="train+val")
     with pytest.raises(ValueError, match="was trained on the validation images"):
         ensemble([run, both], tmp_path, subset="val")

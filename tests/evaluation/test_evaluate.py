@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from finetune101.cli import score_text
+from finetune101.cli import main, score_text
 from finetune101.config import DataConfig, SystemConfig, TrainConfig
+from finetune101.data import splits
+from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
-from finetune101.evaluation.inference import mirrored, open_network, world_of
+from finetune101.evaluation.forward import Forward
+from finetune101.evaluation.inference import open_network, read_checkpoint, world_of
 from finetune101.runs import Run
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
-from finetune101.world import detect
-
-START = {"init_source": "random (seed 0)", "init_hash": "sha256:00"}
+from finetune101.world import World, detect
 
 
 @pytest.mark.parametrize("copies", [0, 1])
@@ -49,46 +53,131 @@ def test_images_with_a_near_duplicate_in_training(
     assert ("Without the 1 that have a near-duplicate in training: " in score_text(result)) == bool(copies)
 
 
-class Edge(torch.nn.Module):
-    """Sees the left column only: its mean is the logit of class 0, minus it that of class 1."""
+class Left(torch.nn.Module):
+    """Sees how bright the left half of an image is: class 0, and nothing else."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left = x[:, 0, :, 0].mean(1)
-        return torch.stack([left, -left], 1)
+        left = x[..., : x.shape[-1] // 2].mean((1, 2, 3))
+        return torch.stack([left, torch.zeros_like(left)], 1)
 
 
-def test_an_image_and_its_mirror_image(small: TrainConfig) -> None:
-    """An image that is 3 at the left and 1 at the right: both ways, the edges have a mean of 2."""
-    image = torch.tensor([3.0, 0.0, 1.0]).expand(1, 3, 3, 3)
-    torch.testing.assert_close(mirrored(Edge())(image), torch.tensor([[2.0, -2.0]]))
-    torch.testing.assert_close(mirrored(Edge())(image.flip(3)), torch.tensor([[2.0, -2.0]]))
-    job = prepare(dataclasses.replace(small, optim=dataclasses.replace(small.optim, epochs=1)))
-    list(fit(job, quiet=True))
-    assert evaluate(job.run)["mirror"] is False
-    again = evaluate(job.run, mirror=True)
-    assert again["mirror"] is True and again["times_scored"] == 2
+def test_an_image_and_its_mirror_image() -> None:
+    x = torch.zeros(3, 3, 8, 8)
+    x[0, ..., :4], x[1, ..., 4:] = 6.0, 2.0  # bright on the left, a little on the right, dark
+    world = World(torch.device("cpu"), "fp32", channels_last=True)
+    assert Forward(Left(), world)(x)[:, 0].tolist() == [6.0, 0.0, 0.0]
+    assert Forward(Left(), world, mirror=True)(x)[:, 0].tolist() == [3.0, 1.0, 0.0]
+
+
+def test_each_look_at_the_test_is_counted(small: TrainConfig) -> None:
+    run = trained(small)
+    assert evaluate(run)["mirror"] is False
+    twice = evaluate(run, mirror=True)
+    assert twice["mirror"] is True and twice["times_scored"] == 2
 
 
 def test_scoring_and_predicting_keep_the_threads(small: TrainConfig) -> None:
     """As in a study, whose runs share the cores."""
-    job = prepare(dataclasses.replace(small, optim=dataclasses.replace(small.optim, epochs=1)))
-    list(fit(job, quiet=True))
+    run = trained(small)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            evaluate(job.run)
-            open_network(job.run)
+            evaluate(run)
+            open_network(run)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_number_format_that_this_machine_lacks_is_not_emulated(tmp_path: Path) -> None:
-    run, here = Run(tmp_path), detect(SystemConfig())
-    for precision, expected in (("fp32", "fp32"), (here.precision, here.precision), ("fp16", here.precision)):
-        run.write_json(
-            "env.json",
-            {"world": {"device": here.device.type, "precision": precision, "channels_last": True}, "model": START},
-        )
-        assert world_of(run).precision == expected
+def test_a_number_format_that_this_machine_lacks_is_fp32() -> None:
+    here = detect(SystemConfig())
+    lacking = {"fp16"} if here.device.type != "cuda" else set()
+    for device in ("cpu", "cuda", "mps"):  # whatever kind of device the run was trained on
+        for precision in ("fp32", "bf16", "fp16"):
+            world = world_of({"device": device, "precision": precision, "channels_last": True})
+            has = precision in ("fp32", here.precision) and precision not in lacking
+            assert (world.device, world.precision) == (here.device, precision if has else "fp32")
+
+
+def trained(config: TrainConfig, **optim: object) -> Run:
+    """A run of one epoch."""
+    wanted = dataclasses.replace(config.optim, epochs=1, **optim)  # type: ignore[arg-type]
+    job = prepare(dataclasses.replace(config, optim=wanted))
+    list(fit(job, quiet=True))
+    return job.run
+
+
+def spoil(run: Run, value: float) -> None:
+    """Writes ``value`` into the weights of the best epoch."""
+    state, info = read_checkpoint(run.best)
+    name = next(iter(state))
+    state[name].view(-1)[0] = value
+    save_file(state, run.best, info)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_leave_the_test_as_it_was(
+    small: TrainConfig, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(small)
+    evaluate(run)
+    before = {name: (run.path / name).read_bytes() for name in ("test.json", "predictions.csv")}
+    spoil(run, value)
+    photo = str(next(Path(str(small.data.root)).glob("*/*.jpg")))
+    for words in (["evaluate", str(run.path)], ["evaluate", str(run.path), "--subset", "val"]):
+        assert main(words) == 2
+        assert "not finite" in capsys.readouterr().err
+    assert main(["predict", str(run.path), photo]) == 2
+    streams = capsys.readouterr()
+    assert "not finite" in streams.err and not streams.out
+    assert before == {name: (run.path / name).read_bytes() for name in before}
+
+
+def test_files_of_a_test_do_not_contradict_each_other(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash while they are written leaves both as they were, or a test that is counted."""
+    run = trained(small)
+    evaluate(run)
+    before = [(run.path / name).read_bytes() for name in ("test.json", "predictions.csv")]
+    real = os.replace
+
+    def crash(fatal: str, source: Path, target: Path) -> None:
+        if Path(target).name == fatal:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    for fatal, counted in (("test.json", 1), ("predictions.csv", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", functools.partial(crash, fatal))
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(run, mirror=True)
+        assert run.read_json("test.json")["times_scored"] == counted
+        assert (run.path / "predictions.csv").read_bytes() == before[1]
+    assert not list(run.path.glob("*.part"))
+
+
+def test_a_frozen_backbone_is_told(small: TrainConfig) -> None:
+    assert "frozen_backbone" not in evaluate(trained(small))
+    for changes in ({"freeze": True}, {"head": "probe"}):
+        model = dataclasses.replace(small.model, name="resnet18", **changes)  # type: ignore[arg-type]
+        # a step of nothing: the start remains the best
+        run = trained(dataclasses.replace(small, exp=str(next(iter(changes))), model=model), lr=1e-12)
+        result = evaluate(run)
+        assert result["frozen_backbone"] is True and run.read_json("test.json")["frozen_backbone"] is True
+        assert "rozen backbone" in score_text(result)
+
+
+def test_a_split_without_test_images_is_scored_on_validation(
+    small: TrainConfig, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(small)
+    split = run.read_json("split.json")
+    split["subsets"]["train"] += split["subsets"].pop("test")
+    manifest = splits.from_json({**split, "subsets": {**split["subsets"], "test": []}})
+    run.write_json("split.json", manifest.to_json())
+    assert main(["evaluate", str(run.path)]) == 0
+    streams = capsys.readouterr()
+    assert "no test images" in streams.err and streams.out.startswith("Val")
+    assert not run.has("test.json")
+    with pytest.raises(Refused, match="--as-test"):
+        evaluate(run)

@@ -124,7 +124,7 @@ def test_crossed_needs_two_runs_and_takes_equal_ones():
 
 
 def test_crossed_covers_the_truth():
-    # images and runs both random; the whole grid is benchmarks/coverage.py
+    # images and runs both random; the whole grid is benchmarks/intervals.py
     rng, held = np.random.default_rng(0), 0
     for _ in range(400):
         hard, runs = rng.standard_normal(300), rng.standard_normal((2, 3, 1)) * 0.2
@@ -139,6 +139,48 @@ def test_temperature_mends_logits_that_are_too_sure():
     logits = torch.tensor(rng.standard_normal((4000, 5)))
     labels = torch.tensor([rng.choice(5, p=p) for p in torch.softmax(logits, 1).numpy()])
     assert metrics.temperature(3 * logits, labels) == pytest.approx(3, rel=0.1)
+
+
+def drawn(images, scale, classes=5, seed=0):
+    """Logits, ``scale`` times too large, and labels that are drawn from their probabilities."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.standard_normal((images, classes))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return torch.tensor(scale * logits), torch.tensor([rng.choice(classes, p=row) for row in p])
+
+
+def test_calibration_is_kept_where_it_helps():
+    found = metrics.calibrate(*drawn(2000, 3.0))
+    assert found.temperature == pytest.approx(3, rel=0.1) and not found.reason
+    assert metrics.calibrate(*drawn(2000, 0.5)).temperature == pytest.approx(0.5, rel=0.1)
+
+
+def test_calibration_that_does_not_help_is_left_out():
+    rng = np.random.default_rng(0)
+    chance = torch.tensor(rng.standard_normal((900, 101))), torch.tensor(rng.integers(0, 101, 900))
+    right = torch.arange(50) % 5
+    for logits, labels in (
+        chance,  # the best temperature is as high as it may be
+        (10 * torch.nn.functional.one_hot(right, 5).double(), right),  # all right: the lower the better
+        drawn(6, 3.0),  # too few
+        (torch.zeros(50, 5), right),  # says nothing
+    ):
+        found = metrics.calibrate(logits, labels)
+        assert found.temperature == 1 and found.reason
+
+
+def test_a_temperature_never_makes_validation_worse():
+    kept = 0
+    for seed in range(40):
+        logits, labels = drawn(60, 1.0 + seed % 4 / 4, seed=seed)
+        found = metrics.calibrate(logits, labels)
+        errors = [
+            metrics.ece(metrics.reliability(*metrics.confidences(logits, t, labels))) for t in (1, found.temperature)
+        ]
+        losses = [metrics.cross_entropy(logits / t, labels) for t in (1, found.temperature)]
+        assert errors[1] <= errors[0] and losses[1] <= losses[0] and 0.1 < found.temperature < 10
+        kept += found.temperature != 1
+    assert 0 < kept < 40
 
 
 def test_reliability_and_ece_by_hand():

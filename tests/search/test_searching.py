@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from finetune101.cli import main
+from finetune101.errors import Refused
+from finetune101.runs import Run
 from finetune101.search import effects, space
 from finetune101.search.study import Plan
-from finetune101.searching import run_search
+from finetune101.searching import dry_run, picture_name, run_search
+from finetune101.training.loop import fit
+from finetune101.training.prepare import prepare
 
 
 def search(plan: Plan, **how: Any) -> dict[str, Any]:
@@ -47,8 +52,84 @@ def test_the_score_of_a_solved_output_layer_counts_with_the_first_epoch(base: An
 def test_a_search_out_of_time_says_what_is_left(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan(base=base, space=space.make({"lr": [0.01, 0.02]}), timeout=1e-6)
     run_search(plan, plan.folder / "table.json", plan.folder / "plots")
-    assert capsys.readouterr().out.strip() == "2 of 2 points are left; the same command goes on."
+    assert "2 of 2 points are left; the same command goes on." in capsys.readouterr().out
     with pytest.raises(ValueError, match="has finished no trial yet; run its command again"):
         effects.load(plan.folder)
     with pytest.raises(ValueError, match="is no folder of a search"):
         effects.load(Path(base.runs))
+
+
+def test_a_dry_run_says_how_long_and_writes_nothing(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    plan = Plan(base=base, space=space.make({"lr": [0.01, 0.02], "model": ["squeezenet1_1", "alexnet"]}))
+    said = dry_run(plan)  # alexnet cannot take 32 px
+    assert said.startswith("4 trials, 0 of them finished; 8 epochs") and "about" in said and "alexnet cannot" in said
+    assert not plan.folder.exists() and not (tmp_path / "cache").exists()
+
+
+def test_the_estimate_leaves_out_what_is_finished_and_a_teacher_is_found_below_runs(base: Any) -> None:
+    short = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1))
+    plan = Plan(base=short, space=space.make({"lr": [0.01, 0.02]}))
+    search(Plan(base=short, space=space.make({"lr": [0.01]})))
+    assert dry_run(plan).startswith("2 trials, 1 of them finished; 1 epochs")
+    assert dry_run(Plan(base=short, space=space.make({"lr": [0.01]}))).endswith("nothing to do.")
+    teacher = dataclasses.replace(short, exp="teacher")
+    for _ in fit(prepare(teacher), quiet=True):
+        pass
+    taught = dataclasses.replace(short, exp="t", optim=dataclasses.replace(short.optim, teacher=("teacher",)))
+    assert "about" in dry_run(Plan(base=taught, space=plan.space))
+
+
+def test_many_settings_have_pictures_and_a_ranking(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "lr=0.01 batch_size=8 weight_decay=0.0001 momentum=0.9 nesterov=true schedule=cosine warmup_epochs=0 epochs=1 "
+        "label_smoothing=0.1 crop_scale=0.8 erasing=0.1 policy=trivial mix=0.2 ema=0.9 backbone_lr_ratio=0.5 "
+        "norm_weight_decay=false freeze_norm=false flip=true seed=1"
+    )
+    plan = Plan(base=dataclasses.replace(base, exp="e" * 190), space=space.parse(words.split()))
+    search(plan)
+    (picture,) = (plan.folder / "plots").iterdir()
+    assert len(picture.name.encode()) < 255 and "Ranking of 1 point" in capsys.readouterr().out
+    point = {"model": "../x\n/y", "weights": "/a b/c.pth"}
+    assert (
+        picture_name(plan, point, Run(Path("0123456789abcdef")))
+        == f"{'e' * 60}_model=..-x--y,weights=-a-b-c.pth_012345.png"
+    )
+
+
+def test_a_damaged_search_json_is_one_sentence(base: Any) -> None:
+    short = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1))
+    plan = Plan(base=short, space=space.make({"lr": [0.01, 0.02]}))
+    search(plan)
+    file = plan.folder / "search.json"
+    whole = json.loads(file.read_text())
+    for change in (
+        {"space": {"lr": [1], "../../x": [1]}}, {"space": {"gamma": [1]}}, {"space": []}, {"results": {}},
+        {"results": [{}]}, {"winner": 3}, {"winner": {"point": {}, "run": None}}, {"finalists": 3},
+    ):  # fmt: skip
+        file.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(Refused, match=r"search\.json"):
+            effects.load(plan.folder)
+    for text in (json.dumps({**whole, "base": {"exp": 1}}), json.dumps({"space": {}, "results": []}), "[", "null"):
+        file.write_text(text)
+        with pytest.raises(Refused, match=r"search\.json"):
+            search(plan)
+
+
+def test_a_search_over_size_end_to_end(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(tiny_data), "--model", "squeezenet1_1", "--no-pretrain", "--epochs", "1", "--threads", "1"]
+    assert main(["search", "--exp", "my sizes", *flags, "--batch-size", "8", "--grid", "size=32,48"]) == 0
+    said = capsys.readouterr().out
+    assert "This takes about" in said and "search report 'runs/my sizes'" in said
+    folder = tmp_path / "runs" / "my sizes"
+    saved = json.loads((folder / "search.json").read_text())
+    assert sorted(entry["point"]["size"] for entry in saved["results"]) == [32, 48]
+    for entry in saved["results"]:
+        assert Run(tmp_path / entry["run"]).config().model.size == entry["point"]["size"]
+    assert f"size: {saved['winner']['point']['size']}" in (folder / "winner.yaml").read_text()
+    assert main(["search", "report", "runs/my sizes"]) == 0 and (folder / "report" / "report.html").is_file()
+    assert main(["train", "--exp", "my sizes", *flags]) == 2 and main(["study", "--exp", "my sizes", *flags[:2]]) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,13 @@ import optuna
 import pytest
 
 from finetune101.config import OptimConfig, TrainConfig, from_dict, to_dict
+from finetune101.errors import Refused
 from finetune101.runs import Run
-from finetune101.search import space, study
+from finetune101.search import space, study, trial
 from finetune101.search.study import Plan
 from finetune101.search.trial import identity
 from finetune101.search.workers import alone, run
+from finetune101.training.loop import Job, fit
 
 MakePlan = Callable[..., Plan]
 
@@ -202,6 +203,76 @@ def test_identity_ignores_where_and_how_fast(base: TrainConfig) -> None:
     assert identity(base) != identity(dataclasses.replace(base, data=dataclasses.replace(base.data, split_seed=1)))
 
 
+def test_a_run_of_other_settings_under_the_same_name_is_trained_anew(plan: MakePlan, base: TrainConfig) -> None:
+    one = plan({"lr": [0.01]})
+    (entry,) = study.results(one, search(one))
+    run = Run(Path(entry["run"]))
+    config = run.config()  # as if a version with another default had trained it
+    older = dataclasses.replace(config, optim=dataclasses.replace(config.optim, momentum=0.3))
+    run.write_json("config.json", to_dict(older))
+    before = run.metrics()
+    (one.folder / "optuna.journal").unlink()
+    found = search(one)
+    (again,) = study.results(one, found)
+    assert trained(found) == 1 and Path(again["run"]) != run.path and run.metrics() == before
+    assert again["best_val_top1"] == entry["best_val_top1"]
+    assert Run(Path(again["run"])).config().optim == config.optim
+    assert trained(search(one)) == 1  # found again, by its other name
+
+
+def test_a_search_that_was_moved_trains_nothing_again(plan: MakePlan, base: TrainConfig, tmp_path: Path) -> None:
+    one = plan()
+    with pytest.raises(KeyboardInterrupt):
+        search(one, stop_at(3))  # one run finished, one begun
+    (tmp_path / "new").mkdir()
+    one.folder.rename(tmp_path / "new" / "other")
+    moved = plan(base=dataclasses.replace(base, runs=str(tmp_path / "new"), exp="other"))
+    found = search(moved)
+    assert sum(trial.user_attrs.get("trained", 0) for trial in found.trials) == 1  # of four epochs
+    assert len(study.results(moved, found)) == 2
+
+
+def test_a_fault_of_ours_is_kept_and_the_other_points_go_on(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(job: Any, **how: Any) -> Any:
+        if job.config.optim.lr == 0.05:
+            raise ZeroDivisionError("a fault")
+        return fit(job, **how)
+
+    monkeypatch.setattr("finetune101.search.trial.fit", failing)
+    one = plan()
+    good, bad = study.results(one, search(one))
+    assert (good["state"], bad["state"], bad["error"]) == ("complete", "failed", "ZeroDivisionError: a fault")
+    assert "Traceback" in Path(bad["trace"]).read_text() and Path(bad["trace"]).parent == Path(bad["run"])
+
+
+def test_a_damaged_journal_is_one_sentence(plan: MakePlan) -> None:
+    one = plan({"lr": [0.01]})
+    search(one)
+    journal = one.folder / "optuna.journal"
+    for damage in (b"nonsense\n", b"[]\n", b'{"op_code": 99}\n', b'{"op_code": 4, "worker_id": 3}\n', b"\xff\xfe\n"):
+        whole = journal.read_bytes()
+        journal.write_bytes(damage + whole)
+        with pytest.raises(Refused, match=r"optuna\.journal is damaged"):
+            search(one)
+        journal.write_bytes(whole)
+    journal.unlink()
+    assert trained(search(one)) == 0
+
+
+def test_the_folder_of_something_else_is_refused(plan: MakePlan) -> None:
+    one = plan()
+    one.folder.mkdir(parents=True)
+    for name in ("config.json", "study.json"):
+        (one.folder / name).write_text('{"optim": {}}')
+        with pytest.raises(Refused, match="is the folder of a"):
+            search(one)
+        (one.folder / name).unlink()
+    one.folder.rmdir()
+    one.folder.write_text("a file")
+    with pytest.raises(Refused, match="--exp"):
+        search(one)
+
+
 def test_a_second_search_in_the_folder_is_refused(plan: MakePlan) -> None:
     with alone(plan()), pytest.raises(ValueError, match=r"another search is at work in .*; wait for it"):
         search(plan())
@@ -236,15 +307,38 @@ def test_finalists_are_ranked_by_their_mean(plan: MakePlan) -> None:
     assert best[0]["mean"] >= best[1]["mean"] and "seed" not in best[0]["point"]
 
 
-def test_the_search_cannot_reach_the_test_images() -> None:
-    package = Path(study.__file__).parents[1]
-    for file in [*(package / "search").glob("*.py"), package / "searching.py"]:
-        text = file.read_text(encoding="utf-8")
-        names = [
-            ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)
-        ]
-        assert not [name for name in names if "evaluat" in name], file
-        assert '"test"' not in text and "'test'" not in text, file
+class Locked(dict[str, Any]):
+    """Subsets of which "test" cannot be read."""
+
+    def __getitem__(self, name: str) -> Any:
+        assert name != "test", "the search read the test images"
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        raise AssertionError("the search read the test images")
+
+    values = items
+
+
+@pytest.mark.parametrize("stage", ["all", "probe"])
+def test_the_search_cannot_reach_the_test_images(
+    stage: str, plan: MakePlan, base: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every job trains on a manifest whose test images raise when they are asked for."""
+    frozen = {"freeze": True, "cached_features": True, "name": "resnet18"} if stage == "probe" else {}
+    config = dataclasses.replace(base, model=dataclasses.replace(base.model, **frozen))
+    real = trial.prepare
+
+    def locked(*arguments: Any, **how: Any) -> Job:
+        job = real(*arguments, **how)
+        return dataclasses.replace(
+            job, manifest=dataclasses.replace(job.manifest, subsets=Locked(job.manifest.subsets))
+        )
+
+    monkeypatch.setattr(trial, "prepare", locked)
+    one = plan(base=config)
+    last = study.finals(one, study.results(one, search(one)), 1, 2)
+    assert {entry["state"] for entry in study.results(last, search(last))} == {"complete"}
 
 
 @pytest.mark.slow

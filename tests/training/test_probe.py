@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from finetune101.data import store
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
@@ -88,3 +90,46 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         prepare(config)
     assert not Path(config.runs).exists()
+
+
+def recorded(config: TrainConfig, exp: str) -> tuple[float, list[float | None]]:
+    """Seconds of the first record, and the validation losses."""
+    records = list(fit(prepare(dataclasses.replace(config, exp=exp)), quiet=True))
+    return records[0]["seconds"], [record["val_loss"] for record in records]
+
+
+@pytest.mark.parametrize("cached_features", [False, True])
+def test_cached_features_cost_what_they_took(
+    base: TrainConfig, cached_features: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    if cached_features:
+        model = dataclasses.replace(base.model, head="random", freeze=True, cached_features=True)
+        optim = OptimConfig(epochs=2, batch_size=8)
+        base = dataclasses.replace(base, model=model, optim=optim, augment=AugmentConfig(flip=False))
+    first, losses = recorded(base, "first")
+    (file,) = (tmp_path / "cache").glob("features_*")
+    (entry,) = [one for one in store.entries() if one.file == file]
+    assert entry.note and 0 < entry.note.seconds < first
+    # as if computing had taken 1000 seconds on the day of the first run
+    values = np.load(file)
+    store.keep(store.Place(file.name, values.shape, np.float32), [values], "features", 1000.0)
+    second, same = recorded(base, "second")
+    assert 1000 < second < 1000 + 60 and same == losses
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x93NUMPY\x01\x00"])
+def test_damaged_features_are_computed_anew(
+    base: TrainConfig,
+    content: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    _, losses = recorded(base, "first")
+    (file,) = (tmp_path / "cache").glob("features_*")
+    file.write_bytes(content)
+    assert recorded(base, "second")[1] == losses == recorded(base, "third")[1]
+    said = capsys.readouterr().out
+    assert said.count("is damaged (") == 1 and file.name in said

@@ -1,4 +1,4 @@
-"""The quickest forward pass of a frozen network on CPUs: convolution, batch norm and ReLU as one operation.
+"""The quickest forward pass of a network that is not trained, on CPUs: convolution, batch norm, ReLU as one operation.
 
 oneDNN has such an operation, and PyTorch's compiler calls it; called directly it needs no compiling.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,57 +17,69 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 
-from finetune101.training.cpu import FastConv2d, FastConv2dSame
-from finetune101.training.cpu_norm import DoneReLU, DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d, followers
-from finetune101.world import World
-
 _ACTS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.Identity: ("none", []),
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
-    DoneReLU: ("relu", []),
-    DoneReLU6: ("hardtanh", [0.0, 6.0]),
 }
 # exactly these: a subclass may compute something else with its weight
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, FastConv2d, FastConv2dSame)
-_NORMS = (nn.BatchNorm2d, BatchNormAct2d, FastBatchNorm2d, FastBatchNormAct2d)
-TOLERANCES = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # of an output's norm: bf16 alone makes 0.01 to 0.05 of it
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+_TRIED = 4  # drawn images that a fused copy is compared on
+_SLACK = {torch.bfloat16: 0.01, torch.float32: 1e-4}  # of an output's norm, beside twice what the number format costs
 
 
-def frozen(model: nn.Module, world: World) -> Callable[[Tensor], Tensor]:
-    """A forward pass of ``model`` in evaluation mode, for whoever will not train it any more.
+def _kind(module: nn.Module | None) -> type[nn.Module] | None:
+    """The class of ``module``, or the one whose output it computes where it says so by ``infers_as``."""
+    return None if module is None else vars(type(module)).get("infers_as", type(module))
 
-    On a CPU a copy with fused layers, about twice as fast in bf16; ``model`` itself elsewhere, and for a network of
-    which the copy, tried on the first image, computes something else. Call it under autocast, without gradients.
+
+def fused_copy(model: nn.Module, shape: torch.Size, dtype: torch.dtype) -> nn.Module | None:
+    """A copy of ``model`` with fused layers, in ``dtype``, for images of ``shape`` (3, H, W); None where that fails.
+
+    It must compute what ``model`` does for drawn images, always the same ones, so that which of the two answers is a
+    property of the network and not of the images that it is asked about first.
     """
-    if world.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return model
-    dtype = torch.bfloat16 if world.precision == "bf16" else torch.float32
-    fused: nn.Module | None = None
-    tried = False
-
-    def quick(x: Tensor) -> Tensor:
-        nonlocal fused, tried
-        if not tried:
-            fused, tried = _fused_copy(model, x[:1], dtype), True
-        if fused is None:
-            return model.eval()(x)
-        with torch.autocast("cpu", enabled=False):
-            return fused(x.to(dtype))
-
-    return quick
-
-
-def _fused_copy(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module | None:
-    """A fused copy of ``model`` that computes what it does for ``example`` (1, 3, H, W), or None."""
-    expected = model.eval()(example).float()
+    if not torch.backends.mkldnn.is_available():
+        return None
+    examples = _drawn(shape)
     try:
-        with torch.autocast("cpu", enabled=False):
-            fused = fuse(copy.deepcopy(model), example, dtype)
-            got = fused(example.to(dtype)).float()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            fused = fuse(copy.deepcopy(model).requires_grad_(False), examples[:1], dtype)
+            quick = fused(examples.to(dtype)).float()
     except (RuntimeError, TypeError, AttributeError):  # a shape, a layer or a dtype that oneDNN does not take here
         return None
-    return fused if bool((got - expected).norm() <= TOLERANCES[dtype] * expected.norm()) else None
+    return fused if _agrees(model, examples, quick, dtype) else None
+
+
+def _drawn(shape: torch.Size) -> Tensor:
+    """Standardised images of ``shape``, smooth like photos with some noise; the same every time."""
+    generator = torch.Generator().manual_seed(101)
+    smooth = F.interpolate(
+        torch.randn(_TRIED, shape[0], 8, 8, generator=generator), shape[1:], mode="bilinear", align_corners=False
+    )
+    noise = torch.randn(_TRIED, *shape, generator=generator)
+    return (smooth + 0.3 * noise).contiguous(memory_format=torch.channels_last)
+
+
+def _agrees(model: nn.Module, examples: Tensor, quick: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``quick``, the fused output for ``examples``, is as near to the exact one as the plain output is.
+
+    For every image, and with the same class wherever rounding cannot change it.
+    """
+    with torch.no_grad():
+        with torch.autocast("cpu", enabled=False):
+            exact = model(examples).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            plain = model(examples).float()
+    rounding = (plain - exact).norm(dim=1).max()
+    allowed = 2 * rounding + _SLACK[dtype] * exact.norm(dim=1)
+    near = bool(((quick - exact).norm(dim=1) <= allowed).all())  # false for what is not finite
+    if exact.shape[1] < 2:
+        return near
+    first, second = exact.topk(2).values.unbind(1)
+    sure = first - second > 2 * allowed
+    return near and torch.equal(quick.argmax(1)[sure], exact.argmax(1)[sure])
 
 
 def fuse(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -77,7 +89,7 @@ def fuse(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
     acts = _activations(model, pairs)
     names = {module: name for name, module in model.named_modules()}
     for conv, shape in _shapes(model, example.to(dtype)).items():
-        if type(conv) not in _CONVOLUTIONS or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        if _kind(conv) not in _CONVOLUTIONS or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             continue
         act, gone = acts.get(conv, (nn.Identity, []))
         model.set_submodule(names[conv], FusedConv2d(conv, shape, *_ACTS[act]))
@@ -118,10 +130,10 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, 
     """
     calls = _calls(model, example, nn.Conv2d, nn.BatchNorm2d)
     times = Counter(module for module, _, _ in calls)
-    outputs = {id(output): conv for conv, _, output in calls if type(conv) in _CONVOLUTIONS}  # calls keeps the tensors
+    outputs = {id(output): conv for conv, _, output in calls if _kind(conv) in _CONVOLUTIONS}  # calls keeps the tensors
     pairs = []
     for norm, inputs, _ in calls:
-        conv = outputs.get(id(inputs[0])) if type(norm) in _NORMS else None
+        conv = outputs.get(id(inputs[0])) if _kind(norm) in _NORMS else None
         if conv is None or times[norm] > 1 or times[conv] > 1 or norm.weight is None or norm.running_var is None:
             continue
         with torch.no_grad():
@@ -146,17 +158,24 @@ def _activations(
     for conv, norm in pairs:
         act = after.get(norm)
         if isinstance(norm, BatchNormAct2d):
-            inside = type(norm.act) if isinstance(norm.drop, nn.Identity) else type(norm)
+            inside = _kind(norm.act) if isinstance(norm.drop, nn.Identity) else None
             if inside in _ACTS:
                 found[conv] = (inside, [norm])
-        elif type(act) in _ACTS and act is not None:
-            found[conv] = (type(act), [norm, act])
+        elif (kind := _kind(act)) in _ACTS and act is not None:
+            found[conv] = (kind, [norm, act])
         else:
             found[conv] = (nn.Identity, [norm])
     for module, act in after.items():
-        if isinstance(module, nn.Conv2d) and module not in found and type(act) in _ACTS:
-            found[module] = (type(act), [act])
+        if isinstance(module, nn.Conv2d) and module not in found and (kind := _kind(act)) in _ACTS:
+            found[module] = (kind, [act])
     return found
+
+
+def followers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """For a module of an ``nn.Sequential`` the next one, which alone sees its output; both are used nowhere else."""
+    owners = Counter(child for parent in model.modules() for child in parent.children())
+    chains = [m for m in model.modules() if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward]
+    return {a: b for chain in chains for a, b in pairwise(chain) if owners[a] == owners[b] == 1}
 
 
 class FusedConv2d(nn.Module):

@@ -12,9 +12,10 @@ import torchvision
 from torch import nn
 
 from finetune101.config import SystemConfig
+from finetune101.evaluation.forward import Forward
+from finetune101.evaluation.fused import FusedConv2d, fold_batch_norm, fuse, fused_copy
 from finetune101.training.cpu import fast_layers
-from finetune101.training.cpu_frozen import FusedConv2d, fold_batch_norm, frozen, fuse
-from finetune101.world import World, detect
+from finetune101.world import detect
 
 IMAGES = torch.randn(5, 3, 75, 64, generator=torch.Generator().manual_seed(0))
 has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -83,7 +84,7 @@ def test_layers_that_compute_something_else_are_left_alone(name: str, precision:
     x = IMAGES[:, :, :64, :64].contiguous(memory_format=torch.channels_last)
     world = detect(SystemConfig(device="cpu", precision=precision))
     with torch.no_grad(), world.autocast():
-        exact, got = model(x).float(), frozen(model, world)(x).float()
+        exact, got = model(x).float(), Forward(model, world)(x)
     assert (got - exact).norm() < (0.1 if precision == "bf16" else 1e-3) * exact.norm()
 
 
@@ -96,6 +97,33 @@ def test_layers_made_fast_for_training_fuse_as_well() -> None:
     assert acts[0] == acts[1] and "hardtanh" in acts[0]
 
 
-def test_other_devices_keep_the_model() -> None:
-    model = network("squeezenet1_1")
-    assert frozen(model, World(torch.device("meta"), "fp32", channels_last=True)) is model
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_known_networks_are_fused(name: str, dtype: torch.dtype) -> None:
+    assert fused_copy(network(name), IMAGES.shape[1:], dtype) is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_that_errs_is_not_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image in four, or the class of nearly equal outputs: what an error of the whole norm would let pass."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    ).eval()
+    with torch.no_grad():
+        model[4].bias += 100  # ten percent of the norm is much more than what tells the classes apart
+    real = fuse
+
+    class Wrong(nn.Module):
+        def __init__(self, fused: nn.Module, swapped: slice) -> None:
+            super().__init__()
+            self.fused, self.swapped = fused, swapped
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output = self.fused(x).float()
+            output[self.swapped] += torch.tensor([5.0, -5.0, 5.0, -5.0])
+            return output
+
+    assert fused_copy(model, IMAGES.shape[1:], dtype) is not None
+    for wrong in (slice(3, 4), slice(None)):
+        monkeypatch.setattr("finetune101.evaluation.fused.fuse", lambda *a, wrong=wrong: Wrong(real(*a), wrong))
+        assert fused_copy(model, IMAGES.shape[1:], dtype) is None

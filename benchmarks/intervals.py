@@ -1,7 +1,7 @@
 """Do the intervals and tests of ``finetune101 compare`` keep their promise? A simulation with known truth.
 
-python benchmarks/coverage.py              writes results/compare_coverage/coverage.json (about a minute on one core)
-python benchmarks/coverage.py 4000 1000    the same from other random numbers: coverage_1000.json
+python benchmarks/intervals.py              writes results/compare_coverage/coverage.json (about a minute on one core)
+python benchmarks/intervals.py 4000 1000    the same from other random numbers: coverage_1000.json
 
 Image i of arm k has an ability a_ki ~ N(m_k, s^2), correlated between the arms; run r adds its own b_kr ~ N(0, t^2);
 the answer is right where a_ki + b_kr + N(0, 1) > 0. So the true accuracies have a closed form: Phi(m / sqrt(1 + s^2 +

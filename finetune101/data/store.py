@@ -1,0 +1,304 @@
+"""The folder of caches: arrays that took long to make, whole or not at all, checked when read, within a bound."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune101.errors import Refused
+from finetune101.files import atomic, cache_dir, claim, claimed_by, escaped, remove_abandoned, shortened
+
+VARIABLE = "FINETUNE101_CACHE_MAX_GB"
+DEFAULT_GB = 20.0
+NAMES = re.compile(r"(images|features|thumbnails|kernels|digests)_[\w.-]+\.(npy|npz|so|msgpack)")
+"""What the package keeps in the folder; nothing else in it is listed or removed."""
+ARRAYS = ("images", "features", "thumbnails")
+END = b"ft101\0\0\1"  # the last bytes of a file; before them the length of the note, before that the note
+BLOCK = 4 * 2**20  # bytes that one checksum is of
+SURE = 64 * 2**20  # bytes that are checked whenever a file is opened, all of it where somebody wrote to it
+MOST_NOTE = 16 * 2**20
+
+Array = TypeVar("Array", bound=NDArray[Any])
+
+
+class Note(msgspec.Struct):
+    """What stands at the end of a file about its array."""
+
+    what: str
+    """In words."""
+    seconds: float
+    """That making the array took."""
+    sums: list[int]
+    """CRC-32 of each ``BLOCK`` of the array's bytes."""
+
+
+@dataclass(frozen=True)
+class Kept(Generic[Array]):
+    """An array of the folder and the seconds that making it took."""
+
+    array: Array
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array is kept, and what it must be: ``name`` is a file's, such as images_224px_0123456789abcdef.npy."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+
+    @property
+    def file(self) -> Path:
+        """The file, which need not exist."""
+        return cache_dir() / self.name
+
+    @property
+    def bytes(self) -> int:
+        """Size of the array."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the folder."""
+
+    file: Path
+    bytes: int
+    used: float
+    """Seconds since 1970 when it was read or written last."""
+    note: Note | None
+
+    @property
+    def kind(self) -> str:
+        """Images, features, thumbnails, kernels or digests."""
+        return self.file.name.split("_", 1)[0]
+
+
+_in_use: set[str] = set()  # names of files that this process has read: they are never removed to make room
+
+
+def read(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
+    """The array of ``place``, None without one; ``mapped`` reads from the disk what is used only.
+
+    A damaged file (cut, empty, of another array, changed by somebody) is removed, which is said in one line.
+    """
+    file = place.file
+    try:
+        if not file.is_file():
+            return None
+        array, note = _checked(file, place)
+    except Exception as error:  # numpy and the file system can raise nearly anything for a damaged file
+        reason = shortened(" ".join(str(error).split())) or type(error).__name__
+        print(f"The cache file {escaped(str(file))} is damaged ({reason}): it is made anew.")
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return None
+    _in_use.add(file.name)
+    with contextlib.suppress(OSError):
+        _mark_used(file)
+    return Kept(array if mapped else np.array(array), note.seconds)
+
+
+def _mark_used(file: Path) -> None:
+    """Sets the time of the file to now in whole seconds: a time with a fraction is of somebody else who wrote to it."""
+    os.utime(file, (int(time.time()),) * 2)
+
+
+def _checked(file: Path, place: Place) -> tuple[NDArray[Any], Note]:
+    """The mapped array of ``file`` and its note. Raises ValueError and whatever damaged files raise."""
+    note = _note(file)
+    with open(file, "rb") as opened:
+        version = np.lib.format.read_magic(opened)
+        if version != (1, 0):
+            raise ValueError("another version of the format")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(opened)
+        start = opened.tell()
+        unchanged = os.fstat(opened.fileno()).st_mtime_ns % 10**9 == 0
+    if (shape, dtype, fortran) != (place.shape, np.dtype(place.dtype), False):
+        raise ValueError(f"it holds {dtype} {shape} instead of {np.dtype(place.dtype)} {place.shape}")
+    array = np.memmap(file, dtype, "r", start, shape)
+    parts = -(-place.bytes // BLOCK)
+    if len(note.sums) != parts:
+        raise ValueError("it is cut")
+    step = max(1, parts * BLOCK // SURE) if unchanged else 1
+    content = array.reshape(-1).view(np.uint8).data
+    for number in {*range(0, parts, step), parts - 1}:
+        if zlib.crc32(content[number * BLOCK : (number + 1) * BLOCK]) != note.sums[number]:
+            raise ValueError("its content was changed")
+    return array, note
+
+
+def _note(file: Path) -> Note:
+    """What stands at the end of ``file``. Raises ValueError and whatever damaged files raise."""
+    with open(file, "rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        if size < len(END) + 8:
+            raise ValueError("it is cut" if size else "it is empty")
+        opened.seek(size - len(END) - 8)
+        length = struct.unpack("<Q", opened.read(8))[0]
+        if opened.read() != END or length > min(size, MOST_NOTE):
+            raise ValueError("it is cut, or another program's")
+        opened.seek(size - len(END) - 8 - length)
+        return msgspec.json.decode(opened.read(length), type=Note)
+
+
+def keep(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float | None = None) -> None:
+    """Writes ``rows``, one after the other the array of ``place``; ``what`` they are is for people.
+
+    ``seconds``: what making them took; None where making and writing are one. Raises Refused when that fails, as on a
+    full disk, and what ``rows`` raises; then there is no file.
+    """
+    started = time.perf_counter()
+    with atomic(place.file) as part:
+        with open(part, "wb") as out:
+            header = {"descr": np.dtype(place.dtype).str, "fortran_order": False, "shape": place.shape}
+            np.lib.format.write_array_header_1_0(out, header)
+            sums = _write(out, rows)
+            took = time.perf_counter() - started if seconds is None else seconds
+            words = what.encode("utf-8", "replace").decode()
+            note = msgspec.json.encode(Note(words, round(took, 3), sums))
+            out.write(note + struct.pack("<Q", len(note)) + END)
+        _mark_used(part)
+    _in_use.add(place.name)
+
+
+def _write(out: BinaryIO, rows: Iterable[NDArray[Any]]) -> list[int]:
+    """Writes the bytes of ``rows``; returns the checksum of each ``BLOCK`` of them."""
+    sums, filled, total = [], 0, 0
+    for row in rows:
+        content = np.ascontiguousarray(row).reshape(-1).view(np.uint8).data
+        out.write(content)  # not by a map: a full disk is an error here, and would end the process there
+        while content:
+            part = content[: BLOCK - filled]
+            total, filled, content = zlib.crc32(part, total), filled + len(part), content[len(part) :]
+            if filled == BLOCK:
+                sums.append(total)
+                total = filled = 0
+    return [*sums, total] if filled else sums
+
+
+@contextlib.contextmanager
+def turn(place: Place) -> Iterator[None]:
+    """Waits until no other process makes ``place``; then ask ``read`` again, and make it where it is still missing."""
+    lock = place.file.with_name(f".{place.name}.lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # where no file can be made nothing will be kept, by nobody
+            _wait(lock, stack)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # who waits for it looks for what was made before it makes anything
+
+
+def _wait(lock: Path, stack: contextlib.ExitStack) -> None:
+    """Enters into ``stack`` the claim of ``lock``, as soon as nobody else has it; says once that it waits."""
+    told = False
+    while True:
+        with contextlib.ExitStack() as attempt:
+            if attempt.enter_context(claim(lock)):
+                stack.push(attempt.pop_all())
+                return
+        if not told:
+            where = f"{lock.name[1:-5]} in {escaped(str(lock.parent))}"
+            print(f"{claimed_by(lock).capitalize()} makes {where}: waiting for it.")
+            told = True
+        time.sleep(0.2)
+
+
+def limit() -> int:
+    """Bytes that the folder may have. Raises Refused when $FINETUNE101_CACHE_MAX_GB is no number."""
+    given = os.environ.get(VARIABLE) or f"{DEFAULT_GB}"
+    try:
+        most = float(given)
+    except ValueError:
+        most = -1.0
+    if not 0 <= most < 1e9:
+        raise Refused(f"{VARIABLE} is {given}, not a number of gigabytes; give one such as {DEFAULT_GB:g}")
+    return int(most * 1e9)
+
+
+def make_room(place: Place) -> str:
+    """Removes arrays that were not used for longest until ``place`` fits the bound; else says why it cannot be kept.
+
+    What this process uses stays. Other processes go on with what they have opened.
+    """
+    try:
+        place.file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(place.file.parent).free
+    except OSError:
+        free = 0
+    remove_abandoned(place.file.parent)
+    needs = f"needs {place.bytes / 1e9:.2f} GB"
+    if free < place.bytes * 1.05 + 1e8:
+        return f"{needs}, {escaped(str(place.file.parent))} has {free / 1e9:.2f}"
+    most, present = limit(), entries()
+    if place.bytes > most:
+        return f"{needs}, {VARIABLE} allows {most / 1e9:g}"
+    total = sum(entry.bytes for entry in present)
+    for entry in present:
+        if total + place.bytes <= most:
+            break
+        if entry.kind in ARRAYS and entry.file.name not in {*_in_use, place.name}:
+            with contextlib.suppress(OSError):
+                entry.file.unlink()
+                total -= entry.bytes
+                print(f"Removed {entry.file.name}, unused for longest: {VARIABLE} allows {most / 1e9:g}.")
+    return "" if total + place.bytes <= most else f"{needs}, {VARIABLE} leaves {max(0, most - total) / 1e9:.2f}"
+
+
+def entries() -> list[Entry]:
+    """What is kept in the folder, from the longest unused on."""
+    kept = []
+    with contextlib.suppress(OSError):
+        for file in cache_dir().iterdir():
+            if NAMES.fullmatch(file.name):
+                with contextlib.suppress(OSError):
+                    state, note = file.lstat(), None
+                    with contextlib.suppress(Exception):  # those that are damaged or have no note are listed as well
+                        note = _note(file)
+                    kept.append(Entry(file, state.st_size, state.st_mtime, note))
+    return sorted(kept, key=lambda entry: (entry.used, entry.file.name))
+
+
+def clear(older_than: float = 0.0) -> list[Entry]:
+    """Removes what was not used for ``older_than`` days; returns that. Raises Refused where it cannot be removed."""
+    folder, removed = cache_dir(), []
+    remove_abandoned(folder)
+    for entry in entries():
+        if time.time() - entry.used >= older_than * 86400 or not older_than:
+            try:
+                entry.file.unlink(missing_ok=True)
+            except OSError as error:
+                raise Refused(f"{entry.file} cannot be removed ({error.strerror}); remove it yourself") from error
+            removed.append(entry)
+    return removed
+
+
+def table() -> str:
+    """The folder as text: size, days since the last use, name and content of each entry, then the sum and the bound."""
+    present = entries()
+    lines = [f"{'GB':>8}  {'days unused':>11}  file"] * bool(present)
+    for entry in reversed(present):
+        days = max(0.0, time.time() - entry.used) / 86400
+        words = f": {entry.note.what}, made in {entry.note.seconds:.0f} s" if entry.note else ""
+        lines.append(f"{entry.bytes / 1e9:8.3f}  {days:11.1f}  {entry.file.name}{words}")
+    total = sum(entry.bytes for entry in present) / 1e9
+    lines.append(
+        f"{escaped(str(cache_dir()))}: {len(present)} files, {total:.2f} GB of at most {limit() / 1e9:g} ({VARIABLE})"
+    )
+    return "\n".join(lines)

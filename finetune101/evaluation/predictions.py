@@ -1,0 +1,53 @@
+"""predictions.csv: path, label, prediction and confidence of each image, readable by people, spreadsheets and us."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune101.files import as_json, atomic
+
+COLUMNS = ("path", "label", "prediction", "confidence")
+# what a spreadsheet takes for a formula (OWASP, "CSV injection"), and the same as we write it
+_FORMULA, _GUARDED = re.compile("'*[-=+@]"), re.compile("''*[-=+@]")
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\\\\(?=u[0-9a-f]{4})")
+_ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
+
+
+def cell(name: str) -> str:
+    """``name`` for a CSV file: no formula, no control character, only characters that UTF-8 has; ``named`` undoes it.
+
+    A formula begins with ', other characters are \\uNNNN, as is a backslash before what looks like one.
+    """
+    shown = _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", name)
+    return f"'{shown}" if _FORMULA.match(shown) else shown
+
+
+def named(shown: str) -> str:
+    """The name that ``cell`` made ``shown`` of."""
+    plain = shown[1:] if _GUARDED.match(shown) else shown
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), plain)
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of ``file``, names as they are. Raises csv.Error, TypeError or ValueError for a damaged one."""
+    with open(file, newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened, strict=True))
+    return [{key: value if key == "confidence" else named(value) for key, value in row.items()} for row in rows]
+
+
+def write_pair(folder: Path, ending: str, result: dict[str, Any], rows: Iterable[tuple[str, str, str, float]]) -> None:
+    """test{ending}.json with ``result`` and predictions{ending}.csv with ``rows``, both or neither.
+
+    A crash between the two leaves the new test.json, so that no look at the test images is uncounted.
+    """
+    with atomic(folder / f"predictions{ending}.csv") as table:
+        with open(table, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows([*map(cell, names), f"{confidence:.4f}"] for *names, confidence in rows)
+        with atomic(folder / f"test{ending}.json") as part:
+            part.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")

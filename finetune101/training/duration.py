@@ -1,0 +1,377 @@
+"""How long trainings will take on this machine, known from a few real steps on noise; writes nothing that stays."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from finetune101.config import DataConfig, Preprocessing, TrainConfig
+from finetune101.data import cache, dataset, splits
+from finetune101.errors import Refused
+from finetune101.evaluation.forward import Forward
+from finetune101.evaluation.inference import load_model
+from finetune101.files import cache_dir
+from finetune101.machine import usable_cores
+from finetune101.models.build import Built, build, freeze
+from finetune101.runs import Run, open_run
+from finetune101.training import cpu, probe
+from finetune101.training.distill import Teachers
+from finetune101.training.loop import HeadTrainer, Job, Trainer
+from finetune101.world import World, detect, use_cores
+
+SAMPLE = 24  # images whose decoding is timed
+SOLUTIONS = 40  # evaluations of the loss that the output layer's solution takes, for each penalty
+LONG_ENOUGH = 2.0  # seconds of training steps, after the first, that make a measurement
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Images of a split."""
+
+    train: int
+    val: int
+    test: int
+
+    @property
+    def all(self) -> int:
+        """Images of all subsets."""
+        return self.train + self.val + self.test
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to come."""
+
+    config: TrainConfig
+    images: Counts
+    tested: bool = False
+    """Whether its test images are scored as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds that the parts of one kind of run take here."""
+
+    start: float
+    """Until the first step, without decoding, and after the last one."""
+    step: dict[int | None, float]
+    """An image that is trained on, by its size."""
+    forward: float
+    """An image that is validated or tested."""
+    features: float
+    """An image whose frozen features are computed."""
+    solution: float
+    """The solved output layer, for each of its images."""
+    epoch: float
+    """What an epoch writes."""
+
+    def of(self, work: Work) -> float:
+        """Seconds of a run, without what it shares with others: decoded images and frozen features."""
+        config, images = work.config, work.images
+        epochs, every = config.optim.epochs, config.optim.val_every
+        scored = config.data.fit_on == "train"
+        train = images.train if scored else images.train + images.val
+        sizes = [config.augment.size_at(epoch, epochs) for epoch in range(1, epochs + 1)]
+        validated = sum(epoch % every == 0 or epoch == epochs for epoch in range(1, epochs + 1)) if scored else 0
+        seconds = self.start + self.epoch * epochs + train * sum(self.step[size] for size in sizes)
+        if not config.model.cached_features:
+            seconds += validated * images.val * self.forward
+        if config.model.head == "probe":
+            seconds += train * self.solution + (images.val * self.forward if scored else 0)
+        return seconds + ((images.test + images.val) * self.forward if work.tested else 0)
+
+
+def count(index: dataset.Index, data: DataConfig) -> Counts:
+    """The images of the split that ``data`` makes of ``index``, near enough: near-duplicates are not looked for.
+
+    Raises Refused as ``splits.make`` does.
+    """
+    manifest = splits.read(Path(data.split)) if data.split else splits.make(index, data)
+    return Counts(*(len(manifest.subsets[name]) for name in splits.SUBSETS))
+
+
+def kind(config: TrainConfig) -> str:
+    """What decides the pace of a run: equal for runs that differ in rates, seeds and the like only."""
+    o, s = config.optim, dataclasses.replace(config.system, seed=0)
+    return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
+
+
+def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: float = 60.0) -> str:
+    """How long ``works`` take, in a sentence; ``jobs`` of them run at a time.
+
+    Kinds of runs are measured until ``budget`` seconds are over, those left are guessed from the nearest. Raises
+    Refused for a network or a size that cannot be.
+    """
+    paces: dict[str, tuple[TrainConfig, Pace]] = {}
+    impossible: dict[str, Refused] = {}
+    started, guessed, total = time.perf_counter(), 0, 0.0
+    shared: dict[str, float] = {}  # what the first of several runs does for all
+    with _undisturbed():
+        for work in works:
+            key = kind(work.config)
+            if key not in paces and key not in impossible:
+                late = bool(paces) and time.perf_counter() - started > budget
+                try:
+                    guess = _nearest(work.config, list(paces.values())) if late else None
+                    paces[key] = work.config, guess or measure(work.config, len(index.classes))
+                    guessed += late
+                except Refused as error:  # told when its turn comes
+                    impossible[key] = error
+            if key in paces:
+                total += paces[key][1].of(work)
+                _add_shared(shared, work, paces[key][1], index)
+        total += sum(shared.values())
+    if not paces:
+        raise next(iter(impossible.values()))
+    first = works[0].config.system
+    at_once = min(jobs, usable_cores() // (first.threads or 1)) if detect(first).device.type == "cpu" else 1
+    text = f"This takes about {in_words(total / max(1, min(at_once, len(works))))}, from a few steps of "
+    text += f"{len(paces) - guessed} kind{'s' * (len(paces) - guessed != 1)} of run"
+    text += f"; {guessed} more are guessed." if guessed else "."
+    return " ".join([text, *(f"Cannot be trained: {error}." for error in impossible.values())])
+
+
+def in_words(seconds: float) -> str:
+    """``seconds`` as people say them: "40 seconds", "12 minutes", "16.5 hours", "4 days"."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} second{'s' * (round(seconds) > 1)}"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: dataset.Index) -> None:
+    """Adds to ``shared`` the seconds of decoding and of features that ``work`` needs and no earlier run paid."""
+    model, images = work.config.model, work.images
+    built = _shape(work.config)
+    key = f"decode {built.cache_size} {built.interpolation}"
+    rate = shared.get("decode")
+    if key not in shared and work.config.data.cache == "auto":
+        known = _is_decoded(built.cache_size, len(index.paths), images.all)
+        if not known and rate is None:
+            rate = decode_seconds(index, built)
+        shared[key] = 0.0 if known else (rate or 0.0) * images.all
+    compared = work.tested or (work.config.data.protocol == "standard" and work.config.data.group_duplicates)
+    if compared and "duplicates" not in shared and not list(cache_dir().glob("thumbnails_*")):
+        shared["duplicates"] = decode_seconds(index, built) * len(index.paths)
+    if model.cached_features or model.head == "probe":
+        of = f"features {model.name} {model.size} {model.cache_size} {work.config.data.split_seed} {images}"
+        shared.setdefault(of, pace.features * (images.train + images.val))
+
+
+_SHAPES: dict[str, Preprocessing] = {}
+
+
+def _shape(config: TrainConfig) -> Preprocessing:
+    m = config.model
+    key = repr((m.name, m.size, m.cache_size))
+    if key not in _SHAPES:
+        _SHAPES[key] = build(m.name, 2, pretrain=False, size=m.size, cache_size=m.cache_size).preprocessing
+    return _SHAPES[key]
+
+
+def _is_decoded(size: int, *counts: int) -> bool:
+    """Whether the cache folder holds as many decoded images of this size: seen by its bytes, without a hash."""
+    wanted = [count * size * size * 3 for count in counts]
+    files = [file.stat().st_size for file in cache_dir().glob(f"*{size}px*")]
+    return any(0 <= have - need < 2**16 for have in files for need in wanted)
+
+
+def decode_seconds(index: dataset.Index, shape: Preprocessing) -> float:
+    """Seconds that one image of ``index`` takes to decode, with all cores at work; unreadable images are left out."""
+    chosen = random.Random(0).sample(list(index.paths), min(SAMPLE, len(index.paths)))
+    images = cache.Images(index.root, index.paths, shape)
+    started, read = time.perf_counter(), 0
+    with contextlib.suppress(Refused):
+        images.read(chosen)
+        read = len(chosen)
+    return (time.perf_counter() - started) / max(read, 1)
+
+
+class Noise:
+    """Pixels of no image, in the place of ``cache.Images``: what a step takes does not depend on what they show."""
+
+    def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
+        self.paths, self.preprocessing, self.key = tuple(paths), preprocessing, ""
+        side = preprocessing.cache_size
+        self._some = np.random.default_rng(0).integers(0, 256, (8, side, side, 3), dtype=np.uint8)
+        self.pixels: cache.Pixels | None = self._some  # other processes may prepare them, as of a cache
+
+    def read(self, paths: Sequence[str]) -> cache.Pixels:
+        """uint8 (N, cache_size, cache_size, 3)."""
+        return self._some[[i % len(self._some) for i in range(len(paths))]]
+
+
+def measure(config: TrainConfig, classes: int) -> Pace:
+    """The pace of ``config`` on ``classes`` classes: a few steps of the real training, on noise.
+
+    Raises Refused for a network, a size or a teacher that cannot be.
+    """
+    world = detect(config.system)
+    use_cores(config.system.threads)  # as the training would
+    largest = max([_shape(config).size, *config.augment.train_sizes])
+    enough = max(16, round(64 * (112 / largest) ** 2))  # beyond, what a step does once no longer counts on a CPU
+    batch = max(2, min(config.optim.batch_size, enough if world.device.type == "cpu" else config.optim.batch_size))
+    optim = dataclasses.replace(config.optim, batch_size=batch, teacher=())
+    data = dataclasses.replace(config.data, fit_on="train")
+    started = time.perf_counter()
+    if config.system.fast_kernels:
+        cpu.tune_allocator()
+    m = config.model
+    built = build(m.name, classes, pretrain=False, size=m.size, cache_size=m.cache_size)
+    if m.freeze:
+        freeze(built.model, built.head)
+    ready = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        trial = dataclasses.replace(config, exp="pace", runs=folder, optim=optim, data=data)
+        teachers = _teachers(config, built, world)
+        job = _job(trial, built, world, batch, classes, teachers)
+        forward = _forward(job)
+        features = _features(job) if m.cached_features or m.head == "probe" else 0.0
+        solution = _solution(job, features, classes) if m.head == "probe" else 0.0
+        step, record = _steps(job, batch, classes)
+        began = time.perf_counter()
+        if record:
+            trainer = Trainer(job)
+            trainer.finish_epoch(record | {"val_loss": 1.0, "val_top1": 1.0, "val_seconds": 0.0})
+        wrote = time.perf_counter() - began
+    return Pace(
+        start=2 * ready + 0.5, step=step, forward=forward, features=features, solution=solution, epoch=wrote + 0.05
+    )
+
+
+def _job(config: TrainConfig, built: Built, world: World, images: int, classes: int, teachers: Teachers | None) -> Job:
+    """A job on ``images`` training and as many validation images that do not exist."""
+    names = [f"c{i}" for i in range(classes)]
+    subsets = {
+        part: tuple(f"{names[i % classes]}/{part}{i}.jpg" for i in range(images)) for part in ("train", "val")
+    } | {"test": ()}
+    manifest = splits.Manifest(
+        protocol="reference", seed=0, options={}, classes=tuple(names), content_hash="", subsets=subsets
+    )
+    noise: Any = Noise([path for paths in subsets.values() for path in paths], built.preprocessing)
+    run = Run(Path(config.runs) / config.exp)
+    run.write_json("config.json", {})  # without it the folder would be no run's any more
+    return Job(config=config, run=run, world=world, manifest=manifest, images=noise, built=built, teachers=teachers)
+
+
+def _steps(job: Job, batch: int, classes: int) -> tuple[dict[int | None, float], dict[str, Any]]:
+    """Seconds of an image by its size, the first step left out, and the last record."""
+    config, found, record = job.config, dict[int | None, float](), dict[str, Any]()
+    epochs = config.optim.epochs
+    sizes = {config.augment.size_at(epoch, epochs): epoch for epoch in range(epochs, 0, -1)}
+    for size, epoch in sizes.items():
+        steps, seconds = 1, 0.0
+        while seconds < LONG_ENOUGH and steps <= 64:
+            longer = _job(config, job.built, job.world, steps * batch, classes, job.teachers)
+            trainer = HeadTrainer(longer) if config.model.cached_features else Trainer(longer)
+            trainer.wrap()
+            with contextlib.suppress(Refused), tqdm(disable=True) as bar:  # noise may diverge
+                record = trainer.train_epoch(epoch, trainer.batches([epoch]), bar)
+            seconds = float(record.get("seconds", LONG_ENOUGH)) if steps > 1 else 0.0
+            found[size] = float(record.get("seconds", 0.0)) / (steps * batch)
+            steps = 3 if steps == 1 else 2 * steps
+    return found, record
+
+
+def _forward(job: Job) -> float:
+    """Seconds of a validation image, the better of two tries."""
+    trainer, tries = Trainer(job), []
+    for _ in range(2):
+        started = time.perf_counter()
+        trainer.val_logits()
+        tries.append(time.perf_counter() - started)
+    return min(tries) / len(job.manifest.subsets["val"])
+
+
+def _features(job: Job) -> float:
+    """Seconds of an image whose features are computed, without what comes once."""
+    paths, took = job.manifest.subsets["train"], []
+    without_cache: Any = Noise(job.images.paths, job.images.preprocessing)
+    without_cache.pixels = None  # so that nothing is kept of them
+    for times in (1, 3):
+        started = time.perf_counter()
+        probe.features(job.built, without_cache, paths * times, job.world, job.config.system.fast_kernels)
+        took.append(time.perf_counter() - started)
+    return max(took[1] - took[0], 0.1 * took[1]) / (2 * len(paths))
+
+
+def _solution(job: Job, features: float, classes: int) -> float:
+    """Seconds that solving the output layer takes for each image."""
+    width = getattr(job.built.output_layer, "in_features", 1024)
+    x, y = torch.randn(512, width), torch.arange(512) % classes
+    probe.solve(x, y, classes, 0.01, steps=1)
+    started = time.perf_counter()
+    probe.solve(x, y, classes, 0.01, steps=4)
+    evaluation = (time.perf_counter() - started) / 5
+    return SOLUTIONS * len(job.config.model.probe_l2) * evaluation / 512
+
+
+def _teachers(config: TrainConfig, built: Built, world: World) -> Teachers | None:
+    """The teachers of ``config``, whatever their split."""
+    networks: list[Any] = []
+    for name in config.optim.teacher:
+        model, preprocessing, _ = load_model(open_run(name, config.runs))
+        network = Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels)
+        networks.append((network, preprocessing))
+    return Teachers(networks, built.preprocessing, world) if networks else None
+
+
+def _nearest(config: TrainConfig, known: Sequence[tuple[TrainConfig, Pace]]) -> Pace:
+    """A guess for ``config`` from runs that were measured: of the same network where there is one, by the pixels."""
+    own = [pair for pair in known if pair[0].model.name == config.model.name] or list(known)
+    like, pace = own[0]
+    mean = statistics.mean(pace.step.values()) if pace.step else pace.forward
+    scale = (_shape(config).size / _shape(like).size) ** 2
+    sizes = {config.augment.size_at(epoch, config.optim.epochs) for epoch in range(1, config.optim.epochs + 1)}
+    return dataclasses.replace(
+        pace,
+        step={size: mean * ((size / _shape(like).size) ** 2 if size else scale) for size in sizes},
+        forward=pace.forward * scale,
+        features=(pace.features or pace.forward) * scale,
+    )
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts back the random numbers and the number of threads of PyTorch, which measuring changes."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Lets the block read the cache folder and write into a copy that is gone afterwards."""
+    real, before = cache_dir(), os.environ.get("FINETUNE101_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        for file in real.iterdir() if real.is_dir() else ():
+            if file.suffix == ".so":  # loaded from a private file only
+                shutil.copy2(file, folder)
+            elif file.is_file():
+                with contextlib.suppress(OSError):
+                    os.symlink(file.resolve(), Path(folder) / file.name)
+        os.environ["FINETUNE101_CACHE"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("FINETUNE101_CACHE")
+            if before is not None:
+                os.environ["FINETUNE101_CACHE"] = before
