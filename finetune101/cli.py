@@ -30,7 +30,7 @@ from finetune101.console import guarded, watched
 from finetune101.errors import Refused
 from finetune101.faults import has_password
 from finetune101.files import escaped
-from finetune101.machine import place
+from finetune101.machine import place, usable_cores
 
 if TYPE_CHECKING:
     from finetune101.runs import Run
@@ -396,4 +396,6 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``finetune101`` and ``python -m finetune101``; returns the exit code."""
+    if argv is None:  # before torch is loaded, which takes the cores of the machine
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     return guarded(lambda: dispatch(sys.argv[1:] if argv is None else argv))

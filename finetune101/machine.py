@@ -17,14 +17,17 @@ CGROUP = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """How many cores the process may use, at least 1: affinity, the quota of its cgroup, and SLURM's share of a task.
 
-    ``OMP_NUM_THREADS`` is a wish of the user, not a property of the machine: a smaller one counts as well.
+    ``OMP_NUM_THREADS`` is a wish of the user, not a property of the machine: a smaller one counts as well. The 1 that
+    torchrun sets for each of several processes is no wish.
     """
     process_count = getattr(os, "process_cpu_count", None)  # Python 3.13
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = (process_count() if process_count else os.cpu_count()) or 1
-    limits = [cores, _quota(), *map(_whole, ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"))]
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    wish = None if by_torchrun else _whole("OMP_NUM_THREADS")
+    limits = [cores, _quota(), _whole("SLURM_CPUS_PER_TASK"), wish]
     return max(1, min(limit for limit in limits if limit))
 
 

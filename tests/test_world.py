@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from finetune101 import world as worlds
+from finetune101.cli import main
 from finetune101.config import SystemConfig
 from finetune101.errors import Refused
-from finetune101.machine import Place, place
+from finetune101.machine import Place, place, usable_cores
 from finetune101.world import World, detect, join
 
 
@@ -71,7 +72,7 @@ def test_joining_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that binds processes to cores")
-@pytest.mark.parametrize("variables", [{}, {"SLURM_CPUS_PER_TASK": "1"}, {"OMP_NUM_THREADS": "1"}])
+@pytest.mark.parametrize("variables", [{}, {"SLURM_CPUS_PER_TASK": "1"}])
 def test_threads_are_the_cores_that_the_process_may_use(variables: dict[str, str]) -> None:
     """In a process of its own: as taskset, a container's cpuset, SLURM or the user say."""
     bind = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" if not variables else ""
@@ -83,6 +84,26 @@ def test_threads_are_the_cores_that_the_process_may_use(variables: dict[str, str
     environment = {key: value for key, value in os.environ.items() if key not in names} | variables
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1"]
+
+
+def test_a_single_thread_by_torchrun_is_no_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets it where the user says nothing, and several processes would compute on one core each."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = usable_cores()
+    for name, value, expected in (("OMP_NUM_THREADS", "1", 1), ("TORCHELASTIC_RUN_ID", "x", cores)):
+        monkeypatch.setenv(name, value)
+        assert usable_cores() == expected
+
+
+def test_the_program_begins_with_the_cores_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wish in ("", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+        if not wish:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        cores = usable_cores()
+        monkeypatch.setattr(sys, "argv", ["finetune101", "recipes"])
+        assert main() == 0
+        assert os.environ["OMP_NUM_THREADS"] == (wish or str(cores))
 
 
 def test_the_place_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:

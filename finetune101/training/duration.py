@@ -31,7 +31,7 @@ from finetune101.runs import Run, open_run
 from finetune101.training import cpu, probe
 from finetune101.training.distill import Teachers
 from finetune101.training.loop import HeadTrainer, Job, Trainer
-from finetune101.world import World, detect
+from finetune101.world import World, detect, use_cores
 
 SAMPLE = 24  # images whose decoding is timed
 SOLUTIONS = 40  # evaluations of the loss that the output layer's solution takes, for each penalty
@@ -222,6 +222,7 @@ def measure(config: TrainConfig, classes: int) -> Pace:
     Raises Refused for a network, a size or a teacher that cannot be.
     """
     world = detect(config.system)
+    use_cores(config.system.threads)  # as the training would
     largest = max([_shape(config).size, *config.augment.train_sizes])
     enough = max(16, round(64 * (112 / largest) ** 2))  # beyond, what a step does once no longer counts on a CPU
     batch = max(2, min(config.optim.batch_size, enough if world.device.type == "cpu" else config.optim.batch_size))
@@ -264,7 +265,7 @@ def _job(config: TrainConfig, built: Built, world: World, images: int, classes: 
     )
     noise: Any = Noise([path for paths in subsets.values() for path in paths], built.preprocessing)
     run = Run(Path(config.runs) / config.exp)
-    run.path.mkdir(exist_ok=True)
+    run.write_json("config.json", {})  # without it the folder would be no run's any more
     return Job(config=config, run=run, world=world, manifest=manifest, images=noise, built=built, teachers=teachers)
 
 

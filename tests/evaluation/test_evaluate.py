@@ -20,7 +20,7 @@ from finetune101.data import splits
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.evaluation.forward import Forward
-from finetune101.evaluation.inference import read_checkpoint, world_of
+from finetune101.evaluation.inference import open_network, read_checkpoint, world_of
 from finetune101.runs import Run
 from finetune101.training.loop import fit
 from finetune101.training.prepare import prepare
@@ -74,6 +74,20 @@ def test_each_look_at_the_test_is_counted(small: TrainConfig) -> None:
     assert evaluate(run)["mirror"] is False
     twice = evaluate(run, mirror=True)
     assert twice["mirror"] is True and twice["times_scored"] == 2
+
+
+def test_scoring_and_predicting_keep_the_threads(small: TrainConfig) -> None:
+    """As in a study, whose runs share the cores."""
+    run = trained(small)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            evaluate(run)
+            open_network(run)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_number_format_that_this_machine_lacks_is_fp32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import platform
 import subprocess
 import sys
@@ -190,6 +191,10 @@ def test_allocator_is_tuned_on_glibc_only() -> None:
     assert result.stdout.strip() == str(glibc)
 
 
-def test_allocator_is_harmless_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
+@pytest.mark.parametrize(("system", "library"), [("darwin", "glibc"), ("win32", ""), ("linux", "musl")])
+def test_allocator_is_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch, system: str, library: str) -> None:
+    """Another C library may have a ``mallopt`` that means something else: it is not even looked for."""
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "libc_ver", lambda: (library, "1.2"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("the C library was opened"))
     assert tune_allocator() is False

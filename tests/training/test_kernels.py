@@ -86,7 +86,7 @@ def test_a_cache_folder_of_all_users_is_not_used(fresh: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_others_planted_or_damaged_is_built_anew(fresh: Path, library: Path) -> None:
+def test_what_others_planted_or_damaged_is_built_anew(library: Path, fresh: Path) -> None:
     folder = kernels._own_folder()
     assert folder is not None
     planted = folder / library.name
