@@ -21,7 +21,7 @@ from finetune101.arguments import (
     parse_train,
 )
 from finetune101.cli import ensure_data, recipe_line, score_text
-from finetune101.config import DataConfig, StudyConfig, TrainConfig, check_name
+from finetune101.config import DataConfig, ModelConfig, StudyConfig, TrainConfig, check_bounds, check_name
 from finetune101.console import watched
 from finetune101.errors import Refused
 
@@ -211,6 +211,7 @@ def benchmark(argv: Sequence[str]) -> int:
     from finetune101.training.benchmark import Workload, table
     from finetune101.training.benchmark import benchmark as measure
 
+    check_bounds(ModelConfig(size=a.size))
     for name in ("batch_size", "steps", "repeats"):
         if getattr(a, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
