@@ -249,7 +249,7 @@ def checked(value: Any, kind: Any, source: str, *, remedy: str, text: bool = Fal
         made = msgspec.convert(value, kind, strict=not text)
     except msgspec.ValidationError as error:
         raise Refused(f"{_place_and_kind(value, kind, source, error)}; {remedy}") from error
-    except (RecursionError, OverflowError) as error:
+    except (RecursionError, OverflowError, UnicodeEncodeError) as error:
         raise Refused(f"{source} holds values that no setting can have; {remedy}") from error
     return made if hasattr(kind, "__dataclass_fields__") else value
 
