@@ -279,7 +279,7 @@ def read_answers(run: Run) -> dict[str, Answer]:
     """
     file = run.path / "predictions.csv"
     try:
-        with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        with open(file, newline="", encoding="utf-8") as opened:
             rows = list(csv.DictReader(opened, strict=True))
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
