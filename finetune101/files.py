@@ -231,7 +231,7 @@ def _parsed(parse: Callable[[str], Any], text: str, source: str, language: str, 
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         inner = (v for held in level for v in (held.values() if isinstance(held, dict) else held))
         level = [v for v in inner if isinstance(v, dict | list)] if isinstance(level[0], dict | list) else []
         if not level:
@@ -339,6 +339,8 @@ def _fault(value: Any, kind: Any, source: str) -> str:
                 break
         else:
             break
+    if "surrogates" in reason and not place:
+        return f"{source} holds a name that is not Unicode text"
     if missing := re.match(r"Object missing required field `(.+?)`", reason):
         return f"{source} lacks {f'{place}.' if place else ''}{missing[1]}"
     has = f"has {escaped(shortened(place))} = {shown(value)}," if place else "is"
