@@ -203,7 +203,7 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
 
 def read_settings(file: Path) -> dict[str, Any]:
     """The table in a YAML, TOML or JSON file. Raises Refused when it cannot be read or holds no table."""
-    parsers: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": tomllib.loads, ".json": _json}
+    parsers: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": _json}
     if (suffix := file.suffix.lower()) not in parsers:
         raise Refused(f"{file} is no file of settings; give one that ends in .yaml, .toml or .json")
     text = read_text(file, "give a file of settings, saved as UTF-8", MOST_SETTINGS)
@@ -256,6 +256,12 @@ def _table(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
             raise ValueError(f"{shortened(str(name), 40)} is given twice")
         table[name] = value
     return table
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if any(key.count(".") > DEEPEST for key in re.split(r"[\n,={}\[\]]", text)):
+        raise RecursionError  # tomllib would take hours for a key of thousands of parts
+    return tomllib.loads(text)
 
 
 def _yaml(text: str) -> Any:

@@ -327,13 +327,20 @@ def test_yaml_has_no_traps(tmp_path: Path, text: str, value: Any) -> None:
     [
         "a: 1\na: 2", "a: &x 1\nb: *x", "a: !!int ''", "a: !!timestamp abc", "a: !!python/object:os.system x",
         "a: !x 1", "\ta: 1", "a: [1", "a: 1\n---\nb: 2", "a: \0", "[1]: 2", "1: 2", "[1]", "text", "", "#",
-        "a: " + "[" * 60 + "]" * 60, "a: " + "[" * 9_000, "a: " + "9" * 5000, "format: 99", "format: x", "a: " + "x" * 2**17,
+        "a: " + "[" * 60 + "]" * 60, "a: " + "[" * 9_000, "a: " + "9" * 5000, "format: 99", "format: x",
+        "a: " + "x" * 2**17,
     ],
 )  # fmt: skip
 def test_what_is_no_plain_yaml_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(Refused, match=r"x\.yaml ") as refusal:
         settings_in(tmp_path, text)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["a." * 60_000 + "b = 1", "[" + "a." * 60_000 + "b]", "a = " + "[" * 60_000])
+def test_deep_toml_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    with pytest.raises(Refused, match="nested"):
+        settings_in(tmp_path, text, ".toml")
 
 
 def test_aliases_do_not_fill_the_memory(tmp_path: Path) -> None:
