@@ -312,17 +312,9 @@ def checked(value: Any, kind: Any, source: str, *, remedy: str) -> Any:
     """
     _check_format(value, source)
     try:
-<<<<<<< HEAD
         made = msgspec.convert(value, kind)
     except (ValueError, RecursionError, OverflowError) as error:  # msgspec's own, and of surrogates and long numbers
         raise Refused(f"{_fault(value, kind, source)}; {remedy}") from error
-=======
-        made = msgspec.convert(value, kind, strict=not text)
-    except msgspec.ValidationError as error:
-        raise Refused(f"{_place_and_kind(value, kind, source, error)}; {remedy}") from error
-    except (RecursionError, OverflowError, UnicodeEncodeError) as error:
-        raise Refused(f"{source} holds values that no setting can have; {remedy}") from error
->>>>>>> h/reports
     return made if hasattr(kind, "__dataclass_fields__") else value
 
 
