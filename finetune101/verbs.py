@@ -15,6 +15,7 @@ from finetune101.arguments import (
     CompareArguments,
     EnsembleArguments,
     LrFindArguments,
+    RecipesArguments,
     ReportArguments,
     StudyArguments,
     parse,
@@ -226,4 +227,16 @@ def benchmark(argv: Sequence[str]) -> int:
         result = measure(root, a.models, work, a.every)
     print(table(result))
     write_json(Path(a.out), result)
+    return 0
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """``finetune101 recipes``."""
+    parse(RecipesArguments, argv, prog="finetune101 recipes")
+    from inspect import getdoc
+
+    from finetune101.training.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name}\n  " + (getdoc(recipe) or "").replace("\n", "\n  ").replace("``", "") + "\n")
     return 0
