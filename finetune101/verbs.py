@@ -140,9 +140,10 @@ def study(argv: Sequence[str]) -> int:
             return 130
         print(experiment.text(summary))
         folder = Path(config.runs) / config.exp
-        for picture in draw_study(folder):
-            print(f"Picture: {picture}")
-        print(f"A page with all of it: finetune101 report {shlex.quote(str(folder))}")
+        if any(cell["n"] for cell in summary["cells"]):
+            for picture in draw_study(folder):
+                print(f"Picture: {picture}")
+            print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
         failed = any(cell["errors"] for cell in summary["cells"])
     return int(failed)
 
