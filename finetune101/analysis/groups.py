@@ -286,12 +286,7 @@ def read_answers(run: Run) -> dict[str, Answer]:
     """
     file = run.path / "predictions.csv"
     try:
-<<<<<<< HEAD
         rows = read_rows(file)
-=======
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened, strict=True))
->>>>>>> h/reports
         found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
     except FileNotFoundError:
         if kind_of(run.path.parent) == "search":
