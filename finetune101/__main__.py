@@ -2,7 +2,15 @@
 
 import sys
 
-from finetune101.cli import main
+
+def main() -> int:
+    """The exit code of the command line; Ctrl-C counts from the first moment on."""
+    try:
+        from finetune101.cli import main as run
+    except KeyboardInterrupt:
+        return 130
+    return run()
+
 
 if __name__ == "__main__":  # worker processes import this module again
     sys.exit(main())

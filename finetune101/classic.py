@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
-from finetune101.arguments import SearchArguments, expanded, parse, parse_train
-from finetune101.console import guarded
+from finetune101.arguments import SearchArguments, parse, parse_train
+from finetune101.console import expanded, guarded
 from finetune101.errors import Refused
 from finetune101.runs import Run, file_name, is_run
 

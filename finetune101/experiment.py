@@ -364,7 +364,7 @@ def estimate(index: dataset.Index, cells: Sequence[Cell], jobs: int = 1, budget:
     if not left:
         return f"{told}."
     sizes = {config.exp: cell.size for cell in cells for config in cell.runs}
-    counts = {cell.size: _counts(index, cell) for cell in cells}
+    counts = {size: _counts(index, cell) for size, cell in {cell.size: cell for cell in cells}.items()}
     shared = [sharing(config, jobs) if jobs > 1 else config for config in left]
     works = [Work(config, counts[sizes[config.exp]], tested=True) for config in shared]
     return f"{told}. {duration.told(works, index, jobs, budget)}"

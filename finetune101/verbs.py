@@ -15,13 +15,14 @@ from finetune101.arguments import (
     CompareArguments,
     EnsembleArguments,
     LrFindArguments,
+    RecipesArguments,
     ReportArguments,
     StudyArguments,
     parse,
     parse_train,
 )
 from finetune101.cli import ensure_data, recipe_line, score_text
-from finetune101.config import DataConfig, StudyConfig, TrainConfig, check_name
+from finetune101.config import DataConfig, ModelConfig, StudyConfig, TrainConfig, check_bounds, check_name
 from finetune101.console import watched
 from finetune101.errors import Refused
 
@@ -152,9 +153,10 @@ def study(argv: Sequence[str]) -> int:
         with watched(folder, lambda: "the same command goes on from the last epochs"):
             summary = experiment.run(config, index, cells, arguments.jobs)
         print(experiment.text(summary))
-        for picture in draw_study(folder):
-            print(f"Picture: {picture}")
-        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
+        if any(cell["n"] for cell in summary["cells"]):
+            for picture in draw_study(folder):
+                print(f"Picture: {picture}")
+            print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
         failed = any(cell["errors"] for cell in summary["cells"])
     return int(failed)
 
@@ -211,6 +213,7 @@ def benchmark(argv: Sequence[str]) -> int:
     from finetune101.training.benchmark import Workload, table
     from finetune101.training.benchmark import benchmark as measure
 
+    check_bounds(ModelConfig(size=a.size))
     for name in ("batch_size", "steps", "repeats"):
         if getattr(a, name) < 1:
             raise Refused(f"--{name.replace('_', '-')} is {getattr(a, name)}; give at least 1")
@@ -225,4 +228,16 @@ def benchmark(argv: Sequence[str]) -> int:
         result = measure(root, a.models, work, a.every)
     print(table(result))
     write_json(Path(a.out), result)
+    return 0
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """``finetune101 recipes``."""
+    parse(RecipesArguments, argv, prog="finetune101 recipes")
+    from inspect import getdoc
+
+    from finetune101.training.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name}\n  " + (getdoc(recipe) or "").replace("\n", "\n  ").replace("``", "") + "\n")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import claims
 import pytest
+from written_runs import write_run
 
 ROOT = Path(__file__).parents[1]
 TEST = ("cat/1.jpg", "cat/2.jpg", "cat/3.jpg", "dog/1.jpg")
@@ -19,7 +20,7 @@ ROWS = ["cat/1.jpg,cat,cat,0.9", "cat/2.jpg,cat,cat,0.8", "cat/3.jpg,cat,dog,0.6
 
 def claim(**changes: Any) -> dict[str, Any]:
     base = {"id": "a.b.top1", "value": 75.0, "unit": "%", "n": 1, "spread": None, "command": "train", "evidence": "a"}
-    return base | changes
+    return {"kind": claims.kind_of(changes.get("id", "a.b.top1")), **base, **changes}
 
 
 @pytest.fixture
@@ -46,9 +47,42 @@ def test_the_projects_own_claims_hold() -> None:
 
 def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     per_class = claim(id="a.b.mean_per_class", value=83.33)
-    speed = claim(id="speed.epoch", value=7.1, unit="x", n=5, spread=0.2)
-    assert problems(project, claim(), per_class, speed) == ""
-    assert claims.main(project) == 0 and capsys.readouterr().out == "All 3 claims hold.\n"
+    (project / "results" / "a" / "output.txt").write_text("It took 65.04 s, p = 2.31e-162.\n")
+    seconds, p = claim(id="demo.seconds", value=65, unit="s"), claim(id="gain.p", value=2.3e-162, unit="")
+    weights = claim(id="a.parameters", value=3.5, unit="million")
+    assert problems(project, claim(), per_class, seconds, p, weights) == ""
+    assert claims.main(project) == 0
+    out = capsys.readouterr().out
+    assert "All 5 claims" in out and "2 recomputed" in out and "2 recorded" in out and "1 not checked" in out
+
+
+def test_a_number_that_no_file_of_the_evidence_has(project: Path) -> None:
+    (project / "results" / "a" / "output.txt").write_text("It took 65.04 s in run v1.74.\n")
+    assert "claims 74" in problems(project, claim(id="demo.seconds", value=74, unit="s"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.b.top1", "recorded"), ("demo.seconds", "recomputed")])
+def test_a_claim_is_what_it_is_called(project: Path, name: str, kind: str) -> None:
+    assert "is called" in problems(project, claim(id=name, kind=kind))
+
+
+def test_times_are_the_sums_of_the_records(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    records = [50, 60, 55]
+    write_run(results / "arm" / "s0", {1}, scores=records, first=600.0)
+    write_run(results / "arm" / "s1", {1}, scores=records, first=3.0, run_seed=1)  # from the cache of the other
+    assert claims.minutes(results / "arm", results) == 13
+    right = claim(id="best.minutes", value=13, unit="min", n=2, evidence="arm")
+    assert problems(tmp_path, right) == ""
+    assert "metrics.jsonl gives 13" in problems(tmp_path, right | {"value": 8})
+
+
+def test_claims_on_speed_are_those_of_the_table() -> None:
+    measured = claims.speed(ROOT / "results")
+    assert measured["speed.plain_features"] == 6.0 and measured["speed.finetune"] == 35.6
+    right = claim(id="speed.finetune", value=35.6, unit="times", evidence="speed")
+    assert claims.check_claim(right, ROOT / "results") == []
+    assert claims.check_claim(right | {"value": 233.3}, ROOT / "results")
 
 
 def test_no_claims_hold(project: Path) -> None:

@@ -138,13 +138,10 @@ def test_every_command_on_a_folder_of_odd_images(photos: Path, capsys: pytest.Ca
     assert main(["train", "--exp", "odd", *TINY, "--data", str(photos)]) == 2
     assert "--skip-bad-images" in capsys.readouterr().err
     assert main(["train", "--exp", "odd", *TINY, "--data", str(photos), "--skip-bad-images"]) == 0
-    assert main(["evaluate", "odd"]) == 0
-    for name in ("saved.jpg", "exif1.png"):  # spoilt after the test: the page is made without it
+    for name in ("saved.jpg", "exif1.png"):  # spoilt after the training: a page is made without it
         (photos / "box" / name).write_bytes(b"no image")
     assert thumbnail(photos / "box" / "exif1.png") is None
     assert (thumbnail(photos / "box" / "exif2.png") or "").startswith("data:image/jpeg")
-    assert main(["predict", "odd", str(photos)]) == 1  # three could not be read
-    assert capsys.readouterr().err.count("Traceback") == 0
 
 
 @pytest.mark.parametrize("variable", [None, ""])

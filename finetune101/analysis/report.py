@@ -339,17 +339,22 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
         page.add("gallery", key, name, examples=chosen)
         page.sections[-1]["note"] += page.say("unread", n=unread) if unread else ""
     if "calibration" in run.test:
-        before, after = run.test["calibration"], run.test.get("calibration_scaled")
-        after = after if after and "temperature" in after else None
-        lines = {f"as trained (ECE {before['ece']:.3f})": before["bins"]}
-        if after and after["temperature"] != 1:
-            lines[f"with temperature {after['temperature']:.2f} (ECE {after['ece']:.3f})"] = after["bins"]
-        if after:
-            helps = "scaled" if after["ece"] < before["ece"] else "scaled_worse"
-        scaled = page.say(helps, t=after["temperature"], ece=after["ece"]) if after else page.words["unscaled"]
-        values = {"ece": before["ece"], "scaled": scaled}
-        alt = page.say("reliability_text", name=name, **values)
-        page.picture("reliability", lambda out: figures.reliability(lines, out), alt, name, **values)
+        _calibration(page, run, name)
+
+
+def _calibration(page: Page, run: Tested, name: str) -> None:
+    """Whether the confidence is right, and whether the temperature made it better."""
+    before, after = run.test["calibration"], run.test.get("calibration_scaled") or {}
+    t, ece = after.get("temperature"), after.get("ece")
+    lines = {f"as trained (ECE {before['ece']:.3f})": before["bins"]}
+    if t is None or t == 1:
+        scaled = page.words["unscaled" if t is None else "unhelpful"]
+    else:
+        lines[f"with temperature {t:.2f} (ECE {ece:.3f})"] = after["bins"]
+        scaled = page.say("scaled" if ece < before["ece"] else "scaled_worse", t=t, ece=ece)
+    values = {"ece": before["ece"], "scaled": scaled}
+    alt = page.say("reliability_text", name=name, **values)
+    page.picture("reliability", lambda out: figures.reliability(lines, out), alt, name, **values)
 
 
 def _facts(page: Page, runs: Sequence[Tested]) -> None:

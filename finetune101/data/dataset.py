@@ -15,6 +15,7 @@ import msgspec
 from finetune101.config import DataConfig
 from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.layouts import (
+    FOLDER,
     LEFT_OUT,
     SUBSETS,
     Layout,
@@ -39,7 +40,6 @@ __all__ = [
     "as_found", "class_of", "content_hash", "find", "images_in", "index", "layout_of", "subset_of", "told",
 ]  # fmt: skip
 
-FOLDER = "101_ObjectCategories"
 OFFICIAL_CLASSES = 101
 OFFICIAL_IMAGES = 8677
 HOW = f"run `finetune101 data download`, or give --data a folder with one folder per class (such as {FOLDER})"
@@ -225,6 +225,9 @@ def told(found: Index, most: int = 3) -> list[str]:
         if len(names) > 1:
             both = " and ".join(map(escaped, names))
             lines.append(f"Classes {both} differ only by the case of letters: two classes here, one on some machines.")
+    named = [f"{escaped(name)}/" for name in found.classes if subset_of(name)] if not found.subsets else []
+    if named:
+        lines.append(f"Taken as classes, as they hold no class folders: {', '.join(named)}.")
     for reason, paths in found.left_out.items():
         names = [escaped(path) for path in paths[:most]] + ["…"] * (len(paths) > most)
         lines.append(f"Left out: {len(paths)} {reason} ({', '.join(names)}).")

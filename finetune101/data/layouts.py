@@ -21,6 +21,7 @@ from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused
 from finetune101.files import cache_dir, escaped
 
+FOLDER = "101_ObjectCategories"
 LEFT_OUT = "BACKGROUND_Google"  # clutter, not an object class: the published protocols leave it out
 HEIF_SUFFIXES = (".heic", ".heif")
 SUBSETS = ("train", "val", "test")
@@ -41,6 +42,7 @@ _JUNK = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "__pyc
 _OWN_FILES = {"config.json", "split.json", "env.json", "metrics.jsonl", "test.json", "predictions.csv",
               "best.safetensors", "last.pt", "report.html", "report.md"}  # fmt: skip
 _OWN_SIGNS = {"comparison.json", "study.json", "search.json", "optuna.journal"}
+_PROGRAMS = {"pyvenv.cfg", "pyproject.toml", "setup.py", "package.json"}  # an environment or a checkout, never a class
 _DEMO = {"data", "runs", "comparison", "report"}
 
 DEAD = "dead links"
@@ -52,7 +54,7 @@ HEIF = "HEIC images, which need a decoder: pip install 'finetune101[heif]'"
 BESIDE = "images beside the class folders"
 ELSEWHERE = "images in folders that are neither train, val nor test, or have no class folders"
 UNKNOWN = "images of classes that the training folder lacks"
-OWN = "folders that finetune101 wrote"
+OWN = "folders of finetune101 or of another program"
 
 
 @cache
@@ -125,11 +127,11 @@ def is_image_name(name: str) -> bool:
 
 
 def _is_own(name: str, files: Collection[str], folders: Collection[str]) -> bool:
-    """Whether finetune101 wrote the folder ``name``, by the names in it; it draws nothing but PNG files."""
+    """Whether finetune101 (or a program) wrote the folder ``name``, by the names in it; it draws PNG files only."""
     if any(is_image_name(file) and not file.lower().endswith(".png") for file in files):
         return False
     plots = name.startswith("training_plots_") and bool(files) and all(is_image_name(file) for file in files)
-    signs = any(file in _OWN_SIGNS or file.startswith("events.out.tfevents.") for file in files)
+    signs = any(file in _OWN_SIGNS or file in _PROGRAMS or file.startswith("events.out.tfevents.") for file in files)
     demo = {"data", "runs"} <= set(folders) <= _DEMO and not any(map(is_image_name, files))
     return plots or signs or demo or len(_OWN_FILES.intersection(files)) > 1
 
@@ -329,7 +331,8 @@ def _class_folders(
         if _is_one_of(root / inner, ours):
             continue
         listing = list_folder(root, inner, above)
-        if listing.own or (name == "runs" and not listing.images):
+        downloaded = FOLDER in folders_in(root / inner)  # what `data download` made beside the classes
+        if listing.own or downloaded or (name == "runs" and not listing.images):
             left_out[OWN].append(inner)
             continue
         listings[name] = listing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig
+from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig, check_bounds
 from finetune101.data.batches import augment, draw_boxes
 from finetune101.data.cache import decode
 from finetune101.data.dataset import class_of, index
@@ -25,7 +26,7 @@ LARGE = 96  # and in the rows of augmented images
 GAP, LINE, MARGIN, COLUMNS = 10, 18, 16, 5
 AUGMENTED = 5  # images that are shown augmented
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-MOST_PIXELS = 30_000_000  # of the whole sheet
+MOST_PIXELS = 100_000_000  # of the whole sheet
 MOST_SIDE = 65_000  # of a JPEG
 FILL = (124, 116, 104)  # ImageNet's mean, with which training paints over
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -49,6 +50,7 @@ def contact_sheet(
         raise Refused(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
     if per_class < 1:
         raise Refused(f"{per_class} images per class cannot be shown; give at least 1")
+    check_bounds(config)
     for flag, given in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
         if given:
             raise Refused(f"{flag} changes whole batches or epochs, which a contact sheet cannot show; leave it out")
@@ -62,7 +64,8 @@ def contact_sheet(
     width, height, columns = _geometry(len(chosen), max(len(paths) for paths in chosen.values()))
     total = height + 2 * LINE + len(names) * (LARGE + GAP)
     if width * total > MOST_PIXELS or max(width, total) > MOST_SIDE:
-        raise Refused(f"the picture would have {width} x {total} pixels; give a smaller --per-class, now {per_class}")
+        way = f"give a smaller --per-class, now {per_class}" if per_class > 1 else "show a folder with fewer classes"
+        raise Refused(f"the picture would have {width} x {total} pixels; {way}")
     sheet = Image.new("RGB", (width, total), PAPER)
     _draw_classes(sheet, root, chosen, columns)
     _draw_augmented(sheet, [root / chosen[name][0] for name in names], config, seed, height)
@@ -76,7 +79,8 @@ def contact_sheet(
 def _geometry(classes: int, per_class: int) -> tuple[int, int, int]:
     """Width of the sheet, height of its part with the classes, and columns of classes."""
     cell = per_class * SIDE + GAP
-    columns = min(classes, max(1, COLUMNS * 3 // per_class))
+    tall = math.isqrt(classes * (LINE + SIDE + GAP) // (10 * cell))  # so many, and it is ten times as high as wide
+    columns = min(classes, max(1, COLUMNS * 3 // per_class, tall))
     rows = -(-classes // columns)
     width = max(2 * MARGIN + columns * cell, 2 * MARGIN + 6 * (LARGE + GAP))
     return width, 2 * MARGIN + rows * (LINE + SIDE + GAP), columns

@@ -110,29 +110,41 @@ def described(space: Space) -> dict[str, Any]:
 
 
 class KernelLock(JournalFileOpenLock):
-    """The journal's lock, held by the kernel: a killed worker lets go of it at once, not after a grace period."""
+    """The journal's lock, held by the kernel: a killed worker lets go of it at once, not after a grace period.
+
+    On file systems without such locks it is Optuna's, a file that is there or not.
+    """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path)
+        super().__init__(path + ".open")
         self._path, self._descriptor = path + ".lock", -1
 
     def acquire(self, blocking: bool = True) -> bool:
         """Waits for the lock; without ``blocking`` False when another process has it."""
         import fcntl
 
-        self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
-            return True
-        except BaseException as error:
-            os.close(self._descriptor)
-            if isinstance(error, BlockingIOError):
-                return False
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:  # Lustre and some NFS have none
+            os.close(descriptor)
+            return super().acquire()
+        except BaseException:
+            os.close(descriptor)
             raise
+        self._descriptor = descriptor
+        return True
 
     def release(self) -> None:
         """Lets go of the lock."""
+        if self._descriptor < 0:
+            super().release()
+            return
         os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def open_storage(plan: Plan) -> BaseStorage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import random
 import shutil
@@ -275,16 +276,18 @@ def _steps(job: Job, batch: int, classes: int) -> tuple[dict[int | None, float],
     epochs = config.optim.epochs
     sizes = {config.augment.size_at(epoch, epochs): epoch for epoch in range(epochs, 0, -1)}
     for size, epoch in sizes.items():
-        steps, seconds = 1, 0.0
-        while seconds < LONG_ENOUGH and steps <= 64:
+        steps = 1
+        for number in range(3):  # to warm up, to know the pace, and long enough
             longer = _job(config, job.built, job.world, steps * batch, classes, job.teachers)
             trainer = HeadTrainer(longer) if config.model.cached_features else Trainer(longer)
             trainer.wrap()
             with contextlib.suppress(Refused), tqdm(disable=True) as bar:  # noise may diverge
                 record = trainer.train_epoch(epoch, trainer.batches([epoch]), bar)
-            seconds = float(record.get("seconds", LONG_ENOUGH)) if steps > 1 else 0.0
-            found[size] = float(record.get("seconds", 0.0)) / (steps * batch)
-            steps = 3 if steps == 1 else 2 * steps
+            seconds = float(record.get("seconds", 0.0))
+            found[size] = seconds / (steps * batch)
+            if number == 2 or (number == 1 and seconds >= LONG_ENOUGH):
+                break
+            steps = min(64, math.ceil(LONG_ENOUGH / max(seconds / steps, 1e-3))) if number else 1 + 2 * (seconds < 3)
     return found, record
 
 

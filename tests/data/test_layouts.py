@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from finetune101.cli import main
-from finetune101.config import DataConfig
+from finetune101.config import DataConfig, TrainConfig
 from finetune101.data import dataset, splits
 from finetune101.data.dataset import Index, class_of, find, index, layout_of, told
 from finetune101.data.layouts import subset_of
 from finetune101.data.verify import verify
 from finetune101.errors import Refused
+from finetune101.training.identity import differences
 
 TINY = [
     "--no-pretrain",
@@ -160,6 +161,13 @@ def test_train_and_valid_train_and_are_evaluated(
     assert not (tmp_path / "runs/a/test.json").exists()
 
 
+def test_a_study_knows_a_run_whose_protocol_was_recognised() -> None:
+    """The run's config.json says folders, the study's settings still the default."""
+    settings = [TrainConfig(exp="a", data=DataConfig(protocol=name)) for name in ("reference", "folders", "standard")]
+    assert differences(settings[1], settings[0]) == []
+    assert differences(settings[2], settings[0]) == ["data.protocol"]
+
+
 # what a class holds
 
 
@@ -229,7 +237,9 @@ def test_classes_that_differ_by_case_are_told(tmp_path: Path) -> None:
 
 def test_a_class_named_as_a_subset_is_not_guessed(tmp_path: Path) -> None:
     make(tmp_path, "train/1.jpg", "bus/1.jpg")
-    assert index(tmp_path).classes == ("bus", "train")
+    found = index(tmp_path)
+    assert found.classes == ("bus", "train")
+    assert "Taken as classes" in told(found)[0] and "train/" in told(found)[0]
     make(tmp_path, "train/steam/1.jpg")
     with pytest.raises(Refused, match="--data"):
         index(tmp_path)
@@ -248,6 +258,8 @@ OWN = {
     "demo/runs/a": ("config.json", "env.json"),
     "demo/data/ball": ("1.jpg",),
     "study/model/arm": ("study.json", "x.png"),
+    "data/101_ObjectCategories/ant": ("1.jpg",),
+    "venv": ("pyvenv.cfg", "lib/matplotlib/icon.png"),
 }
 
 
@@ -258,7 +270,7 @@ def test_what_finetune101_wrote_is_no_class(tmp_path: Path) -> None:
     assert found.classes == ("cat", "dog")
     assert len(found.paths) == 2
     (line,) = told(found)
-    assert "finetune101 wrote" in line and "remove" not in line
+    assert "folders of finetune101" in line and "remove" not in line
 
 
 def test_a_stray_settings_file_makes_no_class_ours(tmp_path: Path) -> None:

@@ -116,6 +116,27 @@ def spoil(run: Run, value: float) -> None:
     save_file(state, run.best, info)
 
 
+def test_a_run_of_before_gets_its_temperature_at_its_test(
+    small: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint holds none, and stays as it is."""
+    run = trained(small)
+    state, info = read_checkpoint(run.best)
+    save_file(state, run.best, {key: value for key, value in info.items() if key != "temperature"})
+    whole = run.best.read_bytes()
+    photo = str(next(Path(str(small.data.root)).glob("*/*.jpg")))
+    assert main(["predict", str(run.path), photo]) == 0
+    assert "not calibrated" in capsys.readouterr().err
+    result = evaluate(run)
+    assert result["temperature"] == 1 and "too few" in score_text(result)
+    kept = run.read_json("temperature.json")
+    assert kept["temperature"] == 1 and run.best.read_bytes() == whole
+    run.write_json("temperature.json", {**kept, "temperature": 2.0})
+    assert evaluate(run)["temperature"] == 2
+    assert main(["predict", str(run.path), photo]) == 0
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_leave_the_test_as_it_was(
     small: TrainConfig, value: float, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from finetune101.config import OptimConfig, TrainConfig, from_dict, to_dict
 from finetune101.errors import Refused
+from finetune101.files import atomic
 from finetune101.runs import Run
 from finetune101.search import space, study, trial
 from finetune101.search.study import Plan
@@ -243,6 +247,34 @@ def test_a_fault_of_ours_is_kept_and_the_other_points_go_on(plan: MakePlan, monk
     good, bad = study.results(one, search(one))
     assert (good["state"], bad["state"], bad["error"]) == ("complete", "failed", "ZeroDivisionError: a fault")
     assert "Traceback" in Path(bad["trace"]).read_text() and Path(bad["trace"]).parent == Path(bad["run"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows locks files by other means")
+def test_a_file_system_without_locks_is_enough(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as on Lustre and some NFS
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    one = plan({"lr": [0.01]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # filelock says that it takes another way
+        assert len(study.results(one, search(one))) == 1
+        with alone(one), pytest.raises(Refused, match="another search"):
+            search(one)
+
+
+def test_processes_of_one_number_write_files_of_one_name(tmp_path: Path) -> None:
+    """As in two containers that share a folder: both have process number 1."""
+    file = tmp_path / "metrics.jsonl"
+    with atomic(file) as first:
+        with atomic(file) as second:
+            assert first != second
+            second.write_text("second")
+        assert file.read_text() == "second"
+        first.write_text("first")
+    assert file.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_a_damaged_journal_is_one_sentence(plan: MakePlan) -> None:
