@@ -207,7 +207,7 @@ def parse_json(text: str, source: str, remedy: str) -> Any:
 
 def read_settings(file: Path) -> dict[str, Any]:
     """The table in a YAML, TOML or JSON file. Raises Refused when it cannot be read or holds no table."""
-    parsers: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": tomllib.loads, ".json": _json}
+    parsers: dict[str, Callable[[str], Any]] = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": _json}
     if (suffix := file.suffix.lower()) not in parsers:
         raise Refused(f"{file} is no file of settings; give one that ends in .yaml, .toml or .json")
     text = read_text(file, "give a file of settings, saved as UTF-8", MOST_SETTINGS)
@@ -235,7 +235,7 @@ def _parsed(parse: Callable[[str], Any], text: str, source: str, language: str, 
 
 def _is_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         inner = (v for held in level for v in (held.values() if isinstance(held, dict) else held))
         level = [v for v in inner if isinstance(v, dict | list)] if isinstance(level[0], dict | list) else []
         if not level:
@@ -260,6 +260,12 @@ def _table(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
             raise ValueError(f"{shortened(str(name), 40)} is given twice")
         table[name] = value
     return table
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if any(key.count(".") > DEEPEST for key in re.split(r"[\n,={}\[\]]", text)):
+        raise RecursionError  # tomllib would take hours for a key of thousands of parts
+    return tomllib.loads(text)
 
 
 def _yaml(text: str) -> Any:
@@ -343,6 +349,8 @@ def _fault(value: Any, kind: Any, source: str) -> str:
                 break
         else:
             break
+    if "surrogates" in reason and not place:
+        return f"{source} holds a name that is not Unicode text"
     if missing := re.match(r"Object missing required field `(.+?)`", reason):
         return f"{source} lacks {f'{place}.' if place else ''}{missing[1]}"
     has = f"has {escaped(shortened(place))} = {shown(value)}," if place else "is"

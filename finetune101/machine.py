@@ -65,7 +65,7 @@ def _variable(name: str, default: int) -> int:
 def _whole(name: str) -> int | None:
     """The variable ``name`` of the environment where it is a number above 0; OMP_NUM_THREADS may be a list."""
     word = os.environ.get(name, "").split(",")[0].strip()
-    return int(word) if word.isdigit() and int(word) else None
+    return int(word) if word.isdecimal() and int(word) else None
 
 
 def _quota() -> int | None:
@@ -88,7 +88,7 @@ def _quota() -> int | None:
             period_us = int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8"))
             found.append(math.ceil(quota_us / period_us))
         return min(found, default=None)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or not as Linux writes it
         return None
 
 

@@ -153,9 +153,10 @@ def study(argv: Sequence[str]) -> int:
         with watched(folder, lambda: "the same command goes on from the last epochs"):
             summary = experiment.run(config, index, cells, arguments.jobs)
         print(experiment.text(summary))
-        for picture in draw_study(folder):
-            print(f"Picture: {picture}")
-        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
+        if any(cell["n"] for cell in summary["cells"]):
+            for picture in draw_study(folder):
+                print(f"Picture: {picture}")
+            print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
         failed = any(cell["errors"] for cell in summary["cells"])
     return int(failed)
 

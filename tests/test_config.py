@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from finetune101.config import (
     TrainConfig,
     from_dict,
     preprocessing_from_dict,
+    read_recipe,
     to_dict,
     validate,
 )
+from finetune101.errors import Refused
 from finetune101.training.recipes import named, original
 
 PARTS: dict[str, type] = {
@@ -123,3 +126,94 @@ def test_the_original_recipe_is_that_of_its_published_weights() -> None:
 def test_an_unknown_recipe_names_those_that_exist() -> None:
     with pytest.raises(ValueError, match=r"there is no recipe best; choose from .*original"):
         named("best")
+
+
+TYPOS: list[tuple[str, str]] = [
+    ("optim.schedule", "cosin"), ("data.protocol", "standart"), ("data.fit_on", "trainval"),
+    ("augment.policy", "trivail"), ("system.precision", "fp8"),
+    ("system.memory_format", "channelslast"), ("data.cache", "on"),
+    ("system.device", "gpu"),
+    ("optim.nesterov", "maybe"), ("augment.flip", "2"), ("optim.epochs", "1.5"), ("optim.epochs", "1:30"),
+    ("optim.epochs", "2001-01-01"), ("optim.epochs", "true"), ("optim.epochs", "1_000"), ("optim.lr", "x"),
+    ("optim.lr", "null"), ("optim.lr", ".inf"), ("optim.lr", ".nan"), ("optim.lr", "1e400"), ("optim.lr", "[0.1]"),
+    ("optim.lr", "{a: 1}"), ("optim.momentum", "1"), ("model.probe_l2", "[]"), ("model.probe_l2", "[1, a]"),
+    ("model.size", "3000"), ("model.name", "3"), ("system.seed", "5000000000"), ("system.seed", "1.5"),
+    ("optim.schedule", '"\\uD800"'), ("optim.lr", "0x" + "f" * 9999), ("data.root", "5"), ("optim.teacher", "[[a]]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("setting", "text"), TYPOS)
+def test_a_wrong_value_in_a_recipe_file_is_named(setting: str, text: str, tmp_path: Path) -> None:
+    part, name = setting.split(".")
+    (tmp_path / "r.yaml").write_text(f"{part}: {{{name}: {text}}}")
+    with pytest.raises(Refused, match=r"r\.yaml ") as refusal:
+        read_recipe(str(tmp_path / "r.yaml"), "x")
+    said = str(refusal.value)
+    assert (setting in said or "YAML" in said) and "\n" not in said and len(said) < 400
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "value"),
+    [
+        ("data.cache", "off", "off"), ("optim.nesterov", "'no'", False), ("optim.nesterov", "yes", True),
+        ("augment.flip", "'false'", False), ("augment.flip", "off", False), ("augment.flip", "No", False),
+        ("optim.lr", "1e-3", 0.001), ("optim.lr", "'0.01'", 0.01), ("optim.epochs", "1e1", 10),
+        ("optim.epochs", "2.0", 2),
+        ("model.probe_l2", "0.1", (0.1,)), ("augment.train_sizes", "[32, 64]", (32, 64)), ("model.size", "null", None),
+        ("optim.teacher", "runs/a", ("runs/a",)), ("augment.policy", "none", "none"),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_recipe_file_has_the_type_of_its_setting(
+    setting: str, text: str, value: Any, tmp_path: Path
+) -> None:
+    part, name = setting.split(".")
+    (tmp_path / "r.yaml").write_text(f"format: 1\n{part}:\n  {name}: {text}\n")
+    made = getattr(getattr(read_recipe(str(tmp_path / "r.yaml"), "x"), part), name)
+    assert made == value and type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimm: {lr: 1}", r"optim\?"), ("optim: {lrr: 1}", r"optim\.lr\?"), ("lr: 1", r"optim\.lr"),
+        ("model: {model: x}", r"model\.name"), ("data: {data: x}", r"data\.root"),
+        ("optim: {policy: x}", r"augment\.policy"),
+        ("optim: 3", "optim = 3"), ("format: 2", "newer version"), ("optim: {lr: 1, lr: 2}", "twice"),
+        ("optim: {epochs: 3, <<: {lr: 1}}", "<<"), ("exp: x", "exp"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_no_setting_gets_a_hint(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(Refused, match=rf"r\.yaml .*{said}"):
+        read_recipe(str(tmp_path / "r.yaml"), "x")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("optim.epochs", "3"),
+        ("optim.schedule", "cosin"),
+        ("data", None),
+        ("optim.lr", None),
+        ("augment.train_sizes", [1]),
+    ],
+)
+def test_a_wrong_value_in_config_json_is_named(place: str, value: Any) -> None:
+    values = json.loads(json.dumps(to_dict(config())))
+    part, _, name = place.partition(".")
+    if name:
+        values[part][name] = value
+    else:
+        values[part] = value
+    with pytest.raises(Refused, match=rf"config\.json has {place}"):
+        from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("std", [0, 1, 1]), ("mean", [1, 1]), ("size", 20_000), ("mean", [1e9] * 3)]
+)
+def test_preprocessing_has_bounds(name: str, value: Any) -> None:
+    good = {"size": 64, "cache_size": 64, "mean": [0.5] * 3, "std": [1.0] * 3, "interpolation": "bicubic"}
+    assert preprocessing_from_dict(good).size == 64
+    with pytest.raises(Refused, match=name):
+        preprocessing_from_dict({**good, name: value})

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from finetune101.config import TrainConfig, to_dict
+from finetune101.config import TrainConfig, read_recipe, to_dict
+from finetune101.data import splits
 from finetune101.errors import Refused
-from finetune101.files import atomic, write_json
-from finetune101.runs import Run, create_run, open_run, save_with
+from finetune101.files import atomic, read_json, write_json
+from finetune101.runs import Run, create_run, open_run, save_checkpoint, save_state
+from finetune101.schemas import SCHEMAS, Split
 
 RECORD = {
     "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
@@ -61,15 +67,23 @@ def test_atomic_tells_of_an_os_error_in_one_sentence(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-def test_save_with_tells_of_a_full_disk(tmp_path: Path) -> None:
-    def save(part: Path) -> None:
-        part.symlink_to("/dev/full")
-        torch.save({"x": torch.zeros(100_000)}, part)
-
-    with pytest.raises(ValueError, match=r"cannot write .*last\.pt: .*free some space"):
-        save_with(tmp_path / "last.pt", save)
+def test_a_state_is_written_into_an_existing_folder_only(tmp_path: Path) -> None:
+    """A run's folder that somebody removed does not come back without its settings."""
+    for save in (save_state, lambda path, tensors: save_checkpoint(path, tensors, {"epoch": "1"})):
+        with pytest.raises(Refused, match=r"cannot write .*x\.pt"):
+            save(tmp_path / "gone" / "x.pt", {"x": torch.zeros(3)})
     assert names(tmp_path) == []
+
+
+def test_a_checkpoint_is_what_safetensors_reads_and_always_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    info = {key: f"ä {key}" for key in "qwertyuiop"}
+    for number in (1, 2):
+        save_checkpoint(tmp_path / f"{number}.safetensors", tensors, info)
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    with safe_open(tmp_path / "1.safetensors", framework="pt") as opened:
+        assert opened.metadata() == info
+        assert all(torch.equal(opened.get_tensor(key), value) for key, value in tensors.items())
 
 
 def test_json_that_is_no_json_is_not_written(tmp_path: Path) -> None:
@@ -159,3 +173,63 @@ def test_names_with_spaces_and_letters_of_any_language(tmp_path: Path) -> None:
     config = TrainConfig(exp="lauf ü 1", runs=str(tmp_path))
     create_run(config, resume=False, overwrite=False).write_json("config.json", to_dict(config))
     assert open_run("lauf ü 1", str(tmp_path)).config() == config
+
+
+# evidence
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("name", [*SCHEMAS, "metrics.jsonl", "winner.yaml", "splits"])
+def test_published_evidence_is_still_read(name: str) -> None:
+    """Files of 0.1.0, which hold no version."""
+    found = sorted(RESULTS.glob("splits/*.json") if name == "splits" else RESULTS.rglob(name))
+    for file in found:
+        run = Run(file.parent)
+        if name == "metrics.jsonl":
+            assert run.metrics()
+        elif name == "winner.yaml":
+            assert read_recipe(str(file), "x").optim
+        elif name == "splits":
+            assert sum(map(len, splits.from_json(read_json(file, Split, remedy="")).subsets.values()))
+        elif name == "config.json" and "members" not in run.read_json(name):
+            assert run.config().exp
+        else:
+            assert run.read_json(name)
+    assert found or name in ("split.json", "test.json")
+
+
+@pytest.mark.slow
+def test_a_split_of_a_million_images_is_read(tmp_path: Path) -> None:
+    paths = [f"class_{i % 1000:04d}/image_{i:07d}.jpg" for i in range(1_000_000)]
+    subsets = {"train": paths[:800_000], "val": paths[800_000:900_000], "test": paths[900_000:]}
+    split = {
+        "protocol": "reference", "seed": 1, "options": {}, "classes": sorted({path[:10] for path in paths}),
+        "content_hash": "x", "subsets": subsets,
+    }  # fmt: skip
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    began = time.process_time()
+    held = Run(tmp_path).read_json("split.json")
+    assert time.process_time() - began < 10 and held["subsets"] == subsets
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"subsets": {"train": ["a/1.jpg"], "val": [], "test": ["a/1.jpg"]}}, {"subsets": {"train": [], "val": []}},
+        {"subsets": {"train": [1], "val": [], "test": []}}, {"subsets": {"train": ["b/1.jpg"], "val": [], "test": []}},
+        {"seed": "x"}, {"classes": None}, {"subsets": []}, {"format": 2}, {"options": [1]},
+    ],
+)  # fmt: skip
+def test_a_wrong_split_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    good = {
+        "protocol": "reference", "seed": 1, "options": {}, "classes": ["a"], "content_hash": "x",
+        "subsets": {"train": ["a/1.jpg"], "val": [], "test": []},
+    }  # fmt: skip
+    run = Run(tmp_path)
+    run.write_json("split.json", good)
+    assert splits.from_json(run.read_json("split.json")).labels("train") == [0]
+    run.write_json("split.json", {**good, **change})
+    with pytest.raises(Refused, match="split"):
+        splits.from_json(run.read_json("split.json"))

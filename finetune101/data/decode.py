@@ -8,6 +8,7 @@ import importlib
 import itertools
 import logging
 import os
+import re
 import stat
 import sys
 import threading
@@ -84,27 +85,37 @@ def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
     at least twice ``side``. What Pillow warns of is told once per file. Raises Unreadable, whatever a decoder raises.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    with contextlib.ExitStack() as stack:
+    messages, pixels = _ear.start(), 0
+    try:
         try:
-            messages = stack.enter_context(_listening())
-            image = stack.enter_context(_open(stack.enter_context(open(path, "rb", opener=_open_regular))))
-            stack.enter_context(_room.take(_prepared(image, side)))
-            image.load()
-            grayscale = image.mode in GRAYSCALE
-            picture = Picture(_upright(_rgb(image), _orientation(image)), grayscale)
+            picture, pixels = _load(path, side)
         except Exception as error:  # a damaged file can raise nearly anything, MemoryError among it
             raise Unreadable(path, *_reason(error)) from error
         try:
             yield picture
         except MemoryError as error:
             raise Unreadable(path, *_reason(error)) from error
-    _tell(path, messages)
+    finally:
+        _room.give(pixels)
+        _ear.stop()
+    if messages:
+        _tell(path, messages)
 
 
-def _open_regular(path: str, flags: int) -> int:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a named pipe would wait for ever
-        raise _Odd("it is no regular file")
-    return os.open(path, flags)
+def _load(path: Path, side: int | None) -> tuple[Picture, int]:
+    """The picture, and the pixels of it that ``_room`` must be given back; raises whatever decoders raise."""
+    name = os.fspath(path)
+    if not stat.S_ISREG(os.stat(name).st_mode):
+        raise _Odd("it is no regular file")  # opening a named pipe would wait for ever
+    with open(name, "rb", buffering=65536) as file, _open(file) as image:
+        pixels = _prepared(image, side)
+        _room.take(pixels)
+        try:
+            image.load()
+            return Picture(_upright(_rgb(image), _orientation(image)), image.mode in GRAYSCALE), pixels
+        except BaseException:
+            _room.give(pixels)
+            raise
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -231,36 +242,35 @@ class _Room:
     def __init__(self, most: int) -> None:
         self.most, self.taken, self.changed = most, 0, threading.Condition()
 
-    @contextlib.contextmanager
-    def take(self, pixels: int) -> Iterator[None]:
-        """Waits until there is room for ``pixels``, which are given back when the block ends."""
+    def take(self, pixels: int) -> None:
+        """Waits until there is room for ``pixels``."""
         with self.changed:
-            self.changed.wait_for(lambda: not self.taken or self.taken + pixels <= self.most)
+            while self.taken and self.taken + pixels > self.most:
+                self.changed.wait()
             self.taken += pixels
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.taken -= pixels
-                self.changed.notify_all()
+
+    def give(self, pixels: int) -> None:
+        """The end of what ``take`` began."""
+        with self.changed:
+            self.taken -= pixels
+            self.changed.notify_all()
 
 
 class _Ear:
     """Hears what Pillow warns of in the thread that decodes; warnings of anybody else go where they went."""
 
+    RULE = ("always", None, Warning, re.compile(r"(PIL|pillow_heif|finetune101\.data\.decode)\b"), 0)
+
     def __init__(self) -> None:
         self.lock, self.listeners, self.local = threading.Lock(), 0, threading.local()
         self.told: set[str] = set()
-        self.before: warnings.catch_warnings[Any] | None = None
 
     def start(self) -> list[str]:
         """What is heard from now on, in this thread."""
         with self.lock:
-            if not self.listeners:
-                self.before = warnings.catch_warnings()
-                self.before.__enter__()
-                warnings.filterwarnings("always", module=r"(PIL|pillow_heif|finetune101\.data\.decode)\b")
-                self.others = warnings.showwarning
+            if not self.listeners:  # as warnings.catch_warnings does, which takes a tenth of decoding a small image
+                self.filters, self.others = warnings.filters, warnings.showwarning
+                warnings.filters = [self.RULE, *self.filters]
                 warnings.showwarning = self.hear
             self.listeners += 1
         messages: list[str] = []
@@ -272,8 +282,8 @@ class _Ear:
         self.local.messages = None
         with self.lock:
             self.listeners -= 1
-            if not self.listeners and self.before:
-                self.before.__exit__(None, None, None)
+            if not self.listeners:
+                warnings.filters, warnings.showwarning = self.filters, self.others
 
     def hear(self, message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
         """Takes the place of ``warnings.showwarning``."""
@@ -284,18 +294,10 @@ class _Ear:
             messages.append(" ".join(str(message).split()))
 
 
-@contextlib.contextmanager
-def _listening() -> Iterator[list[str]]:
-    try:
-        yield _ear.start()
-    finally:
-        _ear.stop()
-
-
 def _tell(path: Path, messages: list[str]) -> None:
     """One line about the odd but readable file ``path``, once in the life of the process."""
     name = str(path)
-    if messages and name not in _ear.told:
+    if name not in _ear.told:
         _ear.told.add(name)
         if sys.stderr:
             tqdm.write(f"{escaped(name)} is read, though it is odd: {shortened(messages[0])}", file=sys.stderr)

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune101.data import store
-from finetune101.data.dataset import Index, class_of, content_hash
+from finetune101.data.dataset import Index, content_hash
 from finetune101.data.decode import DECODER, in_threads, opened
 from finetune101.errors import Refused
 
@@ -126,8 +126,9 @@ def identical(index: Index) -> tuple[Group, ...]:
 def twins(paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Pairs of images in Faces and Faces_easy that are the same photo."""
     known = set(paths)
-    first, second = (f"{name}/" for name in _TWINS)
-    pairs = ((path, path.replace(first, second)) for path in sorted(known) if class_of(path) == _TWINS[0])
+    first, second = (f"/{name}/" for name in _TWINS)
+    photos = (path for path in sorted(known) if first in f"/{path}")
+    pairs = ((path, f"/{path}".replace(first, second)[1:]) for path in photos)
     return tuple(pair for pair in pairs if pair[1] in known)
 
 

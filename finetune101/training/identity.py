@@ -16,6 +16,8 @@ ELSEWHERE = {"data": ("root", "cache", "download", "split"), "system": ("threads
 def essence(config: TrainConfig) -> dict[str, Any]:
     """Every setting of ``config`` that decides a run's numbers beside the split: part -> name -> JSON value."""
     parts = {part: own for part, own in to_dict(config).items() if isinstance(own, dict)}
+    if parts["data"]["protocol"] == "folders":  # what the default becomes in train/, val/ and test/; the split tells
+        parts["data"] = {**parts["data"], "protocol": "reference"}
     return {part: {k: v for k, v in own.items() if k not in ELSEWHERE.get(part, ())} for part, own in parts.items()}
 
 

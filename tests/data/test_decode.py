@@ -293,13 +293,14 @@ def test_threads_together_hold_few_pixels() -> None:
 
     def take(pixels: int) -> None:
         nonlocal held, most
-        with room.take(pixels):
-            with lock:
-                held += pixels
-                most = max(most, held)
-            threading.Event().wait(0.002)
-            with lock:
-                held -= pixels
+        room.take(pixels)
+        with lock:
+            held += pixels
+            most = max(most, held)
+        threading.Event().wait(0.002)
+        with lock:
+            held -= pixels
+        room.give(pixels)
 
     threads = [threading.Thread(target=take, args=(30,)) for _ in range(12)]
     for thread in threads:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from finetune101.cli import main
-from finetune101.config import DataConfig
+from finetune101.config import DataConfig, TrainConfig
 from finetune101.data import dataset, splits
 from finetune101.data.dataset import Index, class_of, find, index, layout_of, told
 from finetune101.data.layouts import subset_of
 from finetune101.data.verify import verify
 from finetune101.errors import Refused
+from finetune101.training.identity import differences
 
 TINY = [
     "--no-pretrain",
@@ -158,6 +159,13 @@ def test_train_and_valid_train_and_are_evaluated(
     assert main(["evaluate", "a", *runs]) == 0
     assert "/6," in capsys.readouterr().out  # of 6 validation images
     assert not (tmp_path / "runs/a/test.json").exists()
+
+
+def test_a_study_knows_a_run_whose_protocol_was_recognised() -> None:
+    """The run's config.json says folders, the study's settings still the default."""
+    settings = [TrainConfig(exp="a", data=DataConfig(protocol=name)) for name in ("reference", "folders", "standard")]
+    assert differences(settings[1], settings[0]) == []
+    assert differences(settings[2], settings[0]) == ["data.protocol"]
 
 
 # what a class holds
