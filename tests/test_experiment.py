@@ -232,7 +232,7 @@ def test_an_ensemble_is_published_with_the_names_of_its_members(
     members = [results / name for name in ("a", "b")]
     for folder in members:
         Run(folder).write_json("test.json", {"manifest_hash": "sha256:1", "manifest": "reference_seed42"})
-    (results / "claims.json").write_text("[]")
+    Run(results).write_json("claims.json", [])
     test = {"manifest_hash": "sha256:1", "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123}
     Run(out).write_json("test.json", {**test, "top1_interval": [97.4, 98.7]})
     (out / "predictions.csv").write_text("path,label,prediction,confidence\n")
