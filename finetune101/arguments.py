@@ -7,21 +7,13 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro._errors import (
-    BadValue,
-    InstantiationFailure,
-    InvalidChoice,
-    MissingArgs,
-    UnrecognizedArgs,
-    on_parse_error,
-)
+from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
 from finetune101.config import (
     SHEET_AUGMENT,
@@ -290,21 +282,6 @@ class BenchmarkArguments:
 class _Unparsed(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise Refused(message)
-
-
-def expanded(argv: Sequence[str]) -> list[str]:
-    """``argv`` with ~ as a home folder also where a shell leaves it: --runs=~/x. Raises Refused for unknown users."""
-    words: list[str] = []
-    for word in argv:
-        flag, sign, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-        if flag == "--exp" or (words and words[-1] == "--exp") or not re.match(r"~[\w.\-]*(/|$)", value):
-            words.append(word)
-            continue
-        path = os.path.expanduser(value)
-        if path == value and not os.path.exists(value):
-            raise Refused(f"{value} names the home folder of a user that is not here; name another folder")
-        words.append(f"{flag}{sign}{path}")
-    return words
 
 
 def parse(kind: Any, argv: Sequence[str], *, prog: str, default: Any = None) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune101 import cli
-from finetune101.arguments import SearchArguments, expanded, parse, parse_train
-from finetune101.console import guarded
+from finetune101.arguments import SearchArguments, parse, parse_train
+from finetune101.console import expanded, guarded
 from finetune101.errors import Refused
 from finetune101.runs import Run, file_name, is_run
 
@@ -66,15 +66,14 @@ def weights_file(exp: str) -> Path:
 
 def export(run: Run) -> None:
     """Writes the original's files for ``run``: <exp>_best.pth here, and its curves in the folder of its arm."""
-    import torch
 
     from finetune101.evaluation.inference import read_checkpoint
-    from finetune101.runs import save_with
+    from finetune101.runs import save_state
 
     config = run.config()
     state, _ = read_checkpoint(run.best)
     weights = weights_file(config.exp)
-    save_with(weights, lambda part: torch.save(state, part))
+    save_state(weights, state)
     plots = Path("training_plots_finetune" if config.model.pretrain else "training_plots_random")
     plots.mkdir(exist_ok=True)
     curves = plots / f"{file_name(config.exp)}.png"

@@ -16,17 +16,15 @@ from finetune101.arguments import (
     DownloadArguments,
     EvaluateArguments,
     PredictArguments,
-    RecipesArguments,
     SearchArguments,
     SearchReportArguments,
     ShowArguments,
     VerifyArguments,
-    expanded,
     parse,
     parse_train,
 )
 from finetune101.config import TrainConfig, validate
-from finetune101.console import guarded, watched
+from finetune101.console import expanded, guarded, watched
 from finetune101.errors import Refused
 from finetune101.faults import has_password
 from finetune101.files import escaped
@@ -308,18 +306,6 @@ def data_show(argv: Sequence[str]) -> int:
     return 0
 
 
-def recipes(argv: Sequence[str]) -> int:
-    """``finetune101 recipes``."""
-    parse(RecipesArguments, argv, prog="finetune101 recipes")
-    from inspect import getdoc
-
-    from finetune101.training.recipes import RECIPES
-
-    for name, recipe in RECIPES.items():
-        print(f"{name}\n  " + (getdoc(recipe) or "").replace("\n", "\n  ").replace("``", "") + "\n")
-    return 0
-
-
 def demo(argv: Sequence[str]) -> int:
     """``finetune101 demo``."""
     arguments = parse(DemoArguments, argv, prog="finetune101 demo")
@@ -354,7 +340,7 @@ VERBS: dict[str, Verb] = {
     "study": _later("study"),
     "search": search,
     "lr-find": _later("lr_find"),
-    "recipes": recipes,
+    "recipes": _later("recipes"),
     "benchmark": _later("benchmark"),
     "cache": _later("cache"),
     "demo": demo,

@@ -1,4 +1,4 @@
-"""The standard streams and the exit code: what a terminal, a pipe, a full disk or a signal does to a command."""
+"""What surrounds a command: words as a shell leaves them, standard streams, signals and the exit code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -160,6 +160,21 @@ def watched(folder: Path, goes_on: Callable[[], str] = lambda: "") -> Iterator[N
         if file := keep(error, folder):
             error.add_note(f"This traceback is also in {file}")
         raise
+
+
+def expanded(argv: Sequence[str]) -> list[str]:
+    """``argv`` with ~ as a home folder also where a shell leaves it: --runs=~/x. Raises Refused for unknown users."""
+    words: list[str] = []
+    for word in argv:
+        flag, sign, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        if flag == "--exp" or (words and words[-1] == "--exp") or not re.match(r"~[\w.\-]*(/|$)", value):
+            words.append(word)
+            continue
+        path = os.path.expanduser(value)
+        if path == value and not os.path.exists(value):
+            raise Refused(f"{value} names the home folder of a user that is not here; name another folder")
+        words.append(f"{flag}{sign}{path}")
+    return words
 
 
 def guarded(call: Callable[[], int]) -> int:

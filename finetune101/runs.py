@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,17 +230,6 @@ def check_folder(out: Path) -> None:
     """Raises Refused when ``out`` cannot be a folder, before the work for it begins."""
     if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
         raise Refused(f"{file} is a file; give --out a folder")
-
-
-def save_with(path: Path, save: Callable[[Path], None]) -> None:
-    """Calls ``save(temporary path)`` and puts the result at ``path``; libraries' own write errors become Refused."""
-    from safetensors import SafetensorError
-
-    try:
-        with atomic(path) as part:
-            save(part)
-    except (RuntimeError, SafetensorError) as error:
-        raise Refused(f"cannot write {path}: {error}; free some space, then continue with --resume") from error
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

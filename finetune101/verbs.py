@@ -15,6 +15,7 @@ from finetune101.arguments import (
     CompareArguments,
     EnsembleArguments,
     LrFindArguments,
+    RecipesArguments,
     ReportArguments,
     StudyArguments,
     parse,
@@ -152,9 +153,10 @@ def study(argv: Sequence[str]) -> int:
         with watched(folder, lambda: "the same command goes on from the last epochs"):
             summary = experiment.run(config, index, cells, arguments.jobs)
         print(experiment.text(summary))
-        for picture in draw_study(folder):
-            print(f"Picture: {picture}")
-        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
+        if any(cell["n"] for cell in summary["cells"]):
+            for picture in draw_study(folder):
+                print(f"Picture: {picture}")
+            print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
         failed = any(cell["errors"] for cell in summary["cells"])
     return int(failed)
 
@@ -226,4 +228,16 @@ def benchmark(argv: Sequence[str]) -> int:
         result = measure(root, a.models, work, a.every)
     print(table(result))
     write_json(Path(a.out), result)
+    return 0
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """``finetune101 recipes``."""
+    parse(RecipesArguments, argv, prog="finetune101 recipes")
+    from inspect import getdoc
+
+    from finetune101.training.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        print(f"{name}\n  " + (getdoc(recipe) or "").replace("\n", "\n  ").replace("``", "") + "\n")
     return 0

@@ -9,14 +9,12 @@ import argparse
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from finetune101.analysis.groups import read_answers
 from finetune101.analysis.mistakes import pairs
 from finetune101.deploy.released import FOLDER, RELEASED, score_released
 from finetune101.evaluation.inference import read_checkpoint
 from finetune101.files import atomic
-from finetune101.runs import Run, save_with
+from finetune101.runs import Run, save_checkpoint
 
 ARMS = {
     "released_finetune": "all layers fine-tuned from ImageNet weights",
@@ -65,8 +63,7 @@ def release(run: Run, name: str) -> None:
     info |= {"part": "head"} if head else {}
     FOLDER.mkdir(exist_ok=True)
     file = FOLDER / f"{RELEASED[name]}.safetensors"
-    whole = {key: value.contiguous() for key, value in small.items()}
-    save_with(file, lambda part: save_file(whole, part, info))
+    save_checkpoint(file, small, info)
     scored = score_released(name, config.data.root)  # in half precision an image or two may differ from the run's
     input_, counts = json.loads(info["preprocessing"]), {key: len(split["subsets"][key]) for key in ("train", "val")}
     card = CARD.format(

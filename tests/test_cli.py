@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -165,7 +164,7 @@ def test_study_counts_runs_before_it_trains(tiny_data: Path, here: Path, capsys:
     words = ["study", "--exp", "s", "--data", str(tiny_data), "--models", "squeezenet1_1", "--size", "32"]
     assert main([*words, "--train-per-class", "1,2", "--seeds", "2", "--splits", "3", "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert re.match(r"36 runs, 36 to do", out) and usual_scratch() in out and not (here / "runs").exists()
+    assert out.startswith("36 runs, 36 to do") and usual_scratch() in out and not (here / "runs").exists()
     more = ["--arms", "scratch", "--seeds", "1", "--epochs", "1", "--threads", "1"]
     assert main([*words, *more]) == 0
     assert "scratch" in capsys.readouterr().out and (here / "runs" / "s" / "study.json").is_file()

@@ -372,6 +372,10 @@ def test_the_command_says_how_long_and_ends_with_1_where_a_run_failed(
     ]  # fmt: skip
     assert main([*words, "--dry-run"]) == 0
     assert re.search("2 to do. This takes about .* second", capsys.readouterr().out) and not any(tmp_path.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "fit", lambda job, **how: 1 / 0)
+        assert main([*words[:2], "all fail", *words[3:]]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
     assert main(words) == 1
     said = capsys.readouterr().out
     assert "failed: " in said and "'" + str(tmp_path / "my study") + "'" in said

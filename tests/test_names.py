@@ -123,7 +123,7 @@ def test_long_names_and_unknown_homes(
 
 
 def test_a_home_folder_is_known_behind_an_equals_sign(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune101.arguments import expanded
+    from finetune101.console import expanded
 
     monkeypatch.setenv("HOME", str(here))
     assert expanded(["--runs=~/x", "~/y", "--exp", "~/z", "a~b"]) == [

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from finetune101.config import TrainConfig, read_recipe, to_dict
 from finetune101.data import splits
 from finetune101.errors import Refused
 from finetune101.files import atomic, read_json, write_json
-from finetune101.runs import Run, create_run, open_run, save_with
+from finetune101.runs import Run, create_run, open_run, save_checkpoint, save_state
 from finetune101.schemas import SCHEMAS, Split
 
 RECORD = {
@@ -66,15 +67,23 @@ def test_atomic_tells_of_an_os_error_in_one_sentence(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
-def test_save_with_tells_of_a_full_disk(tmp_path: Path) -> None:
-    def save(part: Path) -> None:
-        part.symlink_to("/dev/full")
-        torch.save({"x": torch.zeros(100_000)}, part)
-
-    with pytest.raises(ValueError, match=r"cannot write .*last\.pt: .*free some space"):
-        save_with(tmp_path / "last.pt", save)
+def test_a_state_is_written_into_an_existing_folder_only(tmp_path: Path) -> None:
+    """A run's folder that somebody removed does not come back without its settings."""
+    for save in (save_state, lambda path, tensors: save_checkpoint(path, tensors, {"epoch": "1"})):
+        with pytest.raises(Refused, match=r"cannot write .*x\.pt"):
+            save(tmp_path / "gone" / "x.pt", {"x": torch.zeros(3)})
     assert names(tmp_path) == []
+
+
+def test_a_checkpoint_is_what_safetensors_reads_and_always_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    info = {key: f"ä {key}" for key in "qwertyuiop"}
+    for number in (1, 2):
+        save_checkpoint(tmp_path / f"{number}.safetensors", tensors, info)
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+    with safe_open(tmp_path / "1.safetensors", framework="pt") as opened:
+        assert opened.metadata() == info
+        assert all(torch.equal(opened.get_tensor(key), value) for key, value in tensors.items())
 
 
 def test_json_that_is_no_json_is_not_written(tmp_path: Path) -> None:

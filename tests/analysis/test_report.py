@@ -189,9 +189,7 @@ def test_a_page_without_the_picture_that_cannot_be_read(tiny_data: Path, runs: P
     assert "data:image/jpeg" not in page and "could not be read" in page
 
 
-@pytest.mark.parametrize(
-    ("after", "told"), [(0.3, "does not help"), (0.1, "after temperature"), (0.2, "no temperature")]
-)
+@pytest.mark.parametrize(("after", "told"), [(0.3, "not help"), (0.1, "after temp"), (0.2, "no temperature")])
 def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, after: float, told: str) -> None:
     run = write_run(tmp_path / "run", {1, 2})
     bins = [{"n": 5, "confidence": 80.0, "top1": 60.0}]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune101.data.drawings import DRAWINGS
+from finetune101.data.drawings import DRAWINGS, Pen
 from finetune101.data.synthetic import draw, picture
 from finetune101.data.verify import verify
 
@@ -35,12 +35,23 @@ def test_is_a_sound_data_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DRAWINGS)
-def test_each_picture_shows_its_object(name: str) -> None:
+def test_each_picture_shows_its_object(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stroke = DRAWINGS[name]
+
+    def wiped(pen: Pen) -> None:
+        """The same random numbers, and nothing on the layer."""
+        stroke(pen)
+        pen.layer.paste((0, 0, 0, 0), (0, 0, *pen.layer.size))
+
     for seed in range(3):
         drawn = picture(name, np.random.default_rng(seed))
-        assert drawn.mode == "RGB"
+        with monkeypatch.context() as patched:
+            patched.setitem(DRAWINGS, name, wiped)
+            background = picture(name, np.random.default_rng(seed))
+        assert drawn.mode == "RGB" and drawn.size == background.size
         assert all(160 <= side <= 240 for side in drawn.size)
-        assert np.asarray(drawn.convert("L")).std() > 5
+        difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(background, np.int16)).max(axis=2)
+        assert 0.03 < (difference > 20).mean() < 0.8  # an object, before a background
 
 
 def test_files_are_jpegs_that_vary_in_size(tmp_path: Path) -> None:
