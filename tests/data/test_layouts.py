@@ -18,6 +18,7 @@ from finetune101.data.dataset import Index, class_of, find, index, layout_of, to
 from finetune101.data.layouts import subset_of
 from finetune101.data.verify import verify
 from finetune101.errors import Refused
+from finetune101.files import escaped
 from finetune101.training.identity import differences
 
 TINY = [
@@ -297,7 +298,7 @@ def test_a_place_that_cannot_be_is_one_sentence(
     monkeypatch.delenv("FINETUNE101_DATA", raising=False)
     assert main(["data", "verify", "--data", given]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --data") and error.count("\n") == 1
+    assert error.startswith("error: ") and escaped(given)[:20] in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
