@@ -10,7 +10,7 @@ help:
 	@echo "make fast    the quick tests only"
 	@echo "make lint    lint and types only"
 	@echo "make stress  kill a small search 200 times and count what it loses (some 20 minutes)"
-	@echo "make claims  recompute every accuracy in results/claims.json from its predictions"
+	@echo "make claims  recompute every accuracy in results/claims.json, find every other number in its evidence"
 	@echo "make env     create .venv and install everything into it (the others do this first)"
 	@echo "make clean   remove .venv, caches and the demo's output; runs/ and data/ stay"
 
