@@ -184,7 +184,7 @@ class ComparedArm(TypedDict):
     """An arm of comparison.json."""
 
     name: str
-    runs: list[ComparedRun]
+    runs: Annotated[list[ComparedRun], Meta(min_length=1)]
 
 
 class ComparedPair(TypedDict):

@@ -18,7 +18,7 @@ from finetune101.analysis.figures import curves
 from finetune101.config import from_dict, to_dict
 from finetune101.data import dataset
 from finetune101.errors import Refused
-from finetune101.files import atomic, escaped, shortened, write_json
+from finetune101.files import FORMAT, atomic, escaped, shortened, write_json
 from finetune101.runs import Run, file_name
 from finetune101.search import study as studies
 from finetune101.search.space import SETTINGS, Point, configure, label
@@ -195,7 +195,7 @@ def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
         f"{score or 0:.2f} % on validation images.\n"
     )
     text += f"# {train_command(plan)}\n"
-    text += yaml.safe_dump(studies.recipe(plan.base, winner["point"]), sort_keys=False)
+    text += yaml.safe_dump({"format": FORMAT, **studies.recipe(plan.base, winner["point"])}, sort_keys=False)
     if not out.is_file() or out.read_text(encoding="utf-8") != text:
         with atomic(out) as part:
             part.write_text(text, encoding="utf-8")

@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from finetune101.config import PARTS, TrainConfig, typed, validate
 from finetune101.errors import Refused
 from finetune101.files import read_settings
+from finetune101.words import bare
 
 Point = dict[str, Any]
 
@@ -124,7 +125,9 @@ def _range(name: str, text: str) -> Range:
 def _typed(name: str, value: Any) -> Any:
     """``value`` in the type of the setting ``name``; text is read as on the command line."""
     word = value.strip() if isinstance(value, str) else value
-    return typed(SETTINGS[name][2], None if word in ("none", "None") else word, f"{name} is")
+    hint = SETTINGS[name][2]
+    nothing = word in ("none", "None") and type(None) in get_args(bare(hint))  # else a word, as in policy=none
+    return typed(hint, None if nothing else word, f"{name} is")
 
 
 def points(space: Space) -> list[Point]:

@@ -128,3 +128,7 @@ def test_augmentation_is_not_searched_on_cached_features() -> None:
     model = ModelConfig(freeze=True, cached_features=True)
     with pytest.raises(ValueError, match="crop_scale changes nothing on cached features"):
         check(TrainConfig(exp="x", model=model), parse(["crop_scale=0.5,1"]))
+
+
+def test_none_is_nothing_where_a_setting_may_be_nothing_and_else_a_word() -> None:
+    assert parse(["policy=none,trivial", "size=none,64"]) == {"policy": ["none", "trivial"], "size": [None, 64]}
