@@ -134,7 +134,7 @@ def measure(step: Step, root: Path) -> dict[str, float]:
 
 def exponents(sizes: Sequence[int], rows: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
     """Step -> log of the growth of its processor time over log of the growth in images, first to last size."""
-    growth = math.log(sizes[-1] / sizes[0])
+    growth = math.log(sizes[len(rows) - 1] / sizes[0])
     first, last = rows[0], rows[-1]
     return {
         name: round(math.log(max(last[name]["cpu_seconds"], 0.01) / max(first[name]["cpu_seconds"], 0.01)) / growth, 2)
@@ -162,12 +162,12 @@ def main() -> None:
             rows.append(row)
         finally:
             shutil.rmtree(folder)
-    machine = {"cores": usable_cores(), "processor": platform.machine(), "similar_at_most": SIMILAR}
-    result = {"machine": machine, "sizes": arguments.sizes, "steps": rows}
-    if len(rows) > 1:
-        result["exponents"] = exponents(arguments.sizes, rows)
-        print(result["exponents"])
-    write_json(arguments.out, result)
+        machine = {"cores": usable_cores(), "processor": platform.machine(), "similar_at_most": SIMILAR}
+        result: dict[str, Any] = {"machine": machine, "sizes": arguments.sizes[: len(rows)], "steps": rows}
+        if len(rows) > 1:
+            result["exponents"] = exponents(arguments.sizes, rows)
+            print(result["exponents"])
+        write_json(arguments.out, result)  # after each size: the last may take long
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -97,8 +98,10 @@ def _check_same(plan: Plan) -> None:
     if not (plan.folder / "search.json").is_file():
         return
     file, known = plan.folder / "search.json", Run(plan.folder).read_json("search.json")
-    if "base" not in known:
-        raise Refused(f"{file} lacks base; remove it and give the command again, it finds the runs")
+    lists = [isinstance(known.get(name, []), list) for name in ("commands", "finalists")]
+    if "base" not in known or not all(lists):
+        what = "lacks base" if all(lists) else "has commands or finalists that are no list"
+        raise Refused(f"{file} {what}; remove it and give the command again, it finds the runs")
     before, now = essence(from_dict(known["base"], f"{file}, base,")), essence(plan.base)
     searched = {SETTINGS[name][:2] for name in {*known["space"], *plan.space} if name in SETTINGS}
     for part, fields in now.items():
@@ -156,7 +159,7 @@ def write(
     if json.loads(json.dumps(value)) != known:
         write_json(file, value)
     rows = [[entry["point"], entry["best_val_top1"]] for entry in entries]
-    if not table.is_file() or json.loads(table.read_text(encoding="utf-8")) != json.loads(json.dumps(rows)):
+    if not _holds(table, rows):
         write_json(table, rows)
     if winner:
         write_recipe(plan, winner)
@@ -166,6 +169,14 @@ def write(
             out = plots / picture_name(plan, entry["point"], source)
             if not out.is_file() or out.stat().st_mtime < (source.path / "metrics.jsonl").stat().st_mtime:
                 curves(source.metrics(), out, shortened(label(entry["point"]), 90))
+
+
+def _holds(file: Path, value: Any) -> bool:
+    """Whether the JSON file ``file`` is there, whole, and holds ``value``."""
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")) == json.loads(json.dumps(value)))
+    except (OSError, ValueError, RecursionError):  # missing or damaged: it is written anew
+        return False
 
 
 def picture_name(plan: Plan, point: Point, run: Run) -> str:
@@ -236,8 +247,11 @@ def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 60.
     be.
     """
     queue = plan.queue()
-    kept = [Run(file.parent) for file in sorted(plan.folder.glob("*/config.json"))]
-    finished = [config for run in kept if is_finished(run, config := run.config())]
+    finished = []
+    for file in sorted(plan.folder.glob("*/config.json")):
+        with contextlib.suppress(Refused):  # damaged: told when its turn comes
+            run = Run(file.parent)
+            finished += [config for config in [run.config()] if is_finished(run, config)]
     done = {json.dumps(essence(config)) for config in finished}
     configs = [configure(plan.base, point) for point in queue]
     left = [config for config in configs if json.dumps(essence(config)) not in done]

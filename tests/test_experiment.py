@@ -237,11 +237,12 @@ def test_an_ensemble_is_published_with_the_names_of_its_members(
     results, out = tmp_path / "results", tmp_path / "ensemble"
     monkeypatch.setattr(publish, "RESULTS", results)
     members = [results / name for name in ("a", "b")]
+    scores = {"n": 100, "correct": 98, "loss": 0.1, "top1": 98.0, "top5": 99.0, "mean_per_class": 98.0}
+    scores |= {"manifest_hash": "sha256:1", "top1_interval": [97.4, 98.7]}
     for folder in members:
-        Run(folder).write_json("test.json", {"manifest_hash": "sha256:1", "manifest": "reference_seed42"})
+        Run(folder).write_json("test.json", {**scores, "manifest": "reference_seed42"})
     (results / "claims.json").write_text("[]")
-    test = {"manifest_hash": "sha256:1", "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123}
-    Run(out).write_json("test.json", {**test, "top1_interval": [97.4, 98.7]})
+    Run(out).write_json("test.json", {**scores, "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123})
     (out / "predictions.csv").write_text("path,label,prediction,confidence\n")
     publish.publish([out], "best.finetune.any.reference.top1", "finetune101 ensemble a b", members)
     (claim,) = Run(results).read_json("claims.json")

@@ -290,7 +290,7 @@ def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (
             if listing.own:
                 left_out[OWN].append(name)
             left_out[ELSEWHERE] += listing.images
-    left_out[BESIDE] += _files(root, "")
+    _add(left_out, _beside(root, ""))
     return Found(classes, left_out)
 
 
@@ -313,10 +313,16 @@ def _is_one_of(path: Path, folders: Collection[Path]) -> bool:
     return any(same(folder) for folder in (*folders, cache_dir()))
 
 
-def _files(root: Path, path: str) -> list[str]:
-    """Paths of the images directly in ``root``/``path``."""
-    entries = [entry for entry in _entries(root / path) if is_image_name(entry.name) and not _is_folder(entry)]
-    return [f"{path}/{entry.name}" if path else entry.name for entry in entries]
+def _beside(root: Path, path: str) -> dict[str, list[str]]:
+    """Images, and links to nothing, directly in ``root``/``path``."""
+    left_out: dict[str, list[str]] = {BESIDE: [], DEAD: []}
+    for entry in _entries(root / path):
+        inner = f"{path}/{entry.name}" if path else entry.name
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            left_out[DEAD].append(inner)
+        elif is_image_name(entry.name) and not _is_folder(entry):
+            left_out[BESIDE].append(inner)
+    return left_out
 
 
 def _class_folders(
@@ -337,7 +343,7 @@ def _class_folders(
             continue
         listings[name] = listing
         _add(left_out, listing.left_out)
-    left_out[BESIDE] += _files(root, path)
+    _add(left_out, _beside(root, path))
     return listings, left_out
 
 

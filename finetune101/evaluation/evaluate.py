@@ -15,7 +15,7 @@ from finetune101.data.batches import eval_batches
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.forward import logits
-from finetune101.evaluation.inference import Network, keep_temperature, open_checkpoint, open_network
+from finetune101.evaluation.inference import Network, keep_temperature, open_network
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.predictions import write_pair
 from finetune101.files import FORMAT
@@ -119,13 +119,13 @@ def evaluate(
     check_batch_size(batch_size)
     opened = open_scored(run, data, mirror=mirror)
     output, labels = opened.logits(subset, batch_size)
-    result = scores(output, labels) | frozen_backbone(run)
+    result = scores(output, labels) | frozen_backbone(run, opened.network)
     if subset == "test":
         found = opened.calibrated(batch_size)
         result |= {
             "manifest_hash": opened.manifest.hash(),
             "protocol": opened.manifest.protocol,
-            "epoch": open_checkpoint(run.best)[1].epoch or 0,
+            "epoch": opened.network.epoch or 0,
             "times_scored": times_scored(run) + 1,
             "mirror": mirror,
             "world": opened.network.world.describe(),
@@ -138,13 +138,13 @@ def evaluate(
     return result
 
 
-def frozen_backbone(run: Run) -> dict[str, bool]:
-    """{"frozen_backbone": True} where only the output layer of the best checkpoint was trained, else empty.
+def frozen_backbone(run: Run, network: Network) -> dict[str, bool]:
+    """{"frozen_backbone": True} where only the output layer of ``network``, the best checkpoint, was trained.
 
     That is so where ``freeze`` says so, and where the best epoch is 0, the probe that fine-tuning starts from.
     """
     config = run.config()
-    kept = config.model.head == "probe" and open_checkpoint(run.best)[1].epoch == 0
+    kept = config.model.head == "probe" and network.epoch == 0
     return {"frozen_backbone": True} if kept or config.model.freeze else {}
 
 

@@ -75,6 +75,7 @@ class Network:
     world: World
     fast_kernels: bool = True
     temperature: float | None = None
+    epoch: int | None = None
     name: str = ""
 
     def forward(self, mirror: bool = False) -> Forward:
@@ -108,6 +109,7 @@ def open_network(run: Run, file: Path | None = None) -> Network:
         world=world_of(run.read_json("env.json")["world"]),
         fast_kernels=run.config().system.fast_kernels,
         temperature=calibrated(file, info),
+        epoch=info.epoch,
         name=str(run.path),
     )
 
@@ -124,6 +126,7 @@ def open_file(file: Path) -> Network:
         classes=list(info.classes),
         world=detect(SystemConfig()),
         temperature=calibrated(file, info),
+        epoch=info.epoch,
         name=str(file),
     )
 
@@ -159,7 +162,8 @@ def load_file(file: Path) -> tuple[nn.Module, Info]:
     One that holds the output layer only stands on the ImageNet weights of its network. Raises Refused when it is
     missing, damaged, not finite, or fits no network of its name and number of classes.
     """
-    state, info = open_checkpoint(file)
+    state, metadata = read_checkpoint(file)
+    info = described(metadata, file)
     count, head = len(info.classes), info.part == "head"
     fit = f"{info.model} with {count} classes"
     if not any(tensor.shape[:1] == (count,) for tensor in state.values()):  # before a network of that size is built
@@ -175,12 +179,6 @@ def load_file(file: Path) -> tuple[nn.Module, Info]:
     except RuntimeError as error:
         raise Refused(f"{file} does not fit {fit}; train the run again") from error
     return built.model.eval(), info
-
-
-def open_checkpoint(file: Path) -> tuple[dict[str, Tensor], Info]:
-    """Tensors of a checkpoint, and what is written in it, checked. Raises Refused when it is missing or damaged."""
-    state, metadata = read_checkpoint(file)
-    return state, described(metadata, file)
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

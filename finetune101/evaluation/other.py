@@ -19,7 +19,7 @@ from finetune101.data import dataset, duplicates, splits
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.evaluate import calibrations, check_batch_size, frozen_backbone, scores, trained_on
-from finetune101.evaluation.inference import open_checkpoint, open_network
+from finetune101.evaluation.inference import open_network
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import write_pair
@@ -56,13 +56,13 @@ def evaluate_other(run: Run, data: str | None, *, batch_size: int = 64, mirror: 
     output, target = torch.cat(outputs), torch.tensor([number[labels[file]] for file in good])
     temperature = network.temperature or 1.0
     reason = "" if network.temperature else "none was found yet; evaluate the run on its own test images first"
-    result = scores(output, target) | frozen_backbone(run)
+    result = scores(output, target) | frozen_backbone(run, network)
     result |= {
         "data": str(root),
         "classes_without_images": sorted(set(network.classes) - {labels[file] for file in good}),
         "unknown_classes": dict(sorted(unknown.items())),
         "unreadable": {os.path.relpath(file, root): reason for file, reason in failed},
-        "epoch": open_checkpoint(run.best)[1].epoch or 0,
+        "epoch": network.epoch or 0,
         "mirror": mirror,
         "world": network.world.describe(),
     }

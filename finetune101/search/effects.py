@@ -123,6 +123,8 @@ def _check(saved: Any, file: Path) -> None:
     checked(chosen, Winner | None, f"{file}, winner,", remedy=REMEDY)
     checked(saved.get("finalists", []), list[dict[str, Any]], f"{file}, finalists,", remedy=REMEDY)
     for number, entry in enumerate([*saved["results"], *([chosen] if chosen else [])], 1):
+        if entry["run"] and Path(entry["run"]).name in ("", ".."):
+            raise Refused(f"{file} has a run without a name (result {number}); {REMEDY}")
         if missing := sorted(set(saved["space"]) - entry["point"].keys()):
             raise Refused(f"{file} has a point without {missing[0]} (result {number}); {REMEDY}")
         for name in saved["space"]:

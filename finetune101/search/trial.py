@@ -84,8 +84,11 @@ def run_of(folder: Path, config: TrainConfig) -> Run:
     whole = hashlib.sha256(json.dumps([essence(config), split], sort_keys=True).encode()).hexdigest()[:16]
     for name in (identity(config), whole):
         run = Run(folder / name)
-        if not run.has("config.json") or is_same(run, config, split):
-            return run
+        try:
+            if not run.has("config.json") or is_same(run, config, split):
+                return run
+        except Refused as error:
+            raise Refused(f"{error}: remove the folder {run.path} and give the search's command again") from error
     raise Refused(f"{folder / whole} holds a run with other settings; give the search another --exp")
 
 

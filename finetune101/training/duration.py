@@ -11,6 +11,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from finetune101.training.loop import HeadTrainer, Job, Trainer
 from finetune101.world import World, detect, use_cores
 
 SAMPLE = 24  # images whose decoding is timed
-SOLUTIONS = 40  # evaluations of the loss that the output layer's solution takes, for each penalty
+SOLUTIONS = 15  # evaluations of the loss, for each penalty, that solve the output layer
 LONG_ENOUGH = 2.0  # seconds of training steps, after the first, that make a measurement
 
 
@@ -122,6 +123,9 @@ def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: flo
     impossible: dict[str, Refused] = {}
     started, guessed, total = time.perf_counter(), 0, 0.0
     shared: dict[str, float] = {}  # what the first of several runs does for all
+    seen: Counter[str] = Counter()  # images that each kind trains on, an image as often as it is trained on
+    for work in works:
+        seen[kind(work.config)] += work.images.train * work.config.optim.epochs
     with _undisturbed():
         for work in works:
             key = kind(work.config)
@@ -129,7 +133,7 @@ def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: flo
                 late = bool(paces) and time.perf_counter() - started > budget
                 try:
                     guess = _nearest(work.config, list(paces.values())) if late else None
-                    paces[key] = work.config, guess or measure(work.config, len(index.classes))
+                    paces[key] = work.config, guess or measure(work.config, len(index.classes), seen[key])
                     guessed += late
                 except Refused as error:  # told when its turn comes
                     impossible[key] = error
@@ -209,10 +213,11 @@ class Noise:
         return self._some[[i % len(self._some) for i in range(len(paths))]]
 
 
-def measure(config: TrainConfig, classes: int) -> Pace:
+def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace:
     """The pace of ``config`` on ``classes`` classes: a few steps of the real training, on noise.
 
-    Raises Refused for a network, a size or a teacher that cannot be.
+    It takes a small share of the time that training on ``images`` takes. Raises Refused for a network, a size or a
+    teacher that cannot be.
     """
     world = detect(config.system)
     use_cores(config.system.threads)  # as the training would
@@ -236,7 +241,7 @@ def measure(config: TrainConfig, classes: int) -> Pace:
         forward = _forward(job)
         features = _features(job) if m.cached_features or m.head == "probe" else 0.0
         solution = _solution(job, features, classes) if m.head == "probe" else 0.0
-        step, record = _steps(job, batch, classes)
+        step, record = _steps(job, batch, classes, images)
         began = time.perf_counter()
         if record:
             trainer = Trainer(job)
@@ -262,7 +267,7 @@ def _job(config: TrainConfig, built: Built, world: World, images: int, classes: 
     return Job(config=config, run=run, world=world, manifest=manifest, images=noise, built=built, teachers=teachers)
 
 
-def _steps(job: Job, batch: int, classes: int) -> tuple[dict[int | None, float], dict[str, Any]]:
+def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int | None, float], dict[str, Any]]:
     """Seconds of an image by its size, the first step left out, and the last record."""
     config, found, record = job.config, dict[int | None, float](), dict[str, Any]()
     epochs = config.optim.epochs
@@ -277,9 +282,10 @@ def _steps(job: Job, batch: int, classes: int) -> tuple[dict[int | None, float],
                 record = trainer.train_epoch(epoch, trainer.batches([epoch]), bar)
             seconds = float(record.get("seconds", 0.0))
             found[size] = seconds / (steps * batch)
-            if number == 2 or (number == 1 and seconds >= LONG_ENOUGH):
+            enough = min(LONG_ENOUGH, 0.05 * found[size] * images)
+            if number and seconds >= enough:
                 break
-            steps = min(64, math.ceil(LONG_ENOUGH / max(seconds / steps, 1e-3))) if number else 1 + 2 * (seconds < 3)
+            steps = min(64, math.ceil(enough / max(seconds / steps, 1e-3))) if number else 1 + 2 * (seconds < 3)
     return found, record
 
 

@@ -53,6 +53,14 @@ def test_text_says_everything(arms):
     assert "networks differ" not in words
 
 
+def test_names_reach_no_terminal_raw(tmp_path):
+    classes = ("ant\x1b]0;title\x07", "bee\nline")
+    a = write_run(tmp_path / "red\x1b[31m", {1, 2, 3}, classes=classes)
+    words = text(compare.compare(a, write_run(tmp_path / "b", {4}, classes=classes)))
+    assert "red\\x1b[31m" in words and "bee\\x0aline" in words
+    assert all(c.isprintable() or c == "\n" for c in words)
+
+
 def test_swapping_the_runs_swaps_the_sign(arms):
     there, back = compare.compare(*arms), compare.compare(*reversed(arms))
     assert back.difference == -there.difference

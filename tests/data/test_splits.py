@@ -295,7 +295,7 @@ def broken(values: dict, how: str) -> object:  # type: ignore[type-arg]
         ("same subset", "in test and in test; make it anew"),
         ("unlisted class", "of a class that it does not list"),
         ("key", "lacks content_hash"),
-        ("subset", "'val'"),
+        ("subset", "lacks subsets.val"),
         ("list", "--split"),
     ],
 )

@@ -105,15 +105,30 @@ def test_a_damaged_search_json_is_one_sentence(base: Any) -> None:
     whole = json.loads(file.read_text())
     for change in (
         {"space": {"lr": [1], "../../x": [1]}}, {"space": {"gamma": [1]}}, {"space": []}, {"results": {}},
-        {"results": [{}]}, {"winner": 3}, {"winner": {"point": {}, "run": None}}, {"finalists": 3},
+        {"results": [{}]}, {"results": [{**whole["results"][0], "run": ".."}]},
+        {"winner": 3}, {"winner": {"point": {}, "run": None}}, {"finalists": 3},
     ):  # fmt: skip
         file.write_text(json.dumps({**whole, **change}))
         with pytest.raises(Refused, match=r"search\.json"):
             effects.load(plan.folder)
-    for text in (json.dumps({**whole, "base": {"exp": 1}}), json.dumps({"space": {}, "results": []}), "[", "null"):
+    (plan.folder / "table.json").write_text("[[")  # written anew, like what can be had from the runs
+    for text in (
+        json.dumps({**whole, "base": {"exp": 1}}),
+        json.dumps({**whole, "commands": 3}),
+        json.dumps({"space": {}, "results": []}),
+        "[",
+        "null",
+    ):
         file.write_text(text)
         with pytest.raises(Refused, match=r"search\.json"):
             search(plan)
+    file.unlink()
+    assert [e["run"] for e in search(plan)["results"]] == [e["run"] for e in whole["results"]]
+    run = Run(Path(whole["results"][0]["run"]))
+    (run.path / "config.json").write_text("[")
+    (plan.folder / "optuna.journal").unlink()
+    with pytest.raises(Refused, match="remove the folder"):
+        search(plan)
 
 
 def test_a_search_over_size_end_to_end(

@@ -21,8 +21,9 @@ from finetune101.data.synthetic import draw
 from finetune101.errors import Refused
 from finetune101.runs import Run
 from finetune101.training import prepare as preparing
+from finetune101.training.identity import differences
 from finetune101.training.loop import Diverged, Trainer, fit
-from finetune101.training.prepare import LOCK, check_same, elsewhere, prepare
+from finetune101.training.prepare import LOCK, elsewhere, prepare
 from finetune101.training.tensorboard import log
 
 
@@ -158,17 +159,15 @@ def test_a_renamed_and_moved_run_goes_on(small: TrainConfig, tmp_path: Path, mon
 
 def test_what_makes_two_runs_the_same(small: TrainConfig) -> None:
     same = dataclasses.replace(small, exp="other", runs="/elsewhere", recipe="file.yaml")
-    for change_ in ({"root": "/photos"}, {"split": "split.json"}, {"cache": "off"}, {"download": True}):
-        check_same(small, change(same, "data", **change_))
+    for values in ({"root": "/photos"}, {"split": "split.json"}, {"cache": "off"}, {"download": True}):
+        assert differences(small, change(same, "data", **values)) == []
     for part, values in (("optim", {"lr": 0.3}), ("data", {"split_seed": 7}), ("system", {"seed": 1})):
-        with pytest.raises(Refused, match=f"{part}.{next(iter(values))}"):
-            check_same(small, change(same, part, **values))
+        assert differences(small, change(same, part, **values)) == [f"{part}.{next(iter(values))}"]
 
 
 def test_the_file_of_another_split_is_refused(run: Run, tmp_path: Path) -> None:
     shutil.copyfile(run.path / "split.json", tmp_path / "same.json")
     prepare(change(moved(run), "data", split=str(tmp_path / "same.json")), resume=True)
-    prepare(change(moved(run), "data", split=str(tmp_path / "gone.json")), resume=True)
     other = train(change(dataclasses.replace(moved(run), exp="other"), "data", split_seed=7))
     with pytest.raises(Refused, match="split"):
         prepare(change(moved(run), "data", split=str(other.path / "split.json")), resume=True)
