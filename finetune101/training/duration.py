@@ -32,6 +32,7 @@ from finetune101.models.build import Built, build, freeze
 from finetune101.runs import Run, open_run
 from finetune101.training import cpu, probe
 from finetune101.training.distill import Teachers
+from finetune101.training.forecast import in_words
 from finetune101.training.loop import HeadTrainer, Job, Trainer
 from finetune101.world import World, detect, use_cores
 
@@ -148,15 +149,6 @@ def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: flo
     text += f"{len(paces) - guessed} kind{'s' * (len(paces) - guessed != 1)} of run"
     text += f"; {guessed} more are guessed." if guessed else "."
     return " ".join([text, *(f"Cannot be trained: {error}." for error in impossible.values())])
-
-
-def in_words(seconds: float) -> str:
-    """``seconds`` as people say them: "40 seconds", "12 minutes", "16.5 hours", "4 days"."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} second{'s' * (round(seconds) > 1)}"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: dataset.Index) -> None:
