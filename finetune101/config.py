@@ -119,12 +119,7 @@ class ModelConfig:
     """Start from ImageNet weights; --no-pretrain starts from random ones."""
     head: Literal["random", "probe"] = "random"
     """Start of the new output layer. probe: the best linear one on frozen features (then --epochs may be 0)."""
-    probe_l2: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (
-        0.03,
-        0.01,
-        0.003,
-        0.001,
-    )
+    probe_l2: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (0.03, 0.01, 0.003, 0.001)
     """L2 penalties that the probe tries; validation chooses."""
     freeze_norm: bool = False
     """Keep the batch-norm statistics of the start; their weights are trained."""
