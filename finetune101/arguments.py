@@ -353,7 +353,7 @@ def _flags(kind: Any) -> list[str]:
 def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kind: Any = TrainArguments) -> Any:
     """Arguments of ``train`` and ``search``; defaults: --recipe, --config, or with --resume the run itself."""
     from finetune101.runs import open_run
-    from finetune101.training.recipes import named, usual_scratch
+    from finetune101.training.recipes import named, usual_finetune, usual_scratch
 
     first = _Unparsed(add_help=False, allow_abbrev=False)
     for name in ("--recipe", "--config", "--model", "--device"):
@@ -372,9 +372,10 @@ def parse_train(argv: Sequence[str], *, prog: str, model: str | None = None, kin
             raise Refused("--recipe and --config both say where to start; give one of them")
         config = read_recipe(told.config, tyro.MISSING)
     else:
-        usual = "original" if model or kind is SearchArguments else "finetune_fast"  # both have the original's space
-        if told.no_pretrain and usual != "original":
-            usual = usual_scratch(told.model or "", told.device or "auto")
+        usual = "original"  # of its scripts, and of a search, whose usual space is the original's
+        if not model and kind is not SearchArguments:
+            name = told.model or ""
+            usual = usual_scratch(name, told.device or "auto") if told.no_pretrain else usual_finetune(name)
         config = named(told.recipe or usual)(tyro.MISSING, pretrain=not told.no_pretrain)
         if model and told.recipe in (None, "original"):
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))

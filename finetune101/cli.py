@@ -109,7 +109,7 @@ def finish(run: Run) -> None:
     curves(records, run.path / "curves.png", run.name)
     best = [record for record in records if record["best"]][-1]
     score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
-    start = " (the linear output layer that training started from)" if best["epoch"] == 0 else ""
+    start = ", a frozen backbone: the linear output layer that training started from" if best["epoch"] == 0 else ""
     print(f"Best epoch {best['epoch']}{start}{score}. Curves: {run.path / 'curves.png'}")
 
 

@@ -232,8 +232,8 @@ class StudyConfig:
     """Number of splits, with seeds from --split-seed on."""
     train_per_class: tuple[Count, ...] = ()
     """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
-    finetune_recipe: str = "finetune_fast"
-    """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml."""
+    finetune_recipe: str | None = None
+    """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml. Default: finetune."""
     scratch_recipe: str | None = None
     """Recipe of the arm scratch: a name, or a file. Default: scratch_long on a GPU, else scratch_fast."""
     probe_recipe: str = "probe"

@@ -42,7 +42,7 @@ from finetune101.training.identity import as_started
 from finetune101.training.loop import fit
 from finetune101.training.many_runs import check_kind, context, described, follow_parent, keep_trace, open_folder, stop
 from finetune101.training.prepare import check_same, make_manifest, prepare, sharing
-from finetune101.training.recipes import named, usual_scratch
+from finetune101.training.recipes import named, usual_finetune, usual_scratch
 from finetune101.training.tensorboard import log
 
 
@@ -82,8 +82,11 @@ def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
 def _configure(
     study: StudyConfig, index: dataset.Index, model: str, arm: str, size: int | None, folder: str, split: int, seed: int
 ) -> TrainConfig:
-    scratch = study.scratch_recipe or usual_scratch(model)
-    recipe = {"finetune": study.finetune_recipe, "scratch": scratch, "probe": study.probe_recipe}[arm]
+    recipe = {
+        "finetune": study.finetune_recipe or usual_finetune(model),
+        "scratch": study.scratch_recipe or usual_scratch(model),
+        "probe": study.probe_recipe,
+    }[arm]
     split_seed = study.split_seed + split
     config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
     _check_arm(arm, recipe, config)

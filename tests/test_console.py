@@ -245,14 +245,18 @@ def test_a_mistake_on_a_terminal_is_one_plain_sentence(words: list[str], tmp_pat
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_training_says_what_goes_on(number: int, code: int, tiny_data: Path, tmp_path: Path) -> None:
     words = ["train", "--exp", "my run", "--data", str(tiny_data), *TINY[:-1], "5000"]
-    process = subprocess.Popen(
-        [*START, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        process = subprocess.Popen(
+            [*START, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     metrics = tmp_path / "runs" / "my run" / "metrics.jsonl"
     while not metrics.is_file() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(number)
-    said = process.communicate()[1].splitlines()[-1]
+    said = process.communicate(timeout=120)[1].splitlines()[-1]
     assert process.returncode == code and "finetune101 train --exp 'my run' --resume" in said
     assert re.search(r"stands at epoch \d+ of 5000", said)
 

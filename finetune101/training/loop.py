@@ -239,9 +239,9 @@ class Trainer:
 
     def finish_epoch(self, record: dict[str, Any]) -> dict[str, Any]:
         """Adds the record, saves the best weights when they are, then the state to resume from."""
-        earlier = [r["val_top1"] for r in self.records if r["val_top1"] is not None]
-        now = record["val_top1"]
-        record["best"] = not self.validates or (now is not None and all(now > value for value in earlier))
+        earlier = [_score(r) for r in self.records if r["val_top1"] is not None]
+        scored = record["val_top1"] is not None
+        record["best"] = not self.validates or (scored and all(_score(record) > score for score in earlier))
         if not self.validates:
             if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
                 raise _not_finite("the weights are not finite after step", record["step"])
@@ -358,6 +358,11 @@ class HeadTrainer(Trainer):
         """Logits and labels of the validation images."""
         head = self.shown.get_submodule(self.job.built.head.rstrip("."))
         return logits(head, [(self.x_val, torch.tensor(self.job.manifest.labels("val")))], self.job.world)
+
+
+def _score(record: dict[str, Any]) -> tuple[float, float]:
+    """What the best epoch has most of: validation accuracy, and of equals the lowest loss (small sets have many)."""
+    return record["val_top1"], -record["val_loss"]
 
 
 def _not_finite(what: str, step: int) -> Diverged:

@@ -39,6 +39,7 @@ def finetune_fast(exp: str, *, pretrain: bool = True) -> TrainConfig:
 
     ``finetune101 train --exp NAME --recipe finetune_fast``: 96 to 97 % on Caltech-101 (validation, reference split)
     with EfficientNet-Lite0, in about ten minutes on two cores; the probe alone is there after one.
+    Most of its runs keep the probe, with a frozen backbone, and say so.
     """
     if not pretrain:
         raise Refused("recipe finetune_fast starts from ImageNet weights; take --recipe original with --no-pretrain")
@@ -57,9 +58,10 @@ def finetune_fast(exp: str, *, pretrain: bool = True) -> TrainConfig:
 def finetune(exp: str, *, pretrain: bool = True) -> TrainConfig:
     """A linear probe first, then five epochs of everything on crops of larger images; batch-norm statistics kept.
 
-    ``finetune101 train --exp NAME --recipe finetune``: LP-FT (Kumar et al., 2022), trained at 224 px on crops of images
-    of 288 px, tested at 256 px (Touvron et al., 2019): about 97 % on Caltech-101 (validation, reference split) with
-    EfficientNet-Lite0, in about 13 minutes on one core with bf16, 30 without.
+    ``finetune101 train --exp NAME``, the recipe of ``train`` and ``study`` where no other is named: LP-FT (Kumar et
+    al., 2022), trained at 224 px on crops of images of 288 px, tested at 256 px (Touvron et al., 2019): about 97 % on
+    Caltech-101 (validation, reference split) with EfficientNet-Lite0, in about 13 minutes on one core with bf16, 30
+    without.
     """
     if not pretrain:
         raise Refused("recipe finetune starts from ImageNet weights; take --recipe scratch with --no-pretrain")
@@ -151,12 +153,20 @@ def named(name: str) -> Callable[..., TrainConfig]:
     return RECIPES[name]
 
 
+_ONE_SIZE = ("vit_", "timm:")  # networks that take images of one size only, and such as may
+
+
+def usual_finetune(model: str = "") -> str:
+    """The name of the recipe that fine-tunes ``model``: ``finetune``, or the one without a size where that counts."""
+    return "finetune_fast" if model.startswith(_ONE_SIZE) else "finetune"
+
+
 def usual_scratch(model: str = "", device: str = "auto") -> str:
     """The name of the recipe from random initialisation that suits the machine, or ``device`` (as --device names it).
 
     Networks that take images of one size only (vision transformers, and what timm has) keep the original's, which
     sets no size.
     """
-    if model.startswith(("vit_", "timm:")):
+    if model.startswith(_ONE_SIZE):
         return "original"
     return "scratch_long" if device == "cuda" or (device == "auto" and has_gpu()) else "scratch_fast"
