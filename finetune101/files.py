@@ -117,7 +117,8 @@ def claim(lock: Path) -> Iterator[bool]:
     finally:
         with contextlib.suppress(OSError):
             signed.unlink()
-        keeper.release()
+        with contextlib.suppress(OSError):  # the process is done with it all the same
+            keeper.release()
 
 
 def claimed_by(lock: Path) -> str:

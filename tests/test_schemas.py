@@ -69,7 +69,7 @@ def made(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert outcome(["train", "--exp", f"run{seed}", "--seed", seed, *tiny])[0] == 0
             assert outcome(["evaluate", f"run{seed}"])[0] == 0
         assert outcome(["compare", "run0", "run1"])[0] == 0
-        assert outcome(["search", "--exp", "search", "--grid", "lr=0.01", *tiny])[0] == 0
+        assert outcome(["search", "--exp", "search", "--grid", "lr=0.01,0.02", *tiny])[0] == 0
         study = [flag for flag in tiny if flag != "--no-pretrain"]
         study[study.index("--model")] = "--models"
         assert outcome(["study", "--exp", "study", "--arms", "scratch", "--seeds", "2", *study])[0] == 0
@@ -201,7 +201,8 @@ def try_changes(made: Path, name: str, count: int) -> None:
                     (made / file).write_bytes(content)
 
     with contextlib.chdir(made):
-        assert outcome(READERS[name])[0] == (2 if "missing" in READERS[name] else 0)
+        code, said = outcome(READERS[name])
+        assert code == (2 if "missing" in READERS[name] else 0), said
     check()
 
 
@@ -211,7 +212,7 @@ def test_a_changed_file_ends_right_or_in_one_sentence(made: Path, name: str) -> 
     try_changes(made, name, 3 if draws else 8 if name.startswith("runs") else 15)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not EXAMPLES, reason="FINETUNE101_EXAMPLES, such as 50, asks for a longer search")
 @pytest.mark.parametrize("name", READERS)
 def test_many_changes_of_a_file_end_right_or_in_one_sentence(made: Path, name: str) -> None:
-    try_changes(made, name, 50)
+    try_changes(made, name, EXAMPLES)
