@@ -45,7 +45,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     ``make_folder`` a missing folder is not made. Raises Refused, naming the file, when the disk is full or the folder
     cannot be written.
     """
-    mark = f"{_here()}.{os.getpid()}.{secrets.token_hex(4)}"
+    mark = f"{process_space()}.{os.getpid()}.{secrets.token_hex(4)}"
     part = path.with_name(f".{path.name[:100]}.{mark}.part")
     try:
         if make_folder:
@@ -67,7 +67,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
 
 def remove_abandoned(folder: Path) -> None:
     """Removes temporary files of ``atomic`` in ``folder`` whose process is dead, or of other machines after a day."""
-    here = _here()
+    here = process_space()
     for part in folder.glob(".*.part"):
         with contextlib.suppress(OSError):
             made = re.fullmatch(r"\..*?\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.part", part.name)
@@ -77,7 +77,7 @@ def remove_abandoned(folder: Path) -> None:
                 part.unlink()
 
 
-def _here() -> str:
+def process_space() -> str:
     """What tells process numbers of one machine and container from those of others: host, and namespace on Linux."""
     with contextlib.suppress(OSError):
         space = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
