@@ -140,6 +140,8 @@ def evaluate(argv: Sequence[str]) -> int:
     run = open_run(a.run, a.runs)
     with watched(run.path, lambda: "no score was written"):
         if a.as_test:
+            if a.subset != "test":
+                raise Refused(f"--as-test scores all images of --data; leave --subset {a.subset} out")
             from finetune101.evaluation.other import evaluate_other, other_text
 
             other = evaluate_other(run, a.data, batch_size=a.batch_size, mirror=a.mirror)

@@ -68,6 +68,8 @@ def plan(study: StudyConfig, index: dataset.Index) -> list[Cell]:
         if not values:
             raise Refused(f"{name} names nothing; give at least one, or leave {name} out")
     _check_sizes(study, index)
+    if index.subsets and "test" not in index.subsets:
+        raise Refused(f"{index.root} has no test images, by which a study compares; add a folder test/ beside train/")
     cells = []
     for model, size, arm in itertools.product(study.models, study.train_per_class or (None,), study.arms):
         folder = f"{model.replace(':', '_')}/{arm}/{'all' if size is None else f'{size}_per_class'}"

@@ -67,6 +67,7 @@ def has_password(url: str) -> bool:
 def _secrets(words: Iterable[str]) -> list[str]:
     """Passwords that stand in the command line or in variables of the environment, longest first."""
     named = {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    named = {value for value in named if not (os.path.isabs(value) and os.path.exists(value))}  # a file of secrets
     held = {value for value in named if len(value) > 5 and not value.isdigit()}
     for word in words:
         for match in _USER.finditer(word):
@@ -75,7 +76,7 @@ def _secrets(words: Iterable[str]) -> list[str]:
         for match in _NAMED.finditer(word):
             if not match["sign"].isspace():
                 held |= {form for form in (match["value"], unquote(match["value"])) if len(form) > 4}
-    return sorted((secret for secret in held if not Path(secret).exists()), key=len, reverse=True)
+    return sorted(held, key=len, reverse=True)
 
 
 def command(argv: Sequence[str]) -> str:

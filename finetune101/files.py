@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -31,6 +32,7 @@ FORMAT = 1
 MOST_BYTES = 256 * 2**20  # of a JSON file: the split of a million images fits
 MOST_SETTINGS = 2**17  # bytes of a file that people write
 DEEPEST = 50  # levels of tables and lists in a file
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
 ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine is nobody's any more
 
 
@@ -43,7 +45,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     ``make_folder`` a missing folder is not made. Raises Refused, naming the file, when the disk is full or the folder
     cannot be written.
     """
-    mark = f"{socket.gethostname()[:40]}.{os.getpid()}.{secrets.token_hex(4)}"
+    mark = f"{process_space()}.{os.getpid()}.{secrets.token_hex(4)}"
     part = path.with_name(f".{path.name[:100]}.{mark}.part")
     try:
         if make_folder:
@@ -65,7 +67,7 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
 
 def remove_abandoned(folder: Path) -> None:
     """Removes temporary files of ``atomic`` in ``folder`` whose process is dead, or of other machines after a day."""
-    here = socket.gethostname()[:40]
+    here = process_space()
     for part in folder.glob(".*.part"):
         with contextlib.suppress(OSError):
             made = re.fullmatch(r"\..*?\.(?P<host>.+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.part", part.name)
@@ -73,6 +75,14 @@ def remove_abandoned(folder: Path) -> None:
             dead = made is not None and local and not _is_alive(int(made["pid"]))
             if dead or time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()
+
+
+def process_space() -> str:
+    """What tells process numbers of one machine and container from those of others: host, and namespace on Linux."""
+    with contextlib.suppress(OSError):
+        space = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+        return f"{socket.gethostname()[:40]}-{space}"
+    return socket.gethostname()[:40]
 
 
 def _is_alive(pid: int) -> bool:
@@ -103,7 +113,8 @@ def claim(lock: Path) -> Iterator[bool]:
         try:
             keeper.acquire()
         except (NotImplementedError, OSError) as error:
-            if isinstance(error, filelock.Timeout):
+            lacks = isinstance(error, NotImplementedError) or error.errno in NO_LOCKS
+            if isinstance(error, filelock.Timeout) or not lacks:
                 raise
             keeper = filelock.SoftFileLock(lock.with_name(lock.name + ".soft"), timeout=0)
             keeper.acquire()
@@ -115,7 +126,7 @@ def claim(lock: Path) -> Iterator[bool]:
             signed.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield True
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # while the lock is held: afterwards it is the next owner's
             signed.unlink()
         with contextlib.suppress(OSError):  # the process is done with it all the same
             keeper.release()

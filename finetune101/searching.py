@@ -90,7 +90,7 @@ def run_search(plan: Plan, table: Path, plots: Path, finalists: int = 0, seeds: 
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
                 write(plan, entries, best, took, table, plots)
     tell(plan, entries, best, table, studies.unfinished(study))
-    return int(any(entry["trace"] for entry in entries))
+    return int(any(entry["trace"] is not None for entry in entries))
 
 
 def _check_same(plan: Plan) -> None:

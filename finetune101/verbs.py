@@ -140,7 +140,8 @@ def study(argv: Sequence[str]) -> int:
     config = dataclasses.replace(config, scratch_recipe=_scratch_recipe(config, folder))
     ensure_data(TrainConfig(exp=config.exp, data=DataConfig(root=config.data)))
     layout: Literal["classes", "folders"] = "folders" if config.protocol == "folders" else "classes"
-    index = dataset.index(dataset.find(config.data), layout, ours=[config.runs])
+    with nothing_kept() if arguments.dry_run else contextlib.nullcontext():
+        index = dataset.index(dataset.find(config.data), layout, ours=[config.runs])
     for line in dataset.told(index):
         print(line)
     cells = experiment.plan(config, index)

@@ -133,6 +133,25 @@ def test_messages_hide_secrets(capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert "hunter22" not in capsys.readouterr().err
 
 
+def test_a_long_secret_of_the_environment_is_hidden_as_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "t0ken" * 100)  # longer than the name of a file may be
+    assert main(["evaluate", "nosuchrun"]) == 2
+    assert "t0ken" not in capsys.readouterr().err
+    assert "t0ken" not in faults.redacted("login " + "t0ken" * 100)
+
+
+@pytest.mark.parametrize("url", ["u:hunter22@h/db", "postgresql:u:hunter22@h/db"])
+def test_an_address_that_is_none_keeps_its_password(
+    url: str, tiny_data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["search", "--exp", "s", "--data", str(tiny_data), *TINY, "--grid", "lr=0.01", "--storage", url]
+    assert main(words) == 2
+    assert "hunter22" not in "".join(capsys.readouterr())
+
+
 def test_no_file_of_a_search_or_its_page_holds_the_password(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from finetune101.files import (
     claim,
     claimed_by,
     parse_json,
+    process_space,
     read_json,
     read_settings,
     remove_abandoned,
@@ -87,7 +87,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def test_only_what_nobody_writes_any_more_is_removed(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    here, old = socket.gethostname()[:40], time.time() - 2 * 86400
+    here, old = process_space(), time.time() - 2 * 86400
     kept = [f".a.{here}.{os.getpid()}.00000000.part", ".a.b.elsewhere.1.00000000.part", "a.part", ".hidden"]
     removed = [f".a.{here}.{gone.pid}.00000000.part", ".x.elsewhere.1.00000000.part", ".old.part"]
     for name in kept + removed:
@@ -359,3 +359,11 @@ def test_settings_in_each_language(tmp_path: Path) -> None:
     (tmp_path / "y.yaml").write_bytes("a: 1".encode("utf-16"))
     with pytest.raises(Refused, match="UTF-8"):
         read_settings(tmp_path / "y.yaml")
+
+
+def test_a_lock_that_may_not_be_opened_is_no_free_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "train.lock"
+    lock.mkdir()  # cannot be opened as a file, whoever asks
+    with pytest.raises(OSError), claim(lock):
+        pass
+    assert not (tmp_path / "train.lock.soft").exists()

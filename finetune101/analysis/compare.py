@@ -30,6 +30,7 @@ from finetune101.analysis.groups import (
 )
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
+from finetune101.faults import redacted
 from finetune101.runs import Run
 
 
@@ -273,7 +274,7 @@ def _score(run: Tested, pretrained: dict[str, str]) -> Score:
         mean_per_class=float(np.mean(list(run.by_class().values()))),
         init_hash=run.env["model"]["init_hash"],
         start=proof(run, pretrained),
-        command=run.env.get("command", ""),
+        command=redacted(run.env.get("command", "")),
         features_cached=run.features_cached,
         frozen=run.frozen,
         **run.cost(),  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from finetune101.config import TrainConfig
+from finetune101.files import read_json
 from finetune101.runs import Run
 
 MUCH_FASTER = 3.0
@@ -27,7 +28,13 @@ class FirstPass(NamedTuple):
 
 
 def first_pass(run: Run, config: TrainConfig, env: Any, images: dict[str, int]) -> FirstPass | None:
-    """That of ``run``; ``images`` counts those of its subsets. None for a run that began with its first epoch."""
+    """That of ``run``; ``images`` counts those of its subsets. None for a run whose recorded time is right anyway.
+
+    That is one which began with its first epoch, and one that adds the seconds of cached features to its own: its
+    files have a format.
+    """
+    if "format" in read_json(run.path / "env.json", remedy="train the run again"):
+        return None
     records = run.metrics()
     total, validated = images["train"] + images["val"], images["val"]
     if not records or records[0]["epoch"] != 0 or not total:
@@ -47,7 +54,7 @@ def first_pass(run: Run, config: TrainConfig, env: Any, images: dict[str, int]) 
 def read_from_cache(passes: Iterable[FirstPass | None]) -> frozenset[Path]:
     """The runs whose features were read from the cache of an earlier run, judged by the seconds that they recorded.
 
-    Runs since 0.2.0 add the seconds of the cached features to their own, and are never among them.
+    Only runs of the first version are judged: later ones add the seconds of the cached features to their own.
     """
     known = [one for one in passes if one]
     slowest: dict[Any, float] = {}

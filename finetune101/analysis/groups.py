@@ -175,7 +175,8 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     Raises Refused when there is none, one is not tested, or they are not one arm: the same settings, and one run
     for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
-    found = glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
+    as_named = [str(path) for path in (Path(name), Path(runs) / name) if path.exists()][:1]  # names may hold brackets
+    found = as_named or glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
     folders = sorted({folder for path in found for folder in runs_below(Path(path))})
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]

@@ -131,6 +131,8 @@ def share_of(count: int, world: World) -> list[int]:
     Those fill up what a batch norm needs, and are not to be counted: they belong to other processes.
     """
     own = list(range(count))[world.share(count)]
+    if len(own) >= 2:
+        return own
     more = [(world.rank + i) % count for i in range(count)]
     return (own + [place for place in more if place not in own])[: max(2, len(own))]
 

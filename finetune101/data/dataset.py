@@ -75,6 +75,9 @@ def find(root: str | None) -> Path:
         if subset_folders(path):
             return path
         with_images = [sub for sub in folders_in(path) if holds_images(path / sub)]
+        if split := next((sub for sub in with_images if len(with_images) > 1 and subset_folders(path / sub)), None):
+            inside, beside = escaped(str(path / split)), escaped(next(sub for sub in with_images if sub != split))
+            raise Refused(f"{inside} has train and test folders, and {beside}/ lies beside it; give --data {inside}")
         if len(with_images) > 1:
             return path
         if not with_images or images_in(path / with_images[0]):
@@ -228,10 +231,25 @@ def told(found: Index, most: int = 3) -> list[str]:
     named = [f"{escaped(name)}/" for name in found.classes if subset_of(name)] if not found.subsets else []
     if named:
         lines.append(f"Taken as classes, as they hold no class folders: {', '.join(named)}.")
+    lines += _told_sub_folders(found)
     for reason, paths in found.left_out.items():
         names = [escaped(path) for path in paths[:most]] + ["…"] * (len(paths) > most)
         lines.append(f"Left out: {len(paths)} {reason} ({', '.join(names)}).")
     return lines
+
+
+def _told_sub_folders(found: Index) -> list[str]:
+    """A line for each class whose images all lie in two sub-folders or more: they might have been meant as classes."""
+    depth = 2 if found.subsets else 1
+    inner: dict[str, set[str]] = {}
+    for path in found.paths:
+        parts = path.split("/")
+        inner.setdefault(class_of(path), set()).add(parts[depth] if len(parts) > depth + 1 else "")
+    return [
+        f"Class {escaped(name)} has its images in {len(folders)} sub-folders: all of them count for it."
+        for name, folders in sorted(inner.items())
+        if len(folders) > 1 and "" not in folders
+    ]
 
 
 def _told_subsets(found: Index) -> list[str]:

@@ -146,14 +146,15 @@ def _decoders() -> frozenset[str]:
 def _prepared(image: Image.Image, side: int | None) -> int:
     """Pixels that loading ``image`` makes, after large JPEGs were told to come smaller. Raises _Odd for too many."""
     width, height = image.size
+    if side and width * height > DRAFT_PIXELS and image.format in ("JPEG", "MPO") and max(width, height) <= MOST_SIDE:
+        image.draft(None, (2 * side, 2 * side))  # without a mode the mode stays
+        width, height = image.size
     if width * height > MOST_PIXELS:
         millions = width * height / 1e6
         raise _Odd(f"it has {millions:.0f} megapixels, more than the {MOST_PIXELS / 1e6:.0f} that are read; shrink it")
     if max(width, height) > MOST_SIDE:
         raise _Odd(f"it is {max(width, height)} pixels long, more than the {MOST_SIDE} that are read; shrink it")
-    if side and width * height > DRAFT_PIXELS and image.format in ("JPEG", "MPO"):
-        image.draft(None, (2 * side, 2 * side))  # without a mode the mode stays
-    return image.size[0] * image.size[1]
+    return width * height
 
 
 def _reason(error: Exception) -> tuple[str, Problem]:

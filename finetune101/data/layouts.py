@@ -261,6 +261,12 @@ def list_classes(root: Path, ours: Collection[Path] = ()) -> Found:
                 )
             raise Refused(f"{where} has class folders in {shown}/ and none for training; add a folder train/")
         _check_images(root / name, listing)
+        inner = {subset_of(path.split("/")[1]) for path in listing.images if path.count("/") > 1}
+        if len(inside := sorted(filter(None, inner))) > 1:
+            raise Refused(
+                f"{escaped(str(root / name))} has folders for {' and '.join(inside)} inside of the class;"
+                f" put them above the classes, as {inside[-1]}/{escaped(name)}"
+            )
     return Found({name: listing.images for name, listing in listings.items()}, left_out)
 
 
@@ -277,6 +283,7 @@ def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (
         for name, listing in listings.items():
             if subset == "train":
                 _check_images(root / folders[subset] / name, listing)
+                _check_depth(root / folders[subset] / name, listings)
             if subset == "train" or name in classes:
                 classes[name] = classes.get(name, {}) | listing.images
                 continue
@@ -292,6 +299,16 @@ def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (
             left_out[ELSEWHERE] += listing.images
     _add(left_out, _beside(root, ""))
     return Found(classes, left_out)
+
+
+def _check_depth(folder: Path, listings: dict[str, Listing]) -> None:
+    """Raises Refused where the only folder of a subset holds the classes, one folder deeper than they belong."""
+    inner = {path.split("/")[2] for path in listings[folder.name].images if path.count("/") > 2}
+    if len(listings) == 1 and len(inner) > 1:
+        raise Refused(
+            f"{escaped(str(folder))} holds the classes ({', '.join(map(escaped, sorted(inner)[:3]))}, …) one folder too"
+            f" deep; move them up into {escaped(str(folder.parent))}"
+        )
 
 
 def _add(left_out: defaultdict[str, list[str]], more: dict[str, list[str]]) -> None:
@@ -337,7 +354,7 @@ def _class_folders(
         if _is_one_of(root / inner, ours):
             continue
         listing = list_folder(root, inner, above)
-        downloaded = FOLDER in folders_in(root / inner)  # what `data download` made beside the classes
+        downloaded = (root / inner / FOLDER).is_dir()  # what `data download` made beside the classes
         if listing.own or downloaded or (name == "runs" and not listing.images):
             left_out[OWN].append(inner)
             continue

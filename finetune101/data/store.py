@@ -24,6 +24,7 @@ from finetune101.files import atomic, cache_dir, claim, claimed_by, escaped, rem
 VARIABLE = "FINETUNE101_CACHE_MAX_GB"
 DEFAULT_GB = 20.0
 NAMES = re.compile(r"(images|features|thumbnails|kernels|digests)_[\w.-]+\.(npy|npz|so|msgpack)")
+KERNELS = "kernels_*"  # folders of compiled kernels, one for each user
 """What the package keeps in the folder; nothing else in it is listed or removed."""
 ARRAYS = ("images", "features", "thumbnails")
 END = b"ft101\0\0\1"  # the last bytes of a file; before them the length of the note, before that the note
@@ -101,6 +102,8 @@ def read(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
         if not file.is_file():
             return None
         array, note = _checked(file, place)
+    except OSError:  # another user's, or gone meanwhile: not ours to remove
+        return None
     except Exception as error:  # numpy and the file system can raise nearly anything for a damaged file
         reason = shortened(" ".join(str(error).split())) or type(error).__name__
         print(f"The cache file {escaped(str(file))} is damaged ({reason}): it is made anew.")
@@ -243,21 +246,21 @@ def make_room(place: Place) -> str:
     except OSError:
         free = 0
     remove_abandoned(place.file.parent)
-    needs = f"needs {place.bytes / 1e9:.2f} GB"
-    if free < place.bytes * 1.05 + 1e8:
-        return f"{needs}, {escaped(str(place.file.parent))} has {free / 1e9:.2f}"
+    needs, wanted = f"needs {place.bytes / 1e9:.2f} GB", place.bytes * 1.05 + 1e8
     most, present = limit(), entries()
     if place.bytes > most:
         return f"{needs}, {VARIABLE} allows {most / 1e9:g}"
     total = sum(entry.bytes for entry in present)
     for entry in present:
-        if total + place.bytes <= most:
+        if total + place.bytes <= most and free >= wanted:
             break
         if entry.kind in ARRAYS and entry.file.name not in {*_in_use, place.name}:
             with contextlib.suppress(OSError):
                 entry.file.unlink()
-                total -= entry.bytes
-                print(f"Removed {entry.file.name}, unused for longest: {VARIABLE} allows {most / 1e9:g}.")
+                total, free = total - entry.bytes, free + entry.bytes
+                print(f"Removed {entry.file.name}, unused for longest: the caches need its room.")
+    if free < wanted:
+        return f"{needs}, {escaped(str(place.file.parent))} has {free / 1e9:.2f}"
     return "" if total + place.bytes <= most else f"{needs}, {VARIABLE} leaves {max(0, most - total) / 1e9:.2f}"
 
 
@@ -265,7 +268,7 @@ def entries() -> list[Entry]:
     """What is kept in the folder, from the longest unused on."""
     kept = []
     with contextlib.suppress(OSError):
-        for file in cache_dir().iterdir():
+        for file in (*cache_dir().iterdir(), *cache_dir().glob(f"{KERNELS}/*.so")):
             if NAMES.fullmatch(file.name):
                 with contextlib.suppress(OSError):
                     state, note = file.lstat(), None

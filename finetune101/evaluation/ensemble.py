@@ -12,7 +12,15 @@ from torch import Tensor
 from finetune101.data import splits
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
-from finetune101.evaluation.evaluate import calibrations, check_batch_size, open_scored, rows, scores, times_scored
+from finetune101.evaluation.evaluate import (
+    calibrations,
+    check_batch_size,
+    check_not_trained,
+    open_scored,
+    rows,
+    scores,
+    times_scored,
+)
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.predictions import write_pair
 from finetune101.files import FORMAT
@@ -43,8 +51,7 @@ def ensemble(
     if (out / "config.json").exists():
         raise Refused(f"{out} is a run of its own; give the ensemble another --out")
     for run in runs:
-        if subset == "val" and run.config().data.fit_on == "train+val":
-            raise Refused(f"{run.path} was trained on the validation images; name runs with --fit-on train")
+        check_not_trained(run, subset)
     hashes = [splits.from_json(run.read_json("split.json")).hash() for run in runs]
     for run, other in zip(runs, hashes, strict=True):
         if other != hashes[0]:

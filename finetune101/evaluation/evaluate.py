@@ -117,6 +117,7 @@ def evaluate(
     Raises Refused when the images are not those of the split, before anything is written.
     """
     check_batch_size(batch_size)
+    check_not_trained(run, subset)
     opened = open_scored(run, data, mirror=mirror)
     output, labels = opened.logits(subset, batch_size)
     result = scores(output, labels) | frozen_backbone(run, opened.network)
@@ -132,7 +133,7 @@ def evaluate(
         }
         result |= calibrations(output, labels, found, opened.chosen_on_val)
         result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)
-        if opened.network.temperature is None and not mirror:
+        if opened.network.temperature is None and opened.chosen_on_val and not mirror:
             keep_temperature(run, found)
         write_pair(run.path, "", {"format": FORMAT, **result}, rows(opened.manifest, output, found.temperature))
     return result
@@ -146,6 +147,15 @@ def frozen_backbone(run: Run, network: Network) -> dict[str, bool]:
     config = run.config()
     kept = config.model.head == "probe" and network.epoch == 0
     return {"frozen_backbone": True} if kept or config.model.freeze else {}
+
+
+def check_not_trained(run: Run, subset: str) -> None:
+    """Raises Refused where ``subset`` is the validation images and ``run`` was trained on them."""
+    if subset == "val" and run.config().data.fit_on == "train+val":
+        raise Refused(
+            f"{run.path} was trained on the validation images too (--fit-on train+val): a score on them says nothing;"
+            " test it on other images: --data FOLDER --as-test"
+        )
 
 
 def check_batch_size(batch_size: int) -> None:

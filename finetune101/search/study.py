@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune101.config import TrainConfig
 from finetune101.errors import Refused
+from finetune101.faults import storage_shown
 from finetune101.models.zoo import lookup
 from finetune101.runs import Run
 from finetune101.search.space import Point, Range, Space, configure, label, points
@@ -161,7 +162,7 @@ def open_storage(plan: Plan) -> BaseStorage:
     from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-    url, shown = plan.storage, _no_password(plan.storage)
+    url, shown = plan.storage, storage_shown(plan.storage)
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]  # psycopg 3, which this project locks
     for attempt in range(5):
@@ -182,11 +183,6 @@ def open_storage(plan: Plan) -> BaseStorage:
                 raise
             time.sleep(1)
     raise AssertionError
-
-
-def _no_password(url: str) -> str:
-    scheme, slashes, rest = url.partition("://")
-    return scheme + slashes + rest.rpartition("@")[2]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ class NotMine(Exception):
     """The trial is another's: its point is being trained elsewhere, or nobody queued it."""
 
 
-NETWORK = {"model", "size", "weights", "pretrain", "head", "freeze", "cached_features"}  # some do not go together
+NETWORK = {"model", "size", "weights", "pretrain", "head", "freeze", "cached_features", "batch_size", "freeze_norm"}
+"""Settings of which some do not go together."""
 
 
 class Impossible(Exception):
@@ -221,7 +222,7 @@ def _failed(trial: optuna.Trial, reason: str) -> optuna.TrialPruned:
 
 def _describe(trial: optuna.Trial, records: list[dict[str, Any]], before: int) -> None:
     if records:
-        best = max(records, key=lambda record: record["val_top1"] or 0)
+        best = max(records, key=lambda record: (record["val_top1"] or 0, -(record["val_loss"] or 0)))  # as training
         trial.set_user_attr("best_val_top1", best["val_top1"])
         trial.set_user_attr("best_epoch", best["epoch"])
         trial.set_user_attr("epochs", records[-1]["epoch"])

@@ -22,6 +22,7 @@ from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
 from finetune101.evaluation.forward import logits
+from finetune101.evaluation.inference import read_checkpoint
 from finetune101.evaluation.metrics import calibrate
 from finetune101.files import checked, parse_json
 from finetune101.models.build import Built
@@ -72,6 +73,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
         self.validated: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of the best epoch
         self.forecast = Forecast()
         held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
         self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
@@ -159,9 +161,8 @@ class Trainer:
             if self.average:
                 move_towards(self.average, self.model, o.ema, step)
             step += 1
-            plain = F.cross_entropy(
-                output[: max(own, 1)].float(), target[: max(own, 1)]
-            )  # not smoothed, as validation's
+            counted = slice(max(own, 1))
+            plain = F.cross_entropy(output[counted].float(), target[counted])  # not smoothed, as validation's
             losses.append(plain * own)
             correct += (output.argmax(1) == y)[:own].sum()
             if step % 10 == 0 or len(losses) == self.steps_per_epoch:  # not each step: a GPU would have to wait
@@ -268,9 +269,18 @@ class Trainer:
             "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
             "epoch": str(record["epoch"]),
         }
-        if self.validated and self.job.world.size == 1:  # else no process has all outputs; evaluate finds it then
-            info["temperature"] = f"{calibrate(*self.validated).temperature:.6f}"
+        self.kept = self.validated
         save_checkpoint(self.job.run.best, self.shown.state_dict(), info)
+
+    def calibrate(self) -> None:
+        """Adds to the best weights the temperature that the validation images have; else ``evaluate`` finds it.
+
+        Of a resumed run whose best epoch was earlier, and of several processes, no process has all outputs.
+        """
+        if self.kept is not None and self.job.world.size == 1:
+            tensors, info = read_checkpoint(self.job.run.best)
+            temperature = calibrate(*self.kept).temperature
+            save_checkpoint(self.job.run.best, tensors, {**info, "temperature": f"{temperature:.6f}"})
 
     def _save_last(self, epoch: int) -> None:
         state = {
@@ -401,3 +411,5 @@ def _epochs(job: Job, quiet: bool) -> Iterator[dict[str, Any]]:
             record = trainer.finish_epoch(record | trainer.validate(epoch))
             bar.set_postfix_str(f"epoch {epoch}/{epochs}")
             yield record
+        if not quiet and job.world.writes:  # searches need none, and a study's test finds it
+            trainer.calibrate()

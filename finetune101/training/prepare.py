@@ -18,7 +18,7 @@ from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, dataset, splits
 from finetune101.errors import Refused
 from finetune101.faults import command
-from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
+from finetune101.files import cache_dir, claim, claimed_by, escaped, remove_abandoned
 from finetune101.machine import place, usable_cores
 from finetune101.models.build import Built, build, check_size, freeze, norms_single_values
 from finetune101.runs import Run, create_run, open_run
@@ -187,7 +187,9 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
         manifest = splits.read(Path(config.split))
         held = {path for paths in manifest.subsets.values() for path in paths}
         if bad := sorted(held & set(skipped)):
-            raise Refused(f"{config.split} holds the unreadable image {bad[0]}; repair it or leave --split out")
+            raise Refused(
+                f"{config.split} holds the unreadable image {escaped(bad[0])}; repair it or leave --split out"
+            )
     else:
         good = dataclasses.replace(index, paths=tuple(path for path in index.paths if path not in skipped))
         groups = None
@@ -197,7 +199,8 @@ def make_manifest(index: dataset.Index, config: DataConfig) -> splits.Manifest:
             groups = duplicate_groups(good)
         manifest = splits.make(good, config, groups)
     if skipped:
-        print(f"Left out {len(skipped)} unreadable image(s), recorded in split.json: {', '.join(list(skipped)[:5])}")
+        names = ", ".join(map(escaped, list(skipped)[:5]))
+        print(f"Left out {len(skipped)} unreadable image(s), recorded in split.json: {names}")
         manifest = dataclasses.replace(manifest, options={**manifest.options, "skipped": sorted(skipped)})
     return manifest
 

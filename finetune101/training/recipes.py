@@ -58,10 +58,10 @@ def finetune_fast(exp: str, *, pretrain: bool = True) -> TrainConfig:
 def finetune(exp: str, *, pretrain: bool = True) -> TrainConfig:
     """A linear probe first, then five epochs of everything on crops of larger images; batch-norm statistics kept.
 
-    ``finetune101 train --exp NAME``, the recipe of ``train`` and ``study`` where no other is named: LP-FT (Kumar et
-    al., 2022), trained at 224 px on crops of images of 288 px, tested at 256 px (Touvron et al., 2019): about 97 % on
-    Caltech-101 (validation, reference split) with EfficientNet-Lite0, in about 13 minutes on one core with bf16, 30
-    without.
+    ``finetune101 train --exp NAME [--recipe finetune]``: what ``train`` and ``study`` take where no other is named.
+    LP-FT (Kumar et al., 2022), trained at 224 px on crops of images of 288 px, tested at 256 px (Touvron et al., 2019):
+    about 97 % on Caltech-101 (validation, reference split) with EfficientNet-Lite0, in about 13 minutes on one core
+    with bf16, 30 without.
     """
     if not pretrain:
         raise Refused("recipe finetune starts from ImageNet weights; take --recipe scratch with --no-pretrain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ def arms(tmp_path: Path) -> Path:
             recipe="scratch_fast",
             name="squeezenet1_1",
         )
+    for file in tmp_path.rglob("env.json"):  # as the first version wrote it: later ones record the right seconds
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps({key: value for key, value in values.items() if key != "format"}))
     return tmp_path
 
 

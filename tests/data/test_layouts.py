@@ -336,3 +336,26 @@ def test_folders_that_may_not_be_entered_are_named(tmp_path: Path) -> None:
     assert done.stderr == "" and len(lines) == len(places)
     for line, place in zip(lines, ("one", "one/sub", *shut[1:]), strict=True):
         assert place in line and "Permission denied" in line
+
+
+# folders one too deep or too high
+
+
+@pytest.mark.parametrize(
+    ("files", "token"),
+    [
+        (["data/train/cat/1.jpg", "data/train/dog/1.jpg", "data/test/cat/2.jpg", "data/test/dog/2.jpg", "plots/0.png"],
+         "data"),
+        ([f"{name}/{part}/1.jpg" for name in ("cat", "dog") for part in ("training", "test")], "train/cat"),
+        ([f"{part}_set/{part}_set/{name}/1.jpg" for name in ("cat", "dog") for part in ("training", "test")], "move"),
+    ],
+)  # fmt: skip
+def test_folders_at_another_depth_are_never_merged_in_silence(tmp_path: Path, files: list[str], token: str) -> None:
+    with pytest.raises(Refused, match=token):
+        index(find(str(make(tmp_path, *files))))
+
+
+def test_classes_of_sub_folders_alone_are_told(tmp_path: Path) -> None:
+    make(tmp_path, "images/cat/1.jpg", "images/dog/2.jpg", "docs/1.png", "docs/2.png")
+    lines = told(index(find(str(tmp_path))))
+    assert len([line for line in lines if "images" in line and "2 sub-folders" in line]) == 1

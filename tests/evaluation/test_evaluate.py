@@ -202,3 +202,11 @@ def test_a_split_without_test_images_is_scored_on_validation(
     assert not run.has("test.json")
     with pytest.raises(Refused, match="--as-test"):
         evaluate(run)
+
+
+def test_validation_images_that_were_trained_on_are_no_test(small: TrainConfig) -> None:
+    data = dataclasses.replace(small.data, fit_on="train+val")
+    job = prepare(dataclasses.replace(small, data=data, optim=dataclasses.replace(small.optim, epochs=1)))
+    list(fit(job, quiet=True))
+    with pytest.raises(Refused, match="--as-test"):
+        evaluate(job.run, subset="val")

@@ -19,6 +19,7 @@ from finetune101.cli import main
 from finetune101.config import TrainConfig
 from finetune101.data.synthetic import draw
 from finetune101.errors import Refused
+from finetune101.files import process_space
 from finetune101.runs import Run
 from finetune101.training import prepare as preparing
 from finetune101.training.identity import differences
@@ -130,7 +131,7 @@ def test_leftovers_of_killed_processes_are_removed(run: Run, monkeypatch: pytest
     monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    mark = f"{socket.gethostname()[:40]}.{{}}.0123abcd.part"
+    mark = f"{process_space()}.{{}}.0123abcd.part"
     left = [folder / f".x.{mark.format(dead.stdout.strip())}" for folder in (run.path, tmp_path / "cache")]
     kept = run.path / f".x.{mark.format(os.getpid())}"
     for file in (*left, kept):
