@@ -358,7 +358,7 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, 
     return {"settings": to_dict(study), "cells": rows}
 
 
-def estimate(index: dataset.Index, cells: Sequence[Cell], jobs: int = 1, budget: float = 60.0) -> str:
+def estimate(index: dataset.Index, cells: Sequence[Cell], jobs: int = 1, budget: float = 15.0) -> str:
     """How many runs there are, and how long those take that are not done; measuring takes ``budget`` seconds at most.
 
     Writes nothing.

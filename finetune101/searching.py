@@ -240,7 +240,7 @@ def dry_run(plan: Plan) -> str:
         return estimate(plan, budget=10.0)
 
 
-def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 60.0) -> str:
+def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 15.0) -> str:
     """How many trials of ``plan`` there are, and how long those take that are not finished.
 
     Measuring takes ``budget`` seconds at most. Writes nothing. Raises Refused for data, networks or sizes that cannot

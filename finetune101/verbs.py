@@ -146,7 +146,7 @@ def study(argv: Sequence[str]) -> int:
         print(line)
     cells = experiment.plan(config, index)
     with nothing_kept() if arguments.dry_run else contextlib.nullcontext():
-        print(experiment.estimate(index, cells, arguments.jobs, 10 if arguments.dry_run else 60), flush=True)
+        print(experiment.estimate(index, cells, arguments.jobs, 10 if arguments.dry_run else 15), flush=True)
     if "scratch" in config.arms and config.scratch_recipe:
         print(f"Arm scratch: recipe {recipe_line(config.scratch_recipe)}")
     failed = False

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from written_runs import write_run
+from written_runs import as_by_the_first_version, write_run
 
 from finetune101.analysis import compare, costs
 from finetune101.analysis.compare_text import text
@@ -42,9 +41,7 @@ def arms(tmp_path: Path) -> Path:
             recipe="scratch_fast",
             name="squeezenet1_1",
         )
-    for file in tmp_path.rglob("env.json"):  # as the first version wrote it: later ones record the right seconds
-        values = json.loads(file.read_text())
-        file.write_text(json.dumps({key: value for key, value in values.items() if key != "format"}))
+    as_by_the_first_version(tmp_path)
     return tmp_path
 
 

@@ -47,17 +47,16 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_numbers(tiny_data: Path, tmp_path: Path) -> None:
-    """Without batch norm, on numbers of images that 2 and 3 processes cannot share evenly."""
+    """Without batch norm, on a number of images that 3 processes cannot share evenly."""
     runs = {}
-    for processes in (1, 2, 3):
+    for processes in (1, 3):
         done = train(tiny_data, tmp_path / str(processes), processes)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch   2/2") == 1  # one process speaks
         runs[processes] = records(tmp_path / str(processes))
-    for processes in (2, 3):
-        for one, several in zip(runs[1], runs[processes], strict=True):
-            for key in ("train_loss", "train_top1", "val_loss", "val_top1"):
-                assert several[key] == pytest.approx(one[key], rel=2e-4), (processes, key)
+    for one, several in zip(runs[1], runs[3], strict=True):
+        for key in ("train_loss", "train_top1", "val_loss", "val_top1"):
+            assert several[key] == pytest.approx(one[key], rel=2e-4), key
     refused = train(tiny_data, tmp_path / "bad", 2, "--batch-size", "7")
     assert refused.returncode != 0 and "give a multiple of 2" in refused.stderr
 
