@@ -123,24 +123,6 @@ def _steps(built: Built, world: World, name: str, batch_size: int) -> Callable[[
     return run
 
 
-def seconds_per_image(config: TrainConfig, classes: int) -> float:
-    """Seconds that an image of a training step takes in ``config``, mean over its training sizes: steps on noise."""
-    cpu.tune_allocator()
-    world, n = join(config.system), config.optim.batch_size
-    if world.device.type == "cpu":
-        n = min(n, 16)  # larger batches are hardly quicker there
-    found: dict[int | None, float] = {}
-    for size in config.augment.train_sizes or (config.model.size,):
-        if size not in found:
-            built = build(config.model.name, classes, pretrain=False, size=size)
-            run, pixels = _steps(built, world, config.model.name, n), built.preprocessing.size
-            x = torch.randn(n, 3, pixels, pixels, device=world.device)
-            batch = x.contiguous(memory_format=world.memory_format), torch.arange(n, device=world.device) % classes, n
-            run([batch])
-            found[size] = run([batch] * 3) / (3 * n)
-    return statistics.mean(found[size] for size in config.augment.train_sizes or (config.model.size,))
-
-
 def _wait(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize()

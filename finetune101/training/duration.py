@@ -157,12 +157,9 @@ def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: dataset
     model, images = work.config.model, work.images
     built = _shape(work.config)
     key = f"decode {built.cache_size} {built.interpolation}"
-    rate = shared.get("decode")
     if key not in shared and work.config.data.cache == "auto":
         known = _is_decoded(built.cache_size, len(index.paths), images.all)
-        if not known and rate is None:
-            rate = decode_seconds(index, built)
-        shared[key] = 0.0 if known else (rate or 0.0) * images.all
+        shared[key] = 0.0 if known else decode_seconds(index, built) * images.all
     compared = work.tested or (work.config.data.protocol == "standard" and work.config.data.group_duplicates)
     if compared and "duplicates" not in shared and not list(cache_dir().glob("thumbnails_*")):
         shared["duplicates"] = decode_seconds(index, built) * len(index.paths)
