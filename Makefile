@@ -51,8 +51,8 @@ stress: env
 	$(PYTHON) benchmarks/stress.py --kills 200
 
 claims: env
-	@$(PYTHON) scripts/claims.py
+	@$(PYTHON) evidence/claims.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo *.egg-info
-	find finetune101 tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find finetune101 tests evidence -name __pycache__ -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 import sys
 
-from finetune101.classic import search
+from finetune101.original import search
 
 hyper_param_opts: dict[str, list[float]] = {
     "batch_size": [256, 128, 64],

@@ -2,7 +2,7 @@
 
 import sys
 
-from finetune101.classic import test
+from finetune101.original import test
 
 if __name__ == "__main__":
     sys.exit(test())

@@ -2,7 +2,7 @@
 
 import sys
 
-from finetune101.classic import train
+from finetune101.original import train
 
 if __name__ == "__main__":
     sys.exit(train())

@@ -1,5 +1,5 @@
 """The data of the original project: from utils import get_dataloaders."""
 
-from finetune101.classic import get_dataloaders
+from finetune101.original import get_dataloaders
 
 __all__ = ["get_dataloaders"]

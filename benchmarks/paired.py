@@ -21,14 +21,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from finetune101.data import dataset, splits
+from finetune101.data import splits
+from finetune101.data.images import Index, content_hash, find_data, index_images
 
 HERE = Path(__file__).resolve().parent
 TRAIN, VAL = 640, 96  # images of the subset
 FULL_TRAIN, FULL_VAL = 6003, 904  # of the reference split
 
 
-def subset(split: splits.Manifest, index: dataset.Index) -> splits.Manifest:
+def subset(split: splits.Manifest, index: Index) -> splits.Manifest:
     """``split`` with TRAIN and VAL of its images, taken evenly from its classes."""
     chosen = dict(split.subsets)
     for name, count in (("train", TRAIN), ("val", VAL)):
@@ -38,7 +39,7 @@ def subset(split: splits.Manifest, index: dataset.Index) -> splits.Manifest:
         ranked = sorted((i, path) for paths in classes.values() for i, path in enumerate(sorted(paths)))
         chosen[name] = tuple(sorted(path for _, path in ranked[:count]))
     kept = [path for paths in chosen.values() for path in paths]
-    return dataclasses.replace(split, subsets=chosen, content_hash=dataset.content_hash(index.digests, kept))
+    return dataclasses.replace(split, subsets=chosen, content_hash=content_hash(index.digests, kept))
 
 
 def peak_memory(process: subprocess.Popen[str]) -> float:
@@ -115,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split = folder / "split.json"
-        chosen = subset(splits.read(arguments.split), dataset.index(dataset.find(str(arguments.data))))
+        chosen = subset(splits.read(arguments.split), index_images(find_data(str(arguments.data))))
         split.write_text(json.dumps(chosen.to_json()))
         for model in arguments.models:
             plain, ours = [], []

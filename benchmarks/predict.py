@@ -23,10 +23,10 @@ from PIL import Image
 from torchvision import transforms
 
 from finetune101.config import Preprocessing
-from finetune101.data.dataset import index
+from finetune101.data.images import index_images
 from finetune101.deploy.predict import predict
-from finetune101.evaluation.inference import load_model, open_network
-from finetune101.runs import Run
+from finetune101.evaluation.checkpoint import load_model, open_network
+from finetune101.run import Run
 
 RESULTS = Path(__file__).resolve().parent.parent / "results/speed"
 IMAGES, PLAIN, BATCH = 2000, 500, 64
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
-    run, found = Run(arguments.run), index(arguments.data)
+    run, found = Run(arguments.run), index_images(arguments.data)
     chosen = found.paths[:: len(found.paths) // IMAGES][:IMAGES]
     rows = []
     with tempfile.TemporaryDirectory() as name:

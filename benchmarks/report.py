@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from finetune101.analysis.report import report
 from finetune101.files import write_json
+from finetune101.report.pages import report
 
 OUT = Path(__file__).parents[1] / "results" / "report" / "report.json"
 REPEATS = 5

@@ -24,9 +24,10 @@ import numpy as np
 from PIL import Image
 
 from finetune101.config import DataConfig, Preprocessing
-from finetune101.data import cache, dataset, duplicates, splits
+from finetune101.data import cache, duplicates, splits
+from finetune101.data.images import Index, find_data, index_images
 from finetune101.files import cache_dir, write_json
-from finetune101.machine import usable_cores
+from finetune101.host import usable_cores
 
 HERE = Path(__file__).resolve().parent
 PER_CLASS = 100
@@ -49,9 +50,9 @@ def draw(root: Path, count: int) -> None:
         (folder / f"{number:06d}.jpg").write_bytes(content.getvalue())
 
 
-def list_and_hash(root: Path) -> dataset.Index:
+def list_and_hash(root: Path) -> Index:
     """The list of images with their digests."""
-    return dataset.index(dataset.find(str(root)))
+    return index_images(find_data(str(root)))
 
 
 def make_splits(root: Path) -> None:

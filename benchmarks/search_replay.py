@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from finetune101.search.effects import load
-from finetune101.search.replay import Curve, replay
-from finetune101.search.study import Pruner, Sampler
+from finetune101.experiments.queue import Pruner, Sampler
+from finetune101.experiments.replay import Curve, replay
+from finetune101.report.effects import load
 
 STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {
     "random": ("random", "none"),

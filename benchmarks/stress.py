@@ -168,7 +168,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the counts to this JSON file")
     arguments = parser.parse_args()
-    from finetune101.data.synthetic import draw
+    from finetune101.demo.dataset import draw
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:

@@ -19,9 +19,9 @@ ONCE = """
 import sys, time
 import torch
 started = time.perf_counter()
-from finetune101.arguments import parse_train
+from finetune101.cli.parse import parse_train
 from finetune101.training import loop
-from finetune101.training.prepare import prepare
+from finetune101.training.job import prepare
 
 class Stepped(Exception): ...
 

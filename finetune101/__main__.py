@@ -6,7 +6,7 @@ import sys
 def main() -> int:
     """The exit code of the command line; Ctrl-C counts from the first moment on."""
     try:
-        from finetune101.cli import main as run
+        from finetune101.cli.main import main as run
     except KeyboardInterrupt:
         return 130
     return run()

@@ -13,9 +13,8 @@ import msgspec
 import tyro
 from msgspec import Meta
 
-from finetune101.errors import Refused
+from finetune101.errors import Refused, escaped, must_be, shortened, shown
 from finetune101.files import checked, read_settings, typed
-from finetune101.words import escaped, must_be, shortened, shown
 
 Flat = tyro.conf.arg(name="")  # --lr rather than --optim.lr
 

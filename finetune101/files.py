@@ -24,8 +24,7 @@ from typing import Any, ClassVar, get_origin
 
 import msgspec
 
-from finetune101.errors import Refused
-from finetune101.words import bare, escaped, must_be, parts, shortened, shown
+from finetune101.errors import Refused, bare, escaped, must_be, parts, shortened, shown
 
 FORMAT = 1
 """Version of every file that is written; a file without one is of 0.1.0."""

@@ -1,103 +1,255 @@
-"""What this machine lends to the process; asking changes nothing."""
+"""Where the work runs: device, precision, memory format, processes. ``detect`` asks, ``join`` acts."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
+import re
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from finetune101.config import SystemConfig
 from finetune101.errors import Refused
+from finetune101.host import place, usable_cores
 
-GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, WSL, AMD
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def usable_cores() -> int:
-    """How many cores the process may use, at least 1: affinity, the quota of its cgroup, and SLURM's share of a task.
-
-    ``OMP_NUM_THREADS`` is a wish of the user, not a property of the machine: a smaller one counts as well. The 1 that
-    torchrun sets for each of several processes is no wish.
-    """
-    process_count = getattr(os, "process_cpu_count", None)  # Python 3.13
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = (process_count() if process_count else os.cpu_count()) or 1
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    wish = None if by_torchrun else _whole("OMP_NUM_THREADS")
-    limits = [cores, _quota(), _whole("SLURM_CPUS_PER_TASK"), wish]
-    return max(1, min(limit for limit in limits if limit))
+SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
+PATIENCE = timedelta(days=2)  # for what rank 0 does while the others wait, such as decoding a million images
+_patient: Any = None  # the group of processes that waits so long
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the process stands among those that torchrun started: of all of them, and of those on this machine."""
+class World:
+    """Device and number format of a run. ``precision``: bf16, fp16 or fp32; ``channels_last``: the memory format.
 
+    ``rank`` of ``size`` processes: each takes every ``size``-th image of a batch; only ``rank`` 0 writes. ``workers``
+    more of each prepare its training images.
+    """
+
+    device: torch.device
+    precision: str
+    channels_last: bool
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    workers: int = 0
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and convolution weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that every forward pass runs in."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+    def share(self, count: int) -> slice:
+        """This process's part of ``count`` items: every ``size``-th, so that together they are all, each once."""
+        return slice(self.rank, count, self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` (on the CPU) summed over all processes."""
+        if self.size == 1:
+            return values
+        shared = values.to(self.device)
+        dist.all_reduce(shared)
+        return shared.cpu()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """``model`` for the training step: gradients are averaged over all processes."""
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(model)
+
+    def same_buffers(self, model: nn.Module) -> None:
+        """Gives every process the buffers of rank 0: batch-norm statistics differ, as each saw other images."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def same_everywhere(self, model: nn.Module, value: Any) -> Any:
+        """Gives every process the parameters and buffers of rank 0; returns rank 0's ``value``."""
+        if self.size == 1:
+            return value
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+        values = [value]
+        dist.broadcast_object_list(values, 0)
+        return values[0]
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 enters the block before the others, for example to build a cache that they then read."""
+        if self.size > 1 and not self.writes:
+            dist.barrier(_patient)
+        yield
+        if self.size > 1 and self.writes:
+            dist.barrier(_patient)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises Refused, in one sentence, where torch says that another process has ended or does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or re.search(r"gloo|nccl|connection|timed out", str(error), re.I)
+            if self.size == 1 or not lost:
+                raise
+            raise Refused(
+                f"process {self.rank} of {self.size} has lost another one, which ended or did not answer; see what that"
+                " one said, then continue with --resume and as many processes"
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """What was decided, for env.json."""
+        return {
+            "device": self.device.type,
+            "precision": self.precision,
+            "channels_last": self.channels_last,
+            "processes": self.size,
+        }
 
 
-def place() -> Place:
-    """The process's place by the variables that torchrun sets. Raises Refused for some that are wrong or missing."""
-    size = _variable("WORLD_SIZE", 1)
-    if size < 2:
-        return Place()
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise Refused(f"WORLD_SIZE is {size}, but {missing[0]} is not set; start by torchrun, or unset WORLD_SIZE")
-    rank, local_size = _variable("RANK", 0), max(1, _variable("LOCAL_WORLD_SIZE", 1))
-    if rank >= size:
-        raise Refused(f"RANK is {rank} of WORLD_SIZE {size}; start the processes by torchrun")
-    return Place(rank, size, _variable("LOCAL_RANK", rank), local_size)
+def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
+    """The world for ``system``; with ``recorded`` (a resumed run) precision and format are taken from there.
+
+    Asking changes nothing: ``join`` sets threads and joins other processes. Raises Refused for a device or precision
+    that this machine lacks.
+    """
+    own, device = place(), _device(system.device)
+    if own.size > 1 and device.type == "cuda":
+        device = torch.device("cuda", own.local_rank)
+    workers = _workers(_threads(system.threads)) if device.type == "cuda" else 0
+    if recorded:
+        _check_recorded(device, recorded["precision"], system.precision)
+        return World(device, recorded["precision"], recorded["channels_last"], own.rank, own.size, workers)
+    precision = _precision(device) if system.precision == "auto" else system.precision
+    if precision == "fp16" and device.type != "cuda":
+        raise Refused(f"--precision fp16 needs a CUDA card, this is {device.type}; use --precision auto")
+    if precision == "bf16" and device.type == "mps":
+        raise Refused("--precision bf16 is not tried on MPS; use --precision auto")
+    channels_last = system.memory_format == "channels_last"
+    if system.memory_format == "auto":
+        channels_last = precision != "fp32" or device.type == "cpu"
+    return World(device, precision, channels_last, own.rank, own.size, workers)
 
 
-def _variable(name: str, default: int) -> int:
-    word = os.environ.get(name, "").strip() or str(default)
-    if not word.isdecimal():
-        raise Refused(f"{name} is {word}, no whole number; start several processes by torchrun, or unset {name}")
-    return int(word)
+def join(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
+    """``detect``, and then what training needs: threads are set, the GPU is taken, torchrun's processes are joined.
+
+    Raises Refused as ``detect`` does, and when the other processes cannot be reached.
+    """
+    world = detect(system, recorded)
+    use_cores(system.threads)
+    if world.size == 1:
+        return world
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if not dist.is_initialized():
+        _end_with_torchrun()
+        silence = os.environ.get("FINETUNE101_TIMEOUT", "").strip() or str(SILENCE)
+        try:
+            seconds = float(silence)
+        except ValueError:
+            seconds = 0.0
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise Refused(f"FINETUNE101_TIMEOUT is {silence}; give seconds, such as 300")
+        with world.together():
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+            global _patient
+            _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return world
 
 
-def _whole(name: str) -> int | None:
-    """The variable ``name`` of the environment where it is a number above 0; OMP_NUM_THREADS may be a list."""
-    word = os.environ.get(name, "").split(",")[0].strip()
-    return int(word) if word.isdecimal() and int(word) else None
+def use_cores(threads: int | None = None) -> None:
+    """Lets torch compute with ``threads`` CPU threads, by default with all cores that are the process's to use."""
+    torch.set_num_threads(_threads(threads))
 
 
-def _quota() -> int | None:
-    """Cores that the cgroup's quota of processor time is worth, rounded up; None without one."""
+def _threads(threads: int | None) -> int:
+    return threads or max(1, usable_cores() // place().local_size)
+
+
+def _end_with_torchrun() -> None:
+    """A process whose torchrun was killed ends as well: whoever resumes the run would train beside it."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        print("error: torchrun has ended, and so does this process; continue with --resume", file=sys.stderr)
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def has_precision(device: torch.device, precision: str) -> bool:
+    """Whether ``device`` computes in ``precision`` (bf16, fp16, fp32) itself; elsewhere that is refused or emulated."""
+    return precision == "fp32" or precision == _precision(device) or (precision == "fp16" and device.type == "cuda")
+
+
+def _check_recorded(device: torch.device, precision: str, wished: str) -> None:
+    """Raises Refused for a run that cannot go on here as it began; who asked for emulated bf16 gets it."""
+    emulated = precision == wished == "bf16" and device.type == "cpu"
+    if not has_precision(device, precision) and not emulated:
+        raise Refused(
+            f"this run was begun in {precision}, which this {device.type} lacks; continue it on a machine like its"
+            " first, or start it anew here with --overwrite"
+        )
+
+
+def _workers(threads: int) -> int:
+    """One for each thread beside the one that feeds the GPU; none where a process cannot be forked."""
+    return min(threads - 1, 8) if "fork" in multiprocessing.get_all_start_methods() else 0
+
+
+def leave() -> None:
+    """Parts from the other processes of torchrun, if there are any."""
+    global _patient
+    if dist.is_available() and dist.is_initialized():
+        _patient = None
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not has[name]:
+        raise Refused(f"--device {name} is not available here; use --device auto")
+    return torch.device(name)
+
+
+def _precision(device: torch.device) -> str:
+    """The fastest precision that the hardware has natively."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    # emulated bf16 is slower than fp32, so the instruction itself must be there
     try:
-        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        path = next((line.split("::", 1)[1].strip("/") for line in own if line.startswith("0::")), "")
-        folders = [CGROUP / path, *(CGROUP / path).parents]
-        found = []
-        for folder in folders:
-            if folder == CGROUP.parent:
-                break
-            file = folder / "cpu.max"
-            if file.is_file():
-                quota, period = file.read_text(encoding="utf-8").split()
-                if quota != "max":
-                    found.append(math.ceil(int(quota) / int(period)))
-        first = CGROUP / "cpu" / "cpu.cfs_quota_us"  # cgroup 1
-        if first.is_file() and (quota_us := int(first.read_text(encoding="utf-8"))) > 0:
-            period_us = int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8"))
-            found.append(math.ceil(quota_us / period_us))
-        return min(found, default=None)
-    except (OSError, ValueError, ZeroDivisionError):  # not there, or not as Linux writes it
-        return None
-
-
-def has_gpu() -> bool:
-    """Whether PyTorch can use a CUDA (or ROCm) GPU here; PyTorch is asked only where the system may have one."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):
         return False
-    if sys.platform == "darwin" or (sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES))):
-        return False
-    import torch
-
-    return torch.cuda.is_available()

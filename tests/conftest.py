@@ -59,7 +59,7 @@ def small(tiny_data: Path, tmp_path: Path) -> TrainConfig:
 @pytest.fixture(scope="session")
 def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs a and b (two seeds) and other (another split), all tested. Shared: copy it first."""
-    from finetune101.cli import main
+    from finetune101.cli.main import main
 
     small = "--model squeezenet1_1 --size 32 --batch-size 8 --threads 1 --epochs 1 --no-pretrain"
     folder = tmp_path_factory.mktemp("cli") / "runs"

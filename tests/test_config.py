@@ -25,7 +25,7 @@ from finetune101.config import (
     validate,
 )
 from finetune101.errors import Refused
-from finetune101.training.recipes import named, original
+from finetune101.recipes import named, original
 
 PARTS: dict[str, type] = {
     "data": DataConfig, "augment": AugmentConfig, "model": ModelConfig, "optim": OptimConfig, "system": SystemConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune101.cli import ABOUT, main
+from finetune101.cli.main import ABOUT, main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [

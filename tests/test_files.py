@@ -17,8 +17,8 @@ import filelock
 import msgspec
 import pytest
 
-from finetune101 import machine
-from finetune101.errors import Refused
+from finetune101 import host
+from finetune101.errors import Refused, escaped, must_be, shown
 from finetune101.files import (
     FORMAT,
     as_json,
@@ -33,7 +33,6 @@ from finetune101.files import (
     remove_abandoned,
     write_json,
 )
-from finetune101.words import escaped, must_be, shown
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such modes, signals and file names")
 
@@ -173,7 +172,7 @@ def cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
     for name in ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
     yield monkeypatch
 
 
@@ -187,7 +186,7 @@ def cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.Mo
 )  # fmt: skip
 def test_the_environment_limits_cores(cores: pytest.MonkeyPatch, name: str, value: str, count: int) -> None:
     cores.setenv(name, value)
-    assert machine.usable_cores() == count
+    assert host.usable_cores() == count
 
 
 @pytest.mark.parametrize(
@@ -206,7 +205,7 @@ def test_the_quota_of_a_cgroup_limits_cores(
     (tmp_path / "cpu.cfs_period_us").write_text("")
     if file.startswith("cpu/"):
         (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert machine.usable_cores() == count
+    assert host.usable_cores() == count
 
 
 # read

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune101.analysis.mistakes import thumbnail
-from finetune101.cli import main
+from finetune101.cli.main import main
+from finetune101.report.mistakes import thumbnail
 
 TINY = ["--no-pretrain", "--recipe", "original", "--model", "squeezenet1_1", "--size", "32", "--batch-size", "8"]
 TINY += ["--threads", "1", "--epochs", "1"]

@@ -19,7 +19,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune101.cli import main
+from finetune101.cli.main import main
 
 LIMIT = 20.0  # seconds of processor time of one command: none may hang
 EXAMPLES = int(os.environ.get("FINETUNE101_EXAMPLES", "0"))  # of each kind of file, for a longer search

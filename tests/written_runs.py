@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune101.config import ModelConfig, OptimConfig, SystemConfig, TrainConfig, to_dict
 from finetune101.data.splits import Manifest
-from finetune101.runs import Run
+from finetune101.run import Run
 
 WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
 SCORES = {"loss": 0.5, "top1": 50.0, "top1_interval": [40.0, 60.0], "top5": 90.0, "mean_per_class": 50.0}

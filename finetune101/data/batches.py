@@ -17,9 +17,9 @@ from torchvision.transforms.v2 import (
 from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
+from finetune101.data.augment import Boxes, Distortions, distort, draw_distortions, drawing
 from finetune101.data.cache import Images
-from finetune101.data.distort import Boxes, Distortions, distort, draw_distortions, drawing
-from finetune101.world import World
+from finetune101.machine import World
 
 FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 

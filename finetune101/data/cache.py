@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from finetune101.config import Preprocessing
 from finetune101.data import store
-from finetune101.data.dataset import Index, content_hash
 from finetune101.data.decode import DECODER, FILTERS, Pixels, Unreadable, decode, in_threads, unreadable
-from finetune101.errors import Refused
-from finetune101.files import cache_dir, escaped
+from finetune101.data.images import Index, content_hash
+from finetune101.errors import Refused, escaped
+from finetune101.files import cache_dir
 
 __all__ = ["FILTERS", "Images", "Pixels", "cache_dir", "decode", "open_images", "unreadable"]
 

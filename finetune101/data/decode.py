@@ -26,9 +26,8 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from finetune101.data.formats import NEEDS, OTHERS, formats_of
-from finetune101.errors import Refused
-from finetune101.files import escaped, shortened
-from finetune101.machine import usable_cores
+from finetune101.errors import Refused, escaped, shortened
+from finetune101.host import usable_cores
 
 DECODER = 2
 """Version of what this module makes of a file: part of the key of everything that is kept of pixels."""

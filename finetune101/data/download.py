@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from finetune101.data.dataset import FOLDER
+from finetune101.data.images import FOLDER
 from finetune101.data.layouts import holds_classes
-from finetune101.errors import Refused
-from finetune101.files import claim, escaped
+from finetune101.errors import Refused, escaped
+from finetune101.files import claim
 
 OFFICIAL_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip?download=1"
 OFFICIAL_MD5 = "3138e1922a9193bfa496528edbbc45d0"

@@ -16,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune101.data import store
-from finetune101.data.dataset import Index, content_hash
 from finetune101.data.decode import DECODER, in_threads, opened
+from finetune101.data.images import Index, content_hash
 from finetune101.errors import Refused
 
 SIDE = 32  # pixels of a thumbnail's side

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from finetune101.data.formats import IMAGE_SUFFIXES
-from finetune101.errors import Refused
-from finetune101.files import cache_dir, escaped
+from finetune101.errors import Refused, escaped
+from finetune101.files import cache_dir
 
 FOLDER = "101_ObjectCategories"
 LEFT_OUT = "BACKGROUND_Google"  # clutter, not an object class: the published protocols leave it out

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from finetune101.config import DataConfig
-from finetune101.data.dataset import SUBSETS, Index, class_of, content_hash
-from finetune101.errors import Refused
-from finetune101.files import escaped, read_json
+from finetune101.data.images import SUBSETS, Index, class_of, content_hash
+from finetune101.errors import Refused, escaped
+from finetune101.files import read_json
 from finetune101.schemas import Split
 
 ANEW = "make it anew by leaving out --split"

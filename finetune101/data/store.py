@@ -18,8 +18,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune101.errors import Refused
-from finetune101.files import atomic, cache_dir, claim, claimed_by, escaped, remove_abandoned, shortened
+from finetune101.errors import Refused, escaped, shortened
+from finetune101.files import atomic, cache_dir, claim, claimed_by, remove_abandoned
 
 VARIABLE = "FINETUNE101_CACHE_MAX_GB"
 DEFAULT_GB = 20.0

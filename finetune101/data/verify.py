@@ -12,19 +12,19 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune101.data import duplicates
-from finetune101.data.dataset import (
+from finetune101.data.decode import Problem, Unreadable, in_threads, opened
+from finetune101.data.duplicates import MOST, NEAR, SIDE, Group, Thumbnails, thumbnail
+from finetune101.data.images import (
     FOLDER,
     LEFT_OUT,
     OFFICIAL_CLASSES,
     OFFICIAL_IMAGES,
     class_of,
-    index,
-    told,
+    index_images,
+    index_notes,
 )
-from finetune101.data.decode import Problem, Unreadable, in_threads, opened
-from finetune101.data.duplicates import MOST, NEAR, SIDE, Group, Thumbnails, thumbnail
 from finetune101.data.layouts import OWN
-from finetune101.files import escaped
+from finetune101.errors import escaped
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def verify(root: Path) -> Report:
     Raises:
         Refused: as ``dataset.index``: fewer than two classes, or a class folder without images.
     """
-    found = index(root, fresh=True)
+    found = index_images(root, fresh=True)
     reasons: dict[str, dict[str, str]] = {"unreadable": {}, "truncated": {}, "not an image": {}}
     thumbs = np.zeros((len(found.paths), SIDE * SIDE), np.uint8)
     whole: list[str] = []
@@ -149,7 +149,7 @@ def verify(root: Path) -> Report:
         truncated=reasons["truncated"],
         not_images=tuple(reasons["not an image"]),
         left_out=found.left_out,
-        notes=tuple(told(replace(found, left_out={}))),
+        notes=tuple(index_notes(replace(found, left_out={}))),
         odd_names=tuple(path for path in found.paths if escaped(path) != path),
         grayscale=tuple(grayscale),
         identical=duplicates.identical(found),

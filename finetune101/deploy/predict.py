@@ -14,15 +14,14 @@ from typing import TypedDict
 import torch
 from tqdm import tqdm
 
-from finetune101.data.dataset import images_in
 from finetune101.data.formats import IMAGE_SUFFIXES
-from finetune101.errors import Refused
+from finetune101.data.images import images_in
+from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
-from finetune101.evaluation.inference import Network
+from finetune101.evaluation.checkpoint import Network
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import cell
-from finetune101.files import escaped
-from finetune101.training import cpu
+from finetune101.fast import tune_allocator
 
 
 class Row(TypedDict):
@@ -45,7 +44,7 @@ def predict(
             raise Refused(f"{name} is {value}; give at least 1")
     files, failed = expand(inputs)
     if network.fast_kernels:
-        cpu.tune_allocator()
+        tune_allocator()
     forward, rows = network.forward(), []
     with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
         for good, x in decoded(files, network.preprocessing, network.world, batch_size, failed):

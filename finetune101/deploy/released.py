@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune101.config import DataConfig, SystemConfig
-from finetune101.data import dataset, splits
-from finetune101.data.dataset import IMAGE_SUFFIXES
+from finetune101.data import splits
+from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import Info, Network, SplitOf, load_file, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
-from finetune101.evaluation.inference import Info, Network, SplitOf, load_file, open_file, open_network
-from finetune101.runs import find_run, open_run
-from finetune101.world import detect
+from finetune101.machine import detect
+from finetune101.run import find_run, open_run
 
 FOLDER = Path(__file__).parent.parent / "weights"
 RELEASED = {
@@ -116,7 +116,7 @@ def score_reference(
     """
     check_batch_size(batch_size)
     config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
-    index = dataset.index(dataset.find(data))
+    index = index_images(find_data(data))
     manifest = splits.make(index, config)
     if len(network.classes) != len(manifest.classes):
         known, found = len(network.classes), len(manifest.classes)

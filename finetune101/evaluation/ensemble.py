@@ -24,7 +24,7 @@ from finetune101.evaluation.evaluate import (
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.predictions import write_pair
 from finetune101.files import FORMAT
-from finetune101.runs import Run
+from finetune101.run import Run
 
 
 def ensemble(

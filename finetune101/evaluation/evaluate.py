@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from finetune101.config import DataConfig
-from finetune101.data import cache, dataset, duplicates, splits
+from finetune101.data import cache, duplicates, splits
 from finetune101.data.batches import eval_batches
+from finetune101.data.images import Index, class_of, find_data, index_images
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
+from finetune101.evaluation.checkpoint import Network, keep_temperature, open_network
 from finetune101.evaluation.forward import logits
-from finetune101.evaluation.inference import Network, keep_temperature, open_network
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.predictions import write_pair
 from finetune101.files import FORMAT
-from finetune101.runs import Run
+from finetune101.run import Run
 
 
 def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class Opened:
 
     network: Network
     manifest: splits.Manifest
-    index: dataset.Index
+    index: Index
     config: DataConfig
     mirror: bool = False
 
@@ -89,7 +90,7 @@ def _instead(subset: str) -> str:
     )
 
 
-def open_scored(run: Run, data: str | None = None, known: dataset.Index | None = None, mirror: bool = False) -> Opened:
+def open_scored(run: Run, data: str | None = None, known: Index | None = None, mirror: bool = False) -> Opened:
     """``run`` with its images, from ``data`` where that is given; ``known`` saves reading them again where it fits.
 
     Raises Refused when the images are not those of the split.
@@ -100,9 +101,9 @@ def open_scored(run: Run, data: str | None = None, known: dataset.Index | None =
     network = open_network(run)
     if tuple(network.classes) != manifest.classes:
         raise Refused(f"{run.best} knows other classes than the split of {run.path}; train the run again")
-    root = dataset.find(config.root)
+    root = find_data(config.root)
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
-    index = known if known and known.root == root else dataset.index(root, layout)
+    index = known if known and known.root == root else index_images(root, layout)
     splits.check(manifest, index)
     return Opened(network, manifest, index, config, mirror)
 
@@ -204,4 +205,4 @@ def rows(manifest: splits.Manifest, output: Tensor, temperature: float) -> list[
     """The rows of predictions.csv for the logits (N, classes) of the test images; the confidence is calibrated."""
     confidence, prediction = metrics.probabilities(output, temperature).max(1)
     columns = zip(manifest.subsets["test"], prediction.tolist(), confidence.tolist(), strict=True)
-    return [(path, dataset.class_of(path), manifest.classes[p], c) for path, p, c in columns]
+    return [(path, class_of(path), manifest.classes[p], c) for path, p, c in columns]

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from finetune101.evaluation.fused import fused_copy
-from finetune101.world import World
+from finetune101.fast import fused_copy
+from finetune101.machine import World
 
 CHUNK = {"cpu": 16}  # images per pass, whatever the batch: sums are rounded in another order for another number
 OTHER_CHUNK = 32

@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune101.config import Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.decode import Pixels, Unreadable, decode, in_threads
-from finetune101.world import World
+from finetune101.machine import World
 
 Failure = tuple[str, str]
 """A path as given, and why there is no image in it."""

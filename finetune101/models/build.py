@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from finetune101.config import Preprocessing
 from finetune101.errors import Refused
 from finetune101.files import sha256
+from finetune101.models.table import Entry, Package, Torchvision, lookup, names
 from finetune101.models.weights import COUNTER, read_weights, without_wrappers
-from finetune101.models.zoo import Entry, Package, Torchvision, lookup, names
 
 _TIMEOUT = 20.0  # seconds without an answer after which a download gives up
 _TRIED = 512  # pixels: a pass of a larger image would take seconds and gigabytes, so its shapes alone are computed

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
-from finetune101.data import cache, dataset
+from finetune101.data import cache
 from finetune101.data.batches import train_batches
+from finetune101.data.images import class_of, index_images
 from finetune101.errors import Refused
-from finetune101.machine import usable_cores
+from finetune101.fast import fast_layers, tune_allocator
+from finetune101.host import usable_cores
+from finetune101.machine import World, join
 from finetune101.models.build import Built, build
-from finetune101.training import cpu
 from finetune101.training.optim import optimizer
-from finetune101.world import World, join
 
 FORMATS = (("fp32", "contiguous"), ("fp32", "channels_last"), ("bf16", "contiguous"), ("bf16", "channels_last"))
 WARM_UP = 2  # steps before the clock starts
@@ -50,7 +51,7 @@ def benchmark(root: Path, models: Sequence[str], work: Workload, every: bool = F
     whole alternate, so that a slow minute hits both. ``every`` measures each precision and memory format instead of the
     machine's own. Raises Refused for an unknown model or a size that it cannot take.
     """
-    cpu.tune_allocator()
+    tune_allocator()
     rows = []
     formats = FORMATS if every else (("auto", "auto"),)
     for name in models:
@@ -63,13 +64,13 @@ def benchmark(root: Path, models: Sequence[str], work: Workload, every: bool = F
 
 
 def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, Any]:
-    index = dataset.index(root)
+    index = index_images(root)
     built = build(name, len(index.classes), pretrain=False, size=work.size)
     images = cache.open_images(index, built.preprocessing)
     if len(index.paths) < work.batch_size:
         raise Refused(f"{root} has {len(index.paths)} images; give a --batch-size of at most that")
     paths = index.paths[: len(index.paths) // work.batch_size * work.batch_size]  # whole batches only
-    labels = [index.classes.index(dataset.class_of(path)) for path in paths]
+    labels = [index.classes.index(class_of(path)) for path in paths]
     run = _steps(built, world, name, work.batch_size)
 
     def data() -> Iterable[Batch]:
@@ -104,7 +105,7 @@ def _steps(built: Built, world: World, name: str, batch_size: int) -> Callable[[
     """What trains ``built`` on batches and returns the seconds."""
     model = built.model.to(world.device, memory_format=world.memory_format).train()  # type: ignore[call-overload]
     if world.device.type == "cpu":
-        cpu.fast_layers(model)
+        fast_layers(model)
     model_config, optim = ModelConfig(name=name, pretrain=False), OptimConfig(lr=1e-4, batch_size=batch_size)
     sgd = optimizer(model, built.head, TrainConfig(exp="benchmark", model=model_config, optim=optim))
 

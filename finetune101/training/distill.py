@@ -13,10 +13,10 @@ from finetune101.config import Preprocessing, TrainConfig
 from finetune101.data import splits
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import load_model
 from finetune101.evaluation.forward import Forward
-from finetune101.evaluation.inference import load_model
-from finetune101.runs import open_run
-from finetune101.world import World
+from finetune101.machine import World
+from finetune101.run import open_run
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,22 @@ import torch
 from tqdm import tqdm
 
 from finetune101.config import DataConfig, Preprocessing, TrainConfig
-from finetune101.data import cache, dataset, splits
+from finetune101.data import cache, splits
 from finetune101.data.decode import decode, in_threads
+from finetune101.data.images import Index
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import load_model
 from finetune101.evaluation.forward import Forward
-from finetune101.evaluation.inference import load_model
+from finetune101.fast import tune_allocator
 from finetune101.files import cache_dir
-from finetune101.machine import usable_cores
+from finetune101.host import usable_cores
+from finetune101.machine import World, detect, use_cores
 from finetune101.models.build import Built, build, freeze
-from finetune101.runs import Run, open_run
-from finetune101.training import cpu, probe
+from finetune101.run import Run, open_run
+from finetune101.training import probe
 from finetune101.training.distill import Teachers
 from finetune101.training.forecast import in_words
 from finetune101.training.loop import HeadTrainer, Job, Trainer
-from finetune101.world import World, detect, use_cores
 
 SAMPLE = 24  # images whose decoding is timed
 SOLUTIONS = 15  # evaluations of the loss, for each penalty, that solve the output layer
@@ -99,7 +101,7 @@ class Pace:
         return seconds + ((images.test + images.val) * self.forward if work.tested else 0)
 
 
-def count(index: dataset.Index, data: DataConfig) -> Counts:
+def count(index: Index, data: DataConfig) -> Counts:
     """The images of the split that ``data`` makes of ``index``, near enough: near-duplicates are not looked for.
 
     Raises Refused as ``splits.make`` does.
@@ -114,7 +116,7 @@ def kind(config: TrainConfig) -> str:
     return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
 
 
-def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: float = 15.0) -> str:
+def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.0) -> str:
     """How long ``works`` take, in a sentence; ``jobs`` of them run at a time.
 
     Kinds of runs are measured until ``budget`` seconds are over, those left are guessed from the nearest. Raises
@@ -152,7 +154,7 @@ def told(works: Sequence[Work], index: dataset.Index, jobs: int = 1, budget: flo
     return " ".join([text, *(f"Cannot be trained: {error}." for error in impossible.values())])
 
 
-def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: dataset.Index) -> None:
+def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: Index) -> None:
     """Adds to ``shared`` the seconds of decoding and of features that ``work`` needs and no earlier run paid."""
     model, images = work.config.model, work.images
     built = _shape(work.config)
@@ -186,7 +188,7 @@ def _is_decoded(size: int, *counts: int) -> bool:
     return any(0 <= have - need < 2**16 for have in files for need in wanted)
 
 
-def decode_seconds(index: dataset.Index, shape: Preprocessing) -> float:
+def decode_seconds(index: Index, shape: Preprocessing) -> float:
     """Seconds that one image of ``index`` takes to decode, with all cores at work; unreadable images are left out."""
     chosen = random.Random(0).sample(list(index.paths), min(SAMPLE, len(index.paths)))
 
@@ -230,7 +232,7 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
     data = dataclasses.replace(config.data, fit_on="train")
     started = time.perf_counter()
     if config.system.fast_kernels:
-        cpu.tune_allocator()
+        tune_allocator()
     m = config.model
     built = build(m.name, classes, pretrain=False, size=m.size, cache_size=m.cache_size)
     if m.freeze:

@@ -21,19 +21,20 @@ from finetune101.data.batches import batches_of, epoch_order, eval_batches, mix,
 from finetune101.data.cache import Images
 from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import read_checkpoint
 from finetune101.evaluation.forward import logits
-from finetune101.evaluation.inference import read_checkpoint
 from finetune101.evaluation.metrics import calibrate
+from finetune101.fast import fast_layers
 from finetune101.files import checked, parse_json
+from finetune101.machine import World
 from finetune101.models.build import Built
 from finetune101.models.weights import read_by_torch
-from finetune101.runs import Run, save_checkpoint, save_state
+from finetune101.run import Run, save_checkpoint, save_state
 from finetune101.schemas import Record
-from finetune101.training import cpu, probe
+from finetune101.training import probe
 from finetune101.training.distill import Teachers
 from finetune101.training.forecast import Forecast
 from finetune101.training.optim import factor, optimizer, set_rates
-from finetune101.world import World
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor, int]]
 
@@ -66,7 +67,7 @@ class Trainer:
         self.job = job
         self.model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
         if job.config.system.fast_kernels and job.world.device.type == "cpu":
-            cpu.fast_layers(self.model)
+            fast_layers(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
         self.wrapped = self.model
         self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None

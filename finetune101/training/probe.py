@@ -20,8 +20,8 @@ from finetune101.data.batches import eval_batches
 from finetune101.data.cache import Images
 from finetune101.errors import Refused
 from finetune101.evaluation.forward import logits
+from finetune101.machine import World
 from finetune101.models.build import Built, state_hash
-from finetune101.world import World
 
 BATCH = 64  # images per forward pass
 FUSED = "fused 4"  # the version of evaluation/fused, whose features differ by rounding

@@ -15,7 +15,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from finetune101.config import AugmentConfig, Preprocessing
-from finetune101.data import dataset
 from finetune101.data.batches import (
     augment,
     batches_of,
@@ -28,8 +27,10 @@ from finetune101.data.batches import (
     to_input,
     train_batches,
 )
-from finetune101.data.cache import FILTERS, Images, decode, open_images
-from finetune101.world import World
+from finetune101.data.cache import Images, open_images
+from finetune101.data.decode import FILTERS, decode
+from finetune101.data.images import index_images
+from finetune101.machine import World
 
 WORLD = World(torch.device("cpu"), "fp32", channels_last=False)
 CROP = AugmentConfig(crop_scale=0.3)
@@ -42,7 +43,7 @@ SHAPE = Preprocessing(
 
 @pytest.fixture(scope="module")
 def images(tiny_data: Path) -> Images:
-    return open_images(dataset.index(tiny_data), SHAPE)
+    return open_images(index_images(tiny_data), SHAPE)
 
 
 def stream(
@@ -159,7 +160,7 @@ def test_a_shift_is_in_pixels_of_what_the_network_sees(
     tmp_path: Path, size: int, cache_size: int, train_size: int, crop: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TrivialAugment's largest shift is 32 pixels; the place that it uncovers has the colour of the mean, black."""
-    monkeypatch.setattr("finetune101.data.distort.OPERATIONS", ("TranslateX",))
+    monkeypatch.setattr("finetune101.data.augment.OPERATIONS", ("TranslateX",))
     images = grey(tmp_path, size, cache_size)
     config = AugmentConfig(crop_scale=crop, policy="trivial", flip=True)
     numbers = ((number, train_size) for number in range(1, 31))

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from finetune101.config import Preprocessing
-from finetune101.data import cache, dataset
-from finetune101.data.cache import Images, decode, open_images, unreadable
-from finetune101.data.dataset import Index
+from finetune101.data import cache
+from finetune101.data.cache import Images, open_images
+from finetune101.data.decode import decode, unreadable
+from finetune101.data.images import Index, index_images
 
 STANDARD = (0.5, 0.5, 0.5)
 
@@ -46,7 +47,7 @@ def files(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_cache_holds_the_pixels_of_decoding(tiny_data: Path, folder: Path, interpolation: str) -> None:
-    index, shape = dataset.index(tiny_data), geometry(24, interpolation)
+    index, shape = index_images(tiny_data), geometry(24, interpolation)
     cached, direct = open_images(index, shape), open_images(index, shape, "off")
     assert isinstance(cached.pixels, np.memmap) and direct.pixels is None and len(files(folder)) == 1
     chosen = [*index.paths[::-3], index.paths[0], index.paths[0]]  # any order, and one twice
@@ -58,7 +59,7 @@ def test_the_cache_holds_the_pixels_of_decoding(tiny_data: Path, folder: Path, i
 
 
 def test_it_is_built_once(tiny_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = dataset.index(tiny_data)
+    index = index_images(tiny_data)
     open_images(index, geometry())
     (name,) = files(folder)
     said = capsys.readouterr().out
@@ -71,7 +72,7 @@ def test_it_is_built_once(tiny_data: Path, folder: Path, capsys: pytest.CaptureF
 
 
 def test_another_geometry_has_its_own_cache(tiny_data: Path, folder: Path) -> None:
-    index = dataset.index(tiny_data)
+    index = index_images(tiny_data)
     for number, shape in enumerate((geometry(24), geometry(16), geometry(24, "bicubic")), 1):
         open_images(index, shape)
         assert len(files(folder)) == number
@@ -79,9 +80,9 @@ def test_another_geometry_has_its_own_cache(tiny_data: Path, folder: Path) -> No
 
 def test_a_changed_image_makes_a_new_cache(mine: Path, folder: Path) -> None:
     path = "ball/image_0001.jpg"
-    before = open_images(dataset.index(mine), geometry()).read([path])
+    before = open_images(index_images(mine), geometry()).read([path])
     Image.new("RGB", (40, 40), "red").save(mine / path)
-    after = open_images(dataset.index(mine), geometry()).read([path])
+    after = open_images(index_images(mine), geometry()).read([path])
     assert len(files(folder)) == 2
     assert (after != before).any() and after[0, 0, 0, 0] > 250
     np.testing.assert_array_equal(after[0], decode(mine / path, 24, "bilinear"))
@@ -89,18 +90,18 @@ def test_a_changed_image_makes_a_new_cache(mine: Path, folder: Path) -> None:
 
 def test_images_that_swap_names_make_a_new_cache(mine: Path, folder: Path) -> None:
     one, two = mine / "ball" / "image_0001.jpg", mine / "ball" / "image_0002.jpg"
-    open_images(dataset.index(mine), geometry())
+    open_images(index_images(mine), geometry())
     one.rename(mine / "kept")
     two.rename(one)
     (mine / "kept").rename(two)
-    images = open_images(dataset.index(mine), geometry())
+    images = open_images(index_images(mine), geometry())
     np.testing.assert_array_equal(images.read(["ball/image_0001.jpg"])[0], decode(one, 24, "bilinear"))
 
 
 def test_an_unreadable_image_leaves_no_cache(mine: Path, folder: Path) -> None:
     bad = mine / "box" / "image_0003.jpg"
     bad.write_bytes(bad.read_bytes()[:400])
-    index = dataset.index(mine)
+    index = index_images(mine)
     with pytest.raises(ValueError, match=r"cannot read the image .*box/image_0003\.jpg .*--skip-bad-images"):
         open_images(index, geometry())
     assert files(folder) == []
@@ -110,12 +111,12 @@ def test_an_unreadable_image_leaves_no_cache(mine: Path, folder: Path) -> None:
 
 
 def test_mode_off_writes_nothing(tiny_data: Path, folder: Path) -> None:
-    open_images(dataset.index(tiny_data), geometry(), "off")
+    open_images(index_images(tiny_data), geometry(), "off")
     assert not folder.exists()
 
 
 def test_a_short_disk_is_done_without(tiny_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = open_images(dataset.index(tiny_data), geometry(2_000_000))  # 432 TB, which no disk has
+    images = open_images(index_images(tiny_data), geometry(2_000_000))  # 432 TB, which no disk has
     said = capsys.readouterr().out
     assert "The image cache needs 432000.00 GB" in said and "going on without it" in said
     assert images.pixels is None and files(folder) == []
@@ -126,7 +127,7 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "file" / "cache"))
-    images = open_images(dataset.index(tiny_data), geometry())
+    images = open_images(index_images(tiny_data), geometry())
     assert images.pixels is None and images.read([images.paths[0]]).shape == (1, 24, 24, 3)
 
 
@@ -178,6 +179,6 @@ def test_the_whole_image_is_squashed(tmp_path: Path) -> None:
 
 
 def test_images_of_an_index_keep_their_order(tiny_data: Path, folder: Path) -> None:
-    index: Index = dataset.index(tiny_data)
+    index: Index = index_images(tiny_data)
     images: Images = open_images(index, geometry())
     assert images.paths == index.paths

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune101.data.dataset import FOLDER, index
 from finetune101.data.download import ARCHIVE, download
+from finetune101.data.images import FOLDER, index_images
 from finetune101.errors import Refused
 
 NOISE = b"".join(hashlib.sha256(bytes([i // 256, i % 256])).digest() for i in range(1000))  # does not compress
@@ -108,7 +108,7 @@ def server() -> Iterator[Server]:
 
 def assert_complete(folder: Path, target: Path) -> None:
     assert folder == target / FOLDER
-    assert index(folder).paths == tuple(CONTENT)
+    assert index_images(folder).paths == tuple(CONTENT)
     assert all((folder / path).read_bytes() == content for path, content in CONTENT.items())
     assert [entry.name for entry in target.iterdir()] == [FOLDER]  # no .part, no temporary folder
 
@@ -146,7 +146,7 @@ def test_uses_an_archive_put_there_by_hand_and_keeps_it(tmp_path: Path) -> None:
     (tmp_path / ARCHIVE).write_bytes(data)
     with pytest.raises(ValueError, match="is damaged"):
         download(tmp_path, "http://nobody.invalid", "0" * 32)
-    assert index(download(tmp_path, "http://nobody.invalid", md5(data))).paths == tuple(CONTENT)
+    assert index_images(download(tmp_path, "http://nobody.invalid", md5(data))).paths == tuple(CONTENT)
     assert (tmp_path / ARCHIVE).read_bytes() == data
 
 

@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune101.cli import main
+from finetune101.cli.main import main
 from finetune101.config import DataConfig, TrainConfig
-from finetune101.data import dataset, splits
-from finetune101.data.dataset import Index, class_of, find, index, layout_of, told
+from finetune101.data import splits
+from finetune101.data.images import Index, as_found, class_of, find_data, index_images, index_notes, layout_of
 from finetune101.data.layouts import subset_of
 from finetune101.data.verify import verify
-from finetune101.errors import Refused
-from finetune101.files import escaped
-from finetune101.training.identity import differences
+from finetune101.errors import Refused, escaped
+from finetune101.training.resume import differences
 
 TINY = [
     "--no-pretrain",
@@ -80,15 +79,15 @@ def test_subsets_are_recognised_and_told(tmp_path: Path, folders: tuple[str, ...
     for folder in folders:
         images = (1, 2) if subset_of(folder) == "train" else (3,)
         make(tmp_path, *(f"{folder}/{name}/{i}.jpg" for name in ("cat", "dog") for i in images))
-    root = find(str(tmp_path))
-    found = index(root)
+    root = find_data(str(tmp_path))
+    found = index_images(root)
     assert layout_of(root) == found.layout == "folders" and found.classes == ("cat", "dog")
-    assert all(word in told(found)[0] for word in says)
+    assert all(word in index_notes(found)[0] for word in says)
     manifest = splits.make(found, DataConfig())  # the default protocol
     assert manifest.protocol == "folders"
     assert {name for name, paths in manifest.subsets.items() if paths} == {subset_of(folder) for folder in folders}
     assert manifest.labels("train") == [0, 0, 1, 1]
-    assert dataset.as_found(DataConfig(root=str(tmp_path))).protocol == "folders"
+    assert as_found(DataConfig(root=str(tmp_path))).protocol == "folders"
     with pytest.raises(Refused, match="leave --protocol out"):
         splits.make(found, DataConfig(protocol="standard"))
 
@@ -96,10 +95,10 @@ def test_subsets_are_recognised_and_told(tmp_path: Path, folders: tuple[str, ...
 def test_classes_that_subsets_lack_are_told(tmp_path: Path) -> None:
     make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/2.jpg", "test/emu/1.jpg", "test/emu/2.jpg")
     make(tmp_path, "test/9.jpg", "extra/1.jpg", "train/dog/old/7.jpg", "notes/1.txt")
-    found = index(tmp_path)
+    found = index_images(tmp_path)
     assert found.paths == ("test/cat/2.jpg", "train/cat/1.jpg", "train/dog/1.jpg", "train/dog/old/7.jpg")
     assert set(left_out(found)) == {"test/emu/1.jpg", "test/emu/2.jpg", "test/9.jpg", "extra/1.jpg"}
-    lines = "\n".join(told(found))
+    lines = "\n".join(index_notes(found))
     assert "2 images of classes that the training folder lacks (test/emu/1.jpg, test/emu/2.jpg)" in lines
     assert "test/ has no image of 1 of 2 classes (dog)" in lines
     assert all(word in verify(tmp_path).text() for word in ("test/emu/1.jpg", "test/9.jpg", "extra/1.jpg", "(dog)"))
@@ -119,16 +118,16 @@ def test_classes_that_subsets_lack_are_told(tmp_path: Path) -> None:
 def test_subsets_that_cannot_be_used_are_refused_with_a_way_out(tmp_path: Path, files: list[str], says: str) -> None:
     make(tmp_path, *files)
     with pytest.raises(Refused, match=says) as caught:
-        index(find(str(tmp_path)))
+        index_images(find_data(str(tmp_path)))
     assert "remove" not in str(caught.value)
 
 
 def test_protocol_folders_needs_folders(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "dog/1.jpg")
     with pytest.raises(Refused, match="leave --protocol out"):
-        index(tmp_path, "folders")
+        index_images(tmp_path, "folders")
     with pytest.raises(Refused, match="leave --protocol out"):
-        splits.make(index(tmp_path), DataConfig(protocol="folders"))
+        splits.make(index_images(tmp_path), DataConfig(protocol="folders"))
 
 
 @pytest.mark.parametrize("beside", ["", "__MACOSX/1.jpg", "docs/readme.txt", "runs/a/curves.png"])
@@ -138,7 +137,7 @@ def test_a_folder_that_an_archive_added_is_looked_into(tmp_path: Path, beside: s
         make(tmp_path, beside)
     if beside.startswith("runs"):
         make(tmp_path, "runs/a/config.json", "runs/a/split.json")
-    assert find(str(tmp_path)) == tmp_path / "archive/set"
+    assert find_data(str(tmp_path)) == tmp_path / "archive/set"
 
 
 def test_train_and_valid_train_and_are_evaluated(
@@ -174,10 +173,10 @@ def test_a_study_knows_a_run_whose_protocol_was_recognised() -> None:
 
 def test_sub_folders_count_for_their_class(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "cat/siamese/old/2.jpg", "dog/poodle/1.jpg", "BACKGROUND_Google/x/1.jpg")
-    found = index(find(str(tmp_path)))
+    found = index_images(find_data(str(tmp_path)))
     assert found.classes == ("cat", "dog")
     assert [class_of(path) for path in found.paths] == ["cat", "cat", "dog"]
-    assert not told(found)
+    assert not index_notes(found)
 
 
 def test_every_suffix_and_nothing_left_out_without_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +191,7 @@ def test_every_suffix_and_nothing_left_out_without_a_reason(tmp_path: Path, monk
     (tmp_path / "cat/loop").symlink_to(tmp_path)
     (tmp_path / "emu").symlink_to(tmp_path / "moved/emu")
     (tmp_path / "cat/self.jpg").symlink_to(tmp_path / "cat/self.jpg")
-    found = index(tmp_path)
+    found = index_images(tmp_path)
     assert found.classes == ("cat", "dog")
     assert len(found.paths) == len(kinds) + 1
     reasons = left_out(found)
@@ -200,7 +199,7 @@ def test_every_suffix_and_nothing_left_out_without_a_reason(tmp_path: Path, monk
     assert set(reasons) == {*(f"cat/{name}" for name in names), "dog/2.heic", "stray.png", "emu"}
     assert "dead" in reasons["cat/gone.jpg"] and "dead" in reasons["cat/self.jpg"]
     assert "pip install" in reasons["dog/2.heic"]
-    lines = "\n".join(told(found))
+    lines = "\n".join(index_notes(found))
     assert all(word in lines for word in ("3 dead links (cat/gone.jpg", "2 HEIC images", "stray.png", "cat/loop"))
 
 
@@ -222,7 +221,7 @@ def test_train_and_verify_tell_what_they_leave_out(
 
 def test_heic_is_listed_where_it_can_be_read(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
-    found = index(make(tmp_path, "cat/1.heic", "dog/1.HEIF"))
+    found = index_images(make(tmp_path, "cat/1.heic", "dog/1.HEIF"))
     assert found.paths == ("cat/1.heic", "dog/1.HEIF") and not found.left_out
 
 
@@ -230,21 +229,23 @@ def test_a_class_of_nothing_usable_says_why(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     make(tmp_path, "cat/1.jpg", "dog/1.heic", "dog/2.heic")
     with pytest.raises(Refused, match=r"dog holds no image \(2 HEIC images"):
-        index(tmp_path)
+        index_images(tmp_path)
 
 
 def test_classes_that_differ_by_case_are_told(tmp_path: Path) -> None:
-    assert "Cat and cat differ only by the case" in told(index(make(tmp_path, "Cat/1.jpg", "cat/1.jpg")))[0]
+    assert (
+        "Cat and cat differ only by the case" in index_notes(index_images(make(tmp_path, "Cat/1.jpg", "cat/1.jpg")))[0]
+    )
 
 
 def test_a_class_named_as_a_subset_is_not_guessed(tmp_path: Path) -> None:
     make(tmp_path, "train/1.jpg", "bus/1.jpg")
-    found = index(tmp_path)
+    found = index_images(tmp_path)
     assert found.classes == ("bus", "train")
-    assert "Taken as classes" in told(found)[0] and "train/" in told(found)[0]
+    assert "Taken as classes" in index_notes(found)[0] and "train/" in index_notes(found)[0]
     make(tmp_path, "train/steam/1.jpg")
     with pytest.raises(Refused, match="--data"):
-        index(tmp_path)
+        index_images(tmp_path)
 
 
 # our own folders
@@ -268,23 +269,23 @@ OWN = {
 def test_what_finetune101_wrote_is_no_class(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "dog/1.png", *(f"{folder}/{name}" for folder, names in OWN.items() for name in names))
     (tmp_path / "elsewhere").mkdir()  # the folder of runs, still empty
-    found = index(find(str(tmp_path)), ours=[str(tmp_path / "elsewhere")])
+    found = index_images(find_data(str(tmp_path)), ours=[str(tmp_path / "elsewhere")])
     assert found.classes == ("cat", "dog")
     assert len(found.paths) == 2
-    (line,) = told(found)
+    (line,) = index_notes(found)
     assert "folders of finetune101" in line and "remove" not in line
 
 
 def test_a_stray_settings_file_makes_no_class_ours(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "cat/config.json", "dog/1.jpg", "dog/study.json", "dog/report.md", "emu/1.png")
     make(tmp_path, "emu/test.json")
-    assert index(tmp_path).classes == ("cat", "dog", "emu")
+    assert index_images(tmp_path).classes == ("cat", "dog", "emu")
 
 
 def test_a_cache_among_the_classes_is_no_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, "cat/1.jpg", "dog/1.png", "cache/images_1.npy")
     monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
-    assert index(tmp_path).classes == ("cat", "dog")
+    assert index_images(tmp_path).classes == ("cat", "dog")
 
 
 # places that cannot be read
@@ -304,7 +305,7 @@ def test_a_place_that_cannot_be_is_one_sentence(
 
 AS_NOBODY = """
 import concurrent.futures.thread, os, sys
-from finetune101.data.dataset import find, index
+from finetune101.data.images import find, index
 from finetune101.errors import Refused
 if os.geteuid() == 0:
     os.seteuid(65534)
@@ -352,10 +353,10 @@ def test_folders_that_may_not_be_entered_are_named(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_folders_at_another_depth_are_never_merged_in_silence(tmp_path: Path, files: list[str], token: str) -> None:
     with pytest.raises(Refused, match=token):
-        index(find(str(make(tmp_path, *files))))
+        index_images(find_data(str(make(tmp_path, *files))))
 
 
 def test_classes_of_sub_folders_alone_are_told(tmp_path: Path) -> None:
     make(tmp_path, "images/cat/1.jpg", "images/dog/2.jpg", "docs/1.png", "docs/2.png")
-    lines = told(index(find(str(tmp_path))))
+    lines = index_notes(index_images(find_data(str(tmp_path))))
     assert len([line for line in lines if "images" in line and "2 sub-folders" in line]) == 1

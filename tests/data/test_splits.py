@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from finetune101.config import DataConfig
-from finetune101.data import dataset, splits
-from finetune101.data.dataset import Index, class_of
+from finetune101.data import splits
 from finetune101.data.duplicates import duplicate_groups
+from finetune101.data.images import Index, class_of, find_data, index_images
 from finetune101.errors import Refused
 
 # what scikit-learn's train_test_split(random_state=42) makes of the 31 images of inline_skate
@@ -95,7 +95,7 @@ def test_the_order_of_files_does_not_matter(config: DataConfig) -> None:
 
 @pytest.fixture(scope="module")
 def real(caltech101: Path) -> Index:
-    return dataset.index(dataset.find(str(caltech101)))
+    return index_images(find_data(str(caltech101)))
 
 
 @pytest.mark.caltech101
@@ -225,7 +225,7 @@ def test_duplicates_of_a_real_folder_stay_together(tiny_data: Path, tmp_path: Pa
     shutil.copytree(tiny_data, root)
     for i in range(1, 5):
         shutil.copy(root / "ball" / f"image_{i:04d}.jpg", root / "ball" / f"copy_{i:04d}.jpg")
-    found = dataset.index(root)
+    found = index_images(root)
     groups = duplicate_groups(found)
     for seed in range(5):
         manifest = splits.make(found, standard(6, split_seed=seed), groups)
@@ -243,7 +243,7 @@ def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
             (tmp_path / subset / name).mkdir(parents=True)
             for i in numbers:
                 shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / subset / name)
-    found = dataset.index(dataset.find(str(tmp_path)), "folders")
+    found = index_images(find_data(str(tmp_path)), "folders")
     manifest = splits.make(found, DataConfig(protocol="folders"))
     assert manifest.classes == ("ball", "box")
     for subset, n in {"train": 6, "val": 2, "test": 4}.items():
@@ -251,7 +251,7 @@ def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
         assert all(path.startswith(subset + "/") for path in manifest.subsets[subset])
     assert manifest.labels("val") == [0, 0, 1, 1]
     shutil.rmtree(tmp_path / "val")
-    assert splits.make(dataset.index(tmp_path, "folders"), DataConfig(protocol="folders")).subsets["val"] == ()
+    assert splits.make(index_images(tmp_path, "folders"), DataConfig(protocol="folders")).subsets["val"] == ()
 
 
 # manifests as files

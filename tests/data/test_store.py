@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune101.cli import main
+from finetune101.cli.main import main
 from finetune101.config import Preprocessing
-from finetune101.data import dataset, store
+from finetune101.data import store
 from finetune101.data.cache import open_images
-from finetune101.data.dataset import Index
 from finetune101.data.duplicates import duplicate_groups
+from finetune101.data.images import Index, index_images
 from finetune101.errors import Refused
 from finetune101.files import claim
 
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def index(tiny_data: Path) -> Index:
-    return dataset.index(tiny_data)
+    return index_images(tiny_data)
 
 
 def place(name: str, rows: int = 4, columns: int = 250_000) -> store.Place:
@@ -202,7 +202,7 @@ def test_who_comes_second_waits_for_the_first(index: Index, folder: Path, capsys
 
 def test_only_the_wanted_images_are_decoded(tiny_data: Path, folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
-    found = dataset.index(root)
+    found = index_images(root)
     (root / found.paths[0]).unlink()  # would stop decoding
     images = open_images(found, SHAPE, wanted=found.paths[:1:-1])
     assert images.paths == found.paths[2:]
@@ -214,7 +214,7 @@ def test_only_the_wanted_images_are_decoded(tiny_data: Path, folder: Path, tmp_p
 def test_names_that_are_not_utf_8(tiny_data: Path, folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
     os.rename(root / "ball" / "image_0002.jpg", os.fsencode(root / "ball") + b"/caf\xe9.jpg")
-    found = dataset.index(root)
+    found = index_images(root)
     odd = next(path for path in found.paths if "caf" in path)
     assert open_images(found, SHAPE).read([odd]).shape == (1, 24, 24, 3) and len(list(folder.iterdir())) == 1
     assert len(duplicate_groups(found)) == 36

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from finetune101.data import duplicates
-from finetune101.data.dataset import find, index
 from finetune101.data.duplicates import duplicate_groups, near_groups, near_labels, standardised, thumbnails
+from finetune101.data.images import find_data, index_images
 from finetune101.data.verify import verify
 
 
@@ -157,7 +157,7 @@ def test_thousands_of_similar_photos_are_one_group() -> None:
 
 def test_more_images_than_can_be_compared_are_not(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "MOST", 20)
-    groups = duplicate_groups(index(tiny_data))
+    groups = duplicate_groups(index_images(tiny_data))
     assert len(set(groups.values())) == 36
 
 
@@ -171,7 +171,7 @@ def test_groups_join_copies_near_duplicates_and_twins(
     shutil.copy(data / "Faces/image_0003.jpg", data / "Faces/copy.jpg")
     with Image.open(data / "Faces_easy/image_0003.jpg") as image:
         image.resize((90, 70)).save(data / "Faces_easy/near.png")
-    found = index(data)
+    found = index_images(data)
     groups = duplicate_groups(found)
     assert set(groups) == set(found.paths)
     members = Counter(groups.values())
@@ -184,14 +184,14 @@ def test_groups_join_copies_near_duplicates_and_twins(
     assert duplicate_groups(found) == groups
     assert cached.stat().st_mtime_ns == written
     (data / "Faces/copy.jpg").unlink()
-    assert len(duplicate_groups(index(data))) == len(groups) - 1
+    assert len(duplicate_groups(index_images(data))) == len(groups) - 1
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_groups_need_no_cache(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "file" / "cache"))
-    assert len(set(duplicate_groups(index(tiny_data)).values())) == 36
+    assert len(set(duplicate_groups(index_images(tiny_data)).values())) == 36
 
 
 def test_train_and_test_folders_are_verified_too(tiny_data: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_train_and_test_folders_are_verified_too(tiny_data: Path, tmp_path: Path
 
 @pytest.mark.caltech101
 def test_known_duplicates_of_caltech101(caltech101: Path, tmp_path: Path) -> None:
-    found = index(find(str(caltech101)))
+    found = index_images(find_data(str(caltech101)))
     few = [path for path in found.paths if path.startswith("Motorbikes/image_07")]
     groups = near_groups(few, thumbnails(found.root, few))
     pair = {"Motorbikes/image_0719.jpg", "Motorbikes/image_0720.jpg"}

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from finetune101.config import TrainConfig, to_dict
 from finetune101.data.batches import to_input
-from finetune101.data.cache import decode
+from finetune101.data.decode import decode
 from finetune101.deploy import predict
-from finetune101.evaluation.inference import open_network
+from finetune101.evaluation.checkpoint import open_network
 from finetune101.evaluation.predictions import named
+from finetune101.machine import World
 from finetune101.models.build import build
-from finetune101.runs import Run
-from finetune101.world import World
+from finetune101.run import Run
 
 WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
 START = {"init_source": "random (seed 0)", "init_hash": "sha256:00"}

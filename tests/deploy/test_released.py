@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import release
 
-from finetune101 import classic
-from finetune101.cli import main
+from finetune101 import original
+from finetune101.cli.main import main
 from finetune101.deploy import released
 from finetune101.deploy.predict import predict
-from finetune101.runs import Run
+from finetune101.run import Run
 
 RESULTS = Path(__file__).parents[2] / "results"
 EVIDENCE = {
@@ -57,7 +57,7 @@ def test_a_run_becomes_one(run: Run, folder: Path, capsys: pytest.CaptureFixture
 def test_its_accuracy_is_reproduced(
     run: Run, folder: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert classic.test(["--exp", "released_random", "--data", str(tiny_data)]) == 0
+    assert original.test(["--exp", "released_random", "--data", str(tiny_data)]) == 0
     result = run.read_json("test.json")
     assert f"Test accuracy: {result['top1']:.2f} % ({result['correct']}/{result['n']}" in capsys.readouterr().out
 
@@ -67,12 +67,12 @@ def test_other_images_are_refused(
 ) -> None:
     shutil.copytree(tiny_data, tmp_path / "other")
     (tmp_path / "other" / "ball" / "image_0001.jpg").unlink()
-    assert classic.test(["--exp", "released_random", "--data", str(tmp_path / "other")]) == 2
+    assert original.test(["--exp", "released_random", "--data", str(tmp_path / "other")]) == 2
     assert "are not those that released_random was trained on" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "other" / "ball")
-    assert classic.test(["--exp", "released_random", "--data", str(tmp_path / "other")]) == 2
+    assert original.test(["--exp", "released_random", "--data", str(tmp_path / "other")]) == 2
     assert "released_random knows 3 classes, the data set has 2" in capsys.readouterr().err
-    assert classic.test(["--exp", "released_probe", "--data", str(tiny_data)]) == 2
+    assert original.test(["--exp", "released_probe", "--data", str(tiny_data)]) == 2
     assert "released_probe" in capsys.readouterr().err  # this package has none
 
 

@@ -15,9 +15,9 @@ from finetune101.config import TrainConfig
 from finetune101.errors import Refused
 from finetune101.evaluation.ensemble import ensemble, mean_log_probabilities
 from finetune101.evaluation.evaluate import evaluate
-from finetune101.runs import Run
+from finetune101.run import Run
+from finetune101.training.job import prepare
 from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
 
 
 def trained(config: TrainConfig, exp: str, seed: int = 0, **data: object) -> Run:

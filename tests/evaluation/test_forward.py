@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune101.cli import main
+from finetune101.cli.main import main
 from finetune101.config import SystemConfig
-from finetune101.evaluation.inference import read_checkpoint
-from finetune101.runs import Run
-from finetune101.world import detect
+from finetune101.evaluation.checkpoint import read_checkpoint
+from finetune101.machine import detect
+from finetune101.run import Run
 
 HAS_BF16 = detect(SystemConfig(device="cpu")).precision == "bf16"
 WORDS = "--no-pretrain --model efficientnet_lite0 --size 40 --cache-size 48 --batch-size 12 --threads 1 --epochs 1"

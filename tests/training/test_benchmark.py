@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune101.cli import main
-from finetune101.training.recipes import RECIPES
+from finetune101.cli.main import main
+from finetune101.recipes import RECIPES
 
 
 def test_a_row_per_format(tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

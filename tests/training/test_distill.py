@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from finetune101.config import ModelConfig, Preprocessing, TrainConfig, to_dict
-from finetune101.runs import Run
+from finetune101.machine import World
+from finetune101.run import Run
 from finetune101.training.distill import Teachers
+from finetune101.training.job import prepare
 from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
-from finetune101.world import World
 
 
 def train(config: TrainConfig) -> Run:

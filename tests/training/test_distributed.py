@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from finetune101.cli import main
-from finetune101.runs import Run
+from finetune101.cli.main import main
+from finetune101.run import Run
+from finetune101.training.job import prepare
 from finetune101.training.loop import Trainer
-from finetune101.training.prepare import prepare
 
 FLAGS = (
     "--model timm:test_vit --size 160 --no-pretrain --recipe original --epochs 2 --batch-size 6 --lr 0.01 --threads 1 "

@@ -9,8 +9,8 @@ import pytest
 
 from finetune101.config import AugmentConfig, TrainConfig
 from finetune101.training.forecast import in_words
+from finetune101.training.job import prepare
 from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
 
 TIMES = {"seconds", "val_seconds", "images_per_s"}
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
-from finetune101.runs import Run
+from finetune101.run import Run
+from finetune101.training.job import prepare
 from finetune101.training.loop import fit, move_towards
-from finetune101.training.prepare import prepare
 
 TIMING = ("seconds", "val_seconds", "images_per_s")
 
@@ -285,7 +285,7 @@ def test_a_loss_that_is_not_finite_in_validation_saves_nothing(base: TrainConfig
 
 FULL_DISK = """
 import resource, signal, sys
-from finetune101.cli import main
+from finetune101.cli.main import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.exit(main(["train", "--exp", "one", "--runs", sys.argv[2], "--resume"]))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune101.cli import main
+from finetune101.cli.main import main
 from finetune101.config import TrainConfig
+from finetune101.training.job import prepare
 from finetune101.training.loop import fit
 from finetune101.training.lr_find import judge, range_test
-from finetune101.training.prepare import prepare
 
 
 def test_rates_grow_evenly_on_a_log_scale_until_the_loss_explodes(small: TrainConfig) -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
 from finetune101.data import store
 from finetune101.evaluation.evaluate import evaluate
+from finetune101.training.job import prepare
 from finetune101.training.loop import fit
-from finetune101.training.prepare import prepare
 from finetune101.training.probe import solve
 
 

@@ -1,0 +1,308 @@
+"""Checks results/claims.json: recomputes accuracies, finds other numbers in their evidence; ``make claims`` runs it.
+
+claims.json is a list of {id, kind, value, unit, n, spread, command, evidence}.
+
+- ``kind`` is "recomputed" where this script computes the value anew from predictions and splits (or from the runs'
+  test.json), "recorded" where a program measured it: then a file of the evidence has to hold the number, times have to
+  be the sums of metrics.jsonl, and those on speed what benchmarks/table.py makes of results/speed. Numbers of weights
+  (``.parameters``) are not checked: they need the networks.
+- ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
+  in percent and recomputed; in ids that begin with ``compare.gain.`` it is the difference of two arms, and recomputed
+  from the runs that comparison.json names, whose interval must be that of ``spread``. Ids that end in ``.ece`` are
+  the mean of their runs' test.json.
+- ``n`` is the number of runs behind the value (of a difference, those of the smaller arm); with several, ``value`` is
+  their mean and ``spread`` their sample standard deviation.
+- ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
+  confidence), or one that holds such folders, one for each run. test.json's ``manifest`` names the split:
+  results/splits/<manifest>.json.
+
+A claim that a README mentions by its id must stand there with its value, on one line with the id.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FIELDS = ("id", "kind", "value", "unit", "n", "spread", "command", "evidence")
+ACCURACIES = ("top1", "mean_per_class")
+GAIN = "compare.gain."
+READMES = ("README.md", "README.zh-CN.md")
+TOLERANCE = 0.005 + 1e-9  # percent: two decimals
+UNCHECKED = (".parameters",)
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)")
+
+
+def kind_of(name: str) -> str:
+    """What the claim ``name`` is: "recomputed" by this script, or "recorded" when it was measured."""
+    return "recomputed" if name.rpartition(".")[2] in (*ACCURACIES, "ece") else "recorded"
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises ValueError, naming it, when it is missing or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+
+
+def read_predictions(file: Path, manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, prediction) of every test image. Raises ValueError unless the file holds exactly the split's test set."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    if not rows or not {"path", "label", "prediction", "confidence"} <= rows[0].keys():
+        raise ValueError(f"{file} has no rows or lacks a column of path,label,prediction,confidence")
+    paths, wanted = [row["path"] for row in rows], manifest["subsets"]["test"]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{file} has an image twice")
+    if different := sorted(set(paths) ^ set(wanted)):
+        where = "not in the split's test set" if different[0] in paths else "missing"
+        raise ValueError(f"{file} is not of the split's {len(wanted)} test images: {different[0]} is {where}")
+    for row in rows:
+        if row["label"] != row["path"].split("/")[-2]:
+            raise ValueError(f"{file} labels {row['path']} as {row['label']}")
+        if row["prediction"] not in manifest["classes"]:
+            raise ValueError(f"{file} predicts {row['prediction']}, which is no class of the split")
+    return [(row["label"], row["prediction"]) for row in rows]
+
+
+def accuracy(pairs: Sequence[tuple[str, str]], metric: str) -> float:
+    """Percent right of (label, prediction): over all images (top1), or the mean over classes (mean_per_class)."""
+    labels = np.array([label for label, _ in pairs])
+    right = np.array([label == prediction for label, prediction in pairs])
+    if metric == "top1":
+        return 100 * float(right.mean())
+    return 100 * float(np.mean([right[labels == name].mean() for name in np.unique(labels)]))
+
+
+def recompute(folder: Path, metric: str, results: Path) -> list[float]:
+    """Accuracy in percent of each run in ``folder``, itself a run or a folder of runs.
+
+    Raises ValueError for evidence that is not whole.
+    """
+    runs = runs_in(folder)
+    if not runs:
+        raise ValueError(f"{folder} has no test.json")
+    return [_accuracy(run, metric, results) for run in runs]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that are evidence in ``folder``: itself, or the folders in it."""
+    return [folder] if (folder / "test.json").is_file() else sorted(path.parent for path in folder.glob("*/test.json"))
+
+
+def _accuracy(run: Path, metric: str, results: Path) -> float:
+    read_json(run / "config.json")
+    test = read_json(run / "test.json")
+    name = test.get("manifest")
+    if not isinstance(name, str):
+        raise ValueError(f"{run / 'test.json'} names no manifest")
+    manifest = read_json(results / "splits" / f"{name}.json")
+    if manifest.get("hash") != test.get("manifest_hash"):
+        raise ValueError(f"{run} was tested on another split than results/splits/{name}.json")
+    if not (run / "predictions.csv").is_file():
+        raise ValueError(f"{run} has no predictions")
+    return accuracy(read_predictions(run / "predictions.csv", manifest), metric)
+
+
+def check_difference(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with a difference of two arms' mean accuracies, all runs of which have evidence of their own."""
+    folder, metric = results / claim["evidence"], claim["id"].rpartition(".")[2]
+    try:
+        pair = read_json(folder / "comparison.json")
+        a, b = (
+            np.mean([_accuracy((folder / run["path"]).resolve(), metric, results) for run in pair[arm]["runs"]])
+            for arm in ("a", "b")
+        )
+    except (KeyError, ValueError) as error:
+        return [f"cannot be recomputed: {error}"]
+    problems = []
+    if abs(a - b - claim["value"]) > TOLERANCE:
+        problems.append(f"claims {claim['value']}, the predictions give {a - b:.4f}")
+    runs = min(len(pair[arm]["runs"]) for arm in ("a", "b"))
+    if claim["n"] != runs:
+        problems.append(f"claims n = {claim['n']} run(s), the smaller arm has {runs}")
+    if metric == "top1":
+        crossed = pair.get("crossed") or {}
+        interval = pair.get("over_splits") or crossed.get("interval") or pair.get("difference_interval")
+        if interval is None or not np.allclose(interval, claim["spread"] or [], rtol=0, atol=TOLERANCE):
+            problems.append(f"claims the interval {claim['spread']}, the comparison has {interval}")
+    return problems
+
+
+def check_ece(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with a claim on the expected calibration error: the mean over the runs in its evidence."""
+    found = [read_json(run / "test.json")["calibration_scaled"]["ece"] for run in runs_in(results / claim["evidence"])]
+    if len(found) != claim["n"] or not math.isclose(np.mean(found), claim["value"], rel_tol=0, abs_tol=0.00005 + 1e-9):
+        return [f"claims {claim['value']} over {claim['n']} run(s), the runs have {found}"]
+    return []
+
+
+def check_recorded(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with a number that was measured: its evidence has to hold it."""
+    folder, name, value = results / claim["evidence"], claim["id"], claim["value"]
+    if name.endswith(UNCHECKED):
+        return []
+    if name.endswith(".minutes"):
+        wanted = minutes(folder, results)
+        return [] if wanted == value else [f"claims {value} minutes, metrics.jsonl gives {wanted}"]
+    if name.startswith("speed."):
+        measured = speed(results).get(name)
+        return [] if measured == value else [f"claims {value}, benchmarks/table.py gives {measured}"]
+    if name.startswith("report.size.study"):
+        size = round((folder / "report" / "report.html").stat().st_size / 1e6, 2)
+        return [] if size == value else [f"claims {value} MB, the page has {size}"]
+    files = [path for pattern in ("*.json*", "*.txt", "report/report.md") for path in folder.glob(pattern)]
+    found = [number for file in files for number in numbers(file.read_text(encoding="utf-8"))]
+    found += [100 * share for share in found] if claim["unit"].startswith("%") else []
+    found += of_a_search(folder) if (folder / "search.json").is_file() else []
+    return [] if any(same(number, value) for number in found) else [f"claims {value}, no file in {folder} has it"]
+
+
+def of_a_search(folder: Path) -> list[float]:
+    """What is said of a search beside its files' numbers: the winner's lead over the second and its standard error on
+    505 validation images, in points, and what searching took beyond the training, in percent, with two workers."""
+    search = read_json(folder / "search.json")
+    best, second, *_ = sorted((one["best_val_top1"] for one in search["results"] if one["run"]), reverse=True)
+    error = math.sqrt(best * (100 - best) / 505)
+    records = [json.loads(line) for file in folder.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
+    trained = sum(one["seconds"] + one["val_seconds"] for one in records)
+    wall = sum(command["wall_seconds"] for command in search.get("commands", ()))
+    return [best - second, error, *([100 * (2 * wall / trained - 1)] if trained else [])]
+
+
+def numbers(text: str) -> Iterator[float]:
+    """Every number that stands in a text."""
+    for match in NUMBER.finditer(text):
+        yield float(match[0].replace(",", ""))
+
+
+def same(number: float, value: float) -> bool:
+    """Whether ``number``, with as many digits as ``value`` has, is it."""
+    mantissa, _, power = str(value).partition("e")
+    digits = len(mantissa.partition(".")[2])
+    return f"{number:.{digits}{'e' if power else 'f'}}" == f"{value:.{digits}{'e' if power else 'f'}}"
+
+
+def minutes(folder: Path, results: Path) -> int | None:
+    """Minutes of one training of the runs in ``folder``, or of all members of an ensemble; None where a cache spared
+    each of them its features."""
+    from finetune101.experiments.costs import features_cached, mean_seconds
+    from finetune101.run import Run
+
+    runs = [Run(path) for path in runs_in(folder)]
+    members = [Run(results / name) for name in read_json(runs[0].path / "config.json").get("members", ())]
+    cached = features_cached(members or runs)
+    if not members:
+        seconds = mean_seconds(runs, cached)
+        return None if seconds is None else max(1, round(seconds / 60))
+    total = 0.0
+    for member in members:  # runs of one folder are one arm: where a cache spared one its features, another paid
+        arm = [one for one in members if one.path.parent == member.path.parent]
+        seconds = mean_seconds([member], cached) or mean_seconds(arm, cached)
+        if seconds is None:
+            return None
+        total += seconds
+    return round(total / 60)
+
+
+@functools.cache
+def speed(results: Path) -> dict[str, float]:
+    """The claims that benchmarks/table.py makes of results/speed, by their id."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    try:
+        import table
+    finally:
+        sys.path.pop(0)
+    return {one["id"]: one["value"] for one in table.rows(results / "speed")[1]}
+
+
+def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
+    """What is wrong with one claim: empty when it holds."""
+    if missing := [field for field in FIELDS if field not in claim]:
+        return [f"lacks {', '.join(missing)}"]
+    if claim["kind"] != kind_of(claim["id"]):
+        return [f"is called {claim['kind']}, it is {kind_of(claim['id'])}"]
+    folder = (results / claim["evidence"]).resolve()
+    if not folder.is_dir() or results.resolve() not in folder.parents:
+        return [f"evidence {claim['evidence']} is no folder below {results}"]
+    metric = claim["id"].rpartition(".")[2]
+    if metric == "ece":
+        return check_ece(claim, results)
+    if metric not in ACCURACIES:
+        return check_recorded(claim, results)
+    if claim["id"].startswith(GAIN):
+        return check_difference(claim, results)
+    try:
+        values = recompute(results / claim["evidence"], metric, results)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    if not math.isclose(np.mean(values), claim["value"], rel_tol=0, abs_tol=TOLERANCE):
+        problems.append(f"claims {claim['value']}, the predictions give {np.mean(values):.4f}")
+    if claim["n"] != len(values):
+        problems.append(f"claims n = {claim['n']} run(s), the evidence has {len(values)}")
+    if len(values) > 1:
+        spread = float(np.std(values, ddof=1))
+        if not isinstance(claim["spread"], int | float) or abs(spread - claim["spread"]) > TOLERANCE:
+            problems.append(f"claims a spread of {claim['spread']}, the predictions give {spread:.4f}")
+    return problems
+
+
+def check_readme(claim: dict[str, Any], text: str) -> bool:
+    """Whether the text is silent about the claim, or gives its value on a line that names it."""
+    lines = [line for line in text.splitlines() if re.search(rf"(?<![\w.]){re.escape(claim['id'])}(?![\w.]*\w)", line)]
+    shown = {str(claim["value"]), f"{claim['value']:.2f}"}
+    number = re.compile(rf"(?<![\d.])({'|'.join(map(re.escape, sorted(shown)))})(?!\.?\d)")
+    return not lines or any(number.search(line) for line in lines)
+
+
+def check(root: Path) -> tuple[Counter[str], list[str]]:
+    """(claims of each kind, problems) of the project at ``root``."""
+    results = root / "results"
+    claims = read_json(results / "claims.json")
+    ids = [claim.get("id") for claim in claims]
+    problems = [f"{name}: claimed twice" for name in sorted({str(name) for name in ids if ids.count(name) > 1})]
+    for claim in claims:
+        wrong = check_claim(claim, results)
+        problems += [f"{claim.get('id')}: {problem}" for problem in wrong]
+        if not wrong:
+            problems += [
+                f"{claim['id']}: {readme} names it without its value {claim['value']}"
+                for readme in READMES
+                if (root / readme).is_file() and not check_readme(claim, (root / readme).read_text(encoding="utf-8"))
+            ]
+    kinds = ("not checked" if str(one.get("id")).endswith(UNCHECKED) else str(one.get("kind")) for one in claims)
+    return Counter(kinds), problems
+
+
+def main(root: Path = Path(__file__).parents[1]) -> int:
+    """Prints what differs; 0 when every claim holds, else 1."""
+    try:
+        count, problems = check(root)
+    except ValueError as error:
+        count, problems = Counter(), [str(error)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(
+            f"All {count.total()} claims hold: {count['recomputed']} recomputed from predictions, {count['recorded']} "
+            f"recorded in their evidence, {count['not checked']} not checked (numbers of weights)."
+        )
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

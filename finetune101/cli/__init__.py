@@ -1,0 +1,1 @@
+"""The command line: a function per verb, parsing, and what a terminal sees."""

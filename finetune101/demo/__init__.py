@@ -1,0 +1,1 @@
+"""The whole job on drawn images: about a minute, nothing to download."""

@@ -1,0 +1,141 @@
+"""A small data set that needs no download: object pictures drawn by program, one folder per class.
+
+Each class is a few strokes (``drawings``), drawn through a random affine map in random colours, textured, lit, and set
+before a cluttered background, partly hidden. Colour and texture say nothing about the class; only shape does.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from finetune101.demo.drawings import DRAWINGS, Pen, arc, colour
+from finetune101.errors import Refused
+
+Size = tuple[int, int]  # width, height
+
+
+def _noise(size: Size, rng: np.random.Generator) -> np.ndarray:
+    """Noise that is smooth at five scales, around 0: float32 (height, width)."""
+    total = np.zeros((size[1], size[0]), np.float32)
+    for cells in (3, 6, 12, 24, 48):
+        grid = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
+        total += np.asarray(grid.resize(size, Image.Resampling.BICUBIC)) * (3 / cells) ** 0.4
+    return total
+
+
+def _clutter(picture: Image.Image, rng: np.random.Generator, count: int, largest: float) -> None:
+    """Random polygons, ellipses, lines and arcs."""
+    draw = ImageDraw.Draw(picture)
+    width, height = picture.size
+    for _ in range(count):
+        x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.04, largest) * min(width, height)
+        turn, kind, fill = rng.uniform(0, 6.3), int(rng.integers(5)), colour(rng)
+        if kind == 0:
+            corners = int(rng.integers(3, 8))
+            radii = r * rng.uniform(0.5, 1.2, corners)
+            angles = turn + np.arange(corners) * 2 * np.pi / corners
+            points = np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], axis=1)
+            draw.polygon(points.ravel().tolist(), fill=fill)
+        elif kind == 1:
+            draw.polygon(arc(x, y, r, r * rng.uniform(0.4, 1), turn=turn), fill=fill)
+        elif kind == 2:
+            end = (x + 2.5 * r * math.cos(turn), y + 2.5 * r * math.sin(turn))
+            draw.line([(x, y), end], fill=fill, width=int(rng.integers(2, 7)))
+        elif kind == 3:
+            draw.line(arc(x, y, r, r * rng.uniform(0.5, 1), 0, rng.uniform(120, 360), turn), fill=fill, width=3)
+        else:
+            for k in range(3):
+                draw.polygon(arc(x + k * r * 0.5, y, r * 0.25, r * 0.25), fill=fill)
+
+
+def _grid(size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of every pixel, 0 to 1 along the longer side: float32 (height, width) each."""
+    y, x = np.mgrid[: size[1], : size[0]].astype(np.float32) / max(size)
+    return x, y
+
+
+def _background(size: Size, rng: np.random.Generator) -> Image.Image:
+    """Two colours mixed by stripes, a gradient, a chessboard or noise alone, with clutter on top."""
+    first, second = np.array(colour(rng)), np.array(colour(rng))
+    x, y = _grid(size)
+    a, waves, n = rng.uniform(0, 6.3), rng.uniform(15, 90), int(rng.integers(4, 12))
+    along = x * math.cos(a) + y * math.sin(a)
+    patterns = (0.5 + 0.5 * np.sin(along * waves), along, (np.floor(x * n) + np.floor(y * n)) % 2, 0.5 + 0 * x)
+    mix = patterns[int(rng.integers(4))] + rng.uniform(0.1, 0.4) * _noise(size, rng)
+    mix = np.clip(mix, 0, 1)[..., None]
+    scene = Image.fromarray((first * mix + second * (1 - mix)).astype(np.uint8))
+    _clutter(scene, rng, int(rng.integers(4, 14)), 0.22)
+    return scene.filter(ImageFilter.BoxBlur(float(rng.uniform(0, 2.5))))
+
+
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def _object(name: str, size: Size, rng: np.random.Generator) -> Image.Image:
+    """The object alone: turned, stretched, sheared, mirrored and moved, on a transparent layer (RGBA)."""
+    mirror = rng.choice([-1, 1])
+    stretch = np.array([[mirror * rng.uniform(0.75, 1.15), rng.normal(0, 0.12)], [0, rng.uniform(0.8, 1.1)]])
+    angle = rng.uniform(0, 2 * math.pi) if name == "key" else math.radians(rng.normal(0, 22))  # keys lie any way round
+    matrix = _rotation(angle) @ stretch * min(size) * rng.uniform(0.2, 0.46)
+    reach = np.abs(matrix).sum(1)  # half width and height of the mapped unit square
+    x, y = (rng.uniform(-1, 1) * max(0.0, size[k] / 2 - 0.75 * reach[k]) for k in (0, 1))
+    pen = Pen(size, matrix, (size[0] / 2 + x, size[1] / 2 + y), rng)
+    DRAWINGS[name](pen)
+    return pen.layer.resize(size, Image.Resampling.BOX)
+
+
+def _lit(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The layer's colours (RGB) under light from one side, with a grain and, at times, stripes."""
+    x, y = _grid(layer.size)
+    a = rng.uniform(0, 6.3)
+    light = 1 + rng.uniform(0, 0.6) * ((x - 0.5) * math.cos(a) + (y - 0.5) * math.sin(a))
+    light += rng.uniform(0, 0.18) * _noise(layer.size, rng)
+    if rng.random() < 0.3:
+        light += 0.15 * np.sin((x * math.sin(a) + y * math.cos(a)) * rng.uniform(60, 160))
+    return Image.fromarray(np.clip(np.asarray(layer.convert("RGB")) * light[..., None], 0, 255).astype(np.uint8))
+
+
+def picture(name: str, rng: np.random.Generator) -> Image.Image:
+    """One RGB picture of class ``name``, 160 to 240 pixels wide and high."""
+    size = (int(rng.integers(160, 241)), int(rng.integers(160, 241)))
+    layer = _object(name, size, rng)
+    alpha = layer.getchannel("A")
+    scene = _background(size, rng)
+    shadow = alpha.filter(ImageFilter.BoxBlur(5)).point(lambda v: v * 0.5)
+    scene.paste((0, 0, 0), (int(rng.integers(-6, 7)), int(rng.integers(2, 8))), shadow)
+    scene.paste(_lit(layer, rng), (0, 0), alpha)
+    _clutter(scene, rng, int(rng.integers(0, 4)), 0.12)  # in front: hides parts
+    values = np.asarray(scene) * rng.uniform(0.7, 1.15) + rng.normal(0, 6, (size[1], size[0], 1))
+    scene = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    return scene.convert("L").convert("RGB") if rng.random() < 0.05 else scene
+
+
+def draw(target: Path, classes: int = 12, images_per_class: int = 45, seed: int = 0) -> Path:
+    """Draw the data set: ``target``/CLASS/image_0001.jpg and so on, the same bytes for the same arguments.
+
+    Args:
+        target: folder to make or add to; pictures of the same name are replaced.
+        classes: how many classes, 2 to 12.
+        images_per_class: pictures in each class folder, at least 1.
+        seed: picks all positions, colours, ... (0 or more).
+
+    Raises:
+        Refused: a count out of range.
+    """
+    if not 2 <= classes <= len(DRAWINGS) or images_per_class < 1 or seed < 0:
+        raise Refused(
+            f"{classes} classes of {images_per_class} images with seed {seed} cannot be drawn; "
+            f"give 2 to {len(DRAWINGS)} classes, at least 1 image and a seed from 0"
+        )
+    for c, name in enumerate(list(DRAWINGS)[:classes]):
+        folder = target / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(images_per_class):
+            rng = np.random.default_rng([seed, c, i])
+            picture(name, rng).save(folder / f"image_{i + 1:04d}.jpg", quality=int(rng.integers(70, 93)))
+    return target

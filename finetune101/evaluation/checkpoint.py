@@ -1,0 +1,214 @@
+"""How a checkpoint becomes a network that is ready for images: weights, preprocessing, classes, temperature."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from msgspec import Meta
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from finetune101.config import Preprocessing, SystemConfig
+from finetune101.errors import Refused, shortened
+from finetune101.evaluation.forward import Forward
+from finetune101.evaluation.metrics import Calibrated
+from finetune101.files import checked, parse_json, read_json, sha256
+from finetune101.machine import World, detect
+from finetune101.models.build import build
+from finetune101.run import Run
+from finetune101.schemas import Machine
+
+TEXTS = ("model", "part", "exp")  # of the metadata, where all else is JSON
+TEMPERATURE = "temperature.json"
+"""In a run, of a checkpoint that holds no temperature: what ``calibrated`` reads."""
+Temperature = Annotated[float, Meta(gt=0, le=1e3)]
+
+
+@dataclass(frozen=True)
+class SplitOf:
+    """The split that a released network was trained on."""
+
+    seed: int
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What is written in a checkpoint beside its tensors."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=200)]
+    classes: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=1000)], ...], Meta(min_length=1, max_length=100_000)
+    ]
+    preprocessing: Preprocessing
+    epoch: Annotated[int, Meta(ge=0, le=10**6)] | None = None
+    temperature: Temperature | None = None
+    part: Literal["head"] | None = None
+    split: SplitOf | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """temperature.json: what ``metrics.calibrate`` gave for the checkpoint with this sha256."""
+
+    weights: str
+    temperature: Temperature
+    reason: str = ""
+    format: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A trained network, and what its use needs: the machine, and the temperature that its logits are divided by.
+
+    ``temperature`` is None where nobody has looked for one; its outputs are then taken as they are.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: list[str]
+    world: World
+    fast_kernels: bool = True
+    temperature: float | None = None
+    epoch: int | None = None
+    name: str = ""
+
+    def forward(self, mirror: bool = False) -> Forward:
+        """Its only forward pass."""
+        return Forward(self.model, self.world, fast=self.fast_kernels, mirror=mirror)
+
+
+def world_of(recorded: Machine | Mapping[str, Any]) -> World:
+    """This machine's device with the number format that ``recorded`` (of env.json) names, fp32 where it has none such.
+
+    Emulated bf16 is slower than fp32 and no more exact, and another format is not what the run was trained in.
+    """
+    here, precision = detect(SystemConfig()), recorded["precision"]
+    native = precision == here.precision or (precision == "fp16" and here.device.type == "cuda")
+    same = recorded["device"] == here.device.type
+    return dataclasses.replace(
+        here,
+        precision=precision if native else "fp32",
+        channels_last=recorded["channels_last"] if same else here.channels_last,
+    )
+
+
+def open_network(run: Run, file: Path | None = None) -> Network:
+    """The best checkpoint of ``run``, or its ``file``, ready for images. Raises Refused as ``load_file`` does."""
+    file = file or run.best
+    model, info = load_file(file)
+    return Network(
+        model=model,
+        preprocessing=info.preprocessing,
+        classes=list(info.classes),
+        world=world_of(run.read_json("env.json")["world"]),
+        fast_kernels=run.config().system.fast_kernels,
+        temperature=calibrated(file, info),
+        epoch=info.epoch,
+        name=str(run.path),
+    )
+
+
+def open_file(file: Path) -> Network:
+    """A checkpoint that may lie anywhere; in the folder of a run as ``open_network``, else in this machine's format."""
+    run = Run(file.parent)
+    if run.has("config.json") and run.has("env.json"):
+        return open_network(run, file)
+    model, info = load_file(file)
+    return Network(
+        model=model,
+        preprocessing=info.preprocessing,
+        classes=list(info.classes),
+        world=detect(SystemConfig()),
+        temperature=calibrated(file, info),
+        epoch=info.epoch,
+        name=str(file),
+    )
+
+
+def calibrated(file: Path, info: Info) -> float | None:
+    """The temperature of the checkpoint ``file``: its own, else the one beside it that was found for these weights."""
+    if info.temperature is not None:
+        return info.temperature
+    beside = file.parent / TEMPERATURE
+    if not beside.is_file():
+        return None
+    found: Fitted = read_json(beside, Fitted, remedy="remove it, and evaluate the run again")
+    return found.temperature if found.weights == sha256(file) else None
+
+
+def keep_temperature(run: Run, found: Calibrated) -> None:
+    """Writes what ``metrics.calibrate`` gave for the best checkpoint of ``run``."""
+    run.write_json(TEMPERATURE, {"weights": sha256(run.best), **dataclasses.asdict(found)})
+
+
+def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
+    """The best checkpoint of ``run``: (model in evaluation mode, its preprocessing, class names).
+
+    Raises Refused when the checkpoint is missing, damaged, or of another class count than the run's split.
+    """
+    model, info = load_file(run.best)
+    return model, info.preprocessing, list(info.classes)
+
+
+def load_file(file: Path) -> tuple[nn.Module, Info]:
+    """A checkpoint as a model in evaluation mode, and what is written in it.
+
+    One that holds the output layer only stands on the ImageNet weights of its network. Raises Refused when it is
+    missing, damaged, not finite, or fits no network of its name and number of classes.
+    """
+    state, metadata = read_checkpoint(file)
+    info = described(metadata, file)
+    count, head = len(info.classes), info.part == "head"
+    fit = f"{info.model} with {count} classes"
+    if not any(tensor.shape[:1] == (count,) for tensor in state.values()):  # before a network of that size is built
+        raise Refused(f"{file} does not fit {fit}; train the run again")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise Refused(f"the weights in {file} are not finite ({shortened(name, 60)}); train the run again")
+    built = build(info.model, count, pretrain=head, size=info.preprocessing.size)
+    if head:
+        state = {**built.model.state_dict(), **state}
+    try:
+        built.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise Refused(f"{file} does not fit {fit}; train the run again") from error
+    return built.model.eval(), info
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint. Raises Refused when it is missing or damaged."""
+    if not file.is_file():
+        raise Refused(f"{file} is missing: no epoch of this run has finished yet; continue it with --resume")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise Refused(f"{file} is damaged ({shortened(str(error))}); train the run again") from error
+
+
+def described(metadata: Mapping[str, str], file: Path) -> Info:
+    """The metadata of the checkpoint ``file`` by its types and bounds. Raises Refused naming what is wrong."""
+    remedy = "give a best.safetensors that finetune101 wrote"
+    if "model" not in metadata and len(metadata) == 1:  # all of it in one key
+        inside = parse_json(next(iter(metadata.values())), f"the metadata of {file}", remedy)
+        metadata = inside if isinstance(inside, dict) else {}
+    if not {"model", "classes", "preprocessing"} <= metadata.keys():
+        raise Refused(f"{file} does not say of which network and classes its weights are; {remedy}")
+    known = [field.name for field in dataclasses.fields(Info)]
+    values = {
+        key: parse_json(value, f"{key} in {file}", remedy) if isinstance(value, str) and key not in TEXTS else value
+        for key, value in metadata.items()
+        if key in known
+    }
+    info: Info = checked(values, Info, f"{file}", remedy=remedy)
+    if len(set(info.classes)) < len(info.classes):
+        raise Refused(f"{file} names a class twice; {remedy}")
+    if not all(value > 0 for value in info.preprocessing.std):
+        raise Refused(f"{file} has a preprocessing.std that is not above 0; {remedy}")
+    return info

@@ -1,0 +1,409 @@
+"""The whole study: seeds x splits x arms x networks x training sizes, each an ordinary run; resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from finetune101.config import (
+    DataConfig,
+    StudyConfig,
+    TrainConfig,
+    check_bounds,
+    check_name,
+    read_recipe,
+    to_dict,
+    validate,
+)
+from finetune101.data import splits
+from finetune101.data.images import Index, class_of, content_hash
+from finetune101.errors import Refused
+from finetune101.evaluation.evaluate import evaluate
+from finetune101.experiments.costs import features_cached, mean_seconds
+from finetune101.experiments.processes import (
+    check_kind,
+    context,
+    described,
+    follow_parent,
+    keep_trace,
+    open_folder,
+    stop,
+)
+from finetune101.files import claim, write_json
+from finetune101.recipes import named, usual_finetune, usual_scratch
+from finetune101.redaction import LOG
+from finetune101.run import Run
+from finetune101.training import duration
+from finetune101.training.duration import Counts, Work
+from finetune101.training.job import check_same, make_manifest, prepare, sharing
+from finetune101.training.log import log
+from finetune101.training.loop import fit
+from finetune101.training.resume import as_started
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One network, arm and number of training images per class (None: all), and the runs of it, by seed and split."""
+
+    model: str
+    arm: str
+    size: int | None
+    folder: str
+    runs: tuple[TrainConfig, ...]
+
+
+def plan(study: StudyConfig, index: Index) -> list[Cell]:
+    """Every run of ``study``, checked. Raises Refused for settings that cannot work."""
+    check_bounds(study)
+    check_name(study.exp)
+    check_kind(Path(study.runs) / study.exp, "study")
+    once = {name: tuple(dict.fromkeys(getattr(study, name))) for name in ("arms", "models", "train_per_class")}
+    study = dataclasses.replace(study, **once)  # type: ignore[arg-type]
+    for name, values in (("--arms", study.arms), ("--models", study.models)):
+        if not values:
+            raise Refused(f"{name} names nothing; give at least one, or leave {name} out")
+    _check_sizes(study, index)
+    if index.subsets and "test" not in index.subsets:
+        raise Refused(f"{index.root} has no test images, by which a study compares; add a folder test/ beside train/")
+    cells = []
+    for model, size, arm in itertools.product(study.models, study.train_per_class or (None,), study.arms):
+        folder = f"{model.replace(':', '_')}/{arm}/{'all' if size is None else f'{size}_per_class'}"
+        draws = itertools.product(range(study.splits), range(study.seeds))
+        runs = [_configure(study, index, model, arm, size, folder, split, seed) for split, seed in draws]
+        for config in runs:
+            validate(config)
+        cells.append(Cell(model=model, arm=arm, size=size, folder=folder, runs=tuple(runs)))
+    return cells
+
+
+def _configure(
+    study: StudyConfig, index: Index, model: str, arm: str, size: int | None, folder: str, split: int, seed: int
+) -> TrainConfig:
+    recipe = {
+        "finetune": study.finetune_recipe or usual_finetune(model),
+        "scratch": study.scratch_recipe or usual_scratch(model),
+        "probe": study.probe_recipe,
+    }[arm]
+    split_seed = study.split_seed + split
+    config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
+    _check_arm(arm, recipe, config)
+    data = DataConfig(
+        root=study.data, protocol=study.protocol, split_seed=split_seed, max_test_per_class=study.max_test_per_class
+    )
+    network, changes = dataclasses.replace(config.model, name=model), config.augment
+    if study.size is not None:
+        network = dataclasses.replace(network, size=study.size, cache_size=None)
+        smaller = tuple(min(size, study.size) for size in changes.train_sizes)
+        changes = dataclasses.replace(changes, train_sizes=smaller)
+    if arm == "probe" and network.head == "random":
+        network = dataclasses.replace(network, freeze=True)
+    optim = config.optim
+    if study.batch_size is not None:
+        optim = dataclasses.replace(optim, batch_size=study.batch_size)
+    epochs = study.scratch_epochs if arm == "scratch" and study.scratch_epochs is not None else study.epochs
+    if epochs is not None and optim.epochs > 0:
+        warmup = optim.warmup_epochs if optim.warmup_epochs < epochs else max(epochs - 1, 0)
+        optim = dataclasses.replace(optim, epochs=epochs, warmup_epochs=warmup)
+    if size is not None:
+        data = dataclasses.replace(
+            data, protocol="standard", split=str(split_file(Path(study.runs) / study.exp, split_seed, size))
+        )
+        optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
+        if len(network.probe_l2) > 1:  # no validation images choose one
+            network = dataclasses.replace(network, probe_l2=(study.probe_l2,))
+    system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
+    parts: dict[str, Any] = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
+    return dataclasses.replace(config, runs=study.runs, **parts)
+
+
+def _check_sizes(study: StudyConfig, index: Index) -> None:
+    """Raises Refused for a number of training images per class that cannot be."""
+    images = Counter(map(class_of, index.paths))
+    smallest, largest = min(images, key=lambda name: images[name]), max(study.train_per_class, default=0)
+    if images[smallest] <= largest:
+        raise Refused(
+            f"class {smallest} has {images[smallest]} images, --train-per-class {largest} leaves none to test"
+        )
+
+
+def _check_arm(arm: str, recipe: str, config: TrainConfig) -> None:
+    """Raises Refused for a recipe that makes another arm than the one it is given to."""
+    linear = config.model.freeze or config.optim.epochs == 0
+    if arm != "probe" and linear:
+        raise Refused(f"--{arm}-recipe {recipe} trains the output layer only; give one that trains every layer")
+    if arm == "probe" and config.model.head == "probe" and not linear:
+        raise Refused(f"--probe-recipe {recipe} trains every layer; give one that trains the output layer only")
+
+
+def _recipe(recipe: str, exp: str, pretrain: bool) -> TrainConfig:
+    """The configuration of a named recipe, or of a recipe file such as a search's winner.yaml."""
+    if not Path(recipe).suffix:
+        return named(recipe)(exp, pretrain=pretrain)
+    config = read_recipe(recipe, exp)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrain=pretrain))
+
+
+def _as_many_steps(optim: Any, classes: int, size: int, largest: int) -> Any:
+    """``optim`` with the epochs that make, on ``size`` images per class, the steps that it makes on ``largest``."""
+    per_epoch, full = (-(-classes * n // optim.batch_size) for n in (size, largest))
+    epochs = max(1, round(optim.epochs * full / per_epoch)) if optim.epochs else 0
+    longer = epochs / optim.epochs if optim.epochs else 1
+    step_size = max(1, round(optim.step_size * longer))
+    return dataclasses.replace(
+        optim, epochs=epochs, step_size=step_size, warmup_epochs=min(optim.warmup_epochs * longer, max(epochs - 1, 0))
+    )
+
+
+def split_file(folder: Path, split_seed: int, size: int) -> Path:
+    """Where the study in ``folder`` keeps the split with ``size`` training images per class."""
+    return folder / "splits" / f"split{split_seed}_{size}_per_class.json"
+
+
+def write_splits(study: StudyConfig, index: Index) -> None:
+    """Writes the splits of every size that are not there yet: small ones are parts of the larger, all test the same.
+
+    All of a size's images train; none validates, so recipe and number of steps have to be fixed beforehand.
+    """
+    for split_seed in range(study.split_seed, study.split_seed + study.splits):
+        files = {size: split_file(Path(study.runs) / study.exp, split_seed, size) for size in study.train_per_class}
+        if all(file.is_file() for file in files.values()):
+            continue
+        data = DataConfig(
+            root=study.data, protocol="standard", train_per_class=max(files), split_seed=split_seed,
+            max_test_per_class=study.max_test_per_class,
+        )  # fmt: skip
+        whole = make_manifest(index, data)
+        made = {file: subsample(whole, index, size).to_json() for size, file in files.items()}
+        for file, split in made.items():
+            if file.is_file() and Run(file.parent).read_json(file.name) != split:
+                raise Refused(f"{file} is another split than these sizes need; give the study another --exp")
+        for file, split in made.items():
+            write_json(file, split)
+
+
+def subsample(whole: splits.Manifest, index: Index, size: int) -> splits.Manifest:
+    """``whole`` with ``size`` training images per class, drawn from those for training and validation."""
+    order = np.random.RandomState(whole.seed)
+    train: list[str] = []
+    for name in whole.classes:
+        pool = sorted(p for part in ("train", "val") for p in whole.subsets[part] if class_of(p) == name)
+        train += [pool[i] for i in order.permutation(len(pool))[:size]]
+    subsets = {"train": tuple(sorted(train)), "val": (), "test": whole.subsets["test"]}
+    used = [path for paths in subsets.values() for path in paths]
+    options = {**whole.options, "train_per_class": size, "val_per_class": 0}
+    content = content_hash(index.digests, used)
+    return dataclasses.replace(whole, options=options, content_hash=content, subsets=subsets)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result."""
+
+    kind: str
+    """Name of the exception, "Refused" for what the user can mend, "Killed" for a process that came to an end."""
+    message: str
+    """One line for people; it begins with ``kind`` but for "Refused"."""
+    begun: bool
+    """Whether anything of it was trained."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def run(study: StudyConfig, index: Index, cells: Sequence[Cell], jobs: int = 1) -> dict[str, Any]:
+    """Trains and tests what is not done yet, seed by seed; writes study.json after every run and returns it.
+
+    ``jobs`` runs at a time; the same command on other machines with the same folder shares the runs. A run that fails,
+    whatever of, stands in study.json with the reason, its traceback in error.log of its folder, and the others go on.
+    Raises Refused where no first run of any cell can begin, as settings, images or weights are wrong.
+    """
+    folder = Path(study.runs) / study.exp
+    open_folder(folder, "study")
+    if study.train_per_class:
+        write_splits(study, index)
+    failures: dict[str, Failure] = {}
+    order = [config for runs in zip(*(cell.runs for cell in cells), strict=True) for config in runs]
+    left = [config for config in order if not is_done(config)]
+    ended = 0
+    write_json(folder / "study.json", summarise(study, cells, failures))  # an interrupted study has one as well
+    with tqdm(total=len(order), initial=len(order) - len(left), desc=study.exp, unit="run", dynamic_ncols=True) as bar:
+        for config, result in _train_all(left, jobs, folder / "claims"):
+            ended += 1
+            if isinstance(result, Failure):
+                failures[config.exp] = result
+                refused = [f for f in failures.values() if f.kind == "Refused" and not f.begun]
+                if len(left) == len(order) and ended == len(refused) >= len(cells):  # one of each, and none can begin
+                    raise Refused(refused[0].message)
+            tqdm.write(f"{config.exp}: {_told(result)}", file=sys.stdout)
+            bar.update()
+            write_json(folder / "study.json", summarise(study, cells, failures))
+    return summarise(study, cells, failures)
+
+
+def _told(result: dict[str, Any] | Failure) -> str:
+    if isinstance(result, Failure):
+        return f"failed: {result}"
+    return f"{result['top1']:.2f} % of {result['n']} test images" if result else "is being trained elsewhere"
+
+
+Ended = tuple[TrainConfig, "dict[str, Any] | Failure"]
+
+
+def _train_all(configs: Sequence[TrainConfig], jobs: int, claims: Path) -> Iterator[Ended]:
+    """Each run with its test.json, {} for those that another process trains, or its failure; in the order they end."""
+    if jobs == 1:
+        for config in configs:
+            yield config, _train(config, claims, quiet=not sys.stderr.isatty())  # one bar is enough in a log file
+        return
+    births, waiting = context(__name__), [(config, sharing(config, jobs)) for config in configs][::-1]
+    running: dict[Any, tuple[TrainConfig, Any]] = {}  # by the pipe on which the process says how its run ended
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                config, shared = waiting.pop()
+                said, say = births.Pipe(duplex=False)
+                process = births.Process(target=_main, args=(shared, claims, say), name="study-worker")
+                process.start()
+                say.close()
+                running[said] = config, process
+            for ended in connection.wait(list(running)):
+                config, process = running.pop(ended)
+                try:
+                    result = ended.recv()  # type: ignore[union-attr, call-arg]
+                except EOFError:  # it was killed, as by the system when memory is short
+                    process.join()
+                    run = Run(Path(config.runs) / config.exp)
+                    reason = (
+                        f"Killed: its process ended with code {process.exitcode}; the same command goes on with the run"
+                    )
+                    result = Failure("Killed", reason, run.last.is_file())
+                process.join()
+                yield config, result  # type: ignore[misc]
+    finally:
+        stop([process for _, process in running.values()])
+
+
+def _main(config: TrainConfig, claims: Path, say: Any) -> None:
+    """A worker process: one run, so that whatever happens to it happens to that run alone."""
+    follow_parent()
+    with contextlib.suppress(KeyboardInterrupt):
+        say.send(_train(config, claims, quiet=True))
+
+
+def is_done(config: TrainConfig) -> bool:
+    """Whether the run of ``config`` is trained and tested. Raises Refused when it had other settings."""
+    run = Run(Path(config.runs) / config.exp)
+    if run.has("config.json"):
+        try:
+            check_same(run, as_started(config, run))
+        except Refused as error:
+            raise Refused(f"{error}; or give the study another --exp") from error
+    return _ended(run)
+
+
+def _ended(run: Run) -> bool:
+    """Whether ``run`` is trained to its last epoch and tested."""
+    return run.has("test.json") and run.epochs_left() <= 0
+
+
+def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any] | Failure:
+    run = Run(Path(config.runs) / config.exp)
+    lock = claims / (hashlib.sha256(config.exp.encode()).hexdigest()[:16] + ".lock")
+    with claim(lock) as ours:
+        if not ours:
+            return {}
+        if _ended(run):  # meanwhile, elsewhere
+            return run.read_json("test.json")
+        try:
+            resume = run.has("config.json")
+            job = prepare(as_started(config, run) if resume else config, resume=resume)
+            for _ in log(job.run, fit(job, quiet=quiet)):
+                pass
+            result = evaluate(job.run)
+        except Refused as error:
+            return Failure("Refused", str(error), run.has("config.json"))
+        except Exception as error:  # out of memory, or a fault of ours: kept, and the others go on
+            told = f"{described(error)} (traceback: {keep_trace(run.path, error)})"
+            return Failure(type(error).__name__, told, run.has("config.json"))
+        job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
+        (run.path / LOG).unlink(missing_ok=True)  # of an earlier try
+        return result
+
+
+def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, Failure]) -> dict[str, Any]:
+    """What study.json holds: the settings and, for each cell, means and standard deviations over its finished runs."""
+    rows = []
+    every = [Run(Path(config.runs) / config.exp) for cell in cells for config in cell.runs]
+    cached = features_cached(run for run in every if _ended(run))
+    for cell in cells:
+        runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
+        done = [run for run in runs if _ended(run)]
+        row: dict[str, Any] = {"model": cell.model, "arm": cell.arm, "size": cell.size, "folder": cell.folder}
+        row |= {"n": len(done), "planned": len(runs), "seconds": None}
+        for key in ("top1", "mean_per_class"):
+            values = [run.read_json("test.json")[key] for run in done]
+            row[key] = statistics.mean(values) if values else None
+            row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        if done:
+            row["seconds"] = mean_seconds(done, cached)
+        failed = {c.exp: failures[c.exp] for c in cell.runs if c.exp in failures}
+        row["errors"] = [str(failure) for failure in failed.values()]
+        row["failed"] = [{"run": exp, "type": f.kind, "message": f.message} for exp, f in failed.items()]
+        rows.append(row)
+    return {"settings": to_dict(study), "cells": rows}
+
+
+def estimate(index: Index, cells: Sequence[Cell], jobs: int = 1, budget: float = 15.0) -> str:
+    """How many runs there are, and how long those take that are not done; measuring takes ``budget`` seconds at most.
+
+    Writes nothing.
+    """
+    runs = [config for cell in cells for config in cell.runs]
+    left = [config for config in runs if not is_done(config)]
+    told = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(left)} to do"
+    if not left:
+        return f"{told}."
+    sizes = {config.exp: cell.size for cell in cells for config in cell.runs}
+    counts = {size: _counts(index, cell) for size, cell in {cell.size: cell for cell in cells}.items()}
+    shared = [sharing(config, jobs) if jobs > 1 else config for config in left]
+    works = [Work(config, counts[sizes[config.exp]], tested=True) for config in shared]
+    return f"{told}. {duration.told(works, index, jobs, budget)}"
+
+
+def _counts(index: Index, cell: Cell) -> Counts:
+    """How many images the runs of ``cell`` train on, validate and test, without making the split."""
+    data = cell.runs[0].data
+    if cell.size is None:
+        return duration.count(index, data)
+    images = duration.count(
+        index, dataclasses.replace(data, split=None, protocol="standard", train_per_class=cell.size)
+    )
+    return dataclasses.replace(images, train=cell.size * len(index.classes), val=0)
+
+
+def text(summary: dict[str, Any]) -> str:
+    """The cells as lines for a terminal."""
+    lines = [f"{'network':22}{'arm':10}{'per class':>10}  {'top-1':17}{'mean per class':17}runs"]
+    for c in summary["cells"]:
+        shown = [
+            "–"
+            if c[key] is None
+            else f"{c[key]:.2f}" + (f" ± {c[f'{key}_sd']:.2f}" if c[f"{key}_sd"] is not None else "")
+            for key in ("top1", "mean_per_class")
+        ]
+        size = "all" if c["size"] is None else str(c["size"])
+        lines.append(f"{c['model']:22}{c['arm']:10}{size:>10}  {shown[0]:17}{shown[1]:17}{c['n']} of {c['planned']}")
+    return "\n".join(lines + [f"failed: {error}" for c in summary["cells"] for error in c["errors"]])

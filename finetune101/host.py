@@ -1,0 +1,103 @@
+"""What this machine lends to the process; asking changes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune101.errors import Refused
+
+GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA, WSL, AMD
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """How many cores the process may use, at least 1: affinity, the quota of its cgroup, and SLURM's share of a task.
+
+    ``OMP_NUM_THREADS`` is a wish of the user, not a property of the machine: a smaller one counts as well. The 1 that
+    torchrun sets for each of several processes is no wish.
+    """
+    process_count = getattr(os, "process_cpu_count", None)  # Python 3.13
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = (process_count() if process_count else os.cpu_count()) or 1
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    wish = None if by_torchrun else _whole("OMP_NUM_THREADS")
+    limits = [cores, _quota(), _whole("SLURM_CPUS_PER_TASK"), wish]
+    return max(1, min(limit for limit in limits if limit))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the process stands among those that torchrun started: of all of them, and of those on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place() -> Place:
+    """The process's place by the variables that torchrun sets. Raises Refused for some that are wrong or missing."""
+    size = _variable("WORLD_SIZE", 1)
+    if size < 2:
+        return Place()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise Refused(f"WORLD_SIZE is {size}, but {missing[0]} is not set; start by torchrun, or unset WORLD_SIZE")
+    rank, local_size = _variable("RANK", 0), max(1, _variable("LOCAL_WORLD_SIZE", 1))
+    if rank >= size:
+        raise Refused(f"RANK is {rank} of WORLD_SIZE {size}; start the processes by torchrun")
+    return Place(rank, size, _variable("LOCAL_RANK", rank), local_size)
+
+
+def _variable(name: str, default: int) -> int:
+    word = os.environ.get(name, "").strip() or str(default)
+    if not word.isdecimal():
+        raise Refused(f"{name} is {word}, no whole number; start several processes by torchrun, or unset {name}")
+    return int(word)
+
+
+def _whole(name: str) -> int | None:
+    """The variable ``name`` of the environment where it is a number above 0; OMP_NUM_THREADS may be a list."""
+    word = os.environ.get(name, "").split(",")[0].strip()
+    return int(word) if word.isdecimal() and int(word) else None
+
+
+def _quota() -> int | None:
+    """Cores that the cgroup's quota of processor time is worth, rounded up; None without one."""
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        path = next((line.split("::", 1)[1].strip("/") for line in own if line.startswith("0::")), "")
+        folders = [CGROUP / path, *(CGROUP / path).parents]
+        found = []
+        for folder in folders:
+            if folder == CGROUP.parent:
+                break
+            file = folder / "cpu.max"
+            if file.is_file():
+                quota, period = file.read_text(encoding="utf-8").split()
+                if quota != "max":
+                    found.append(math.ceil(int(quota) / int(period)))
+        first = CGROUP / "cpu" / "cpu.cfs_quota_us"  # cgroup 1
+        if first.is_file() and (quota_us := int(first.read_text(encoding="utf-8"))) > 0:
+            period_us = int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+            found.append(math.ceil(quota_us / period_us))
+        return min(found, default=None)
+    except (OSError, ValueError, ZeroDivisionError):  # not there, or not as Linux writes it
+        return None
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch can use a CUDA (or ROCm) GPU here; PyTorch is asked only where the system may have one."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    if sys.platform == "darwin" or (sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES))):
+        return False
+    import torch
+
+    return torch.cuda.is_available()

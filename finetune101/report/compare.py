@@ -1,0 +1,336 @@
+"""Groups of tested runs on the same images: how far apart they are, how sure that is, and what each of them took."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from finetune101.errors import Refused
+from finetune101.evaluation import metrics
+from finetune101.redaction import redacted
+from finetune101.report.figures import ARMS
+from finetune101.report.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, read, shortened, with_costs
+from finetune101.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One run of an arm; accuracies in percent."""
+
+    path: str
+    seed: int
+    split_seed: int
+    manifest_hash: str
+    epoch: int
+    correct: int
+    top1: float
+    mean_per_class: float
+    init_hash: str
+    start: str
+    command: str
+    seconds: float
+    features_cached: bool
+    frozen: bool
+    steps: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One side: means over its runs, with the standard deviation where there are several.
+
+    ``seconds`` are those of one training, mean over the runs that computed their features; None where all read them
+    from a cache.
+    """
+
+    name: str
+    network: str
+    recipe: str | None
+    pretrain: bool
+    device: str
+    seconds: float | None
+    init_source: str
+    init_hash: str
+    epoch: int
+    correct: float
+    top1: float
+    top1_sd: float | None
+    top1_interval: tuple[float, float]
+    mean_per_class: float
+    mean_per_class_sd: float | None
+    validation: float | None
+    steps_to_other: float | None
+    seconds_to_other: float | None
+    runs: tuple[Score, ...]
+
+    @property
+    def better_recipes(self) -> tuple[tuple[str, str], ...]:
+        """Recipes that are known to reach more than this arm's, each with its time: "half", "same", "twice", "gpu"."""
+        if self.pretrain:
+            return (("finetune", "half"),) if self.recipe == "original" else ()
+        if self.device == "cuda":
+            return (("scratch_long", "gpu"),) if self.recipe in ("original", "scratch_fast", "scratch") else ()
+        quick = (("scratch_fast", "same"),) if self.recipe == "original" else ()
+        return (*quick, ("scratch", "twice")) if self.recipe in ("original", "scratch_fast") else ()
+
+    @property
+    def frozen(self) -> int:
+        """Runs whose tested weights have the backbone as it came: only an output layer was trained."""
+        return sum(run.frozen for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """McNemar's exact test of two runs on one split."""
+
+    a: str
+    b: str
+    only_a: int
+    only_b: int
+    p: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassGain:
+    """One class: test images (of the first split), and the percent of them that each arm gets right, mean over runs."""
+
+    name: str
+    n: int
+    a: float
+    b: float
+    gain: float
+    a_interval: tuple[float, float]
+    b_interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The two arms and their paired difference (a minus b, percentage points) over the same ``n`` test images.
+
+    ``difference_interval`` is over images and about the given runs; ``crossed`` over images and runs, with two runs or
+    more on each side; ``over_splits`` is there instead of both with several splits.
+    """
+
+    a: Arm
+    b: Arm
+    n: int
+    manifest_hash: str
+    splits: int
+    difference: float
+    difference_interval: tuple[float, float] | None
+    crossed: metrics.Crossed | None
+    over_splits: tuple[float, float] | None
+    mcnemar: tuple[Pair, ...]
+    classes: tuple[ClassGain, ...]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The widest interval that the runs allow."""
+        found = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
+        assert found is not None
+        return found
+
+    @property
+    def over(self) -> str:
+        """What ``interval`` is over: splits, images and runs, or images."""
+        return "splits" if self.over_splits else "images and runs" if self.crossed else "images"
+
+
+def compare(run_a: Run, run_b: Run) -> Comparison:
+    """Compares two runs image by image: ``compare_groups`` of one run each."""
+    return all_pairs([Group(name=run.path.as_posix(), runs=(read(run),)) for run in (run_a, run_b)])[0]
+
+
+def compare_groups(a: Group, b: Group) -> Comparison:
+    """Compares the test predictions of two arms, image by image.
+
+    Every number is computed from predictions.csv and must agree with test.json. Raises Refused when a run has not
+    been evaluated, its files contradict each other, or the arms were split differently.
+    """
+    if twice := {run.run.path.resolve() for run in a.runs} & {run.run.path.resolve() for run in b.runs}:
+        raise Refused(f"{min(twice)} cannot be compared with itself; name other runs")
+    found = common_splits(a, b)
+    sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
+    by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
+    several = len(found) > 1
+    crossed = min(len(a.runs), len(b.runs)) > 1 and not several
+    first = a.runs[0]
+    return Comparison(
+        a=_arm(a, b),
+        b=_arm(b, a),
+        n=len(first.answers),
+        manifest_hash=first.split,
+        splits=len(found),
+        difference=float(np.mean([one[0] for one in by_split])),
+        difference_interval=None if several else by_split[0][1:],
+        crossed=metrics.crossed(sides[0][0], sides[1][0]) if crossed else None,
+        over_splits=over_splits([one[0] for one in by_split], first.test_to_train) if several else None,
+        mcnemar=tuple(_pairs(a, b, found)),
+        classes=tuple(_gains(a, b)),
+    )
+
+
+def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
+    """Every two of ``groups``, in their order; costs leave out runs that the others show to be read from a cache.
+
+    Raises Refused with fewer than two, or too many for a picture.
+    """
+    if len(groups) > len(ARMS):
+        raise Refused(f"compare shows {len(ARMS)} groups at most; name fewer")
+    if len(groups) < 2:
+        raise Refused("compare needs two runs or groups of runs; give another one")
+    return [compare_groups(a, b) for a, b in itertools.combinations(shortened(with_costs(groups)), 2)]
+
+
+def over_splits(differences: Sequence[float], ratio: float) -> tuple[float, float]:
+    """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test to training images.
+
+    The splits share images, so the plain t interval would be too narrow: its 1/K grows by ``ratio``. With few training
+    images ``ratio`` is large (29 for one image per class of Caltech-101) and the interval says next to nothing: studies
+    show it at their largest size only.
+    Source: C. Nadeau, Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
+    """
+    k = len(differences)
+    half = float(stats.t.ppf(0.975, k - 1)) * math.sqrt((1 / k + ratio) * float(np.var(differences, ddof=1)))
+    mean = float(np.mean(differences))
+    return max(-100.0, mean - half), min(100.0, mean + half)
+
+
+def _arm(group: Group, other: Group) -> Arm:
+    pretrained = {run.env["model"]["init_hash"]: run.run.name for run in other.runs if run.config.model.pretrain}
+    scores = [_score(run, pretrained) for run in group.runs]
+    (top1, top1_sd), (per_class, per_class_sd) = (
+        mean_sd([getattr(s, k) for s in scores]) for k in ("top1", "mean_per_class")
+    )
+    curve, goal = group.curve(), _final(other)
+    reached = next((point for point in curve if goal is not None and point["mean"] >= goal), None)
+    first = group.runs[0]
+
+    return Arm(
+        name=group.name,
+        network=first.config.model.name,
+        recipe=first.config.recipe,
+        pretrain=first.config.model.pretrain,
+        device=first.env["world"]["device"],
+        seconds=group.seconds(),
+        init_source=first.env["model"]["init_source"],
+        init_hash=first.env["model"]["init_hash"],
+        epoch=first.test.get("epoch", 0),
+        correct=float(np.mean([s.correct for s in scores])),
+        top1=top1,
+        top1_sd=top1_sd,
+        top1_interval=_top1_interval(group, top1),
+        mean_per_class=per_class,
+        mean_per_class_sd=per_class_sd,
+        validation=_final(group),
+        steps_to_other=reached["step"] if reached else None,
+        seconds_to_other=reached["seconds"] if reached else None,
+        runs=tuple(scores),
+    )
+
+
+def _top1_interval(group: Group, top1: float) -> tuple[float, float]:
+    """Wilson's for one test set; over several splits, that of their mean."""
+    first, found = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
+    if len(found) == 1:
+        n = len(first.answers)
+        return metrics.wilson(top1 / 100 * n, n)
+    means = [100 * float(np.mean([run.correct.mean() for run in group.on(split)])) for split in found]
+    low, high = over_splits(means, first.test_to_train)
+    return max(0.0, low), min(100.0, high)
+
+
+def _score(run: Tested, pretrained: dict[str, str]) -> Score:
+    right = int(run.correct.sum())
+    return Score(
+        path=run.run.path.as_posix(),
+        seed=run.config.system.seed,
+        split_seed=run.manifest.seed,
+        manifest_hash=run.split,
+        epoch=run.test.get("epoch", 0),
+        correct=right,
+        top1=100 * right / len(run.correct),
+        mean_per_class=float(np.mean(list(run.by_class().values()))),
+        init_hash=run.env["model"]["init_hash"],
+        start=proof(run, pretrained),
+        command=redacted(run.env.get("command", "")),
+        features_cached=run.features_cached,
+        frozen=run.frozen,
+        **run.cost(),  # type: ignore[arg-type]
+    )
+
+
+def _final(group: Group) -> float | None:
+    """Validation accuracy of the weights that were kept, mean over the runs; None without validation."""
+    kept = [[r["val_top1"] for r in run.run.metrics() if r["best"]][-1:] for run in group.runs]
+    values = [found[0] for found in kept if found and found[0] is not None]
+    return float(np.mean(values)) if len(values) == len(group.runs) else None
+
+
+def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
+    """Runs of the same split and seed, else of the same rank; never pooled, as they share their images."""
+    return [
+        Pair(
+            a=_run_name(a, one),
+            b=_run_name(b, other),
+            only_a=int(np.sum(one.correct & ~other.correct)),
+            only_b=int(np.sum(other.correct & ~one.correct)),
+            p=metrics.mcnemar_exact(one.correct, other.correct),
+        )
+        for split in found
+        for one, other in _same_seed(a.on(split), b.on(split))
+    ]
+
+
+def _same_seed(a: Sequence[Tested], b: Sequence[Tested]) -> list[tuple[Tested, Tested]]:
+    seeds = {run.config.system.seed: run for run in b}
+    pairs = [(run, seeds[run.config.system.seed]) for run in a if run.config.system.seed in seeds]
+    return pairs or list(zip(a, b, strict=False))
+
+
+def _run_name(group: Group, run: Tested) -> str:
+    """The arm's name, with the run's where there are several: runs of two arms may share theirs."""
+    return group.name if len(group.runs) == 1 else f"{group.name}/{run.run.name}"
+
+
+def _gains(a: Group, b: Group) -> list[ClassGain]:
+    """The classes, those with the greatest gain first."""
+    first = [answer.label for answer in a.runs[0].answers.values()]
+    shares = [[run.by_class() for run in group.runs] for group in (a, b)]
+    rows = []
+    for name in sorted(set(first)):
+        n = first.count(name)
+        x, y = (float(np.mean([one[name] for one in side if name in one])) for side in shares)
+        intervals = [metrics.wilson(min(n, share / 100 * n), n) for share in (x, y)]
+        rows.append(ClassGain(name=name, n=n, a=x, b=y, gain=x - y, a_interval=intervals[0], b_interval=intervals[1]))
+    return sorted(rows, key=lambda row: -row.gain)
+
+
+def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
+    """Plain JSON types: the first comparison, and ``others``; paths of runs are relative to ``folder``."""
+    first, *others = (json.loads(json.dumps(dataclasses.asdict(one))) for one in comparisons)
+    for one in (first, *others):
+        for score in (*one["a"]["runs"], *one["b"]["runs"]):
+            with contextlib.suppress(ValueError):  # on another drive of Windows
+                score["path"] = Path(os.path.relpath(score["path"], folder)).as_posix()
+    return {**first, "others": others}
+
+
+def groups_of(folder: Path) -> list[Group]:
+    """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when those are gone."""
+    values = Run(folder).read_json("comparison.json")
+    if "\0" in str(values):
+        raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")
+    sides = {arm["name"]: arm["runs"] for pair in (values, *values["others"]) for arm in (pair["a"], pair["b"])}
+    return [one_arm(name, [Run(folder / one["path"]) for one in runs]) for name, runs in sides.items()]

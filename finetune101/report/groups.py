@@ -1,0 +1,340 @@
+"""Tested runs and groups of them: which run directories a name means, and their answers on the same test images."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import glob
+import itertools
+import math
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from finetune101.config import TrainConfig
+from finetune101.data import splits
+from finetune101.data.images import class_of
+from finetune101.errors import Refused
+from finetune101.evaluation.predictions import read_rows
+from finetune101.experiments import costs
+from finetune101.files import read_json
+from finetune101.models.build import build
+from finetune101.run import Run, kind_of, open_run, runs_below, winner_command
+from finetune101.schemas import Split
+
+ONE_ARM = ("recipe", "model", "augment", "optim")  # what the runs of an arm share
+
+
+class Answer(NamedTuple):
+    """What a run says about one test image; both are class names."""
+
+    label: str
+    prediction: str
+    confidence: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the prediction is the label."""
+        return self.label == self.prediction
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A run with its test results; ``answers`` by image, in the order of their paths."""
+
+    run: Run
+    config: TrainConfig
+    env: Mapping[str, Any]
+    test: Mapping[str, Any]
+    manifest: splits.Manifest
+    answers: Mapping[str, Answer]
+    features_cached: bool = False
+    """Its first pass was read from the cache of an earlier run, so its seconds are not what a training costs."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights that were tested have the backbone as it was: only an output layer was trained."""
+        solved = self.test.get("epoch") == 0 and self.config.model.head == "probe"
+        return solved or self.config.model.freeze or self.config.optim.epochs == 0
+
+    @property
+    def first_pass(self) -> costs.FirstPass | None:
+        """The pass that solves an output layer before the first epoch."""
+        images = {name: len(paths) for name, paths in self.manifest.subsets.items()}
+        return costs.first_pass(self.run, self.config, self.env, images)
+
+    @cached_property
+    def split(self) -> str:
+        """Hash of the split."""
+        return self.manifest.hash()
+
+    @property
+    def test_to_train(self) -> float:
+        """Test images over those that a training could have."""
+        subsets = self.manifest.subsets
+        return len(subsets["test"]) / (len(subsets["train"]) + len(subsets["val"]))
+
+    @cached_property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Which test images are right."""
+        return np.array([answer.right for answer in self.answers.values()])
+
+    def by_class(self) -> dict[str, float]:
+        """Share of right images of each class that has test images, in percent."""
+        images = Counter(answer.label for answer in self.answers.values())
+        right = Counter(answer.label for answer in self.answers.values() if answer.right)
+        return {name: 100 * right[name] / images[name] for name in sorted(images)}
+
+    def cost(self) -> dict[str, float]:
+        """What the training took: seconds with validation, optimizer steps, and images gone through."""
+        records = self.run.metrics()
+        held = ("train", "val") if self.config.data.fit_on == "train+val" else ("train",)
+        return {
+            "seconds": self.run.seconds(),
+            "steps": records[-1]["step"] if records else 0,
+            "images": len(records) * sum(len(self.manifest.subsets[name]) for name in held),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs of one arm: one network, one run for each seed and split."""
+
+    name: str
+    runs: tuple[Tested, ...]
+
+    def on(self, split: str) -> list[Tested]:
+        """The runs on the split with this hash."""
+        return [run for run in self.runs if run.split == split]
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Validation accuracy after each epoch, mean and standard deviation over the runs; without validation none.
+
+        The seconds are the mean over the runs that computed their features; None where all read them from a cache.
+        """
+        points = []
+        seconds = [0.0] * len(self.runs)
+        paid = [not run.features_cached for run in self.runs]
+        for records in zip(*(run.run.metrics() for run in self.runs), strict=False):
+            seconds = [s + r["seconds"] + r.get("val_seconds", 0.0) for s, r in zip(seconds, records, strict=True)]
+            values = [r["val_top1"] for r in records if r["val_top1"] is not None]
+            if len(values) == len(self.runs):
+                mean, sd = mean_sd(values)
+                step = statistics.mean(r["step"] for r in records)
+                time = statistics.mean(itertools.compress(seconds, paid)) if any(paid) else None
+                points.append({"step": step, "seconds": time, "mean": mean, "sd": sd or 0.0})
+        return points
+
+    def seconds(self) -> float | None:
+        """Mean time of a training over the runs that computed their features; None where there is none."""
+        found = [run.run.seconds() for run in self.runs if not run.features_cached]
+        return statistics.mean(found) if found else None
+
+
+def with_costs(groups: Sequence[Group]) -> list[Group]:
+    """``groups`` whose runs know whether their features were read from a cache, which the other runs show."""
+    cached = costs.read_from_cache(run.first_pass for group in groups for run in group.runs)
+    return [
+        dataclasses.replace(
+            group,
+            runs=tuple(
+                dataclasses.replace(run, features_cached=run.run.path.resolve() in cached) for run in group.runs
+            ),
+        )
+        for group in groups
+    ]
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for the latter with one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
+    """The tested runs that ``name`` means: a run, a folder that holds runs, or a quoted glob of either.
+
+    Raises Refused when there is none, one is not tested, or they are not one arm: the same settings, and one run
+    for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
+    """
+    as_named = [str(path) for path in (Path(name), Path(runs) / name) if path.exists()][:1]  # names may hold brackets
+    found = as_named or glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
+    folders = sorted({folder for path in found for folder in runs_below(Path(path))})
+    if not unfinished:
+        folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
+        if not folders:
+            raise Refused(f"{name} has no finished run; continue the study first")
+    if not folders and set(name) & set("*?["):
+        raise Refused(f"no run matches {name}; a glob is looked up here and in {runs}")
+    if not folders:
+        folders = [open_run(name, runs).path]  # which says what there is
+    return one_arm((folders[0] if len(folders) == 1 else Path(name)).as_posix(), [Run(folder) for folder in folders])
+
+
+def one_arm(name: str, runs: Sequence[Run]) -> Group:
+    """``runs`` as a group. Raises Refused when there is none, one is not tested, or they are not one arm."""
+    if not runs:
+        raise Refused(f"{name} has no run; run compare again")
+    tested = sorted(map(read, runs), key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
+    if len({one.config.model.name for one in tested}) > 1:
+        raise Refused(f"{name} holds several networks; give a folder or a glob with one of them")
+    for other in tested[1:]:
+        if different := [part for part in ONE_ARM if getattr(other.config, part) != getattr(tested[0].config, part)]:
+            raise Refused(
+                f"{tested[0].run.path} and {other.run.path} are not one arm: they differ in {', '.join(different)}; "
+                "give a folder or a glob with runs that differ in seed and split only"
+            )
+    for one, other in itertools.pairwise(tested):
+        if (one.split, one.config.system.seed) == (other.split, other.config.system.seed):
+            same = f"{one.run.path} and {other.run.path} have the same seed and split"
+            raise Refused(f"{same}; give a folder or a glob that holds one run of each")
+    return Group(name=name, runs=tuple(tested))
+
+
+def on_common_splits(groups: Sequence[Group]) -> list[Group]:
+    """``groups`` with the runs on splits that all of them have. Raises Refused when there is no such split."""
+    common = set.intersection(*({run.split for run in group.runs} for group in groups))
+    if not common:
+        raise Refused("no split has been trained in every arm yet; continue the study first")
+    return [
+        dataclasses.replace(group, runs=tuple(run for run in group.runs if run.split in common)) for group in groups
+    ]
+
+
+def shortened(groups: Sequence[Group]) -> list[Group]:
+    """``groups`` with the shortest ends of their names that tell them apart."""
+    parts = [group.name.removesuffix("/all").split("/") for group in groups]  # a study's arm that has all images
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return [dataclasses.replace(group, name=name) for group, name in zip(groups, names, strict=True)]
+
+
+def read(run: Run) -> Tested:
+    """The results of an evaluated run.
+
+    Raises Refused when it has not been evaluated, or its files contradict each other.
+    """
+    answers, test, manifest = read_answers(run), run.read_json("test.json"), read_manifest(run)
+    if outside := next((path for paths in manifest.subsets.values() for path in paths if not is_inside(path)), None):
+        raise Refused(f"the split of {run.path} has {outside}, which is not inside of a data folder; it is damaged")
+    correct = sum(answer.right for answer in answers.values())
+    stated = (test.get("n"), test.get("correct"), test.get("manifest_hash"))
+    wanted = {path: class_of(path) for path in manifest.subsets["test"]}
+    labels = {path: answer.label for path, answer in answers.items()}
+    if stated != (len(answers), correct, manifest.hash()) or labels != wanted:
+        raise Refused(
+            f"test.json of {run.path} does not belong to its predictions.csv and split.json; "
+            f"run: {evaluate_command(run)}"
+        )
+    best = [record["epoch"] for record in run.metrics() if record["best"]]
+    if best and best[-1] != test.get("epoch"):
+        raise Refused(f"{run.path} was trained on after its test; evaluate it again")
+    return Tested(run, run.config(), run.read_json("env.json"), test, manifest, answers)
+
+
+def is_inside(path: str) -> bool:
+    """Whether ``path`` stays below the folder that it is joined to, on any system."""
+    kinds = (PurePosixPath(path), PureWindowsPath(path))
+    return not any(kind.anchor or ".." in kind.parts for kind in kinds) and "\0" not in path
+
+
+def manifest_file(run: Run) -> Path:
+    """Where the split of ``run`` is: its split.json, or, of published evidence, the file that test.json names."""
+    name = run.read_json("test.json").get("manifest")
+    if not isinstance(name, str) or not is_inside(name) or run.has("split.json"):
+        return run.path / "split.json"
+    files = [folder / "splits" / f"{name}.json" for folder in run.path.absolute().parents]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def read_manifest(run: Run) -> splits.Manifest:
+    """The split of ``run``. Raises Refused when its file is missing or damaged."""
+    file = manifest_file(run)
+    if file.parent == run.path:
+        return splits.from_json(run.read_json(file.name))
+    return splits.from_json(read_json(file, Split, remedy="restore it from the repository"))
+
+
+def evaluate_command(run: Run) -> str:
+    """What tests ``run``."""
+    return shlex.join(["finetune101", "evaluate", str(run.path)])
+
+
+def read_answers(run: Run) -> dict[str, Answer]:
+    """predictions.csv of an evaluated run by path, sorted.
+
+    Raises Refused when the run has not been evaluated, or the file is broken.
+    """
+    file = run.path / "predictions.csv"
+    try:
+        rows = read_rows(file)
+        found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
+    except FileNotFoundError:
+        if kind_of(run.path.parent) == "search":
+            raise Refused(f"{run.path} is a trial of a search; {winner_command(run.path.parent)}") from None
+        untested = f"{run.path} has not been tested; run: {evaluate_command(run)}"
+        raise Refused(run.stopped() or untested) from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise Refused(f"{file} is damaged ({error}); run: {evaluate_command(run)}") from error
+    again = f"run: {evaluate_command(run)}"
+    if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):
+        raise Refused(f"{file} is empty, cut off or names an image twice; {again}")
+    if not all(math.isfinite(answer.confidence) and 0 <= answer.confidence <= 1.0001 for answer in found.values()):
+        raise Refused(f"{file} has a confidence that is not from 0 to 1; {again}")
+    return dict(sorted(found.items()))
+
+
+def common_splits(a: Group, b: Group) -> list[str]:
+    """Hashes of the splits that both groups have. Raises Refused, naming images, when they are not the same ones."""
+    mine, theirs = ({run.split: run for run in group.runs} for group in (a, b))
+    only_a, only_b = [s for s in mine if s not in theirs], [s for s in theirs if s not in mine]
+    if only_a or only_b:
+        one = mine[only_a[0]] if only_a else a.runs[0]
+        other = theirs[only_b[0]] if only_b else b.runs[0]
+        raise Refused(
+            f"{one.run.path} and {other.run.path} were split differently ({_differing(one.manifest, other.manifest)}); "
+            f"train one of them again with --split {manifest_file(one.run).as_posix()}"
+        )
+    return list(mine)
+
+
+def _differing(a: splits.Manifest, b: splits.Manifest) -> str:
+    """Which images make two splits differ, in a few words."""
+    for name in ("test", "val", "train"):
+        different = sorted(set(a.subsets[name]) ^ set(b.subsets[name]))
+        if different:
+            count = f"{len(different)} image{'s' if len(different) > 1 else ''} in one {name} set only"
+            return f"{count}: {', '.join(different[:3])}{', …' if len(different) > 3 else ''}"
+    return "the same files, but other pixels or class names"
+
+
+def proof(run: Tested, pretrained: Mapping[str, str]) -> str:
+    """Whether a run started where it says, in one sentence; ``pretrained`` are the other arm's hashes by run name.
+
+    A random start is built again from its seed, and must give the recorded hash and none of a pretrained run.
+    """
+    if run.config.model.pretrain:
+        return "pretrained"
+    model, recorded, seed = run.config.model, run.env["model"]["init_hash"], run.config.system.seed
+    if recorded in pretrained:
+        return f"not random: the initial state is that of {pretrained[recorded]}, which is pretrained"
+    if _random_hash(model.name, len(run.manifest.classes), model.size, seed) == recorded:
+        return f"random: seed {seed} gives the recorded initial state again, and no pretrained run has it"
+    then, now = run.env.get("versions", {}).get("torch", "unknown"), torch.__version__
+    return f"not proven: seed {seed} gives another initial state here (PyTorch {then} then, {now} now)"
+
+
+@lru_cache(maxsize=64)
+def _random_hash(name: str, classes: int, size: int | None, seed: int) -> str:
+    with torch.random.fork_rng():
+        return build(name, classes, pretrain=False, size=size, seed=seed).init_hash

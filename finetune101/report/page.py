@@ -1,0 +1,150 @@
+"""A report page in the making: sections in one language, written as self-contained HTML and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from finetune101.errors import Refused, escaped
+from finetune101.files import atomic
+from finetune101.run import check_folder
+
+TEMPLATES = Path(__file__).parent / "templates"
+LANGUAGES = ("en", "zh")
+
+Cell = tuple[str, float | str]  # what is shown, and what is sorted by
+
+
+class Name(str):
+    """A table's heading that stands as it is, such as a setting's name; other headings are keys of the words."""
+
+    __slots__ = ()
+
+
+class Page:
+    """A title, a headline and sections, written to ``folder`` when all are there.
+
+    Raises Refused for an unknown language, or when ``folder`` is a file.
+    """
+
+    def __init__(self, folder: Path, lang: str) -> None:
+        if lang not in LANGUAGES:
+            raise Refused(f"--lang is {lang}; choose from {', '.join(LANGUAGES)}")
+        check_folder(folder)
+        self.words: dict[str, str] = json.loads((TEMPLATES / f"{lang}.json").read_text(encoding="utf-8"))
+        self.folder, self.lang = folder, lang
+        self.title, self.headline = "", ""
+        self.sections: list[dict[str, Any]] = []
+        self.pictures: dict[str, bytes] = {}
+
+    def say(self, key: str, /, **values: Any) -> str:
+        """The sentence ``key`` in the page's language."""
+        return self.words[key].format(**values)
+
+    def add(self, kind: str, key: str, /, name: str = "", **content: Any) -> None:
+        """A section; its title and its text are the words ``key`` and ``key_text``, ``name`` is what it is about."""
+        title = self.words[key] + (f" – {name}" if name else "")
+        note = self.words.get(f"{key}_text", "").format(name=name, **content)
+        self.sections.append({"kind": kind, "title": title, "note": note, **content})
+
+    def picture(
+        self,
+        key: str,
+        draw: Callable[[Path], Path],
+        alt: str,
+        name: str = "",
+        stem: str = "",
+        wide: bool = False,
+        **content: Any,
+    ) -> None:
+        """A section with the picture that ``draw`` writes; ``stem`` names the file, where that has to stay.
+
+        A ``wide`` one goes beyond the text, and on a small screen is scrolled rather than made small.
+        """
+        file = f"{file_stem(stem) or f'{len(self.pictures)}_{key}'}.png"
+        with TemporaryDirectory() as folder:
+            drawn = self.pictures[file] = draw(Path(folder) / file).read_bytes()
+        uri = "data:image/png;base64," + base64.b64encode(drawn).decode()
+        self.add("picture", key, name, file=file, uri=uri, alt=alt, wide=wide, **content)
+
+    def table(
+        self, key: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], name: str = "", **content: Any
+    ) -> None:
+        """A section with a table that can be sorted and, when it is long, filtered; ``heads`` are words or ``Name``."""
+        shown = [head if isinstance(head, Name) else self.words[head] for head in heads]
+        self.add("table", key, name, heads=shown, rows=rows, **content)
+
+    def write(self) -> Path:
+        """Writes the pictures, report.html and report.md; returns the page."""
+        env = Environment(
+            loader=FileSystemLoader(TEMPLATES),
+            autoescape=lambda name: bool(name and name.endswith(".html")),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        env.filters |= {"md": markdown, "alone": escaped, "fence": _fence}
+        pages = {name: env.get_template(name).render(page=self, t=self.words) for name in ("report.html", "report.md")}
+        files = {name: _UNPRINTABLE.sub(lambda one: escaped(one[0]), page).encode() for name, page in pages.items()}
+        for name, content in {**self.pictures, **files}.items():
+            with atomic(self.folder / name) as part:
+                part.write_bytes(content)
+        return self.folder / "report.html"
+
+
+# control characters, and what a byte that is no UTF-8 becomes in a file's name
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def markdown(value: object) -> str:
+    """``value`` so that Markdown shows it as it is: no HTML, link, picture, emphasis, cell or line of its own."""
+    shown = re.sub(r"([\\`*\[\]|])", r"\\\1", escaped(str(value)))
+    shown = re.sub(r"&(?=#?\w+;)", "&amp;", shown).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", shown)  # within a word they emphasise nothing
+
+
+def _fence(lines: Sequence[str]) -> str:
+    """The line that begins and ends a block of code with ``lines`` in it."""
+    return "`" * max([3, *(len(run) + 1 for line in lines for run in re.findall("`+", line))])
+
+
+def file_stem(name: str) -> str:
+    """``name`` as a part of a file's name: what could leave the folder or is too long becomes a hash."""
+    if re.fullmatch(r"[\w+-][\w.+-]{0,80}", name) or not name:
+        return name
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40] + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+
+
+def text(value: str) -> Cell:
+    """A cell with words."""
+    return value, value
+
+
+def number(value: float | None, form: str = ".2f") -> Cell:
+    """A cell with a number, or none."""
+    return ("–", -1.0) if value is None else (f"{value:{form}}", value)
+
+
+def spread(mean: float | None, sd: float | None) -> Cell:
+    """A cell with a mean and, where there is one, its standard deviation."""
+    if mean is None:
+        return number(None)
+    return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else ""), mean
+
+
+def minutes(seconds: float | None) -> Cell:
+    """A cell with a time in minutes: hundredths below one."""
+    return number(None if seconds is None else seconds / 60, ".2f" if (seconds or 0) < 60 else ".1f")
+
+
+def percent(value: float, interval: tuple[float, float], form: str = ".0f") -> Cell:
+    """A cell with a share in percent and its interval, the latter in ``form``."""
+    return f"{value:{'.1f' if form == '.0f' else form}} ({interval[0]:{form}}–{interval[1]:{form}})", value

@@ -1,1 +1,0 @@
-"""Hyper-parameter search: every point is a run, chosen on validation."""

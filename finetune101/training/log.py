@@ -1,0 +1,55 @@
+"""Epoch records into TensorBoard events, beside everything else that a run writes."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from finetune101.run import Run
+
+TAGS = {
+    "train_loss": "loss/train",
+    "val_loss": "loss/val",
+    "train_top1": "accuracy/train",
+    "val_top1": "accuracy/val",
+    "lr_head": "learning_rate/head",
+    "lr_backbone": "learning_rate/backbone",
+    "images_per_s": "speed/images_per_s",
+}
+
+
+def log(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Passes ``records`` on, each written to the run's TensorBoard events, by epoch.
+
+    Where events cannot be written, one line says so and the training goes on: they hold nothing that is not elsewhere.
+    """
+    writer: SummaryWriter | None = None
+    left = iter(records)
+    try:
+        for record in left:
+            try:
+                writer = writer or SummaryWriter(str(run.path))
+                _write(writer, record)
+            except OSError as error:
+                print(
+                    f"TensorBoard events of {run.path} cannot be written ({error.strerror or error})", file=sys.stderr
+                )
+                yield record
+                break
+            yield record
+        yield from left
+    finally:
+        if writer:
+            with contextlib.suppress(OSError):
+                writer.close()
+
+
+def _write(writer: SummaryWriter, record: dict[str, Any]) -> None:
+    for key, tag in TAGS.items():
+        if record[key] is not None:
+            writer.add_scalar(tag, record[key], record["epoch"])
+    writer.flush()
