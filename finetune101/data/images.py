@@ -37,7 +37,8 @@ from finetune101.host import usable_cores
 
 __all__ = [
     "FOLDER", "IMAGE_SUFFIXES", "LEFT_OUT", "OFFICIAL_CLASSES", "OFFICIAL_IMAGES", "SUBSETS", "Index", "Layout",
-    "as_found", "class_of", "content_hash", "find_data", "images_in", "index_images", "index_notes", "layout_of", "subset_of",
+    "as_found", "class_of", "content_hash", "find_data", "images_in", "index_images", "index_notes", "layout_of",
+    "subset_of",
 ]  # fmt: skip
 
 OFFICIAL_CLASSES = 101

@@ -68,8 +68,9 @@ Draw = Callable[[list[dict[str, Any]], Path, str], Any]
 def run_search(plan: Plan, table: Path, plots: Path, draw: Draw, finalists: int = 0, seeds: int = 3) -> int:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
-    ``table`` gets the original's form, ``plots`` the curves of every trial, drawn by ``draw``(records, file, title). Returns 1 where a point failed by a fault
-    of the program or the machine, else 0. Raises Refused for a plan, data or weights that cannot work.
+    ``table`` gets the original's form, ``plots`` the curves of every trial, drawn by ``draw`` (records, file, title).
+    Returns 1 where a point failed by a fault of the program or the machine, else 0. Raises Refused for a plan, data or
+    weights that cannot work.
     """
     studies.check(plan)
     if finalists < 0 or seeds < 1:
