@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from written_runs import as_by_the_first_version, write_run
 
+from finetune101.experiments import costs
 from finetune101.experiments.costs import features_cached
 from finetune101.recipes import RECIPES
-from finetune101.report import compare, costs
+from finetune101.report import compare
 from finetune101.report.compare_text import text
 from finetune101.report.groups import open_group
 from finetune101.report.page import Page
