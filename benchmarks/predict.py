@@ -24,7 +24,7 @@ from torchvision import transforms
 
 from finetune101.config import Preprocessing
 from finetune101.data.images import index_images
-from finetune101.deploy.predict import predict
+from finetune101.deploy.predict import predict_files
 from finetune101.evaluation.checkpoint import load_model, open_network
 from finetune101.run import Run
 
@@ -76,7 +76,9 @@ def main() -> None:
                 row = {"plain_images_per_s": pool.submit(plain_rate, run.path, files).result()}
             for key, inputs in (("one", folders[:1]), ("both", folders)):
                 started = time.perf_counter()
-                labelled, failed = predict(open_network(run), [str(folder) for folder in inputs], batch_size=BATCH)
+                labelled, failed = predict_files(
+                    open_network(run), [str(folder) for folder in inputs], batch_size=BATCH
+                )
                 row[key] = time.perf_counter() - started
                 assert len(labelled) == IMAGES * len(inputs) and not failed
             row["warm_images_per_s"] = IMAGES / (row["both"] - row["one"])

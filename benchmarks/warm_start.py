@@ -19,7 +19,7 @@ ONCE = """
 import sys, time
 import torch
 started = time.perf_counter()
-from finetune101.cli.parse import parse_train
+from finetune101.cli.one_run import training_settings
 from finetune101.training import loop
 from finetune101.training.job import prepare
 
@@ -38,7 +38,7 @@ class Model(torch.nn.Module):
         self.called = time.perf_counter()  # the first batch is there
         return self.model(x)
 
-config = parse_train(sys.argv[1:], prog="train").config
+config = training_settings(sys.argv[1:])
 trainer = loop.Trainer(prepare(config))
 trainer.wrapped = Model(trainer.model)
 try:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from publish import RESULTS, keep_config
 
-from finetune101.cli.parse import parse_train
+from finetune101.cli.one_run import training_settings
 from finetune101.run import Run
 from finetune101.training.job import check_same
 from finetune101.training.resume import as_started
@@ -68,7 +68,7 @@ def train(name: str, flags: list[str], jobs: int) -> None:
     """Trains one run, or goes on with it; what ended is kept in results/. Raises ValueError for other settings."""
     run, kept = RUNS / name, RESULTS / "ablations" / name
     if all((kept / file).is_file() for file in KEPT):
-        asked = parse_train([*flags, "--exp", f"ablations/{name}"], prog="ablations").config
+        asked = training_settings([*flags, "--exp", f"ablations/{name}"])
         check_same(Run(kept), as_started(asked, Run(kept)))
         return
     command = [sys.executable, "-m", "finetune101", "train", "--exp", f"ablations/{name}"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from publish import RESULTS, enter, keep_run
 
-from finetune101.cli.verbs import run_comparison
+from finetune101.api import run_comparison
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.study import split_file
 from finetune101.files import write_json

@@ -1,3 +1,36 @@
-"""Fine-tune ImageNet networks on Caltech-101, or any folder of images, and compare with training from scratch."""
+"""Fine-tune ImageNet networks on Caltech-101 or your own folder of images, and compare with training from scratch.
+
+import finetune101 as ft
+
+run = ft.train("photos", exp="mine")
+ft.evaluate(run).top1
+ft.load(run).predict("photo.jpg")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune101.api import compare, evaluate, load, predict, report, train
+    from finetune101.errors import Refused
+    from finetune101.recipes import RECIPES
 
 __version__ = "0.1.0"
+__all__ = ["RECIPES", "Refused", "__version__", "compare", "evaluate", "load", "predict", "report", "train"]
+
+_HOMES = {"RECIPES": "recipes", "Refused": "errors"}  # of all other names: api
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, so that ``import finetune101`` loads no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"finetune101.{_HOMES.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

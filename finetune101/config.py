@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
 import tyro
@@ -102,8 +103,7 @@ class AugmentConfig:
         return self.train_sizes[(epoch - 1) * len(self.train_sizes) // epochs] if self.train_sizes else None
 
 
-SHEET_PER_CLASS = 4  # of a contact sheet: images of each class,
-SHEET_AUGMENT = AugmentConfig(crop_scale=0.5)  # and what is shown of augmentation
+SHEET_AUGMENT = AugmentConfig(crop_scale=0.5)  # what a contact sheet shows of augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,52 +213,6 @@ class TrainConfig:
         return 0.1 if self.model.pretrain else 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """A study: seeds x splits x arms x networks x training sizes."""
-
-    exp: str
-    """Name of the study: its runs are RUNS/EXP/NETWORK/ARM/SIZE/SPLIT_SEED."""
-    runs: str = "runs"
-    """Folder of all runs."""
-    arms: tuple[Literal["finetune", "scratch", "probe"], ...] = ("finetune", "scratch", "probe")
-    """Fine-tuning, random initialisation, and a linear output layer on frozen features."""
-    models: tuple[str, ...] = ("efficientnet_lite0",)
-    """Networks."""
-    seeds: Count = 3
-    """Runs of each arm on each split, with seeds 0, 1, ..."""
-    splits: Count = 1
-    """Number of splits, with seeds from --split-seed on."""
-    train_per_class: tuple[Count, ...] = ()
-    """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
-    finetune_recipe: str | None = None
-    """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml. Default: finetune."""
-    scratch_recipe: str | None = None
-    """Recipe of the arm scratch: a name, or a file. Default: scratch_long on a GPU, else scratch_fast."""
-    probe_recipe: str = "probe"
-    """Recipe of the arm probe: a name, or a file such as a search's winner.yaml."""
-    epochs: Count | None = None
-    """Epochs of every arm that trains all layers. Default: its recipe's."""
-    scratch_epochs: Count | None = None
-    """Epochs of the arm scratch, which takes far longer than the others. Default: --epochs, then its recipe's."""
-    batch_size: Count | None = None
-    """Images per step. Default: the recipe's."""
-    size: Pixels | None = None
-    """Height and width of the input in pixels. Default: the recipe's, then the network's own."""
-    probe_l2: Positive = 0.003
-    """L2 penalty of a linear output layer whose recipe leaves the choice to validation, with --train-per-class."""
-    data: str | None = None
-    """Folder with one folder per class (or its parent)."""
-    protocol: Literal["reference", "standard", "folders"] = "reference"
-    """The split, without --train-per-class."""
-    split_seed: Seed = 42
-    """Seed of the first split."""
-    max_test_per_class: Count | None = None
-    """At most this many test images per class (standard)."""
-    threads: Threads | None = None
-    """CPU threads of a run. Default: all cores, shared by --jobs."""
-
-
 PARTS: dict[str, type] = {
     "data": DataConfig,
     "augment": AugmentConfig,
@@ -266,6 +220,65 @@ PARTS: dict[str, type] = {
     "optim": OptimConfig,
     "system": SystemConfig,
 }
+
+
+class Setting(NamedTuple):
+    """Where a setting stands: ``part`` of TrainConfig ("" for its own fields), ``field`` of the part, and its type."""
+
+    part: str
+    field: str
+    type: Any
+
+
+def flag_of(field: str, hint: Any) -> str:
+    """The flag of the setting ``field``, whose type is ``hint``, with underscores: its own name or another."""
+    return next((m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)), field)
+
+
+def _all_settings() -> dict[str, Setting]:
+    own = get_type_hints(TrainConfig, include_extras=True)
+    settings = {name: Setting("", name, hint) for name, hint in own.items() if name not in PARTS}
+    for part, kind in PARTS.items():
+        hints = get_type_hints(kind, include_extras=True)
+        settings |= {flag_of(name, hint): Setting(part, name, hint) for name, hint in hints.items()}
+    return settings
+
+
+SETTINGS = _all_settings()
+"""Every setting of a run by the name of its flag: what flags, recipe files, searches and Python's keywords may set."""
+
+
+def change(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """``config`` with other values of some settings, by the names of their flags: {"lr": 0.02, "model": "resnet18"}.
+
+    Numbers may be written as text. Raises Refused for a name that is no setting, and for a value that it cannot have.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "finetune101 train --help-all lists them"
+            raise Refused(f"{shortened(escaped(name), 60)} is no setting; {hint}")
+        part, field_name, kind = SETTINGS[name]
+        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        parts.setdefault(part, {})[field_name] = typed(kind, plain, f"{name} is")
+    own = parts.pop("", {})
+    return dataclasses.replace(
+        config, **own, **{part: dataclasses.replace(getattr(config, part), **fields) for part, fields in parts.items()}
+    )
+
+
+def fitted(config: TrainConfig, names: Collection[str]) -> TrainConfig:
+    """``config`` with the warm-up and the training sizes of its recipe made to fit the settings ``names`` just given.
+
+    The warm-up ends before the last epoch, and no training image is larger than the input.
+    """
+    optim, augment, model = config.optim, config.augment, config.model
+    if "epochs" in names and "warmup_epochs" not in names and optim.warmup_epochs >= optim.epochs:
+        config = change(config, {"warmup_epochs": max(optim.epochs - 1, 0)})
+    if "size" in names and "train_sizes" not in names and model.size:
+        config = change(config, {"train_sizes": tuple(min(size, model.size) for size in augment.train_sizes)})
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -332,20 +345,9 @@ def _advice(name: Any, part: str, names: Iterable[str]) -> str:
     return f"use {', '.join(names)}" if not part else "see finetune101 train --help"
 
 
-def flag_of(field: str, hint: Any) -> str:
-    """The flag of the setting ``field``, whose type is ``hint``, with underscores: its own name or another."""
-    return next((m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)), field)
-
-
 def read_recipe(file: str, exp: Any) -> TrainConfig:
     """A recipe file such as a search's winner.yaml as a configuration. Raises Refused as ``with_settings`` does."""
     return with_settings(TrainConfig(exp=exp, recipe=file), read_settings(Path(file)), file)
-
-
-def preprocessing_from_dict(values: Any, source: str = "the checkpoint") -> Preprocessing:
-    """The inverse of ``to_dict`` for a Preprocessing. Raises Refused for values that it cannot have."""
-    preprocessing: Preprocessing = checked(values, Preprocessing, source, remedy="get the file again")
-    return preprocessing
 
 
 def check_bounds(settings: Any) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from finetune101.cli import main
 from finetune101.cli.console import expanded, guarded
-from finetune101.cli.parse import SearchArguments, parse, parse_train
+from finetune101.cli.many_runs import search_watched
+from finetune101.cli.one_run import train_watched
+from finetune101.cli.parse import Flag, RecipeFile, call
+from finetune101.config import Flat, TrainConfig
 from finetune101.errors import Refused
+from finetune101.experiments.settings import SearchOptions
 from finetune101.run import Run, file_name, is_run
 
 if TYPE_CHECKING:
@@ -25,36 +28,36 @@ if TYPE_CHECKING:
 MODEL = "resnet18"  # the original's network
 
 
-@dataclass(frozen=True, kw_only=True)
-class TestArguments:
-    """Test loss and accuracy of the run EXP, or of a foreign file EXP_best.pth."""
-
-    __test__ = False  # no class of tests, whatever pytest thinks of its name
-    exp: str
-    """Name of the run, of a file EXP_best.pth, or of the package's own network (released_finetune)."""
-    batch_size: int = 64
-    """Images per step."""
-    data: str | None = None
-    """Where the images are, if not where the run found them."""
-    runs: str = "runs"
-    """Folder of all runs."""
-    model: str = MODEL
-    """Network of a foreign EXP_best.pth."""
+def _script(verb: Callable[..., int], argv: Sequence[str] | None, model: str = MODEL) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    prog = f"{verb.__name__.removesuffix('_as_original')}.py"
+    return guarded(lambda: call(verb, expanded(words), prog=prog, model=model))
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """``python train.py``: trains, then writes EXP_best.pth and the curves to training_plots_finetune/ or _random/."""
-    return guarded(lambda: _train(expanded(sys.argv[1:] if argv is None else argv)))
+    return _script(train_as_original, argv)
 
 
-def _train(argv: Sequence[str]) -> int:
-    arguments = parse_train(argv, prog="train.py", model=MODEL)
-    weights, before = weights_file(arguments.config.exp), Run(Path(arguments.config.runs) / arguments.config.exp)
-    if weights.exists() and not before.has("config.json") and not arguments.overwrite:
+def train_as_original(
+    config: Annotated[TrainConfig, Flat],
+    *,
+    recipe_file: RecipeFile = None,
+    resume: Flag = False,
+    overwrite: Flag = False,
+) -> int:
+    """Train a network; its best weights are written to EXP_best.pth.
+
+    Args:
+        recipe_file: Start from a recipe file such as a search's winner.yaml.
+        resume: Continue an interrupted run.
+        overwrite: Replace an existing run of this name.
+    """
+    weights, before = weights_file(config.exp), Run(Path(config.runs) / config.exp)
+    if weights.exists() and not before.has("config.json") and not overwrite:
         raise Refused(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
-    run = main.run_training(arguments.config, resume=arguments.resume, overwrite=arguments.overwrite)
-    export(run)
-    words = ["--exp", arguments.config.exp, "--batch_size", str(arguments.config.optim.batch_size)]
+    export(train_watched(config, resume=resume, overwrite=overwrite))
+    words = ["--exp", config.exp, "--batch_size", str(config.optim.batch_size)]
     print(f"Test it: {shlex.join(['python', 'test.py', *words])}")
     return 0
 
@@ -83,46 +86,62 @@ def export(run: Run) -> None:
 
 def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None) -> int:
     """``python search.py``: the grid over ``space``; writes gridsearch_results_EXP.json, resumes where it stopped."""
-    return guarded(lambda: _search(space, expanded(sys.argv[1:] if argv is None else argv)))
 
+    def search_as_original(
+        config: Annotated[TrainConfig, Flat], options: Annotated[SearchOptions, Flat], *, recipe_file: RecipeFile = None
+    ) -> int:
+        """Search hyper-parameters; stopped, the same command goes on.
 
-def _search(space: Mapping[str, Sequence[Any]], argv: Sequence[str]) -> int:
-    arguments = parse_train(argv, prog="search.py", model=MODEL, kind=SearchArguments)
-    table = Path(f"gridsearch_results_{file_name(arguments.config.exp)}.json")
-    return main.run_search(arguments, table, Path(), dict(space))
+        Args:
+            recipe_file: Start from a recipe file such as a search's winner.yaml.
+        """
+        table = Path(f"gridsearch_results_{file_name(config.exp)}.json")
+        return search_watched(config, options, table, Path(), dict(space))
+
+    return _script(search_as_original, argv)
 
 
 def test(argv: Sequence[str] | None = None) -> int:
     """``python test.py --exp EXP``: test loss and accuracy of the run EXP, or of a foreign EXP_best.pth."""
-    return guarded(lambda: _test(expanded(sys.argv[1:] if argv is None else argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    for i, (flag, value) in enumerate(itertools.pairwise(words)):
+        if flag in ("--batch_size", "--batch-size") and value.startswith("--") and value[2:].isdigit():
+            print(f"note: read --batch_size {value} as --batch_size {value[2:]}")
+            words[i + 1] = value[2:]
+    return _script(test_as_original, words)
 
 
-def _test(argv: list[str]) -> int:
-    if "--batch_size" in argv[:-1] or "--batch-size" in argv[:-1]:
-        at = next(i for i, word in enumerate(argv) if word in ("--batch_size", "--batch-size")) + 1
-        if argv[at].startswith("--") and argv[at][2:].isdigit():
-            print(f"note: read --batch_size {argv[at]} as --batch_size {argv[at][2:]}")
-            argv[at] = argv[at][2:]
-    arguments = parse(TestArguments, argv, prog="test.py")
-    if arguments.batch_size < 1:
-        raise Refused(f"--batch_size is {arguments.batch_size}; give at least 1")
+def test_as_original(
+    *, exp: str, batch_size: int = 64, data: str | None = None, runs: str = "runs", model: str = MODEL
+) -> int:
+    """Test loss and accuracy of the run EXP, or of a foreign file EXP_best.pth.
+
+    Args:
+        exp: Name of the run, of a file EXP_best.pth, or of the package's own network (released_finetune).
+        batch_size: Images per step.
+        data: Where the images are, if not where the run found them.
+        runs: Folder of all runs.
+        model: Network of a foreign EXP_best.pth.
+    """
+    if batch_size < 1:
+        raise Refused(f"--batch_size is {batch_size}; give at least 1")
     from finetune101.deploy.released import RELEASED, score_released
+    from finetune101.evaluation.evaluate import evaluate
+    from finetune101.evaluation.result import score_text
 
-    run, file = Run(Path(arguments.runs) / arguments.exp), Path(f"{arguments.exp}_best.pth")
+    run, file = Run(Path(runs) / exp), Path(f"{exp}_best.pth")
     if is_run(run.path):
-        from finetune101.evaluation.evaluate import evaluate
-
-        result = evaluate(run, data=arguments.data, batch_size=arguments.batch_size)
-    elif arguments.exp in RELEASED:
-        result = score_released(arguments.exp, arguments.data, arguments.batch_size)
+        record = evaluate(run, data=data, batch_size=batch_size)
+    elif exp in RELEASED:
+        record = score_released(exp, data, batch_size)
     elif file.is_file():
-        result = test_foreign(file, arguments.model, arguments.data, arguments.batch_size)
+        record = test_foreign(file, model, data, batch_size)
     else:
-        train_it = shlex.join(["python", "train.py", "--exp", arguments.exp])
+        train_it = shlex.join(["python", "train.py", "--exp", exp])
         raise Refused(f"neither {run.path} nor {file} is there; train it with {train_it}")
-    print(main.score_text(result))
-    if told := run.stopped():
-        print(f"Not the end of its training: {told}")
+    print(score_text(record))
+    if reason := run.stopped():
+        print(f"Not the end of its training: {reason}")
     return 0
 
 
@@ -130,14 +149,14 @@ def test_foreign(file: Path, model: str, data: str | None, batch_size: int) -> d
     """Scores a plain state dict on the reference test images with the original's preprocessing."""
     from finetune101.config import SystemConfig
     from finetune101.deploy.released import score_reference
-    from finetune101.evaluation.checkpoint import Network
+    from finetune101.evaluation.checkpoint import TrainedNetwork
     from finetune101.machine import detect
     from finetune101.models.build import load_foreign
     from finetune101.models.table import lookup
 
     module, count = load_foreign(file, model)
     classes, world = [str(number) for number in range(count)], detect(SystemConfig())
-    network = Network(model=module, preprocessing=lookup(model).preprocessing, classes=classes, world=world)
+    network = TrainedNetwork(model=module, preprocessing=lookup(model).preprocessing, classes=classes, world=world)
     return score_reference(network, data, batch_size, str(file))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig
+from finetune101.config import AugmentConfig, ModelConfig, OptimConfig, TrainConfig, change, read_recipe
 from finetune101.errors import Refused
 from finetune101.host import has_gpu
 
@@ -170,3 +172,18 @@ def usual_scratch(model: str = "", device: str = "auto") -> str:
     if model.startswith(_ONE_SIZE):
         return "original"
     return "scratch_long" if device == "cuda" or (device == "auto" and has_gpu()) else "scratch_fast"
+
+
+def from_recipe(name: str, exp: Any, *, pretrain: bool = True) -> TrainConfig:
+    """The settings of the recipe ``name``, or of a recipe file such as a search's winner.yaml.
+
+    Raises Refused for a recipe that does not exist, and for a file that is none.
+    """
+    if Path(name).suffix:
+        return change(read_recipe(name, exp), {"pretrain": pretrain})
+    return named(name)(exp, pretrain=pretrain)
+
+
+def usual(model: str = "", device: str = "auto", *, pretrain: bool = True) -> str:
+    """The name of the recipe that a training begins with where none is named."""
+    return usual_finetune(model) if pretrain else usual_scratch(model, device)

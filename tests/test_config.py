@@ -19,12 +19,12 @@ from finetune101.config import (
     SystemConfig,
     TrainConfig,
     from_dict,
-    preprocessing_from_dict,
     read_recipe,
     to_dict,
     validate,
 )
 from finetune101.errors import Refused
+from finetune101.files import checked
 from finetune101.recipes import named, original
 
 PARTS: dict[str, type] = {
@@ -47,7 +47,7 @@ def test_a_configuration_survives_json(value: TrainConfig) -> None:
 
 def test_preprocessing_survives_json() -> None:
     value = Preprocessing(size=224, cache_size=256, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0), interpolation="bicubic")
-    assert preprocessing_from_dict(json.loads(json.dumps(to_dict(value)))) == value
+    assert checked(json.loads(json.dumps(to_dict(value))), Preprocessing, "x", remedy="") == value
 
 
 @pytest.mark.parametrize("where", ["", "optim"])
@@ -214,6 +214,6 @@ def test_a_wrong_value_in_config_json_is_named(place: str, value: Any) -> None:
 )
 def test_preprocessing_has_bounds(name: str, value: Any) -> None:
     good = {"size": 64, "cache_size": 64, "mean": [0.5] * 3, "std": [1.0] * 3, "interpolation": "bicubic"}
-    assert preprocessing_from_dict(good).size == 64
+    assert checked(good, Preprocessing, "x", remedy="").size == 64
     with pytest.raises(Refused, match=name):
-        preprocessing_from_dict({**good, name: value})
+        checked({**good, name: value}, Preprocessing, "x", remedy="")

@@ -176,14 +176,19 @@ def expanded(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def guarded(call: Callable[[], int]) -> int:
-    """The exit code of ``call``: what the user can mend is one sentence and 2; bugs keep their traceback."""
+def guarded(call: Callable[[], int], debug: bool = False) -> int:
+    """The exit code of ``call``: what the user can mend is one sentence and 2; bugs keep their traceback.
+
+    With ``debug`` the user's errors show their traceback as well.
+    """
     with streams() as (out, err), terminable():
         if not err.isatty():
             os.environ.setdefault("TQDM_MININTERVAL", "30")  # a log file needs no progress bar ten times a second
         try:
             code = call()
         except Refused as error:
+            if debug:
+                print(traceback_of(error), end="", file=sys.stderr)
             return _told(f"{error}")
         except KeyboardInterrupt as stop:
             return _stopped(stop)

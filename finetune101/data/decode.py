@@ -75,6 +75,17 @@ def decode(path: Path, size: int, interpolation: str) -> Pixels:
         return np.asarray(picture.image.resize((size, size), FILTERS[interpolation]))
 
 
+def decode_image(image: Image.Image, size: int, interpolation: str) -> Pixels:
+    """A Pillow image as ``decode`` gives a file: uint8 (size, size, 3)."""
+    return np.asarray(upright(image).resize((size, size), FILTERS[interpolation]))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy of a Pillow image in RGB, turned by its EXIF orientation, on white where it is transparent."""
+    copy = image.copy()
+    return _upright(_rgb(copy), _orientation(image))
+
+
 @contextlib.contextmanager
 def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
     """The picture in ``path`` as a viewer shows it; memory for it is kept free until the block ends.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from finetune101.config import SHEET_AUGMENT, SHEET_PER_CLASS, AugmentConfig, check_bounds
+from finetune101.config import SHEET_AUGMENT, AugmentConfig, check_bounds
 from finetune101.data.augment import distort, draw_distortions
 from finetune101.data.batches import augment, draw_boxes
 from finetune101.data.decode import decode
@@ -33,7 +33,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def contact_sheet(
-    root: Path, out: Path, config: AugmentConfig = SHEET_AUGMENT, per_class: int = SHEET_PER_CLASS, seed: int = 0
+    root: Path, out: Path, config: AugmentConfig = SHEET_AUGMENT, per_class: int = 4, seed: int = 0
 ) -> Path:
     """Draws ``per_class`` random images of each class with its name, then a few images augmented by ``config``.
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 
-from finetune101.cli import main
-from finetune101.cli.verbs import run_comparison
-from finetune101.config import DataConfig, ModelConfig, TrainConfig
-from finetune101.data import verify
+from finetune101 import api
+from finetune101.config import change
+from finetune101.data.verify import verify
 from finetune101.demo.dataset import draw
-from finetune101.deploy.predict import as_text, predict
-from finetune101.evaluation.checkpoint import open_network
-from finetune101.evaluation.evaluate import evaluate
 from finetune101.recipes import original
-from finetune101.report.groups import open_group
-from finetune101.report.pages import report
 from finetune101.run import Run
 
 SIZE = 128  # px: half the network's own, so that two trainings fit in the time of a coffee
@@ -37,19 +30,18 @@ def run_demo(out: Path, epochs: int) -> None:
     _title("1. Draw a data set: 12 classes of object pictures")
     data = draw(out / "data")
     _title("2. Verify every image")
-    print(verify.verify(data).text())
+    print(verify(data).text())
     _title("3. Fine-tune EfficientNet-Lite0 from its ImageNet weights")
     finetune = _arm(out, data, "finetune", epochs, pretrain=True)
     _title("4. Train the same network from random initialisation, for twice as many epochs")
     random = _arm(out, data, "random", 2 * epochs, pretrain=False)
     _title("5. Compare them on the same test images")
-    groups = [open_group(run.path.as_posix()) for run in (finetune, random)]
-    comparison = run_comparison(groups, out / "comparison")
+    comparison = api.compare(finetune, random, out=out / "comparison")
     _title("6. Label one test image")
     image = finetune.read_json("split.json")["subsets"]["test"][0]
-    print(as_text(predict(open_network(finetune), [str(data / image)], top_k=3)[0]))
+    print(api.predict(finetune, data / image, top_k=3))
     _title("7. Make the report page")
-    page = report(str(out / "comparison"), out / "report")
+    page = api.report(out / "comparison", out / "report")
     gain, seconds = comparison.difference, time.perf_counter() - started
     print(f"\nDone in {seconds:.0f} s: pretraining was worth {gain:.1f} points of test accuracy here.")
     print(f"Open {page} in a browser; tensorboard --logdir {out}/runs")
@@ -63,13 +55,7 @@ def _title(text: str) -> None:
 def _arm(out: Path, data: Path, name: str, epochs: int, *, pretrain: bool) -> Run:
     """One arm, trained by the original recipe on small images, and tested."""
     recipe = original(name, pretrain=pretrain)
-    config: TrainConfig = dataclasses.replace(
-        recipe,
-        runs=str(out / "runs"),
-        data=DataConfig(root=str(data)),
-        model=ModelConfig(pretrain=pretrain, size=SIZE),
-        optim=dataclasses.replace(recipe.optim, epochs=epochs, batch_size=32),
-    )
-    run = main.run_training(config, overwrite=True)
-    print(main.score_text(evaluate(run)))
+    settings = {"runs": out / "runs", "data": data, "size": SIZE, "epochs": epochs, "batch_size": 32}
+    run = api.run_training(change(recipe, settings), overwrite=True)
+    print(api.evaluate(run))
     return run

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-import torch
 from tqdm import tqdm
 
 from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.images import images_in
+from finetune101.deploy.network import ranked_classes
 from finetune101.errors import Refused, escaped
-from finetune101.evaluation import metrics
-from finetune101.evaluation.checkpoint import Network
+from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import cell
 from finetune101.fast import tune_allocator
@@ -31,8 +30,8 @@ class Row(TypedDict):
     predictions: list[tuple[str, float]]
 
 
-def predict(
-    network: Network, inputs: Sequence[str], top_k: int = 5, batch_size: int = 64
+def predict_files(
+    network: TrainedNetwork, inputs: Sequence[str], top_k: int = 5, batch_size: int = 64
 ) -> tuple[list[Row], list[Failure]]:
     """The ``top_k`` most probable classes of every image in ``inputs``: files, folders (with all below) and patterns.
 
@@ -45,19 +44,12 @@ def predict(
     files, failed = expand(inputs)
     if network.fast_kernels:
         tune_allocator()
-    forward, rows = network.forward(), []
+    forward = network.forward()
+    rows: list[Row] = []
     with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
         for good, x in decoded(files, network.preprocessing, network.world, batch_size, failed):
-            output = forward(x).cpu()
-            if not bool(torch.isfinite(output).all()):
-                raise Refused(f"the output of {network.name or 'the network'} is not finite; train it again")
-            order = output.sort(dim=1, descending=True, stable=True).indices[
-                :, :top_k
-            ]  # of equals the first, as argmax
-            best = metrics.probabilities(output, network.temperature or 1.0).gather(1, order)
-            for file, shares, numbers in zip(good, best.tolist(), order.tolist(), strict=True):
-                names = [network.classes[number] for number in numbers]
-                rows.append(Row(path=file, predictions=list(zip(names, shares, strict=True))))
+            ranked = ranked_classes(network, forward(x).cpu(), top_k)
+            rows += [Row(path=file, predictions=classes) for file, classes in zip(good, ranked, strict=True)]
             bar.update(len(good))
     return rows, failed
 

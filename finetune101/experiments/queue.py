@@ -25,9 +25,9 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from finetune101.config import TrainConfig
+from finetune101.config import TrainConfig, change
 from finetune101.errors import Refused
-from finetune101.experiments.space import Point, Range, Space, configure, label, points
+from finetune101.experiments.space import Point, Range, Space, label, points
 from finetune101.experiments.trial import FINISHED, NotMine, Objective, OutOfTime, split_hash
 from finetune101.models.table import lookup
 from finetune101.redaction import storage_shown
@@ -387,7 +387,7 @@ def averages(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def recipe(base: TrainConfig, point: Point) -> dict[str, Any]:
     """The settings of ``point`` as ``train --config`` reads them: all that decides the numbers, but not the seed."""
-    parts = essence(configure(base, point))
+    parts = essence(change(base, point))
     parts["data"]["split"] = base.data.split  # whoever trains the winner trains it on these images
     return {
         part: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k != "seed"}

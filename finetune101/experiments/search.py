@@ -15,13 +15,13 @@ import optuna
 import yaml
 from tqdm import tqdm
 
-from finetune101.config import from_dict, to_dict
+from finetune101.config import change, from_dict, to_dict
 from finetune101.data.images import find_data, index_images
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.experiments import queue as studies
 from finetune101.experiments.processes import check_kind
 from finetune101.experiments.queue import Plan
-from finetune101.experiments.space import SETTINGS, Point, configure, label
+from finetune101.experiments.space import SEARCHED, Point, label
 from finetune101.experiments.trial import FINISHED, is_finished, split_hash
 from finetune101.experiments.workers import alone, run
 from finetune101.files import FORMAT, atomic, write_json
@@ -108,7 +108,7 @@ def _check_same(plan: Plan) -> None:
         what = "lacks base" if all(lists) else "has commands or finalists that are no list"
         raise Refused(f"{file} {what}; remove it and give the command again, it finds the runs")
     before, now = essence(from_dict(known["base"], f"{file}, base,")), essence(plan.base)
-    searched = {SETTINGS[name][:2] for name in {*known["space"], *plan.space} if name in SETTINGS}
+    searched = {SEARCHED[name][:2] for name in {*known["space"], *plan.space} if name in SEARCHED}
     for part, fields in now.items():
         for name, value in fields.items():
             old = before[part][name]
@@ -261,7 +261,7 @@ def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 15.
             run = Run(file.parent)
             finished += [config for config in [run.config()] if is_finished(run, config)]
     done = {json.dumps(essence(config)) for config in finished}
-    configs = [configure(plan.base, point) for point in queue]
+    configs = [change(plan.base, point) for point in queue]
     left = [config for config in configs if json.dumps(essence(config)) not in done]
     if plan.sampler != "grid":
         left = left[min(len(finished), len(left)) :]

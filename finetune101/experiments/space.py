@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
-from finetune101.config import PARTS, TrainConfig, typed, validate
+from finetune101.config import SETTINGS, Setting, TrainConfig, change, typed, validate
 from finetune101.errors import Refused, bare
+from finetune101.experiments.settings import SearchOptions
 from finetune101.files import read_settings
 
 Point = dict[str, Any]
@@ -40,23 +40,17 @@ class Range:
 Space = dict[str, "list[Any] | Range"]
 
 
-def _settings() -> dict[str, tuple[str, str, Any]]:
-    """Every setting that can be searched, by the name of its flag: (part of the configuration, field, type)."""
-    found: dict[str, tuple[str, str, Any]] = {}
-    for part, kind in PARTS.items():
-        if part == "data":
-            continue
-        for field, hint in get_type_hints(kind, include_extras=True).items():
-            flags = [m.name for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None)]
-            inner = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-            # a tuple would need a list of lists; threads change no number, and trials are compared at every epoch
-            if get_origin(inner) is not tuple and field not in ("threads", "val_every"):
-                found[flags[0] if flags else field] = (part, field, hint)
-    return found
+def _searched() -> dict[str, Setting]:
+    """Every setting that can be searched, by the name of its flag."""
+    # a tuple would need a list of lists; threads change no number, and trials are compared at every epoch
+    left_out = {"threads", "val_every"} | {
+        name for name, kind in SETTINGS.items() if get_origin(bare(kind.type)) is tuple
+    }
+    return {name: one for name, one in SETTINGS.items() if one.part not in ("", "data") and name not in left_out}
 
 
-SETTINGS = _settings()
-DATA = {field.name for field in dataclasses.fields(PARTS["data"])} - {"root", "cache", "download"}  # not searched
+SEARCHED = _searched()
+DATA = {one.field for one in SETTINGS.values() if one.part == "data"} - {"root", "cache", "download"}  # not searched
 
 
 def make(given: Mapping[str, Any]) -> Space:
@@ -71,8 +65,8 @@ def make(given: Mapping[str, Any]) -> Space:
         name = flag.replace("-", "_")
         if name in DATA:
             raise Refused(f"{name} changes the validation images, by which trials are compared; it is not searched")
-        if name not in SETTINGS:
-            raise Refused(f"{flag} is not a setting to search; choose from {', '.join(sorted(SETTINGS))}")
+        if name not in SEARCHED:
+            raise Refused(f"{flag} is not a setting to search; choose from {', '.join(sorted(SEARCHED))}")
         if isinstance(values, Range) or (isinstance(values, str) and ".." in values):
             space[name] = _range(name, str(values))
             continue
@@ -124,7 +118,7 @@ def _range(name: str, text: str) -> Range:
 def _typed(name: str, value: Any) -> Any:
     """``value`` in the type of the setting ``name``; text is read as on the command line."""
     word = value.strip() if isinstance(value, str) else value
-    hint = SETTINGS[name][2]
+    hint = SEARCHED[name].type
     nothing = word in ("none", "None") and type(None) in get_args(bare(hint))  # else a word, as in policy=none
     return typed(hint, None if nothing else word, f"{name} is")
 
@@ -137,26 +131,32 @@ def points(space: Space) -> list[Point]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]  # type: ignore[arg-type]
 
 
-def configure(base: TrainConfig, point: Point) -> TrainConfig:
-    """``base`` with the settings of ``point``."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in point.items():
-        part, field, _ = SETTINGS[name]
-        parts.setdefault(part, {})[field] = value
-    changed = {part: dataclasses.replace(getattr(base, part), **fields) for part, fields in parts.items()}
-    return dataclasses.replace(base, **changed)
-
-
 def check(base: TrainConfig, space: Space) -> None:
     """Raises Refused for a value that cannot work, each tried alone; what two of them do together shows later."""
     for name, values in space.items():
-        if base.model.cached_features and SETTINGS[name][0] == "augment":
+        if base.model.cached_features and SEARCHED[name].part == "augment":
             raise Refused(f"{name} changes nothing on cached features; search it without --stage probe")
         for value in [values.low, values.high] if isinstance(values, Range) else values:
-            config = configure(base, {name: value})
+            config = change(base, {name: value})
             if name != "warmup_epochs" and "warmup_epochs" in space:  # bounded by epochs, which may be searched too
-                config = configure(config, {"warmup_epochs": 0.0})
+                config = change(config, {"warmup_epochs": 0.0})
             validate(config)
+
+
+def planned_search(
+    config: TrainConfig, options: SearchOptions, usual: Mapping[str, Any] | None = None
+) -> tuple[TrainConfig, Space]:
+    """The settings of every trial, and the space; ``usual`` is the space without --grid and --space.
+
+    Raises Refused for settings and values that cannot work.
+    """
+    if options.stage == "probe":
+        config = change(config, {"head": "random", "freeze": True, "cached_features": True})
+    named = options.grid or options.space or not usual
+    space = parse(options.grid, options.space) if named else make(usual or {})
+    validate(config)
+    check(config, space)
+    return config, space
 
 
 def label(point: Point) -> str:

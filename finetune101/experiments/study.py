@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from finetune101.config import (
     DataConfig,
-    StudyConfig,
     TrainConfig,
+    change,
     check_bounds,
     check_name,
-    read_recipe,
+    fitted,
     to_dict,
     validate,
 )
@@ -42,8 +42,9 @@ from finetune101.experiments.processes import (
     open_folder,
     stop,
 )
+from finetune101.experiments.settings import StudyConfig
 from finetune101.files import claim, write_json
-from finetune101.recipes import named, usual_finetune, usual_scratch
+from finetune101.recipes import from_recipe, usual_finetune, usual_scratch
 from finetune101.redaction import LOG
 from finetune101.run import Run
 from finetune101.training import duration
@@ -98,35 +99,39 @@ def _configure(
         "probe": study.probe_recipe,
     }[arm]
     split_seed = study.split_seed + split
-    config = _recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
+    config = from_recipe(recipe, f"{study.exp}/{folder}/split{split_seed}_seed{seed}", pretrain=arm != "scratch")
     _check_arm(arm, recipe, config)
     data = DataConfig(
         root=study.data, protocol=study.protocol, split_seed=split_seed, max_test_per_class=study.max_test_per_class
     )
-    network, changes = dataclasses.replace(config.model, name=model), config.augment
+    changes: dict[str, Any] = {"runs": study.runs, "model": model, "seed": seed, "threads": study.threads}
     if study.size is not None:
-        network = dataclasses.replace(network, size=study.size, cache_size=None)
-        smaller = tuple(min(size, study.size) for size in changes.train_sizes)
-        changes = dataclasses.replace(changes, train_sizes=smaller)
-    if arm == "probe" and network.head == "random":
-        network = dataclasses.replace(network, freeze=True)
-    optim = config.optim
+        changes |= {"size": study.size, "cache_size": None}
+    if arm == "probe" and config.model.head == "random":
+        changes["freeze"] = True
     if study.batch_size is not None:
-        optim = dataclasses.replace(optim, batch_size=study.batch_size)
+        changes["batch_size"] = study.batch_size
     epochs = study.scratch_epochs if arm == "scratch" and study.scratch_epochs is not None else study.epochs
-    if epochs is not None and optim.epochs > 0:
-        warmup = optim.warmup_epochs if optim.warmup_epochs < epochs else max(epochs - 1, 0)
-        optim = dataclasses.replace(optim, epochs=epochs, warmup_epochs=warmup)
-    if size is not None:
-        data = dataclasses.replace(
-            data, protocol="standard", split=str(split_file(Path(study.runs) / study.exp, split_seed, size))
-        )
-        optim = _as_many_steps(optim, len(index.classes), size, max(study.train_per_class))
-        if len(network.probe_l2) > 1:  # no validation images choose one
-            network = dataclasses.replace(network, probe_l2=(study.probe_l2,))
-    system = dataclasses.replace(config.system, seed=seed, threads=study.threads)
-    parts: dict[str, Any] = {"data": data, "augment": changes, "model": network, "optim": optim, "system": system}
-    return dataclasses.replace(config, runs=study.runs, **parts)
+    if epochs is not None and config.optim.epochs > 0:
+        changes["epochs"] = epochs
+    config = fitted(change(dataclasses.replace(config, data=data), changes), changes)
+    if size is None:
+        return config
+    manifest = split_file(Path(study.runs) / study.exp, split_seed, size)
+    config = change(config, {"protocol": "standard", "split": manifest})
+    if len(config.model.probe_l2) > 1:  # no validation images choose one
+        config = change(config, {"probe_l2": (study.probe_l2,)})
+    optim = _as_many_steps(config.optim, len(index.classes), size, max(study.train_per_class))
+    return dataclasses.replace(config, optim=optim)
+
+
+def scratch_recipe(study: StudyConfig, folder: Path) -> str | None:
+    """The recipe of the arm scratch: the one given, the one that the study began with, or what suits the machine."""
+    if study.scratch_recipe or "scratch" not in study.arms:
+        return study.scratch_recipe
+    begun = Run(folder).read_json("study.json")["settings"] if (folder / "study.json").is_file() else {}
+    names = {usual_scratch(model) for model in study.models}
+    return begun.get("scratch_recipe") or (names.pop() if len(names) == 1 else None)
 
 
 def _check_sizes(study: StudyConfig, index: Index) -> None:
@@ -146,14 +151,6 @@ def _check_arm(arm: str, recipe: str, config: TrainConfig) -> None:
         raise Refused(f"--{arm}-recipe {recipe} trains the output layer only; give one that trains every layer")
     if arm == "probe" and config.model.head == "probe" and not linear:
         raise Refused(f"--probe-recipe {recipe} trains every layer; give one that trains the output layer only")
-
-
-def _recipe(recipe: str, exp: str, pretrain: bool) -> TrainConfig:
-    """The configuration of a named recipe, or of a recipe file such as a search's winner.yaml."""
-    if not Path(recipe).suffix:
-        return named(recipe)(exp, pretrain=pretrain)
-    config = read_recipe(recipe, exp)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrain=pretrain))
 
 
 def _as_many_steps(optim: Any, classes: int, size: int, largest: int) -> Any:

@@ -19,11 +19,11 @@ from optuna.trial import FrozenTrial, TrialState
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from finetune101.config import DataConfig, TrainConfig, validate
+from finetune101.config import DataConfig, TrainConfig, change, validate
 from finetune101.data.images import find_data, index_images
 from finetune101.errors import Refused
 from finetune101.experiments.processes import described, keep_trace
-from finetune101.experiments.space import Point, Range, Space, configure
+from finetune101.experiments.space import Point, Range, Space
 from finetune101.files import remove_abandoned
 from finetune101.run import Run
 from finetune101.training.job import make_manifest, prepare
@@ -121,7 +121,7 @@ class Objective:
             trial.set_user_attr("same_as", None)
             raise NotMine
         point = suggest(trial, self.space)
-        config = configure(self.base, point)
+        config = change(self.base, point)
         try:
             validate(config)
         except Refused as error:  # such as more warm-up than epochs: only the combination is wrong

@@ -17,7 +17,7 @@ from scipy import stats
 
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.experiments.replay import ORDERS, Curve, dropped
-from finetune101.experiments.space import SETTINGS, Point, text
+from finetune101.experiments.space import SEARCHED, Point, text
 from finetune101.files import checked
 from finetune101.run import Run
 
@@ -117,7 +117,7 @@ REMEDY = "give the search's command again, it writes the file anew from its runs
 
 def _check(saved: Any, file: Path) -> None:
     """Raises Refused where the names in a search.json are not those of settings, or a point lacks one or its value."""
-    if foreign := sorted(set(saved["space"]) - SETTINGS.keys()):
+    if foreign := sorted(set(saved["space"]) - SEARCHED.keys()):
         raise Refused(f"{file} searches {escaped(shortened(foreign[0], 60))}, which is no setting; {REMEDY}")
     chosen = saved.get("winner")
     checked(chosen, Winner | None, f"{file}, winner,", remedy=REMEDY)

@@ -139,10 +139,10 @@ def test_a_home_folder_is_known_behind_an_equals_sign(here: Path, monkeypatch: p
 
 
 def test_the_scratch_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune101.cli.parse import parse_train
+    from finetune101.cli.one_run import training_settings
 
     def recipe(*words: str, **more: str) -> str | None:
-        config: TrainConfig = parse_train(["--exp", "x", *words], prog="train", **more).config
+        config: TrainConfig = training_settings(["--exp", "x", *words], **more)
         return config.recipe
 
     assert recipe("--no-pretrain", "--device", "cpu") == "scratch_fast"
@@ -156,13 +156,13 @@ def test_the_scratch_recipe_suits_the_machine(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_recipe_fits_the_epochs_and_the_size_given() -> None:
-    from finetune101.cli.parse import parse_train
+    from finetune101.cli.one_run import training_settings
 
     words = ["--exp", "x", "--no-pretrain", "--device", "cpu", "--epochs", "1", "--size", "48"]
-    config = parse_train(words, prog="train").config
+    config = training_settings(words)
     validate(config)
     assert config.optim.warmup_epochs == 0 and set(config.augment.train_sizes) == {48}
-    config = parse_train([*words, "--warmup-epochs", "2", "--train-sizes", "96"], prog="train").config
+    config = training_settings([*words, "--warmup-epochs", "2", "--train-sizes", "96"])
     assert config.optim.warmup_epochs == 2 and config.augment.train_sizes == (96,)
 
 
@@ -182,13 +182,13 @@ def test_lists_of_a_study_may_have_commas_and_equals_signs() -> None:
 
 
 def test_a_study_keeps_the_scratch_recipe_it_began_with(here: Path) -> None:
-    from finetune101.cli.verbs import _scratch_recipe
-    from finetune101.config import StudyConfig
+    from finetune101.experiments.settings import StudyConfig
+    from finetune101.experiments.study import scratch_recipe
 
     (here / "study.json").write_text(json.dumps({"settings": {"scratch_recipe": "scratch"}, "cells": []}))
-    assert _scratch_recipe(StudyConfig(exp="s"), here) == "scratch"
-    assert _scratch_recipe(StudyConfig(exp="s", scratch_recipe="original"), here) == "original"
-    assert _scratch_recipe(StudyConfig(exp="s"), here / "new") == usual_scratch()
+    assert scratch_recipe(StudyConfig(exp="s"), here) == "scratch"
+    assert scratch_recipe(StudyConfig(exp="s", scratch_recipe="original"), here) == "original"
+    assert scratch_recipe(StudyConfig(exp="s"), here / "new") == usual_scratch()
 
 
 def test_training_does_not_ask_for_a_notebooks_backend(tiny_data: Path, here: Path) -> None:

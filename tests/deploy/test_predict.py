@@ -71,7 +71,7 @@ def test_probabilities_are_those_of_the_network(run, built, tiny_data):
     x = to_input(pixels.permute(2, 0, 1)[None], built.preprocessing, World(torch.device("cpu"), "fp32", False))
     with torch.inference_mode():
         expected = built.model.eval()(x).softmax(1)[0]
-    rows, failed = predict.predict(open_network(run), [file])
+    rows, failed = predict.predict_files(open_network(run), [file])
     assert not failed
     assert rows[0]["path"] == file
     assert sorted(name for name, _ in rows[0]["predictions"]) == CLASSES
@@ -83,7 +83,7 @@ def test_probabilities_are_those_of_the_network(run, built, tiny_data):
 
 
 def test_a_folder_with_bad_files_is_finished(run, folder):
-    rows, failed = predict.predict(open_network(run), [str(folder)], top_k=1, batch_size=2)
+    rows, failed = predict.predict_files(open_network(run), [str(folder)], top_k=1, batch_size=2)
     expected = [folder / name / f"image_{i:04d}.jpg" for name in ("ball", "box") for i in (1, 2, 3)]
     assert [row["path"] for row in rows] == [str(path) for path in expected]
     assert all(len(row["predictions"]) == 1 for row in rows)
@@ -92,14 +92,16 @@ def test_a_folder_with_bad_files_is_finished(run, folder):
 
 
 def test_batch_size_changes_nothing(run, folder):
-    one, _ = predict.predict(open_network(run), [str(folder)], batch_size=1)
-    many, _ = predict.predict(open_network(run), [str(folder)], batch_size=64)
+    one, _ = predict.predict_files(open_network(run), [str(folder)], batch_size=1)
+    many, _ = predict.predict_files(open_network(run), [str(folder)], batch_size=64)
     for a, b in zip(one, many, strict=True):
         assert a == b
 
 
 def test_only_bad_files(run, folder):
-    rows, failed = predict.predict(open_network(run), [str(folder / "box" / "cut.jpg"), str(folder / "missing.jpg")])
+    rows, failed = predict.predict_files(
+        open_network(run), [str(folder / "box" / "cut.jpg"), str(folder / "missing.jpg")]
+    )
     assert rows == []
     assert dict(failed)[str(folder / "missing.jpg")] == "no such file or folder"
     assert len(failed) == 2
@@ -135,7 +137,7 @@ def test_unusual_images_are_read(run, tmp_path):
     picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
     picture.save(tmp_path / "pixels.webp")
     picture.resize((1, 1)).save(tmp_path / "one.bmp")
-    rows, failed = predict.predict(open_network(run), [str(tmp_path)])
+    rows, failed = predict.predict_files(open_network(run), [str(tmp_path)])
     assert (len(rows), failed) == (6, [])
 
 
@@ -154,7 +156,7 @@ def test_what_is_no_file_is_named_at_once(run, tmp_path):
 @pytest.mark.parametrize("numbers", [{"top_k": 0}, {"batch_size": 0}])
 def test_impossible_numbers_are_a_value_error(run, numbers):
     with pytest.raises(ValueError, match="give at least 1"):
-        predict.predict(open_network(run), ["x.jpg"], **numbers)
+        predict.predict_files(open_network(run), ["x.jpg"], **numbers)
 
 
 def test_a_run_without_checkpoint_is_a_value_error(tmp_path):

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from finetune101.cli.main import main, score_text
+from finetune101.cli.main import main
 from finetune101.config import DataConfig, SystemConfig, TrainConfig
 from finetune101.data import splits
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import open_network, read_checkpoint, world_of
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.evaluation.forward import Forward
+from finetune101.evaluation.result import score_text
 from finetune101.machine import World, detect
 from finetune101.run import Run
 from finetune101.training.job import prepare

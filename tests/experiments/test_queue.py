@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
-from finetune101.config import OptimConfig, TrainConfig, from_dict, to_dict
+from finetune101.config import OptimConfig, TrainConfig, change, from_dict, to_dict
 from finetune101.experiments import queue, space, trial
 from finetune101.experiments.queue import Plan
 from finetune101.experiments.trial import identity
@@ -199,7 +199,7 @@ def test_identity_ignores_where_and_how_fast(base: TrainConfig) -> None:
     moved = from_dict({**to_dict(base), "runs": "elsewhere", "exp": "t", "recipe": "original"})
     faster = dataclasses.replace(moved, system=dataclasses.replace(base.system, threads=2))
     assert identity(base) == identity(moved) == identity(faster)
-    assert identity(base) != identity(space.configure(base, {"lr": 0.5}))
+    assert identity(base) != identity(change(base, {"lr": 0.5}))
     assert identity(base) != identity(dataclasses.replace(base, data=dataclasses.replace(base.data, split_seed=1)))
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from finetune101.config import ModelConfig, OptimConfig, TrainConfig
-from finetune101.experiments.space import ORIGINAL, Range, check, configure, label, make, parse, points
+from finetune101.config import ModelConfig, OptimConfig, TrainConfig, change
+from finetune101.experiments.space import ORIGINAL, Range, check, label, make, parse, points
 from search import hyper_param_opts
 
 
@@ -100,7 +100,7 @@ def test_a_grid_of_ranges_is_refused() -> None:
 
 def test_a_point_changes_its_settings_only() -> None:
     base = TrainConfig(exp="s", optim=OptimConfig(epochs=2, batch_size=8))
-    config = configure(base, {"lr": 0.5, "model": "alexnet", "flip": False})
+    config = change(base, {"lr": 0.5, "model": "alexnet", "flip": False})
     assert (config.optim.lr, config.optim.batch_size, config.model.name) == (0.5, 8, "alexnet")
     assert not config.augment.flip and (config.data, config.system, config.exp) == (base.data, base.system, "s")
 

@@ -18,12 +18,12 @@ import publish_study
 import pytest
 
 from finetune101.cli.main import main
-from finetune101.config import StudyConfig
 from finetune101.data import splits
 from finetune101.data.images import Index, index_images
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.experiments import study as experiment
+from finetune101.experiments.settings import StudyConfig
 from finetune101.recipes import scratch
 from finetune101.report import groups, pages
 from finetune101.run import Run

@@ -1,0 +1,366 @@
+"""What each verb does, without a command line: finetune101's own verbs, the demo, the original's scripts and notebooks.
+
+A user's mistake raises ``Refused``, one sentence that says what to do. Everything prints what a person wants to see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
+
+from finetune101.config import DataConfig, TrainConfig, change, check_name, fitted, validate
+from finetune101.data.download import download
+from finetune101.data.images import find_data
+from finetune101.deploy.network import Image, Network, Prediction, load
+from finetune101.errors import Refused
+from finetune101.evaluation.result import Evaluation
+from finetune101.machine import leave
+from finetune101.recipes import from_recipe, usual
+from finetune101.run import Run, create_run, open_run
+from finetune101.training.job import prepare
+from finetune101.training.log import log
+from finetune101.training.loop import fit
+
+if TYPE_CHECKING:
+    from finetune101.experiments.settings import SearchOptions, StudyConfig
+    from finetune101.experiments.space import Space
+    from finetune101.report.compare import Comparison
+    from finetune101.report.groups import Group
+
+Subset = Literal["test", "val", "train"]
+
+
+def train(
+    data: str | os.PathLike[str] | None = None,
+    *,
+    exp: str,
+    recipe: str | None = None,
+    pretrain: bool = True,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Run:
+    """Trains a network on a folder of images and keeps everything about it in RUNS/EXP.
+
+    Args:
+        data: a folder with one folder per class; by default Caltech-101 where ``finetune101 data download`` put it.
+        exp: name of the run.
+        recipe: a named recipe (see ``RECIPES``) or a recipe file; by default what suits the network and the machine.
+        pretrain: start from ImageNet weights, else from random ones.
+        resume: go on with a run that was interrupted.
+        overwrite: replace a run of this name.
+        settings: any setting by the name of its flag, such as ``lr=0.02, epochs=3, model="resnet18", runs="runs"``.
+
+    Returns the run; its ``path`` holds the weights, curves and records. Raises Refused for settings, data or weights
+    that cannot work, and for a name that is taken.
+    """
+    if resume:
+        config = open_run(exp, str(settings.get("runs", "runs")), anywhere=False).config()
+    else:
+        name = recipe or usual(str(settings.get("model", "")), str(settings.get("device", "auto")), pretrain=pretrain)
+        config = from_recipe(name, exp, pretrain=pretrain)
+    given = settings if data is None else settings | {"data": data}
+    return run_training(fitted(change(config, given), given), resume=resume, overwrite=overwrite)
+
+
+def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
+    """Trains ``config``, printing a line per epoch; writes TensorBoard events and curves.png as well.
+
+    Under torchrun every process calls it; rank 0 prints and writes. Raises Refused as ``train`` does.
+    """
+    validate(config)  # before anything is downloaded
+    create_run(config, resume=resume, overwrite=overwrite)
+    ensure_data(config)
+    job = prepare(config, resume=resume, overwrite=overwrite)
+    if not job.world.writes:
+        for _ in fit(job):
+            pass
+        leave()
+        return job.run
+    print(f"Recipe {recipe_line(config.recipe)}; --recipe NAME takes another (see finetune101 recipes)")
+    for line in job.notes:
+        print(line)
+    images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
+    print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
+    layout = ", channels_last" if job.world.channels_last else ""
+    print(f"{job.world.device}, {job.world.precision}{layout} -> {job.run.path}")
+    for record in log(job.run, fit(job)):
+        tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
+    _draw_curves(job.run)
+    leave()
+    return job.run
+
+
+def recipe_line(name: str | None) -> str:
+    """A recipe's name, and what it is made for where the machine decides."""
+    suits = {"scratch_fast": "for a CPU; scratch_long is for a GPU", "scratch_long": "for a GPU"}
+    return f"{name} ({suits[name]})" if name in suits else f"{name}"
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One epoch in a line of text."""
+    val = "" if record["val_top1"] is None else f"   val {record['val_loss']:.4f} {record['val_top1']:6.2f} %"
+    star = " *" if record["best"] and val else ""
+    return (
+        f"epoch {record['epoch']:3d}/{epochs}   train {record['train_loss']:.4f} {record['train_top1']:6.2f} %{val}"
+        f"   {record['images_per_s']:.0f} img/s{star}"
+    )
+
+
+def _draw_curves(run: Run) -> None:
+    """Draws the curves of ``run`` and says which epoch is the best."""
+    from finetune101.report.figures import curves
+
+    records = run.metrics()
+    curves(records, run.path / "curves.png", run.name)
+    best = [record for record in records if record["best"]][-1]
+    score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
+    linear = best["epoch"] == 0 or run.config().model.freeze
+    start = ", a frozen backbone: only the linear output layer was trained" if linear else ""
+    print(f"Best epoch {best['epoch']}{start}{score}. Curves: {run.path / 'curves.png'}")
+
+
+def ensure_data(config: TrainConfig) -> None:
+    """Downloads Caltech-101 when no data set is there and the user agrees (or gave --download)."""
+    try:
+        find_data(config.data.root)
+    except Refused:
+        if config.data.root is not None or os.environ.get("FINETUNE101_DATA"):
+            raise  # a place was named: another one would not be looked at
+        agreed = config.data.download
+        if not agreed and sys.stdin is not None and sys.stdin.isatty():
+            agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
+        if not agreed:
+            raise
+        download(Path("data"))
+
+
+def evaluate(
+    run: Run | str | Path,
+    *,
+    subset: Subset = "test",
+    data: str | os.PathLike[str] | None = None,
+    batch_size: int = 64,
+    mirror: bool = False,
+    runs: str = "runs",
+) -> Evaluation:
+    """Scores a run's best epoch on a subset of its own split.
+
+    Args:
+        run: the run, its folder or its name below ``runs``.
+        subset: "test" (written to test.json and predictions.csv of the run), "val" or "train". Where the split has no
+            test images, the validation images are scored, and a line says so.
+        data: where the images are, if not where the run found them.
+        batch_size: images per forward pass.
+        mirror: see each image and its mirror image, and take the mean.
+
+    Raises Refused when the images are not those of the split, before anything is written.
+    """
+    from finetune101.evaluation.evaluate import evaluate as score
+
+    opened = _opened(run, runs)
+    held = opened.read_json("split.json")["subsets"]
+    if subset == "test" and not held["test"] and held["val"]:
+        subset = "val"
+        note = "The split has no test images: the validation images are scored, which chose the epoch."
+        print(note, file=sys.stderr)
+    record = score(opened, subset=subset, data=_text(data), batch_size=batch_size, mirror=mirror)
+    return Evaluation.of(record, subset, opened.path if subset == "test" else None)
+
+
+def evaluate_on(
+    run: Run | str | Path,
+    data: str | os.PathLike[str] | None,
+    *,
+    batch_size: int = 64,
+    mirror: bool = False,
+    runs: str = "runs",
+) -> Evaluation:
+    """Scores a run's best epoch on all images of ``data``, another folder of labelled images.
+
+    Writes test_NAME.json and predictions_NAME.csv into the run. Raises Refused when no image has a class of the run.
+    """
+    from finetune101.evaluation.other_data import evaluate_other
+
+    opened = _opened(run, runs)
+    record = evaluate_other(opened, _text(data), batch_size=batch_size, mirror=mirror)
+    return Evaluation.of(record, "test", opened.path)
+
+
+def predict(
+    run: Run | str | Path | Network, images: Image | Sequence[Image], top_k: int = 5, runs: str = "runs"
+) -> Prediction | list[Prediction]:
+    """Labels an image, or each of a list, with a run or a released network; see ``Network.predict``."""
+    network = run if isinstance(run, Network) else load(run, runs)
+    return network.predict(images, top_k)
+
+
+def ensemble(
+    members: Sequence[Run | str | Path],
+    out: str | os.PathLike[str] = "ensemble",
+    *,
+    subset: Subset = "val",
+    data: str | os.PathLike[str] | None = None,
+    batch_size: int = 64,
+    mirror: bool = False,
+    runs: str = "runs",
+) -> Evaluation:
+    """Scores the mean probabilities of several runs of one split; writes test.json and predictions.csv into ``out``."""
+    from finetune101.evaluation.ensemble import ensemble as score
+
+    opened = [_opened(run, runs) for run in members]
+    record = score(opened, Path(out), subset=subset, data=_text(data), batch_size=batch_size, mirror=mirror)
+    return Evaluation.of(record, subset, Path(out) if subset == "test" else None)
+
+
+def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> dict[str, Any]:
+    """Trains and tests every run of ``study`` that is not done, ``jobs`` at a time; returns what study.json holds.
+
+    With ``dry_run`` it only says how many runs there are and how long they take. Raises Refused for settings, data or
+    weights that cannot work.
+    """
+    from finetune101.data.images import index_images, index_notes
+    from finetune101.experiments import study as studies
+    from finetune101.experiments.processes import check_kind
+    from finetune101.report.pages import draw_study
+    from finetune101.training.duration import nothing_kept
+
+    if jobs < 1:
+        raise Refused(f"--jobs is {jobs}; give at least 1")
+    check_name(study.exp)
+    folder = Path(study.runs) / study.exp
+    check_kind(folder, "study")
+    study = dataclasses.replace(study, scratch_recipe=studies.scratch_recipe(study, folder))
+    ensure_data(TrainConfig(exp=study.exp, data=DataConfig(root=study.data)))
+    layout: Literal["classes", "folders"] = "folders" if study.protocol == "folders" else "classes"
+    with nothing_kept() if dry_run else contextlib.nullcontext():
+        index = index_images(find_data(study.data), layout, ours=[study.runs])
+        for line in index_notes(index):
+            print(line)
+        cells = studies.plan(study, index)
+        print(studies.estimate(index, cells, jobs, 10 if dry_run else 15), flush=True)
+    if "scratch" in study.arms and study.scratch_recipe:
+        print(f"Arm scratch: recipe {recipe_line(study.scratch_recipe)}")
+    if dry_run:
+        return {"cells": []}
+    summary = studies.run(study, index, cells, jobs)
+    print(studies.text(summary))
+    if any(cell["n"] for cell in summary["cells"]):
+        for picture in draw_study(folder):
+            print(f"Picture: {picture}")
+        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
+    return summary
+
+
+def run_search(config: TrainConfig, space: Space, options: SearchOptions, table: Path, plots: Path) -> int:
+    """Searches ``space`` from the settings ``config`` on, and prints the ranking.
+
+    ``table`` gets the original's list of results, a folder in ``plots`` the curves. Returns 1 where a point failed by
+    a fault of the program or the machine, else 0. Raises Refused for what cannot work.
+    """
+    from finetune101.experiments import queue, search
+    from finetune101.experiments.processes import check_kind
+    from finetune101.report.figures import curves
+
+    plan = queue.Plan(
+        base=config,
+        space=space,
+        sampler=options.sampler,
+        pruner=options.pruner,
+        trials=options.trials,
+        timeout=None if options.timeout is None else search.seconds(options.timeout),
+        jobs=options.jobs,
+        storage=options.storage,
+    )
+    queue.check(plan)
+    check_kind(plan.folder, "search")
+    ensure_data(config)
+    if options.dry_run:
+        print(search.dry_run(plan))
+        return 0
+    plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
+    return search.run_search(plan, table, plots, curves, options.finalists, options.seeds)
+
+
+def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None, runs: str = "runs") -> Comparison:
+    """Compares two tested runs, or two groups of runs that differ in seed and split, on the same test images.
+
+    Args:
+        groups: runs (objects, folders or names), folders that hold runs, globs; with more than two, the comparison of
+            the first two is returned.
+        out: folder for comparison.json and comparison.png; None writes nothing.
+
+    Returns the paired difference in percentage points (first minus second) with its interval. Raises Refused when a
+    run is not tested, or the runs have different test images.
+    """
+    from finetune101.report.groups import open_group
+
+    named = [open_group(one.path.as_posix() if isinstance(one, Run) else str(one), runs) for one in groups]
+    return run_comparison(named, None if out is None else Path(out))
+
+
+def run_comparison(groups: Sequence[Group], out: Path | None) -> Comparison:
+    """Prints the comparisons of every two groups; writes comparison.json and comparison.png into ``out``.
+
+    Returns the first comparison.
+    """
+    from finetune101.files import write_json
+    from finetune101.report import compare as comparing
+    from finetune101.report.compare_text import text
+    from finetune101.report.pages import progress
+
+    comparisons = comparing.all_pairs(groups)
+    print("\n\n".join(text(one) for one in comparisons))
+    if out is not None:
+        progress(comparisons, groups, out / "comparison.png")
+        write_json(out / "comparison.json", comparing.to_json(comparisons, out))
+        page = shlex.join(["finetune101", "report", str(out)])
+        print(f"Picture: {out / 'comparison.png'}. A page with all of it: {page}")
+    return comparisons[0]
+
+
+def report(
+    target: Run | str | os.PathLike[str],
+    out: str | os.PathLike[str] = "report",
+    *,
+    lang: Literal["en", "zh"] = "en",
+    gallery: bool = True,
+    data: str | os.PathLike[str] | None = None,
+    runs: str = "runs",
+) -> Path:
+    """Makes one self-contained page about a tested run, a comparison, a study or a search; returns its file.
+
+    Args:
+        target: a run, or the folder that compare, study or search wrote.
+        out: folder for report.html, report.md and the pictures.
+        lang: language of the page.
+        gallery: show example images, which must be there.
+        data: where the images are, if not where the run found them.
+
+    Raises Refused for a folder that holds none of these.
+    """
+    name = target.path.as_posix() if isinstance(target, Run) else str(target)
+    search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
+    if search:
+        from finetune101.report.search_page import report as search_report
+
+        return search_report(search, out=Path(out), lang=lang)
+    from finetune101.report.pages import report as make_page
+
+    return make_page(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data))
+
+
+def _opened(run: Run | str | Path, runs: str) -> Run:
+    return run if isinstance(run, Run) else open_run(str(run), runs)
+
+
+def _text(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)

@@ -1,0 +1,135 @@
+"""The short help of a verb with many flags: the most used ones; ``--help-all`` lists every flag in groups."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from finetune101.config import flag_of
+from finetune101.errors import bare
+
+MOST_USED = {
+    "train": (
+        "exp", "data", "recipe", "pretrain", "model", "epochs", "lr", "batch_size", "size", "seed", "resume",
+        "overwrite",
+    ),
+    "study": (
+        "exp", "data", "arms", "models", "seeds", "splits", "train_per_class", "epochs", "scratch_epochs", "size",
+        "jobs", "dry_run",
+    ),
+    "search": (
+        "exp", "data", "grid", "space", "stage", "sampler", "pruner", "trials", "timeout", "finalists", "jobs",
+        "dry_run",
+    ),
+    "lr_find": (
+        "data", "recipe", "pretrain", "model", "low", "high", "steps", "out", "batch_size", "size", "seed", "threads",
+    ),
+}  # fmt: skip
+"""Verb -> the flags that its short help shows, the first ones first."""
+WIDTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class FlagHelp:
+    """One flag of a verb: its name, what it takes, its default and what it does."""
+
+    name: str
+    takes: str
+    default: Any
+    about: str
+
+
+def short_help(verb: Callable[..., int], prog: str, defaults: dict[str, Any]) -> str:
+    """The usage of ``verb`` with its most used flags; "" for a verb that has few flags."""
+    names = MOST_USED.get(verb.__name__.removesuffix("_as_original"))
+    if names is None:
+        return ""
+    every = {flag.name: flag for flag in flags_with_help(verb, defaults)}
+    about = inspect.getdoc(verb) or ""
+    lines = [f"usage: {prog} [FLAGS]", "", about.split("\n\nArgs:")[0], "", "The most used flags:"]
+    for flag in (every[name] for name in names):
+        word = f"--{flag.name.replace('_', '-')}" + (f" {flag.takes}" if flag.takes else "")
+        if flag.default is True:
+            word = f"--no-{flag.name.replace('_', '-')}"
+        has_default = flag.default not in (None, False, True, (), "", dataclasses.MISSING, inspect.Parameter.empty)
+        ending = f" Default: {_as_typed(flag.default)}." if has_default and "Default" not in flag.about else ""
+        lines += _entry(word, flag.about + ending)
+    return "\n".join([*lines, "", f"{prog} --help-all lists all {len(every)} flags."])
+
+
+def _entry(word: str, about: str) -> list[str]:
+    """A flag and its text in two columns."""
+    texts = textwrap.wrap(about, WIDTH - 30) or [""]
+    head = [f"  {word:26}  {texts[0]}"] if len(word) <= 26 else [f"  {word}", f"{'':30}{texts[0]}"]
+    return head + [f"{'':30}{text}" for text in texts[1:]]
+
+
+def flags_with_help(verb: Callable[..., int], defaults: dict[str, Any]) -> Iterator[FlagHelp]:
+    """Every flag of ``verb``, those of its settings included."""
+    texts = _argument_texts(inspect.getdoc(verb) or "")
+    parameters = inspect.signature(verb).parameters
+    for name, hint in get_type_hints(verb, include_extras=True).items():
+        if name == "return":
+            continue
+        value = defaults.get(name, parameters[name].default)
+        if dataclasses.is_dataclass(bare(hint)):
+            yield from _flags_of_settings(bare(hint), value)
+        else:
+            yield FlagHelp(flag_of(name, hint), _takes(hint), value, texts.get(name, ""))
+
+
+def _flags_of_settings(kind: Any, values: Any) -> Iterator[FlagHelp]:
+    texts = _field_texts(kind)
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        value = getattr(values, name, defaults[name])
+        if dataclasses.is_dataclass(bare(hint)):
+            yield from _flags_of_settings(bare(hint), value)
+        else:
+            yield FlagHelp(flag_of(name, hint), _takes(hint), value, texts.get(name, ""))
+
+
+def _takes(hint: Any) -> str:
+    """What a flag takes, in capitals; "" for a switch."""
+    kind = bare(hint)
+    if get_origin(kind) in (Union, types.UnionType):
+        return next(_takes(option) for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"{_takes(get_args(kind)[0])} ..."
+    return {bool: "", int: "N", float: "X", str: "TEXT"}.get(kind, "VALUE")
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _argument_texts(doc: str) -> dict[str, str]:
+    """Name -> text of the section Args of a docstring."""
+    texts: dict[str, str] = {}
+    name = ""
+    for line in doc.partition("\nArgs:\n")[2].splitlines():
+        word, colon, text = line.strip().partition(": ")
+        if colon and word.isidentifier() and line.startswith("    ") and not line.startswith("     "):
+            name, texts[word] = word, text
+        elif name:
+            texts[name] += f" {line.strip()}"
+    return {name: text.strip() for name, text in texts.items()}
+
+
+def _field_texts(kind: type) -> dict[str, str]:
+    """Name -> the string below each field of a dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            texts[field.target.id] = " ".join(str(below.value.value).split())
+    return texts

@@ -1,0 +1,176 @@
+"""The verbs of several runs: study, search, ensemble, compare, report. A function's signature is its flags."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from finetune101.cli.console import watched
+from finetune101.cli.parse import Flag, RecipeFile
+from finetune101.config import Flat, TrainConfig
+from finetune101.experiments.settings import SearchOptions, StudyConfig
+from finetune101.experiments.space import planned_search
+from finetune101.redaction import has_password
+
+
+def ensemble(
+    members: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    subset: Literal["test", "val", "train"] = "val",
+    out: str = "ensemble",
+    mirror: Flag = False,
+    data: str | None = None,
+    batch_size: int = 64,
+    runs: str = "runs",
+) -> int:
+    """Score the mean probabilities of several runs of one split.
+
+    Args:
+        members: Two or more runs (folder or name).
+        subset: Which images: val chooses the members, test is for the end.
+        out: Folder for test.json and predictions.csv.
+        mirror: See each image and its mirror image, and take the mean.
+        data: Where the images are, if not where the runs found them.
+        batch_size: Images per step.
+        runs: Folder of all runs.
+    """
+    from finetune101 import api
+
+    evaluation = api.ensemble(members, out, subset=subset, data=data, batch_size=batch_size, mirror=mirror, runs=runs)
+    print(evaluation)
+    if evaluation.folder:
+        print(f"Every prediction: {evaluation.folder / 'predictions.csv'}")
+    return 0
+
+
+def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "comparison", runs: str = "runs") -> int:
+    """Compare tested runs, or groups of runs that differ in seed and split, on the same test images.
+
+    Args:
+        groups: Two or more: runs (folder or name), folders that hold runs, quoted globs; or one study.
+        out: Folder for comparison.json and comparison.png.
+        runs: Folder of all runs.
+    """
+    from finetune101 import api
+    from finetune101.report.groups import open_group
+    from finetune101.report.pages import study_folder, study_groups
+    from finetune101.run import check_folder
+
+    check_folder(Path(out))
+    folder = study_folder(groups[0], runs) if len(groups) == 1 else None
+    if folder:
+        _print_study(folder)
+    sides = study_groups(folder) if folder else [open_group(name, runs) for name in groups]
+    api.run_comparison(sides, Path(out))
+    return 0
+
+
+def _print_study(folder: Path) -> None:
+    """Says which part of a study is compared, and what of it is not done or failed."""
+    from finetune101.report.pages import failures_of, finished, progress_of
+
+    cells, (done, planned) = finished(folder), progress_of(folder)
+    network, *others = dict.fromkeys(cell["model"] for cell in cells)
+    size = max(cell["size"] or 0 for cell in cells)
+    page = shlex.join(["finetune101", "report", str(folder)])
+    also = f"; {', '.join(others)}: {page}" if others else ""
+    print(f"{network}{f', {size} training images per class' if size else ''}{also}")
+    if done < planned:
+        print(f"{done} of {planned} runs are done")
+    for cell, reason in failures_of(folder):
+        print(f"failed in {cell}: {reason}")
+    print()
+
+
+def report(
+    target: tyro.conf.Positional[str],
+    *,
+    out: str = "report",
+    lang: Literal["en", "zh"] = "en",
+    gallery: bool = True,
+    data: str | None = None,
+    runs: str = "runs",
+) -> int:
+    """Make one self-contained page about a tested run, a comparison, a study or a search.
+
+    Args:
+        target: A run (folder or name), or the folder that compare, study or search wrote.
+        out: Folder for report.html, report.md and the pictures.
+        lang: Language of the page.
+        gallery: Show example images; --no-gallery leaves them out, so that the images need not be there.
+        data: Where the images are, if not where the run found them.
+        runs: Folder of all runs.
+    """
+    from finetune101 import api
+
+    page = api.report(target, out, lang=lang, gallery=gallery, data=data, runs=runs)
+    print(f"Report: {page} ({page.stat().st_size / 1e6:.2f} MB), also as {page.with_suffix('.md')}")
+    return 0
+
+
+def study(study: Annotated[StudyConfig, Flat], *, jobs: int = 1, dry_run: Flag = False) -> int:
+    """What was pretraining worth? Trains and tests every arm, network, size, split and seed that is not done yet.
+
+    The exit code is 1 when a run failed.
+
+    Args:
+        jobs: Runs at a time. The same command on other machines that share the folder takes runs as well.
+        dry_run: Only say how many runs there are to do, and how long they take.
+    """
+    from finetune101 import api
+
+    with watched(Path(study.runs) / study.exp, lambda: "the same command goes on from the last epochs"):
+        summary = api.run_study(study, jobs=jobs, dry_run=dry_run)
+    return int(any(cell["errors"] for cell in summary["cells"]))
+
+
+def search(
+    config: Annotated[TrainConfig, Flat],
+    options: Annotated[SearchOptions, Flat],
+    *,
+    recipe_file: RecipeFile = None,
+) -> int:
+    """Search hyper-parameters; stopped, the same command goes on. `search report DIR` explains what it saw.
+
+    The exit code is 1 when a point failed by a fault of the program or the machine.
+
+    Args:
+        recipe_file: Start from a recipe file such as a search's winner.yaml.
+    """
+    folder = Path(config.runs) / config.exp
+    return search_watched(config, options, folder / f"gridsearch_results_{folder.name}.json", folder)
+
+
+def search_watched(
+    config: TrainConfig, options: SearchOptions, table: Path, plots: Path, usual: Mapping[str, Any] | None = None
+) -> int:
+    """``api.run_search``; the exit code. The settings are checked before anything heavy is imported.
+
+    ``table`` gets the original's list of results, folders in ``plots`` the curves; ``usual`` is the space without
+    --grid and --space.
+    """
+    config, space = planned_search(config, options, usual)
+    if options.storage and has_password(options.storage):
+        print("note: others can read a password in a command; PGPASSWORD keeps it out", file=sys.stderr)
+    from finetune101 import api
+
+    with watched(Path(config.runs) / config.exp, lambda: "the same command goes on from the last epochs"):
+        return api.run_search(config, space, options, table, plots)
+
+
+def search_report(folder: tyro.conf.Positional[str], *, pair: tyro.conf.UseAppendAction[tuple[str, ...]] = ()) -> int:
+    """Explain a search: one HTML page and pictures in DIR/report.
+
+    Args:
+        folder: Folder of the search: RUNS/EXP.
+        pair: NAME,NAME: a heat map of these two. Repeat it. Default: learning rate and batch size.
+    """
+    from finetune101.report.search_page import report as explain
+
+    print(f"Page: {explain(Path(folder), [tuple(names.split(',')) for names in pair])}")
+    return 0

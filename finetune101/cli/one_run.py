@@ -1,0 +1,192 @@
+"""The verbs of one run: train, evaluate, predict, lr-find. A signature is its flags; bodies import lazily."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from finetune101.cli.console import watched
+from finetune101.cli.parse import Flag, RecipeFile, arguments
+from finetune101.config import Flat, TrainConfig
+from finetune101.errors import Refused, escaped
+from finetune101.host import place
+
+if TYPE_CHECKING:
+    from finetune101.run import Run
+
+
+def train(
+    config: Annotated[TrainConfig, Flat],
+    *,
+    recipe_file: RecipeFile = None,
+    resume: Flag = False,
+    overwrite: Flag = False,
+) -> int:
+    """Train a network and keep everything about it in RUNS/EXP.
+
+    Args:
+        recipe_file: Start from a recipe file such as a search's winner.yaml.
+        resume: Continue an interrupted run.
+        overwrite: Replace an existing run of this name.
+    """
+    run = train_watched(config, resume=resume, overwrite=overwrite)
+    if place().rank == 0:
+        print(f"Test it: {shlex.join(['finetune101', 'evaluate', str(run.path)])}")
+    return 0
+
+
+def training_settings(argv: Sequence[str], model: str = "") -> TrainConfig:
+    """The settings that the flags ``argv`` of ``finetune101 train`` make (of train.py with its ``model``)."""
+    positional, named = arguments(train, argv, prog="finetune101 train", model=model)
+    config: TrainConfig = named.get("config") or positional[0]
+    return config
+
+
+def train_watched(config: TrainConfig, *, resume: bool, overwrite: bool) -> Run:
+    """``api.run_training``; stopped, it says where the run stands, and a bug's traceback is kept in the run."""
+    from finetune101.run import Run
+
+    run = Run(Path(config.runs) / config.exp)
+    before = _changed(run)
+    with watched(run.path, lambda: standing(run, begun=resume or _changed(run) not in (None, before))):
+        from finetune101 import api
+
+        return api.run_training(config, resume=resume, overwrite=overwrite)
+
+
+def _changed(run: Run) -> int | None:
+    """When the settings of ``run`` were written, in nanoseconds; None without any."""
+    file = run.path / "config.json"
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
+def standing(run: Run, begun: bool) -> str:
+    """Where the training of ``run`` stands, and what goes on with it."""
+    if not begun:
+        return "nothing of it was begun"
+    finished = f"all epochs of {run.path} are done" if run.metrics() else f"no epoch of {run.path} is finished"
+    return run.stopped() or f"{finished}; go on with: {run.resume_command()}"
+
+
+def evaluate(
+    run: tyro.conf.Positional[str],
+    *,
+    subset: Literal["test", "val", "train"] = "test",
+    mirror: Flag = False,
+    data: str | None = None,
+    as_test: Flag = False,
+    batch_size: int = 64,
+    runs: str = "runs",
+) -> int:
+    """Score a run's best epoch on its test images; writes test.json and predictions.csv.
+
+    Args:
+        run: Folder or name of a run.
+        subset: Which images.
+        mirror: See each image and its mirror image, and take the mean.
+        data: Where the images are, if not where the run found them.
+        as_test: Score all images of --data, another folder of labelled images; writes test_NAME.json and
+            predictions_NAME.csv.
+        batch_size: Images per step.
+        runs: Folder of all runs.
+    """
+    from finetune101 import api
+    from finetune101.run import open_run
+
+    opened = open_run(run, runs)
+    with watched(opened.path, lambda: "no score was written"):
+        if as_test:
+            if subset != "test":
+                raise Refused(f"--as-test scores all images of --data; leave --subset {subset} out")
+            from finetune101.evaluation.other_data import other_text
+
+            other = api.evaluate_on(opened, data, batch_size=batch_size, mirror=mirror)
+            print(f"{other}\n{other_text(dict(other.record))}")
+            return 0
+        evaluation = api.evaluate(opened, subset=subset, data=data, batch_size=batch_size, mirror=mirror)
+    print(evaluation)
+    if reason := opened.stopped():
+        print(f"Not the end of its training: {reason}")
+    if evaluation.folder:
+        print(f"Every prediction: {evaluation.folder / 'predictions.csv'}")
+    return 0
+
+
+def predict(
+    inputs: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    top_k: int = 5,
+    csv: Flag = False,
+    json: Flag = False,
+    batch_size: int = 64,
+    runs: str = "runs",
+) -> int:
+    """Label images with a run's best epoch, or with a network that comes with this package.
+
+    The exit code is 1 when an image could not be read.
+
+    Args:
+        inputs: Images, folders or globs; before them a run (folder or name), a best.safetensors, or released_finetune,
+            released_random or released_probe. Without: released_finetune.
+        top_k: Classes to show for each image.
+        csv: Print CSV.
+        json: Print JSON.
+        batch_size: Images per step.
+        runs: Folder of all runs.
+    """
+    from finetune101.deploy.predict import as_csv, as_json, as_text, predict_files
+    from finetune101.deploy.released import choose
+
+    if csv and json:
+        raise Refused("--csv and --json cannot both be printed; leave one of them out")
+    chosen = choose(inputs, runs)
+    if not chosen.named:
+        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    if chosen.network.temperature is None:
+        print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+    rows, failed = predict_files(chosen.network, chosen.inputs, top_k=top_k, batch_size=batch_size)
+    if json:
+        print(as_json(rows, failed))
+    else:
+        print(as_csv(rows) if csv else as_text(rows))
+    for path, reason in failed:
+        print(escaped(f"failed: {path}: {reason}"), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def lr_find(
+    config: Annotated[TrainConfig, Flat],
+    *,
+    recipe_file: RecipeFile = None,
+    low: float = 1e-5,
+    high: float = 10.0,
+    steps: int = 100,
+    out: str = "lr_find.png",
+) -> int:
+    """Learning-rate range test: trains a few steps at growing rates, draws the loss, suggests --lr.
+
+    Args:
+        recipe_file: Start from a recipe file such as a search's winner.yaml.
+        low: First learning rate of the output layer.
+        high: Last learning rate of the output layer.
+        steps: Steps from --low to --high.
+        out: Picture to write.
+    """
+    from tempfile import TemporaryDirectory
+
+    from finetune101.api import ensure_data
+    from finetune101.report.figures import range_test as draw
+    from finetune101.training.job import elsewhere, prepare
+    from finetune101.training.lr_find import range_test
+
+    ensure_data(config)
+    with TemporaryDirectory() as runs:  # a job has a run, which nobody needs afterwards
+        result = range_test(prepare(elsewhere(config, runs)), low, high, steps)
+    print(f"Picture: {draw(result.rates, result.losses, result.suggestion, result.lowest, Path(out))}")
+    print(f"--lr {result.suggestion:.2g}: {result.reason}.")
+    return 0

@@ -1,0 +1,87 @@
+"""The settings of a study and of a search, with their defaults; imports no torch, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from finetune101.config import Count, Pixels, Positive, Seed, Threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A study: seeds x splits x arms x networks x training sizes."""
+
+    exp: str
+    """Name of the study: its runs are RUNS/EXP/NETWORK/ARM/SIZE/SPLIT_SEED."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    arms: tuple[Literal["finetune", "scratch", "probe"], ...] = ("finetune", "scratch", "probe")
+    """Fine-tuning, random initialisation, and a linear output layer on frozen features."""
+    models: tuple[str, ...] = ("efficientnet_lite0",)
+    """Networks."""
+    seeds: Count = 3
+    """Runs of each arm on each split, with seeds 0, 1, ..."""
+    splits: Count = 1
+    """Number of splits, with seeds from --split-seed on."""
+    train_per_class: tuple[Count, ...] = ()
+    """Training images per class (standard), such as 1,2,5,10,20,30, each in the steps of the largest. Default: all."""
+    finetune_recipe: str | None = None
+    """Recipe of the arm finetune: a name, or a file such as a search's winner.yaml. Default: finetune."""
+    scratch_recipe: str | None = None
+    """Recipe of the arm scratch: a name, or a file. Default: scratch_long on a GPU, else scratch_fast."""
+    probe_recipe: str = "probe"
+    """Recipe of the arm probe: a name, or a file such as a search's winner.yaml."""
+    epochs: Count | None = None
+    """Epochs of every arm that trains all layers. Default: its recipe's."""
+    scratch_epochs: Count | None = None
+    """Epochs of the arm scratch, which takes far longer than the others. Default: --epochs, then its recipe's."""
+    batch_size: Count | None = None
+    """Images per step. Default: the recipe's."""
+    size: Pixels | None = None
+    """Height and width of the input in pixels. Default: the recipe's, then the network's own."""
+    probe_l2: Positive = 0.003
+    """L2 penalty of a linear output layer whose recipe leaves the choice to validation, with --train-per-class."""
+    data: str | None = None
+    """Folder with one folder per class (or its parent)."""
+    protocol: Literal["reference", "standard", "folders"] = "reference"
+    """The split, without --train-per-class."""
+    split_seed: Seed = 42
+    """Seed of the first split."""
+    max_test_per_class: Count | None = None
+    """At most this many test images per class (standard)."""
+    threads: Threads | None = None
+    """CPU threads of a run. Default: all cores, shared by --jobs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """A search: which points are tried, how, and for how long."""
+
+    grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=VALUE,VALUE,... to try, or a range NAME=LOW..HIGH or NAME=LOW..HIGH:log for random and tpe. Repeat it."""
+    space: str | None = None
+    """YAML or TOML file: a list or a range for each name. Default without --grid: the original's 72 combinations."""
+    stage: Literal["all", "probe"] = "all"
+    """probe: search for the output layer alone, on frozen features computed once; a trial takes seconds."""
+    sampler: Literal["grid", "random", "tpe"] = "grid"
+    """Which points: all combinations, random ones, or what the scores so far suggest."""
+    pruner: Literal["none", "median", "asha"] = "none"
+    """Stop bad trials early: below the median, or outside of the best third at epochs 1, 3, 9, ..."""
+    trials: int | None = None
+    """How many points. Default: the whole grid."""
+    timeout: str | None = None
+    """Stop after this time, such as 30m or 2h."""
+    jobs: int = 1
+    """Worker processes."""
+    storage: str | None = None
+    """Database URL; the same command on several machines (with one --runs folder) shares the work. The password is
+    read from PGPASSWORD or ~/.pgpass: what stands in a command can be read by others."""
+    finalists: int = 0
+    """Train this many of the best again with several seeds; the best mean wins."""
+    seeds: int = 3
+    """Seeds of each finalist."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Say how many trials there are and about how long they take, then stop."""
