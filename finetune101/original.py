@@ -16,7 +16,7 @@ from finetune101.cli.one_run import train_watched
 from finetune101.cli.parse import Flag, RecipeFile, call
 from finetune101.config import Flat, TrainConfig
 from finetune101.errors import Refused
-from finetune101.experiments.settings import SearchOptions
+from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions
 from finetune101.run import Run, file_name, is_run
 
 if TYPE_CHECKING:
@@ -88,7 +88,10 @@ def search(space: Mapping[str, Sequence[Any]], argv: Sequence[str] | None = None
     """``python search.py``: the grid over ``space``; writes gridsearch_results_EXP.json, resumes where it stopped."""
 
     def search_as_original(
-        config: Annotated[TrainConfig, Flat], options: Annotated[SearchOptions, Flat], *, recipe_file: RecipeFile = None
+        config: Annotated[TrainConfig, Flat],
+        options: Annotated[SearchOptions, Flat] = USUAL_SEARCH,
+        *,
+        recipe_file: RecipeFile = None,
     ) -> int:
         """Search hyper-parameters; stopped, the same command goes on.
 

@@ -56,8 +56,8 @@ def short_help(verb: Callable[..., int], prog: str, defaults: dict[str, Any]) ->
         word = f"--{flag.name.replace('_', '-')}" + (f" {flag.takes}" if flag.takes else "")
         if flag.default is True:
             word = f"--no-{flag.name.replace('_', '-')}"
-        has_default = flag.default not in (None, False, True, (), "", dataclasses.MISSING, inspect.Parameter.empty)
-        ending = f" Default: {_as_typed(flag.default)}." if has_default and "Default" not in flag.about else ""
+        plain = isinstance(flag.default, str | int | float | tuple) and flag.default not in (False, True, (), "")
+        ending = f" Default: {_as_typed(flag.default)}." if plain and "Default" not in flag.about else ""
         lines += _entry(word, flag.about + ending)
     return "\n".join([*lines, "", f"{prog} --help-all lists all {len(every)} flags."])
 

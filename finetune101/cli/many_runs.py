@@ -13,7 +13,7 @@ import tyro
 from finetune101.cli.console import watched
 from finetune101.cli.parse import Flag, RecipeFile
 from finetune101.config import Flat, TrainConfig
-from finetune101.experiments.settings import SearchOptions, StudyConfig
+from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions, StudyConfig
 from finetune101.experiments.space import planned_search
 from finetune101.redaction import has_password
 
@@ -131,7 +131,7 @@ def study(study: Annotated[StudyConfig, Flat], *, jobs: int = 1, dry_run: Flag =
 
 def search(
     config: Annotated[TrainConfig, Flat],
-    options: Annotated[SearchOptions, Flat],
+    options: Annotated[SearchOptions, Flat] = USUAL_SEARCH,
     *,
     recipe_file: RecipeFile = None,
 ) -> int:

@@ -49,7 +49,9 @@ def call(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") -> int:
         if asked != "--help-all" and (text := short_help(verb, prog, defaults)):
             print(text)
             return 0
-        parse(verb, ["--help"], prog=prog, defaults=defaults)
+        with contextlib.suppress(SystemExit):  # tyro's way to end after its help
+            parse(verb, ["--help"], prog=prog, defaults=defaults)
+        return 0
     positional, named = arguments(verb, argv, prog=prog, model=model)
     return verb(*positional, **named)
 

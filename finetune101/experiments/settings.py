@@ -85,3 +85,6 @@ class SearchOptions:
     """Seeds of each finalist."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say how many trials there are and about how long they take, then stop."""
+
+
+USUAL_SEARCH = SearchOptions()

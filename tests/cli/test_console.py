@@ -284,7 +284,7 @@ def test_stopped_before_it_began_there_is_nothing_to_resume(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("finetune101.training.job.prepare", raising_from_prepare)
+    monkeypatch.setattr("finetune101.api.prepare", raising_from_prepare)
     assert main(["train", "--exp", "x", "--data", str(tiny_data), *TINY]) == 130
     said = capsys.readouterr().err
     assert "nothing of it was begun" in said and "--resume" not in said

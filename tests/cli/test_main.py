@@ -52,10 +52,19 @@ def test_help_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("verb", [*([name] for name in VERBS), *(["data", name] for name in DATA_VERBS)], ids=" ".join)
 def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*verb, "--help"])
-    assert stop.value.code == 0
-    assert f"usage: finetune101 {' '.join(verb)}" in capsys.readouterr().out
+    for flag in ("--help", "--help-all"):
+        assert main([*verb, flag]) == 0
+        assert f"usage: finetune101 {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_the_short_help_has_the_most_used_flags_and_the_long_one_has_all(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = []
+    for flag in ("--help", "--help-all"):
+        main(["train", flag])
+        helps.append(capsys.readouterr().out)
+    assert all("--epochs" in text and "--no-pretrain" in text for text in helps)
+    assert ["--gamma" in text for text in helps] == [False, True]
+    assert len(helps[0].splitlines()) < 40
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["data"], ["data", "--help"]], ids=" ".join)

@@ -174,11 +174,11 @@ def test_no_epochs_are_told_as_such(words: list[str], here: Path, capsys: pytest
 
 
 def test_lists_of_a_study_may_have_commas_and_equals_signs() -> None:
-    from finetune101.cli.verbs import _lists
+    from finetune101.cli.main import split_lists
 
     words = ["--train-per-class=1,2", "--models", "a,b", "c", "--arms=probe", "--exp", "x,y", "--train_per_class", "3"]
     wanted = "--train-per-class 1 2 --models a b c --arms probe --exp x,y --train_per_class 3"
-    assert _lists(words) == wanted.split()
+    assert split_lists(words) == wanted.split()
 
 
 def test_a_study_keeps_the_scratch_recipe_it_began_with(here: Path) -> None:
