@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from finetune101.files import write_json
-from finetune101.report.pages import report
+from finetune101.report.pages import write_report
 
 OUT = Path(__file__).parents[1] / "results" / "report" / "report.json"
 REPEATS = 5
@@ -35,7 +35,7 @@ def main(run: str) -> None:
     """Measures, prints and writes."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder:
-        page = report(run, Path(folder) / "page")
+        page = write_report(run, Path(folder) / "page")
         empty = Path(folder) / "empty.html"
         empty.write_text("<!doctype html><title>empty</title>")
         differences, said = [], ""

@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune101.experiments.queue import Pruner, Sampler
 from finetune101.experiments.replay import Curve, replay
-from finetune101.report.effects import load
+from finetune101.report.effects import read_trials
 
 STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {
     "random": ("random", "none"),
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--within", type=float, default=0.5, help="points of the best that are good enough")
     parser.add_argument("--out", type=Path, help="write everything to this JSON file")
     arguments = parser.parse_args()
-    curves = load(arguments.folder).complete
+    curves = read_trials(arguments.folder).complete
     best = max(curve.best for curve in curves)
     good = sum(curve.best >= best - arguments.within for curve in curves)
     print(f"{len(curves)} points, best {best:.2f} %, {good} within {arguments.within} points of it")

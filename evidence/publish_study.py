@@ -17,12 +17,13 @@ from typing import Any
 from publish import RESULTS, enter, keep_run
 
 from finetune101.cli.verbs import run_comparison
+from finetune101.evaluation.tested import read_manifest
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.study import split_file
 from finetune101.files import write_json
 from finetune101.report.compare import Comparison, over_splits
-from finetune101.report.groups import Group, mean_sd, read_manifest
-from finetune101.report.pages import draw_study, report, study_groups
+from finetune101.report.groups import Group, mean_sd
+from finetune101.report.pages import draw_study, study_groups, write_report
 from finetune101.run import Run
 
 
@@ -71,7 +72,7 @@ def publish_page(folder: Path) -> tuple[Comparison | None, list[Group]]:
     groups = study_groups(folder) if len(saved["cells"]) > 1 else []
     found = run_comparison(groups, folder) if groups else None
     draw_study(folder)
-    page = report(str(folder), folder / "report", gallery=False)
+    page = write_report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
     return found, groups
 

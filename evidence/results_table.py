@@ -12,10 +12,10 @@ from claims import kind_of, minutes, runs_in
 from publish import RESULTS
 
 from finetune101.config import TrainConfig
+from finetune101.evaluation.tested import read_manifest
 from finetune101.files import write_json
 from finetune101.models.build import build
 from finetune101.recipes import RECIPES
-from finetune101.report.groups import read_manifest
 from finetune101.run import Run
 
 MARKS = ("<!-- accuracy: python evidence/results_table.py -->", "<!-- end of accuracy -->")

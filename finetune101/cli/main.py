@@ -102,10 +102,10 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 
 def finish(run: Run) -> None:
     """Draws the curves of ``run`` and says where everything is."""
-    from finetune101.report.figures import curves
+    from finetune101.report.figures import draw_curves
 
     records = run.metrics()
-    curves(records, run.path / "curves.png", run.name)
+    draw_curves(records, run.path / "curves.png", run.name)
     best = [record for record in records if record["best"]][-1]
     score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
     start = ", a frozen backbone: the linear output layer that training started from" if best["epoch"] == 0 else ""
@@ -178,6 +178,8 @@ def score_text(result: dict[str, Any], subset: str = "test") -> str:
 
 def _confidence_text(result: dict[str, Any]) -> str:
     """What an evaluation says of its confidences and of a frozen backbone; each on a line of its own."""
+    from finetune101.evaluation.checkpoint import FROZEN
+
     lines = []
     if reason := result.get("temperature_reason"):
         lines.append(f"Confidence is not calibrated (temperature 1): {reason}")
@@ -187,7 +189,9 @@ def _confidence_text(result: dict[str, Any]) -> str:
             f"Confidence is calibrated: temperature {t:.2f}, calibration error {after:.3f} ({before:.3f} without)"
         )
     if result.get("frozen_backbone"):
-        lines.append("Frozen backbone: only the output layer of this network was trained")
+        lines.append(FROZEN)
+    if members := result.get("frozen_members"):
+        lines.append(f"Frozen backbone: only the output layer was trained of {escaped(', '.join(members))}")
     return "".join(f"\n{line}" for line in lines)
 
 
@@ -196,6 +200,7 @@ def predict(argv: Sequence[str]) -> int:
     arguments = parse(PredictArguments, argv, prog="finetune101 predict")
     from finetune101.deploy import predict as deploy
     from finetune101.deploy.released import choose
+    from finetune101.evaluation.checkpoint import FROZEN
 
     if arguments.csv and arguments.json:
         raise Refused("--csv and --json cannot both be printed; leave one of them out")
@@ -204,6 +209,8 @@ def predict(argv: Sequence[str]) -> int:
         print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
     if chosen.network.temperature is None:
         print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+    if chosen.network.frozen_backbone:
+        print(FROZEN, file=sys.stderr)
     rows, failed = deploy.predict(chosen.network, chosen.inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:
         print(deploy.as_json(rows, failed))
@@ -243,7 +250,7 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
     from finetune101.experiments import search as searching
     from finetune101.experiments.processes import check_kind
     from finetune101.experiments.queue import Plan, check
-    from finetune101.report.figures import curves
+    from finetune101.report.figures import draw_curves
 
     timeout = None if arguments.timeout is None else searching.seconds(arguments.timeout)
     plan = Plan(
@@ -266,15 +273,16 @@ def run_search(arguments: Any, table: Path, plots: Path, usual: dict[str, Any] |
         return 0
     plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
     with watched(plan.folder, lambda: "the same command goes on from the last epochs"):
-        return searching.run_search(plan, table, plots, curves, arguments.finalists, arguments.seeds)
+        return searching.run_search(plan, table, plots, draw_curves, arguments.finalists, arguments.seeds)
 
 
 def search_report(argv: Sequence[str]) -> int:
     """``finetune101 search report``."""
     arguments = parse(SearchReportArguments, argv, prog="finetune101 search report")
-    from finetune101.report.search_page import report
+    from finetune101.report.search_page import write_search_report
 
-    print(f"Page: {report(Path(arguments.folder), [tuple(pair.split(',')) for pair in arguments.pair])}")
+    pairs = [tuple(pair.split(",")) for pair in arguments.pair]
+    print(f"Page: {write_search_report(Path(arguments.folder), pairs)}")
     return 0
 
 

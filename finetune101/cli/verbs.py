@@ -50,7 +50,7 @@ def lr_find(argv: Sequence[str]) -> int:
     arguments = parse_train(["--exp", "lr-find", *argv], prog="finetune101 lr-find", kind=LrFindArguments)
     from tempfile import TemporaryDirectory
 
-    from finetune101.report.figures import range_test as draw
+    from finetune101.report.figures import draw_range_test as draw
     from finetune101.training.job import elsewhere, prepare
     from finetune101.training.lr_find import range_test
 
@@ -67,14 +67,14 @@ def compare(argv: Sequence[str]) -> int:
     """``finetune101 compare``."""
     arguments = parse(CompareArguments, argv, prog="finetune101 compare")
     from finetune101.report.groups import open_group
-    from finetune101.report.pages import failures_of, finished, progress_of, study_folder, study_groups
+    from finetune101.report.pages import failures_of, finished_cells, progress_of, study_folder, study_groups
     from finetune101.run import check_folder
 
     check_folder(Path(arguments.out))
     names = arguments.groups
     folder = study_folder(names[0], arguments.runs) if len(names) == 1 else None
     if folder:
-        cells, (done, planned) = finished(folder), progress_of(folder)
+        cells, (done, planned) = finished_cells(folder), progress_of(folder)
         network, *others = dict.fromkeys(cell["model"] for cell in cells)
         size = max(cell["size"] or 0 for cell in cells)
         page = shlex.join(["finetune101", "report", str(folder)])
@@ -94,13 +94,13 @@ def run_comparison(groups: Sequence[Group], out: Path) -> Comparison:
     """Prints the comparisons of every two groups, writes comparison.json and comparison.png; returns the first."""
     from finetune101.files import write_json
     from finetune101.report import compare as comparing
-    from finetune101.report.compare_text import text
-    from finetune101.report.pages import progress
+    from finetune101.report.compare_text import comparison_text
+    from finetune101.report.pages import draw_groups
 
     found = comparing.all_pairs(groups)
-    print("\n\n".join(text(one) for one in found))
-    progress(found, groups, out / "comparison.png")
-    write_json(out / "comparison.json", comparing.to_json(found, out))
+    print("\n\n".join(comparison_text(one) for one in found))
+    draw_groups(found, groups, out / "comparison.png")
+    write_json(out / "comparison.json", comparing.comparison_json(found, out))
     page = shlex.join(["finetune101", "report", str(out)])
     print(f"Picture: {out / 'comparison.png'}. A page with all of it: {page}")
     return found[0]
@@ -111,13 +111,13 @@ def report(argv: Sequence[str]) -> int:
     a = parse(ReportArguments, argv, prog="finetune101 report")
     search = next((p for p in (Path(a.target), Path(a.runs) / a.target) if (p / "search.json").is_file()), None)
     if search:
-        from finetune101.report.search_page import report as explain
+        from finetune101.report.search_page import write_search_report
 
-        page = explain(search, out=Path(a.out), lang=a.lang)
+        page = write_search_report(search, out=Path(a.out), lang=a.lang)
     else:
-        from finetune101.report.pages import report as make
+        from finetune101.report.pages import write_report
 
-        page = make(a.target, Path(a.out), runs=a.runs, lang=a.lang, gallery=a.gallery, data=a.data)
+        page = write_report(a.target, Path(a.out), runs=a.runs, lang=a.lang, gallery=a.gallery, data=a.data)
     print(f"Report: {page} ({page.stat().st_size / 1e6:.2f} MB), also as {page.with_suffix('.md')}")
     return 0
 

@@ -16,7 +16,7 @@ from finetune101.evaluation.checkpoint import open_network
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.recipes import original
 from finetune101.report.groups import open_group
-from finetune101.report.pages import report
+from finetune101.report.pages import write_report
 from finetune101.run import Run
 
 SIZE = 128  # px: half the network's own, so that two trainings fit in the time of a coffee
@@ -49,7 +49,7 @@ def run_demo(out: Path, epochs: int) -> None:
     image = finetune.read_json("split.json")["subsets"]["test"][0]
     print(as_text(predict(open_network(finetune), [str(data / image)], top_k=3)[0]))
     _title("7. Make the report page")
-    page = report(str(out / "comparison"), out / "report")
+    page = write_report(str(out / "comparison"), out / "report")
     gain, seconds = comparison.difference, time.perf_counter() - started
     print(f"\nDone in {seconds:.0f} s: pretraining was worth {gain:.1f} points of test accuracy here.")
     print(f"Open {page} in a browser; tensorboard --logdir {out}/runs")

@@ -51,6 +51,7 @@ def open_released(name: str) -> tuple[Network, Info]:
         world=detect(SystemConfig()),
         temperature=info.temperature,
         name=name,
+        frozen_backbone=info.part == "head",
     )
     return network, info
 

@@ -1,4 +1,4 @@
-"""Groups of tested runs on the same images: how far apart they are, how sure that is, and what each of them took."""
+"""Difference, interval and training cost of two groups of runs that were tested on the same images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.redaction import redacted
 from finetune101.report.figures import ARMS
-from finetune101.report.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, read, shortened, with_costs
+from finetune101.report.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, shortened, with_costs
 from finetune101.run import Run
 
 
@@ -137,19 +137,14 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float]:
         """The widest interval that the runs allow."""
-        found = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
-        assert found is not None
-        return found
+        interval = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
+        assert interval is not None
+        return interval
 
     @property
     def over(self) -> str:
         """What ``interval`` is over: splits, images and runs, or images."""
         return "splits" if self.over_splits else "images and runs" if self.crossed else "images"
-
-
-def compare(run_a: Run, run_b: Run) -> Comparison:
-    """Compares two runs image by image: ``compare_groups`` of one run each."""
-    return all_pairs([Group(name=run.path.as_posix(), runs=(read(run),)) for run in (run_a, run_b)])[0]
 
 
 def compare_groups(a: Group, b: Group) -> Comparison:
@@ -160,10 +155,10 @@ def compare_groups(a: Group, b: Group) -> Comparison:
     """
     if twice := {run.run.path.resolve() for run in a.runs} & {run.run.path.resolve() for run in b.runs}:
         raise Refused(f"{min(twice)} cannot be compared with itself; name other runs")
-    found = common_splits(a, b)
-    sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
+    splits = common_splits(a, b)
+    sides = [[np.stack([run.correct for run in group.on(split)]) for split in splits] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
-    several = len(found) > 1
+    several = len(splits) > 1
     crossed = min(len(a.runs), len(b.runs)) > 1 and not several
     first = a.runs[0]
     return Comparison(
@@ -171,12 +166,12 @@ def compare_groups(a: Group, b: Group) -> Comparison:
         b=_arm(b, a),
         n=len(first.answers),
         manifest_hash=first.split,
-        splits=len(found),
+        splits=len(splits),
         difference=float(np.mean([one[0] for one in by_split])),
         difference_interval=None if several else by_split[0][1:],
         crossed=metrics.crossed(sides[0][0], sides[1][0]) if crossed else None,
         over_splits=over_splits([one[0] for one in by_split], first.test_to_train) if several else None,
-        mcnemar=tuple(_pairs(a, b, found)),
+        mcnemar=tuple(_pairs(a, b, splits)),
         classes=tuple(_gains(a, b)),
     )
 
@@ -242,11 +237,11 @@ def _arm(group: Group, other: Group) -> Arm:
 
 def _top1_interval(group: Group, top1: float) -> tuple[float, float]:
     """Wilson's for one test set; over several splits, that of their mean."""
-    first, found = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
-    if len(found) == 1:
+    first, splits = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
+    if len(splits) == 1:
         n = len(first.answers)
         return metrics.wilson(top1 / 100 * n, n)
-    means = [100 * float(np.mean([run.correct.mean() for run in group.on(split)])) for split in found]
+    means = [100 * float(np.mean([run.correct.mean() for run in group.on(split)])) for split in splits]
     low, high = over_splits(means, first.test_to_train)
     return max(0.0, low), min(100.0, high)
 
@@ -274,11 +269,11 @@ def _score(run: Tested, pretrained: dict[str, str]) -> Score:
 def _final(group: Group) -> float | None:
     """Validation accuracy of the weights that were kept, mean over the runs; None without validation."""
     kept = [[r["val_top1"] for r in run.run.metrics() if r["best"]][-1:] for run in group.runs]
-    values = [found[0] for found in kept if found and found[0] is not None]
+    values = [own[0] for own in kept if own and own[0] is not None]
     return float(np.mean(values)) if len(values) == len(group.runs) else None
 
 
-def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
+def _pairs(a: Group, b: Group, splits: Sequence[str]) -> list[Pair]:
     """Runs of the same split and seed, else of the same rank; never pooled, as they share their images."""
     return [
         Pair(
@@ -288,7 +283,7 @@ def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
             only_b=int(np.sum(other.correct & ~one.correct)),
             p=metrics.mcnemar_exact(one.correct, other.correct),
         )
-        for split in found
+        for split in splits
         for one, other in _same_seed(a.on(split), b.on(split))
     ]
 
@@ -317,7 +312,7 @@ def _gains(a: Group, b: Group) -> list[ClassGain]:
     return sorted(rows, key=lambda row: -row.gain)
 
 
-def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
+def comparison_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
     """Plain JSON types: the first comparison, and ``others``; paths of runs are relative to ``folder``."""
     first, *others = (json.loads(json.dumps(dataclasses.asdict(one))) for one in comparisons)
     for one in (first, *others):
@@ -327,7 +322,7 @@ def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
     return {**first, "others": others}
 
 
-def groups_of(folder: Path) -> list[Group]:
+def read_groups(folder: Path) -> list[Group]:
     """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when those are gone."""
     values = Run(folder).read_json("comparison.json")
     if "\0" in str(values):
