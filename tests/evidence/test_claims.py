@@ -48,7 +48,9 @@ def test_the_projects_own_claims_hold() -> None:
 def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     per_class = claim(id="a.b.mean_per_class", value=83.33)
     (project / "results" / "a" / "output.txt").write_text("It took 65.04 s, p = 2.31e-162.\n")
-    seconds, p = claim(id="demo.seconds", value=65, unit="s"), claim(id="gain.p", value=2.3e-162, unit="")
+    text = "a/output.txt"
+    seconds = claim(id="demo.seconds", value=65, unit="s", evidence=f"{text}:It took {{}} s")
+    p = claim(id="gain.p", value=2.3e-162, unit="", evidence=f"{text}:p = {{}}")
     weights = claim(id="a.parameters", value=3.5, unit="million")
     assert problems(project, claim(), per_class, seconds, p, weights) == ""
     assert claims.main(project) == 0
@@ -56,9 +58,33 @@ def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "All 5 claims" in out and "2 recomputed" in out and "2 recorded" in out and "1 not checked" in out
 
 
-def test_a_number_that_no_file_of_the_evidence_has(project: Path) -> None:
-    (project / "results" / "a" / "output.txt").write_text("It took 65.04 s in run v1.74.\n")
-    assert "claims 74" in problems(project, claim(id="demo.seconds", value=74, unit="s"))
+@pytest.mark.parametrize(
+    ("value", "where", "problem"),
+    [
+        (65, "output.txt:took {} s", ""),
+        (65.04, "output.txt:took {} s", ""),
+        (74, "output.txt:took {} s", "gives 65.04"),
+        (65, "output.txt:run {}", "0 numbers fit"),
+        (1, "output.txt:{} or", "2 numbers fit"),
+        (65, "output.txt", "file:words"),
+        (65, "", "file:words"),
+        (69, "some.json:rows.1.share*100", ""),
+        (0.69, "some.json:rows.1.share", ""),
+        (69, "some.json:rows.0.share*100", "gives 20.0"),
+        (69, "some.json:rows.7.share", "IndexError"),
+        (69, "some.json:share", "KeyError"),
+        (3, "lines.jsonl:1.n", ""),
+    ],
+)
+def test_a_recorded_number_is_the_one_that_its_evidence_names(
+    project: Path, value: float, where: str, problem: str
+) -> None:
+    folder = project / "results" / "a"
+    (folder / "output.txt").write_text("It took 65.04 s in run v1.74; 1 or 2 or so.\n")
+    (folder / "some.json").write_text(json.dumps({"rows": [{"share": 0.2}, {"share": 0.69}], "other": 69}))
+    (folder / "lines.jsonl").write_text('{"n": 2}\n{"n": 3}\n')
+    told = problems(project, claim(id="demo.number", value=value, unit="s", evidence=f"a/{where}"))
+    assert problem in told if problem else told == ""
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.b.top1", "recorded"), ("demo.seconds", "recomputed")])
@@ -75,7 +101,7 @@ def test_times_are_the_sums_of_the_records(tmp_path: Path) -> None:
     assert claims.minutes(results / "arm", results) == 13
     right = claim(id="best.minutes", value=13, unit="min", n=2, evidence="arm")
     assert problems(tmp_path, right) == ""
-    assert "metrics.jsonl gives 13" in problems(tmp_path, right | {"value": 8})
+    assert "arm gives 13" in problems(tmp_path, right | {"value": 8})
 
 
 def test_claims_on_speed_are_those_of_the_table() -> None:
@@ -107,8 +133,8 @@ def test_several_runs(project: Path) -> None:
     [
         ({"value": 75.01}, "claims 75.01, the predictions give 75.0000"),
         ({"id": "a.b.mean_per_class"}, "83.3333"),
-        ({"evidence": "b"}, "no folder below"),
-        ({"evidence": ".."}, "no folder below"),
+        ({"evidence": "b"}, "no file or folder below"),
+        ({"evidence": ".."}, "no file or folder below"),
     ],
 )
 def test_wrong_claim(project: Path, changes: dict[str, Any], told: str) -> None:
