@@ -38,16 +38,16 @@ def main(run: str) -> None:
         page = write_report(run, Path(folder) / "page")
         empty = Path(folder) / "empty.html"
         empty.write_text("<!doctype html><title>empty</title>")
-        differences, said = [], ""
+        differences, messages = [], ""
         for _ in range(REPEATS + 1):  # the first makes the browser's profile
             seconds, errors = opened(browser, page.as_uri(), f"{folder}/profile")
             differences.append(seconds - opened(browser, empty.as_uri(), f"{folder}/profile")[0])
-            said += errors
+            messages += errors
         result = {
             "size_mb": round(page.stat().st_size / 1e6, 2),
             "open_s": round(statistics.median(differences[1:]), 2),
             "open_s_max": round(max(differences[1:]), 2),
-            "console_messages": said.count("CONSOLE"),
+            "console_messages": messages.count("CONSOLE"),
             "repeats": REPEATS,
         }
     write_json(OUT, result)

@@ -66,21 +66,21 @@ def runs() -> Iterator[tuple[str, list[str]]]:
 
 def train(name: str, flags: list[str], jobs: int) -> None:
     """Trains one run, or goes on with it; what ended is kept in results/. Raises ValueError for other settings."""
-    run, kept = RUNS / name, RESULTS / "ablations" / name
-    if all((kept / file).is_file() for file in KEPT):
-        asked = parse_train([*flags, "--exp", f"ablations/{name}"], prog="ablations").config
-        check_same(Run(kept), as_started(asked, Run(kept)))
+    run, folder = RUNS / name, RESULTS / "ablations" / name
+    if all((folder / file).is_file() for file in KEPT):
+        config = parse_train([*flags, "--exp", f"ablations/{name}"], prog="ablations").config
+        check_same(Run(folder), as_started(config, Run(folder)))
         return
     command = [sys.executable, "-m", "finetune101", "train", "--exp", f"ablations/{name}"]
     threads = ["--threads", "1"] if jobs > 1 else []
     command += ["--resume"] if (run / "config.json").is_file() else [*flags, *threads]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-    kept.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / "metrics.jsonl", kept / "metrics.jsonl")
-    keep_config(run, kept)
-    print(name, f"{score(kept)[0]:.2f} %", flush=True)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise ValueError(f"{name}: {process.stderr.strip().splitlines()[-1]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run / "metrics.jsonl", folder / "metrics.jsonl")
+    keep_config(run, folder)
+    print(name, f"{score(folder)[0]:.2f} %", flush=True)
 
 
 def score(folder: Path) -> tuple[float, float]:
@@ -110,14 +110,14 @@ def table() -> str:
             f"| nothing: the whole recipe | {spread([top1 for top1, _ in whole.values()])} | | | {len(whole)} | 1 |"
         )
         for ingredient in ingredients:
-            mine = folder / f"without {ingredient}"
-            found = {seed: score(mine / f"seed{seed}") for seed in seeds if (mine / f"seed{seed}").is_dir()}
-            if not found:
+            without = folder / f"without {ingredient}"
+            scores = {seed: score(without / f"seed{seed}") for seed in seeds if (without / f"seed{seed}").is_dir()}
+            if not scores:
                 continue
-            gains = [whole[seed][0] - top1 for seed, (top1, _) in found.items()]
+            gains = [whole[seed][0] - top1 for seed, (top1, _) in scores.items()]
             error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.2f}" if len(gains) > 1 else "–"
-            time = min(seconds for _, seconds in whole.values()) / min(seconds for _, seconds in found.values())
-            top1 = spread([top1 for top1, _ in found.values()])
+            time = min(seconds for _, seconds in whole.values()) / min(seconds for _, seconds in scores.values())
+            top1 = spread([top1 for top1, _ in scores.values()])
             lines.append(
                 f"| {ingredient} | {top1} | {statistics.mean(gains):+.2f} | {error} | {len(gains)} | {time:.2f} |"
             )

@@ -54,9 +54,9 @@ def release(run: Run, name: str) -> None:
         raise ValueError(f"{run.path} has no temperature: it must have validation images that it was not trained on")
     state, info = read_checkpoint(run.best)
     head = name == "released_probe"
-    kept = {key: value for key, value in state.items() if not head or key.startswith("classifier.")}
+    tensors = {key: value for key, value in state.items() if not head or key.startswith("classifier.")}
     small = {
-        key: value.half() if value.is_floating_point() and value.dim() > 1 else value for key, value in kept.items()
+        key: value.half() if value.is_floating_point() and value.dim() > 1 else value for key, value in tensors.items()
     }
     temperature = test["calibration_scaled"]["temperature"]
     info |= {"temperature": str(temperature), "split": json.dumps({"seed": split["seed"], "hash": split["hash"]})}

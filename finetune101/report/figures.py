@@ -332,11 +332,11 @@ def save(figure: Figure, out: Path, whole: bool = False) -> Path:
     ``whole`` makes the picture as large as all that is drawn. 256 colours make the file a third as large and no picture
     here different to the eye. Raises Refused where ``out`` cannot be written.
     """
-    drawn = BytesIO()
+    png = BytesIO()
     with _any_script(), atomic(out) as part:
         box: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.1} if whole else {}
-        FigureCanvasAgg(figure).print_figure(drawn, format="png", dpi=100, **box)
-        with Image.open(drawn) as image:
+        FigureCanvasAgg(figure).print_figure(png, format="png", dpi=100, **box)
+        with Image.open(png) as image:
             small = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)  # kmeans keeps rare colours
         small.save(part, format="PNG", optimize=True)
     return out

@@ -79,8 +79,8 @@ class Page:
         """
         file = f"{file_stem(stem) or f'{len(self.pictures)}_{key}'}.png"
         with TemporaryDirectory() as folder:
-            drawn = self.pictures[file] = draw(Path(folder) / file).read_bytes()
-        uri = "data:image/png;base64," + base64.b64encode(drawn).decode()
+            png = self.pictures[file] = draw(Path(folder) / file).read_bytes()
+        uri = "data:image/png;base64," + base64.b64encode(png).decode()
         self.add("picture", key, name, file=file, uri=uri, alt=alt, wide=wide, **content)
 
     def table(

@@ -83,8 +83,8 @@ def test_a_recorded_number_is_the_one_that_its_evidence_names(
     (folder / "output.txt").write_text("It took 65.04 s in run v1.74; 1 or 2 or so.\n")
     (folder / "some.json").write_text(json.dumps({"rows": [{"share": 0.2}, {"share": 0.69}], "other": 69}))
     (folder / "lines.jsonl").write_text('{"n": 2}\n{"n": 3}\n')
-    told = problems(project, claim(id="demo.number", value=value, unit="s", evidence=f"a/{where}"))
-    assert problem in told if problem else told == ""
+    text = problems(project, claim(id="demo.number", value=value, unit="s", evidence=f"a/{where}"))
+    assert problem in text if problem else text == ""
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.b.top1", "recorded"), ("demo.seconds", "recomputed")])
@@ -129,7 +129,7 @@ def test_several_runs(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
         ({"value": 75.01}, "claims 75.01, the predictions give 75.0000"),
         ({"id": "a.b.mean_per_class"}, "83.3333"),
@@ -137,12 +137,12 @@ def test_several_runs(project: Path) -> None:
         ({"evidence": ".."}, "no file or folder below"),
     ],
 )
-def test_wrong_claim(project: Path, changes: dict[str, Any], told: str) -> None:
-    assert told in problems(project, claim(**changes))
+def test_wrong_claim(project: Path, changes: dict[str, Any], problem: str) -> None:
+    assert problem in problems(project, claim(**changes))
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "problem"),
     [
         (ROWS[:3], "dog/1.jpg is missing"),
         ([*ROWS, "dog/2.jpg,dog,dog,0.9"], "dog/2.jpg is not in the split's test set"),
@@ -152,16 +152,16 @@ def test_wrong_claim(project: Path, changes: dict[str, Any], told: str) -> None:
         ([], "no rows"),
     ],
 )
-def test_wrong_predictions(project: Path, rows: list[str], told: str) -> None:
+def test_wrong_predictions(project: Path, rows: list[str], problem: str) -> None:
     (project / "results" / "a" / "predictions.csv").write_text(HEADER + "".join(row + "\n" for row in rows))
-    assert told in problems(project, claim())
+    assert problem in problems(project, claim())
 
 
 @pytest.mark.parametrize("name", ["a/config.json", "a/test.json", "splits/tiny.json", "a/predictions.csv"])
 def test_evidence_that_is_not_whole(project: Path, name: str) -> None:
     (project / "results" / name).unlink()
-    told = problems(project, claim())
-    assert any(word in told for word in ("missing", "no predictions", "no test.json"))
+    text = problems(project, claim())
+    assert any(word in text for word in ("missing", "no predictions", "no test.json"))
 
 
 def test_a_field_left_out_and_an_id_twice(project: Path) -> None:

@@ -201,16 +201,16 @@ def test_a_split_that_one_arm_lacks_is_left_out(tmp_path):
     for split in range(3):
         write_run(tmp_path / "good" / f"{split}", {1}, seed=split)
     write_run(tmp_path / "poor" / "1", {1, 2}, seed=1)
-    found = groups.on_common_splits([groups.open_group(str(tmp_path / name)) for name in ("good", "poor")])
-    assert [[run.manifest.seed for run in group.runs] for group in found] == [[1], [1]]
+    arms = groups.on_common_splits([groups.open_group(str(tmp_path / name)) for name in ("good", "poor")])
+    assert [[run.manifest.seed for run in group.runs] for group in arms] == [[1], [1]]
     other = groups.open_group(str(write_run(tmp_path / "other", {1}, seed=9).path))
     with pytest.raises(ValueError, match="no split has been trained in every arm yet; continue the study first"):
-        groups.on_common_splits([found[0], other])
+        groups.on_common_splits([arms[0], other])
 
 
 def test_a_glob_is_a_group(seeds):
-    found = groups.open_group(str(seeds / "good" / "s[01]"))
-    assert [run.run.name for run in found.runs] == ["s0", "s1"]
+    group = groups.open_group(str(seeds / "good" / "s[01]"))
+    assert [run.run.name for run in group.runs] == ["s0", "s1"]
     with pytest.raises(ValueError, match=r"no run matches .*nothing\*; a glob is looked up here and in runs"):
         groups.open_group(str(seeds / "nothing*"))
 
@@ -229,13 +229,13 @@ def test_a_group_is_one_arm(seeds):
 
 def test_three_groups_give_every_pair(seeds):
     shutil.copytree(seeds / "good", seeds / "third")
-    found = compare.all_pairs([groups.open_group(str(seeds / name)) for name in ("good", "poor", "third")])
-    assert [(c.a.name, c.b.name) for c in found] == [("good", "poor"), ("good", "third"), ("poor", "third")]
+    comparisons = compare.all_pairs([groups.open_group(str(seeds / name)) for name in ("good", "poor", "third")])
+    assert [(c.a.name, c.b.name) for c in comparisons] == [("good", "poor"), ("good", "third"), ("poor", "third")]
     out = seeds / "out"
-    Run(out).write_json("comparison.json", compare.comparison_json(found, out))
+    Run(out).write_json("comparison.json", compare.comparison_json(comparisons, out))
     again = compare.read_groups(out)
     assert [len(group.runs) for group in again] == [3, 3, 3]
-    assert compare.compare_groups(*again[:2]).difference == found[0].difference
+    assert compare.compare_groups(*again[:2]).difference == comparisons[0].difference
     with pytest.raises(ValueError, match="another one"):
         compare.all_pairs(again[:1])
 
@@ -281,10 +281,10 @@ def test_pairs_share_their_seed(tmp_path):
 
 
 def test_more_groups_than_a_picture_can_show_are_refused(tmp_path):
-    found = [groups.open_group(str(write_run(tmp_path / f"g{n}", {n}).path)) for n in range(6)]
-    assert len(compare.all_pairs(found[:5])) == 10
+    arms = [groups.open_group(str(write_run(tmp_path / f"g{n}", {n}).path)) for n in range(6)]
+    assert len(compare.all_pairs(arms[:5])) == 10
     with pytest.raises(ValueError, match="compare shows 5 groups at most"):
-        compare.all_pairs(found)
+        compare.all_pairs(arms)
 
 
 def test_the_interval_over_splits_by_hand():

@@ -69,9 +69,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def use(folder: Path) -> None:
     """Everything that is read of a study, but drawn nothing."""
     pages.lines_of(pages.finished_cells(folder))
-    found = pages.study_groups(folder)
+    arms = pages.study_groups(folder)
     again = compare.read_groups(folder)
-    for pair in compare.all_pairs(found):
+    for pair in compare.all_pairs(arms):
         comparison_text(pair)
         compare.comparison_json([pair], folder)
     assert [len(group.runs) for group in again] and pages.progress_of(folder) and pages.failures_of(folder)

@@ -28,15 +28,15 @@ def made(noise: float = 0.0, interaction: float = 0.0) -> Trials:
 
 
 def test_shares_of_variance_add_up_and_find_what_was_put_in() -> None:
-    found = effects.analyse_variance(made(noise=0.1))
-    assert found.main["lr"] > 0.9 > found.main["batch_size"] > found.main["gamma"]
-    assert sum(found.main.values()) + sum(found.pairs.values()) + found.rest == pytest.approx(1, abs=0.02)
+    variance = effects.analyse_variance(made(noise=0.1))
+    assert variance.main["lr"] > 0.9 > variance.main["batch_size"] > variance.main["gamma"]
+    assert sum(variance.main.values()) + sum(variance.pairs.values()) + variance.rest == pytest.approx(1, abs=0.02)
 
 
 def test_an_interaction_is_found_in_its_pair() -> None:
-    found = effects.analyse_variance(made(interaction=15))
-    assert max(found.pairs, key=lambda pair: found.pairs[pair]) == ("lr", "batch_size")
-    assert found.pairs["lr", "batch_size"] > 0.02
+    variance = effects.analyse_variance(made(interaction=15))
+    assert max(variance.pairs, key=lambda pair: variance.pairs[pair]) == ("lr", "batch_size")
+    assert variance.pairs["lr", "batch_size"] > 0.02
 
 
 def test_means_of_a_balanced_grid_are_the_plain_means_within_their_intervals() -> None:
@@ -57,10 +57,10 @@ def test_many_numbers_become_bins() -> None:
 
 
 def test_importance_names_what_matters() -> None:
-    found = effects.importance(made(noise=0.1))
-    assert max(found["PED-ANOVA"], key=found["PED-ANOVA"].__getitem__) in ("lr", "batch_size")
-    if "fANOVA" in found:
-        assert max(found["fANOVA"], key=found["fANOVA"].__getitem__) == "lr"
+    importance = effects.importance(made(noise=0.1))
+    assert max(importance["PED-ANOVA"], key=importance["PED-ANOVA"].__getitem__) in ("lr", "batch_size")
+    if "fANOVA" in importance:
+        assert max(importance["fANOVA"], key=importance["fANOVA"].__getitem__) == "lr"
 
 
 def test_rank_change() -> None:
@@ -73,9 +73,9 @@ def test_rank_change() -> None:
 
 def test_the_paragraph_is_made_of_the_numbers() -> None:
     trials = made(noise=0.1)
-    found = effects.analyse_variance(trials)
-    said = effects.search_summary(trials, found, effects.rank_change(trials.curves), {"asha": 0.25})
-    assert f"lr explains {100 * found.main['lr']:.0f} % of the variance" in said
+    variance = effects.analyse_variance(trials)
+    said = effects.search_summary(trials, variance, effects.rank_change(trials.curves), {"asha": 0.25})
+    assert f"lr explains {100 * variance.main['lr']:.0f} % of the variance" in said
     assert "At lr 0.001, 6 epochs are too few" in said and "asha in 25 % of them" in said
     assert f"{trials.best.best:.2f} %" in said
 
@@ -135,13 +135,13 @@ def test_intervals_stay_within_what_an_accuracy_can_be() -> None:
 
 
 def test_chance_is_no_interaction() -> None:
-    rng, found, main = np.random.default_rng(1), 0, []
+    rng, interactions, main = np.random.default_rng(1), 0, []
     for _ in range(60):
         grid = itertools.product([0.1, 0.03, 0.01, 0.003], [32, 64, 128], [0.1, 1.0])
         curves = [Curve({"lr": a, "b": b, "r": r}, (70 + rng.normal(),), (1,), "complete") for a, b, r in grid]
-        trials = effects.analyse_variance(Trials("x", ("lr", "b", "r"), tuple(curves), 0))
-        found += bool(trials.pairs)
-        main.append(max(trials.main.values()))
-    assert found <= 8 and np.mean(main) < 0.15
+        variance = effects.analyse_variance(Trials("x", ("lr", "b", "r"), tuple(curves), 0))
+        interactions += bool(variance.pairs)
+        main.append(max(variance.main.values()))
+    assert interactions <= 8 and np.mean(main) < 0.15
     single = [Curve({"lr": a, "b": b}, (10.0 * a + b,), (1,), "complete") for a in (1, 2, 3, 4) for b in (1, 2)]
     assert effects.analyse_variance(Trials("x", ("lr", "b"), tuple(single), 0)).pairs == {}

@@ -188,8 +188,8 @@ def test_a_page_without_the_picture_that_cannot_be_read(tiny_data: Path, runs: P
     assert "data:image/jpeg" not in page and "could not be read" in page
 
 
-@pytest.mark.parametrize(("after", "told"), [(0.3, "not help"), (0.1, "after temp"), (0.2, "no temperature")])
-def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, after: float, told: str) -> None:
+@pytest.mark.parametrize(("after", "sentence"), [(0.3, "not help"), (0.1, "after temp"), (0.2, "no temperature")])
+def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, after: float, sentence: str) -> None:
     run = write_run(tmp_path / "run", {1, 2})
     bins = [{"n": 5, "confidence": 80.0, "top1": 60.0}]
     scaled = {"ece": after, "bins": bins, "temperature": 1.0 if after == 0.2 else 36.0}
@@ -197,7 +197,7 @@ def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, afte
                                  "calibration_scaled": scaled})  # fmt: skip
     page = Page(tmp_path / "page", "en")
     _details(page, groups.read_tested(run), "", None)
-    assert told in page.sections[-1]["note"]
+    assert sentence in page.sections[-1]["note"]
 
 
 def test_a_study_with_failed_runs_tells_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,13 +227,13 @@ def test_confused_classes_stand_together() -> None:
     for a, b in ((0, 20), (5, 33)):  # taken for each other
         answers[f"{names[a]}/0"] = Answer(names[a], names[b], 0.8)
         answers[f"{names[b]}/0"] = Answer(names[b], names[a], 0.7)
-    found = mistakes.confusion_of(answers)
-    assert found.hidden == 36 and found.blocks == [2, 2]
-    assert {frozenset(found.names[:2]), frozenset(found.names[2:])} == {
+    matrix = mistakes.confusion_of(answers)
+    assert matrix.hidden == 36 and matrix.blocks == [2, 2]
+    assert {frozenset(matrix.names[:2]), frozenset(matrix.names[2:])} == {
         frozenset({names[0], names[20]}),
         frozenset({names[5], names[33]}),
     }
-    assert np.array_equal(np.diag(found.counts), [4] * 4) and found.counts.sum() == 20
+    assert np.array_equal(np.diag(matrix.counts), [4] * 4) and matrix.counts.sum() == 20
     assert mistakes.confused_pairs(answers)[0] == (names[0], names[20], 1)
     assert [e["confidence"] for e in mistakes.examples(answers, False, None)] == [0.8, 0.8, 0.7, 0.7]
 
