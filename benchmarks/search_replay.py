@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune101.experiments.queue import Pruner, Sampler
 from finetune101.experiments.replay import Curve, replay
-from finetune101.report.effects import read_trials
+from finetune101.experiments.trials import read_trials
 
 STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {
     "random": ("random", "none"),

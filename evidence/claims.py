@@ -302,7 +302,7 @@ def check_readme(claim: dict[str, Any], text: str) -> bool:
     return not lines or any(number.search(line) for line in lines)
 
 
-def check(root: Path) -> tuple[Counter[str], list[str]]:
+def check_claims(root: Path) -> tuple[Counter[str], list[str]]:
     """(claims of each kind, problems) of the project at ``root``."""
     results = root / "results"
     claims = read_json(results / "claims.json")
@@ -324,7 +324,7 @@ def check(root: Path) -> tuple[Counter[str], list[str]]:
 def main(root: Path = Path(__file__).parents[1]) -> int:
     """Prints what differs; 0 when every claim holds, else 1."""
     try:
-        count, problems = check(root)
+        count, problems = check_claims(root)
     except ValueError as error:
         count, problems = Counter(), [str(error)]
     for problem in problems:

@@ -61,7 +61,7 @@ def draw_curves(metrics: Records, out: Path, title: str) -> Path:
     best = next((record for record in reversed(metrics) if record["best"]), None)
     kept, kept_colour = ("val", BLUE) if any(r["val_top1"] is not None for r in metrics) else ("train", VERMILION)
     lines = (("train", VERMILION, "--", "training images"), ("val", BLUE, "-", "validation images"))
-    with style():
+    with plot_style():
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(_short(title, 90), x=0.01, ha="left", fontweight="bold", fontsize=12)
         loss, accuracy = figure.subplots(1, 2)
@@ -88,14 +88,14 @@ def draw_curves(metrics: Records, out: Path, title: str) -> Path:
             )
             accuracy.plot([], [], "*", color=GREY, markersize=12, label=words or "epoch kept")
         figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=3)
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def draw_range_test(
     rates: Sequence[float], losses: Sequence[float], suggestion: float, lowest: float, out: Path
 ) -> Path:
     """Draws the smoothed training loss against the learning rate of the output layer, as a PNG at ``out``."""
-    with style():
+    with plot_style():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(rates, losses, color=BLUE)
@@ -114,7 +114,7 @@ def draw_range_test(
         axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
         axes.set_ylabel("training loss, smoothed")
         axes.legend()
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def draw_comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images") -> Path:
@@ -123,17 +123,17 @@ def draw_comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "i
     An arm holds ``name``, ``curve`` (points with step, seconds or None, mean, sd), ``top1``, ``interval`` and ``runs``
     (test accuracies of its runs), in percent; ``over`` is what the intervals are over.
     """
-    with style():
+    with plot_style():
         trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
         figure = Figure(figsize=(12.5 if trained else 6.5, 4.7), layout="constrained")
         if not trained:
             _tests(figure.subplots(), arms, over)
-            return save(figure, out)
+            return save_figure(figure, out)
         by_step, by_time, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
         _progress(by_step, by_time, arms)
         _tests(test, arms, over)
         figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower left", ncols=len(arms))
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
@@ -182,7 +182,7 @@ def draw_gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: P
     """
     pause = {"name": "…", "n": 0, "a": None, "b": None}  # stands for the classes between
     drawn = [*rows[:14], pause, *rows[-10:]] if len(rows) > 24 else rows
-    with style():
+    with plot_style():
         figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(drawn)), layout="constrained")
         axes = figure.subplots()
         classes = [(y, row) for y, row in enumerate(reversed(drawn)) if row is not pause]
@@ -198,7 +198,7 @@ def draw_gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: P
         axes.set(xlim=(-3, 103), ylim=(-0.7, len(drawn) - 0.3), xlabel="right answers on test images of the class (%)")
         axes.set_title("Classes that gain most (top) and least (bottom); number of test images in brackets")
         figure.legend(handles=[first, second], loc="outside lower left", ncols=2)
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def draw_confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Path) -> Path:
@@ -211,7 +211,7 @@ def draw_confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out
     counted = len(names) <= COUNTED
     cell = max(0.3, 0.12 + 0.09 * len(str(np.max(counts)))) if counted else 0.19 if len(names) <= 40 else 0.135
     side = cell * len(names)  # inches
-    with style():
+    with plot_style():
         figure = Figure(figsize=(side, side))
         axes = figure.add_axes(
             (0, 0, 1, 1)
@@ -237,12 +237,12 @@ def draw_confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out
         bar = figure.colorbar(image, cax=scale, orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
         bar.ax.xaxis.set(ticks_position="top", label_position="top")
         bar.set_label("images of the true class (%)")
-        return save(figure, out, whole=True)
+        return save_figure(figure, out, whole=True)
 
 
 def draw_reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
     """Draws accuracy against confidence for each of ``lines`` (label -> bins), and how many images, as a PNG."""
-    with style():
+    with plot_style():
         figure = Figure(figsize=(7.5, 5.6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.5, label="as sure as right")
@@ -262,7 +262,7 @@ def draw_reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path
         ticks = [0, *(10**k for k in range(1, len(str(most))))]
         lower.set_yticks(ticks, [str(tick) for tick in ticks])  # the scale's own labels would need math text
         lower.yaxis.set_minor_locator(NullLocator())
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def draw_efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title: str) -> Path:
@@ -270,7 +270,7 @@ def draw_efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, 
 
     ``arms`` are lists of ``size``, ``top1``, ``top1_sd`` and ``n``, smallest size first.
     """
-    with style():
+    with plot_style():
         figure = Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()
         for (name, cells), colour, line, marker in zip(arms.items(), ARMS, LINES, "os^", strict=False):
@@ -296,7 +296,7 @@ def draw_efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, 
         )
         axes.set_title(_short(title, 90))
         figure.legend(loc="outside lower left", ncols=3)
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def _band(axes: Axes, x: Sequence[float], mean: Sequence[float], sd: Sequence[float], colour: str) -> None:
@@ -312,7 +312,7 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
-def style() -> Any:
+def plot_style() -> Any:
     """The style, with the fonts for Chinese names that this machine has behind matplotlib's own."""
     wanted = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
     return matplotlib.rc_context({**STYLE, "font.family": [f for f in wanted if f in font_manager.get_font_names()]})
@@ -326,7 +326,7 @@ def _any_script() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, out: Path, whole: bool = False) -> Path:
+def save_figure(figure: Figure, out: Path, whole: bool = False) -> Path:
     """Writes the picture completely or not at all; no library version in it, so that equal runs give equal files.
 
     ``whole`` makes the picture as large as all that is drawn. 256 colours make the file a third as large and no picture

@@ -19,9 +19,10 @@ from matplotlib.lines import Line2D
 
 from finetune101.errors import Refused
 from finetune101.experiments.space import text
+from finetune101.experiments.trials import Trials, read_trials
 from finetune101.report import effects
-from finetune101.report.effects import EARLY, Trials, Variance
-from finetune101.report.figures import BLUE, GREY, VERMILION, save, style
+from finetune101.report.effects import EARLY, Variance
+from finetune101.report.figures import BLUE, GREY, VERMILION, plot_style, save_figure
 from finetune101.report.page import Name, Page, number, words
 
 ACCURACY = "validation accuracy (%)"
@@ -36,7 +37,7 @@ def write_search_report(
 
     Raises Refused when ``folder`` is no search, or a pair is not two of its settings.
     """
-    trials = effects.read_trials(folder)
+    trials = read_trials(folder)
     variance, importance = effects.analyse_variance(trials), effects.importance(trials)
     chosen, change = _pairs(trials, variance, pairs), effects.rank_change(trials.complete)
     page = Page(out or folder / "report", lang)
@@ -50,8 +51,8 @@ def write_search_report(
 
     def add(key: str, stem: str, draw: Callable[..., Figure], *arguments: Any, **content: Any) -> None:
         def drawn(file: Path) -> Path:
-            with style():
-                return save(draw(*arguments), file)
+            with plot_style():
+                return save_figure(draw(*arguments), file)
 
         page.picture(f"search_{key}", drawn, page.words[f"search_{key}"], stem=stem, **content)
 

@@ -38,11 +38,11 @@ def project(tmp_path: Path) -> Path:
 
 def problems(project: Path, *listed: dict[str, Any]) -> str:
     (project / "results" / "claims.json").write_text(json.dumps(listed))
-    return "\n".join(claims.check(project)[1])
+    return "\n".join(claims.check_claims(project)[1])
 
 
 def test_the_projects_own_claims_hold() -> None:
-    assert claims.check(ROOT)[1] == []
+    assert claims.check_claims(ROOT)[1] == []
 
 
 def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

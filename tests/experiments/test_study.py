@@ -232,7 +232,7 @@ def test_a_study_is_published_and_put_back(
     assert "study.scratch.efficientnet_lite0.per_class_4.top1" in found
     assert "best.probe.efficientnet_lite0.per_class_4.top1" in found
     assert not any(name.startswith("compare.gain") for name in found)  # no arm was fine-tuned
-    assert claims.check(tmp_path)[1] == []
+    assert claims.check_claims(tmp_path)[1] == []
     back = dataclasses.replace(study, runs=str(tmp_path / "runs"))
     experiment.write_splits(back, index)
     publish_study.restore(tmp_path / "runs" / "s")

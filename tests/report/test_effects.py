@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from finetune101.experiments.replay import Curve, dropped, replay
+from finetune101.experiments.trials import Trials
 from finetune101.report import effects
-from finetune101.report.effects import Trials
 
 
 def made(noise: float = 0.0, interaction: float = 0.0) -> Trials:
@@ -48,12 +48,6 @@ def test_means_of_a_balanced_grid_are_the_plain_means_within_their_intervals() -
             assert level.mean == pytest.approx(plain)
             assert level.low is not None and level.high is not None and level.low < level.mean < level.high
             assert level.value == values[k] and level.trials == which.count(k)
-
-
-def test_many_numbers_become_bins() -> None:
-    curves = tuple(Curve({"lr": 0.001 * k}, (1.0 * k,), (1,), "complete") for k in range(1, 21))
-    values, which = Trials("x", ("lr",), curves, 0).levels("lr")
-    assert len(values) == 4 and [which.count(k) for k in range(4)] == [5, 5, 5, 5] and values[0] == "0.001 to 0.005"
 
 
 def test_importance_names_what_matters() -> None:

@@ -23,13 +23,13 @@ from finetune101.report.figures import BLUE, VERMILION
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved, in their order; they are written as always."""
     kept: list[Figure] = []
-    save = figures.save
+    save_figure = figures.save_figure
 
     def keep(figure: Figure, *rest: Any, **options: Any) -> Path:
         kept.append(figure)
-        return save(figure, *rest, **options)
+        return save_figure(figure, *rest, **options)
 
-    monkeypatch.setattr(figures, "save", keep)
+    monkeypatch.setattr(figures, "save_figure", keep)
     return kept
 
 
