@@ -48,10 +48,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One side: means over its runs, with the standard deviation where there are several.
+    """One arm: means over its runs; standard deviations are None with one run. Accuracies are in percent.
 
-    ``seconds`` are those of one training, mean over the runs that computed their features; None where all read them
-    from a cache.
+    ``seconds`` is the time of one training, mean over the runs that computed their own features; None where every run
+    read its features from a cache. ``steps_to_other`` and ``seconds_to_other`` are None where the arm never reaches the
+    other arm's final validation accuracy.
     """
 
     name: str
@@ -116,7 +117,7 @@ class ClassGain:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The two arms and their paired difference (a minus b, percentage points) over the same ``n`` test images.
+    """Two arms and their paired difference (a minus b, percentage points) on the same ``n`` test images.
 
     ``difference_interval`` is over images and about the given runs; ``crossed`` over images and runs, with two runs or
     more on each side; ``over_splits`` is there instead of both with several splits.
@@ -148,7 +149,7 @@ class Comparison:
 
 
 def compare_groups(a: Group, b: Group) -> Comparison:
-    """Compares the test predictions of two arms, image by image.
+    """Compares the test predictions of two groups of runs, image by image.
 
     Every number is computed from predictions.csv and must agree with test.json. Raises Refused when a run has not
     been evaluated, its files contradict each other, or the arms were split differently.
@@ -177,7 +178,7 @@ def compare_groups(a: Group, b: Group) -> Comparison:
 
 
 def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
-    """Every two of ``groups``, in their order; costs leave out runs that the others show to be read from a cache.
+    """Compares every two of ``groups``, in their order; times leave out runs that read features from a cache.
 
     Raises Refused with fewer than two, or too many for a picture.
     """
@@ -189,11 +190,11 @@ def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
 
 
 def over_splits(differences: Sequence[float], ratio: float) -> tuple[float, float]:
-    """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test to training images.
+    """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test over training images.
 
-    The splits share images, so the plain t interval would be too narrow: its 1/K grows by ``ratio``. With few training
-    images ``ratio`` is large (29 for one image per class of Caltech-101) and the interval says next to nothing: studies
-    show it at their largest size only.
+    Random splits share images, so a plain t interval is too narrow: here its 1/K becomes 1/K + ``ratio``. With few
+    training images ``ratio`` is large (29 for one image per class of Caltech-101), and the interval says next to
+    nothing: studies show it at their largest size only.
     Source: C. Nadeau, Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
     """
     k = len(differences)
@@ -236,7 +237,7 @@ def _arm(group: Group, other: Group) -> Arm:
 
 
 def _top1_interval(group: Group, top1: float) -> tuple[float, float]:
-    """Wilson's for one test set; over several splits, that of their mean."""
+    """Wilson's interval for one test set; with several splits, the interval of the mean over splits."""
     first, splits = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
     if len(splits) == 1:
         n = len(first.answers)
@@ -274,7 +275,10 @@ def _final(group: Group) -> float | None:
 
 
 def _pairs(a: Group, b: Group, splits: Sequence[str]) -> list[Pair]:
-    """Runs of the same split and seed, else of the same rank; never pooled, as they share their images."""
+    """McNemar's test of each two runs with one split and seed (else the first with the first, and so on).
+
+    The tests are never pooled, because the runs share their images.
+    """
     return [
         Pair(
             a=_run_name(a, one),
@@ -295,7 +299,7 @@ def _same_seed(a: Sequence[Tested], b: Sequence[Tested]) -> list[tuple[Tested, T
 
 
 def _run_name(group: Group, run: Tested) -> str:
-    """The arm's name, with the run's where there are several: runs of two arms may share theirs."""
+    """The name of the arm; with several runs also that of the run, because two arms may name their runs alike."""
     return group.name if len(group.runs) == 1 else f"{group.name}/{run.run.name}"
 
 
@@ -323,7 +327,7 @@ def comparison_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when those are gone."""
+    """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when a run is gone."""
     values = Run(folder).read_json("comparison.json")
     if "\0" in str(values):
         raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")

@@ -35,7 +35,7 @@ from finetune101.experiments import costs
 from finetune101.models.build import build
 from finetune101.run import Run, open_run, runs_below
 
-ONE_ARM = ("recipe", "model", "augment", "optim")  # what the runs of an arm share
+ONE_ARM = ("recipe", "model", "augment", "optim")  # the settings that all runs of an arm share
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Tested:
     manifest: splits.Manifest
     answers: Mapping[str, Answer]
     features_cached: bool = False
-    """Its first pass was read from the cache of an earlier run, so its seconds are not what a training costs."""
+    """Whether features were read from the cache of an earlier run: then the seconds are not what a training costs."""
 
     @property
     def frozen(self) -> bool:
@@ -106,9 +106,9 @@ class Group:
         return [run for run in self.runs if run.split == split]
 
     def curve(self) -> list[dict[str, Any]]:
-        """Validation accuracy after each epoch, mean and standard deviation over the runs; without validation none.
+        """Validation accuracy (%) after each epoch, mean and standard deviation over the runs; [] without validation.
 
-        The seconds are the mean over the runs that computed their features; None where all read them from a cache.
+        Seconds are the mean over the runs that computed their own features; None where every run read a cache.
         """
         points = []
         seconds = [0.0] * len(self.runs)
@@ -124,7 +124,7 @@ class Group:
         return points
 
     def seconds(self) -> float | None:
-        """Mean time of a training over the runs that computed their features; None where there is none."""
+        """Mean time of a training over the runs that computed their own features; None where every run read a cache."""
         seconds = [run.run.seconds() for run in self.runs if not run.features_cached]
         return statistics.mean(seconds) if seconds else None
 
