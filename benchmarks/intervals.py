@@ -65,8 +65,8 @@ def cell(name: str, runs: int, points: float, repeats: int, seed: int) -> dict[s
         result = metrics.crossed(a, b)
         held += result.interval[0] <= truth <= result.interval[1]
         rejected += result.p < 0.05
-    found = {"arms": name, "runs": runs, "between_runs_points": points, "crossed_coverage": 100 * held / repeats}
-    return found | ({"crossed_false_positive": 100 * rejected / repeats} if truth == 0 else {})
+    shares = {"arms": name, "runs": runs, "between_runs_points": points, "crossed_coverage": 100 * held / repeats}
+    return shares | ({"crossed_false_positive": 100 * rejected / repeats} if truth == 0 else {})
 
 
 def one_run(name: str, repeats: int, seed: int) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def one_run(name: str, repeats: int, seed: int) -> dict[str, Any]:
         _, low, high = metrics.paired_bootstrap(a[0], b[0], resamples=2000)
         held += bool(low <= true_a[0] - true_b[0] <= high)
         rejected += metrics.mcnemar_exact(a[0], b[0]) < 0.05
-    found = {"arms": name, "runs": 1, "images_coverage": 100 * held / repeats}
-    return found | ({"mcnemar_false_positive": 100 * rejected / repeats} if arms[0] == arms[1] else {})
+    shares = {"arms": name, "runs": 1, "images_coverage": 100 * held / repeats}
+    return shares | ({"mcnemar_false_positive": 100 * rejected / repeats} if arms[0] == arms[1] else {})
 
 
 def several_splits(name: str, splits: int, points: float, repeats: int, seed: int) -> dict[str, Any]:
@@ -129,5 +129,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repeats", type=int, nargs="?", default=4000)
     parser.add_argument("seed", type=int, nargs="?", default=0)
-    given = parser.parse_args()
-    main(given.repeats, OUT.with_stem(f"coverage_{given.seed}") if given.seed else OUT, given.seed)
+    arguments = parser.parse_args()
+    main(arguments.repeats, OUT.with_stem(f"coverage_{arguments.seed}") if arguments.seed else OUT, arguments.seed)

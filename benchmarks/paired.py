@@ -31,15 +31,15 @@ FULL_TRAIN, FULL_VAL = 6003, 904  # of the reference split
 
 def subset(split: splits.Manifest, index: Index) -> splits.Manifest:
     """``split`` with TRAIN and VAL of its images, taken evenly from its classes."""
-    chosen = dict(split.subsets)
+    subsets = dict(split.subsets)
     for name, count in (("train", TRAIN), ("val", VAL)):
         classes = defaultdict(list)
         for path in split.subsets[name]:
             classes[path.split("/")[-2]].append(path)
         ranked = sorted((i, path) for paths in classes.values() for i, path in enumerate(sorted(paths)))
-        chosen[name] = tuple(sorted(path for _, path in ranked[:count]))
-    kept = [path for paths in chosen.values() for path in paths]
-    return dataclasses.replace(split, subsets=chosen, content_hash=content_hash(index.digests, kept))
+        subsets[name] = tuple(sorted(path for _, path in ranked[:count]))
+    used = [path for paths in subsets.values() for path in paths]
+    return dataclasses.replace(split, subsets=subsets, content_hash=content_hash(index.digests, used))
 
 
 def peak_memory(process: subprocess.Popen[str]) -> float:

@@ -61,15 +61,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
-    run, found = Run(arguments.run), index_images(arguments.data)
-    chosen = found.paths[:: len(found.paths) // IMAGES][:IMAGES]
+    run, index = Run(arguments.run), index_images(arguments.data)
+    paths = index.paths[:: len(index.paths) // IMAGES][:IMAGES]
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / half for half in ("a", "b")]
         for folder in folders:
             folder.mkdir()
-            for i, path in enumerate(chosen):
-                shutil.copyfile(found.root / path, folder / f"{i:04d}.jpg")
+            for i, path in enumerate(paths):
+                shutil.copyfile(index.root / path, folder / f"{i:04d}.jpg")
         files = sorted(folders[0].iterdir())[:PLAIN]
         for number in range(1, arguments.pairs + 1):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # without our memory allocation

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from finetune101.files import write_json
-from finetune101.report.pages import report
+from finetune101.report.pages import write_report
 
 OUT = Path(__file__).parents[1] / "results" / "report" / "report.json"
 REPEATS = 5
@@ -35,19 +35,19 @@ def main(run: str) -> None:
     """Measures, prints and writes."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as folder:
-        page = report(run, Path(folder) / "page")
+        page = write_report(run, Path(folder) / "page")
         empty = Path(folder) / "empty.html"
         empty.write_text("<!doctype html><title>empty</title>")
-        differences, said = [], ""
+        differences, messages = [], ""
         for _ in range(REPEATS + 1):  # the first makes the browser's profile
             seconds, errors = opened(browser, page.as_uri(), f"{folder}/profile")
             differences.append(seconds - opened(browser, empty.as_uri(), f"{folder}/profile")[0])
-            said += errors
+            messages += errors
         result = {
             "size_mb": round(page.stat().st_size / 1e6, 2),
             "open_s": round(statistics.median(differences[1:]), 2),
             "open_s_max": round(max(differences[1:]), 2),
-            "console_messages": said.count("CONSOLE"),
+            "console_messages": messages.count("CONSOLE"),
             "repeats": REPEATS,
         }
     write_json(OUT, result)

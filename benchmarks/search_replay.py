@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune101.experiments.queue import Pruner, Sampler
 from finetune101.experiments.replay import Curve, replay
-from finetune101.report.effects import load
+from finetune101.experiments.trials import read_trials
 
 STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {
     "random": ("random", "none"),
@@ -32,20 +32,20 @@ STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {
 def shares(curves: tuple[Curve, ...], sampler: Sampler, pruner: Pruner, seeds: int, target: float) -> dict[str, Any]:
     """Steps to ``target`` as shares of the whole grid's steps, one for each seed, and how many seeds missed it."""
     whole = sum(curve.steps[-1] for curve in curves)
-    found, missed = [], 0
+    costs, missed = [], 0
     for seed in range(seeds):
         replayed = replay(curves, sampler, pruner, seed)
         steps = replayed.steps_to(target)
         missed += steps is None
-        found.append(1.0 if steps is None else steps / whole)
-    low, median, high = np.quantile(found, [0.25, 0.5, 0.75])
+        costs.append(1.0 if steps is None else steps / whole)
+    low, median, high = np.quantile(costs, [0.25, 0.5, 0.75])
     return {
-        "mean": float(np.mean(found)),
+        "mean": float(np.mean(costs)),
         "median": float(median),
         "quartiles": [float(low), float(high)],
         "missed": missed,
-        "quarter": float(np.mean(np.array(found) <= 0.25)),
-        "shares": found,
+        "quarter": float(np.mean(np.array(costs) <= 0.25)),
+        "shares": costs,
     }
 
 
@@ -57,19 +57,19 @@ def main() -> int:
     parser.add_argument("--within", type=float, default=0.5, help="points of the best that are good enough")
     parser.add_argument("--out", type=Path, help="write everything to this JSON file")
     arguments = parser.parse_args()
-    curves = load(arguments.folder).complete
+    curves = read_trials(arguments.folder).complete
     best = max(curve.best for curve in curves)
     good = sum(curve.best >= best - arguments.within for curve in curves)
     print(f"{len(curves)} points, best {best:.2f} %, {good} within {arguments.within} points of it")
     values: dict[str, Any] = {"points": len(curves), "best": best, "within": arguments.within, "good_points": good}
     values |= {"steps_of_the_grid": sum(curve.steps[-1] for curve in curves), "seeds": arguments.seeds}
     for name, (sampler, pruner) in STRATEGIES.items():
-        found = shares(curves, sampler, pruner, arguments.seeds, best - arguments.within)
-        values[name] = found
+        cost = shares(curves, sampler, pruner, arguments.seeds, best - arguments.within)
+        values[name] = cost
         print(
-            f"{name:9s} mean {found['mean']:.3f}  median {found['median']:.3f}  "
-            f"quartiles {found['quartiles'][0]:.3f} to {found['quartiles'][1]:.3f}  missed {found['missed']}  "
-            f"within a quarter {found['quarter']:.2f}"
+            f"{name:9s} mean {cost['mean']:.3f}  median {cost['median']:.3f}  "
+            f"quartiles {cost['quartiles'][0]:.3f} to {cost['quartiles'][1]:.3f}  missed {cost['missed']}  "
+            f"within a quarter {cost['quarter']:.2f}"
         )
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

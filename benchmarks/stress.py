@@ -61,14 +61,14 @@ def children(pid: int) -> list[int]:
 
 def workers(pid: int) -> list[int]:
     """The worker processes of the search ``pid``: the children of its fork server."""
-    found = []
+    processes = []
     for child in children(pid):
         try:
             server = "forkserver" in Path(f"/proc/{child}/cmdline").read_text()
         except OSError:
             continue
-        found += children(child) if server else []
-    return found
+        processes += children(child) if server else []
+    return processes
 
 
 def kill_one(search: subprocess.Popen[str], rng: random.Random, tally: Tally) -> None:
@@ -96,11 +96,11 @@ def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: T
                     if tally.kills < kills and workers(search.pid):  # before that it has not begun
                         kill_one(search, rng, tally)
             assert search.stderr is not None
-            said = search.stderr.read()
+            errors = search.stderr.read()
         if search.returncode == 0:
             return
         if search.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"the search ended with {search.returncode}: {said[-2000:]}")
+            raise RuntimeError(f"the search ended with {search.returncode}: {errors[-2000:]}")
 
 
 def metrics(run: Path) -> list[list[Any]]:
@@ -113,11 +113,11 @@ def events_twice(run: Path) -> list[int]:
     """The epochs whose validation accuracy is in the run's TensorBoard events more than once."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    seen: Counter[int] = Counter()
+    counts: Counter[int] = Counter()
     for file in run.glob("events.out.tfevents.*"):
         for event in EventFileLoader(str(file)).Load():
-            seen.update(event.step for value in event.summary.value if value.tag == "accuracy/val")
-    return [step for step, count in seen.items() if count > 1]
+            counts.update(event.step for value in event.summary.value if value.tag == "accuracy/val")
+    return [step for step, count in counts.items() if count > 1]
 
 
 def judge(folder: Path, truth: dict[str, list[list[Any]]], tally: Tally) -> None:
@@ -147,9 +147,9 @@ def judge(folder: Path, truth: dict[str, list[list[Any]]], tally: Tally) -> None
 def stress(kills: int, seed: int, folder: Path, data: Path) -> Tally:
     """Kills until there were ``kills``, and judges every search."""
     search = start(folder / "truth", data, jobs=1)
-    _, said = search.communicate()
+    _, errors = search.communicate()
     if search.returncode != 0:
-        raise RuntimeError(f"the undisturbed search failed: {said[-2000:]}")
+        raise RuntimeError(f"the undisturbed search failed: {errors[-2000:]}")
     truth = {path.parent.name: metrics(path.parent) for path in (folder / "truth" / "s").glob("*/metrics.jsonl")}
     assert len(truth) == POINTS
     tally, rng = Tally(), random.Random(seed)

@@ -32,99 +32,115 @@ CHINESE = {
 }
 
 
+MODELS = ("resnet18", "mobilenet_v2", "efficientnet_lite0", "alexnet", "efficientnet_lite0_fp32")
+
+
 def claim(name: str, value: float, unit: str, n: int, spread: Any, command: str) -> dict[str, Any]:
     """One entry of claims.json."""
-    fields = {
-        "kind": "recorded",
-        "value": value,
-        "unit": unit,
-        "n": n,
-        "spread": spread,
-        "command": command,
-        "evidence": "speed",
-    }
-    return {"id": f"speed.{name}", **fields}
+    fields = {"value": value, "unit": unit, "n": n, "spread": spread, "command": command}
+    return {"id": f"speed.{name}", "kind": "recorded", **fields, "evidence": "speed"}
+
+
+def beside(entry: dict[str, Any], name: str, value: float, unit: str = "s") -> dict[str, Any]:
+    """A claim on another number of the same measurement as ``entry``."""
+    return {**entry, "id": f"{entry['id']}.{name}", "value": value, "unit": unit, "spread": None}
+
+
+class Table:
+    """Lines of the table and claims of everything that has been measured and lies in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines = [
+            "| what | plain loop, num_workers=0 | finetune101 | ratio (range) | claim |",
+            "|---|---|---|---|---|",
+        ]
+        self.claims: list[dict[str, Any]] = []
+
+    def measured(self, name: str) -> Any:
+        """NAME.json, or None when it has not been measured."""
+        file = self.folder / f"{name}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def add(self, what: str, plain: str, ours: str, ratio: str, entry: dict[str, Any]) -> dict[str, Any]:
+        """A line, its claim, and a claim for each number with a unit beside the ratio; returns ``entry``."""
+        self.lines.append(f"| {what} | {plain} | {ours} | **{ratio}** | `{entry['id']}` |")
+        self.claims.append(entry)
+        for side, text in (("plain", plain), ("finetune101", ours)):
+            number, _, unit = text.partition(" ")
+            if unit:
+                self.claims.append(beside(entry, side, float(number), unit))
+        return entry
+
+    def epochs(self) -> None:
+        """Training epochs and their memory."""
+        memory = []
+        for model in MODELS:
+            if pairs := self.measured(f"paired_{model}"):
+                low, high = pairs["ratio_range"]
+                memory.append(pairs["memory_ratio"])
+                rates = f"{pairs['plain_images_per_s']} images/s", f"{pairs['ours_images_per_s']} images/s"
+                what = f"epoch, {model.replace('_fp32', ' without bf16')}"
+                entry = claim(f"epoch.{model}", pairs["ratio"], "times", pairs["pairs"], pairs["ratio_range"], PAIRED)
+                self.add(what, *rates, f"{pairs['ratio']} ({low} to {high})", entry)
+        if memory:
+            entry = claim("memory", max(memory), "times", len(memory), [min(memory), max(memory)], PAIRED)
+            self.add("peak memory, the worst of these", "1", f"{max(memory)}", f"{max(memory)}", entry)
+        if benchmark := self.measured("benchmark"):
+            row, command = benchmark["rows"][0], "finetune101 benchmark --models efficientnet_lite0 --repeats 7"
+            rates = f"{row['step_images_per_s']} images/s (bare step)", f"{row['whole_images_per_s']} images/s"
+            entry = claim("whole_vs_step", row["whole_vs_step"], "times", 7, row["range"], command)
+            self.add("whole training epoch against the bare step", *rates, f"{row['whole_vs_step']}", entry)
+
+    def use(self) -> None:
+        """Prediction, and the start of a second training."""
+        if predict := self.measured("predict"):
+            rates = f"{predict['plain_images_per_s']:.0f} images/s", f"{predict['warm_images_per_s']:.0f} images/s"
+            (low, high), command = predict["ratio_range"], "python benchmarks/predict.py RUN"
+            entry = claim("predict", predict["ratio"], "times", predict["pairs"], predict["ratio_range"], command)
+            what = f"predict on 2,000 JPEGs, warm (model loading {predict['start_s']:.1f} s beside it)"
+            self.add(what, *rates, f"{predict['ratio']} ({low} to {high})", entry)
+            self.claims.append(beside(entry, "loading", round(predict["start_s"], 1)))
+        if start := self.measured("warm_start"):
+            done = start["first_step_done_seconds"]
+            what = f"second start: import torch to the first step (done after {done} s)"
+            entry = claim(
+                "warm_start", start["seconds"], "s", len(start["all"]), None, "python benchmarks/warm_start.py"
+            )
+            self.claims.append(beside(entry, "step_done", done))
+            self.add(what, "–", f"{start['seconds']} s", "–", entry)
+
+    def trainings(self) -> None:
+        """Whole trainings, frozen features and precision."""
+        ours, pairs = self.measured("finetune_fast"), self.measured("paired_efficientnet_lite0")
+        if ours and pairs:
+            ratio = round(pairs["plain_20_epochs_s"] / ours["seconds"], 1)
+            sides = f"{pairs['plain_20_epochs_s']} s", f"{ours['seconds']} s"
+            what = "fine-tuning EfficientNet-Lite0: 20 epochs, scaled up; `finetune_fast`"
+            command = f"python benchmarks/time_to_accuracy.py: {ours['command']}"
+            entry = self.add(what, *sides, f"{ratio}", claim("finetune", ratio, "times", 1, None, command))
+            self.claims.append(beside(entry, "output_layer", ours["reached"]["seconds"]))
+        ours, features = self.measured("time_to_reference"), self.measured("plain_features")
+        if ours and features:
+            ratio, n = round(features["seconds"] / ours["seconds"], 1), len(features["measurements"])
+            sides = f"{features['seconds']:.0f} s", f"{ours['seconds']} s"
+            what = "frozen features of two networks; with us the output layer as well"
+            entry = claim("plain_features", ratio, "times", n, None, "python benchmarks/plain_features.py")
+            self.add(what, *sides, f"{ratio}", entry)
+        if precision := self.measured("precision"):
+            n, mean, sd = len(precision["runs"]), precision["mean_difference"], precision["sd"]
+            entry = claim("bf16_less_fp32", mean, "points", n, sd, "python benchmarks/precision.py")
+            what = f"bf16 less fp32, validation, mean of {n}"
+            self.add(what, "–", f"{mean} points", f"{mean:+.2f} ± {sd:.2f}", entry)
 
 
 def rows(folder: Path = RESULTS / "speed") -> tuple[list[str], list[dict[str, Any]]]:
     """Lines of the table and claims, of everything that has been measured and lies in ``folder``."""
-    lines, claims = (
-        ["| what | plain loop, num_workers=0 | finetune101 | ratio (range) | claim |", "|---|---|---|---|---|"],
-        [],
-    )
-
-    def add(what: str, plain: str, ours: str, ratio: str, entry: dict[str, Any]) -> None:
-        lines.append(f"| {what} | {plain} | {ours} | **{ratio}** | `{entry['id']}` |")
-        claims.append(entry)
-        for side, text in (("plain", plain), ("finetune101", ours)):  # the numbers beside the ratio are claims as well
-            number, _, unit = text.partition(" ")
-            if unit:
-                claims.append(
-                    {**entry, "id": f"{entry['id']}.{side}", "value": float(number), "unit": unit, "spread": None}
-                )
-
-    def read(name: str) -> Any:
-        """NAME.json, or None when it has not been measured."""
-        file = folder / f"{name}.json"
-        return json.loads(file.read_text()) if file.is_file() else None
-
-    memory = []
-    for model in ("resnet18", "mobilenet_v2", "efficientnet_lite0", "alexnet", "efficientnet_lite0_fp32"):
-        if found := read(f"paired_{model}"):
-            low, high = found["ratio_range"]
-            memory.append(found["memory_ratio"])
-            rates = f"{found['plain_images_per_s']} images/s", f"{found['ours_images_per_s']} images/s"
-            entry = claim(f"epoch.{model}", found["ratio"], "times", found["pairs"], found["ratio_range"], PAIRED)
-            add(
-                f"epoch, {model.replace('_fp32', ' without bf16')}",
-                *rates,
-                f"{found['ratio']} ({low} to {high})",
-                entry,
-            )
-    if memory:
-        entry = claim("memory", max(memory), "times", len(memory), [min(memory), max(memory)], PAIRED)
-        add("peak memory, the worst of these", "1", f"{max(memory)}", f"{max(memory)}", entry)
-    if found := read("benchmark"):
-        row, command = found["rows"][0], "finetune101 benchmark --models efficientnet_lite0 --repeats 7"
-        rates = f"{row['step_images_per_s']} images/s (bare step)", f"{row['whole_images_per_s']} images/s"
-        entry = claim("whole_vs_step", row["whole_vs_step"], "times", 7, row["range"], command)
-        add("whole training epoch against the bare step", *rates, f"{row['whole_vs_step']}", entry)
-    if found := read("predict"):
-        rates = f"{found['plain_images_per_s']:.0f} images/s", f"{found['warm_images_per_s']:.0f} images/s"
-        low, high = found["ratio_range"]
-        entry = claim(
-            "predict", found["ratio"], "times", found["pairs"], found["ratio_range"], "python benchmarks/predict.py RUN"
-        )
-        start = f"predict on 2,000 JPEGs, warm (model loading {found['start_s']:.1f} s beside it)"
-        add(start, *rates, f"{found['ratio']} ({low} to {high})", entry)
-        loading = {"value": round(found["start_s"], 1), "unit": "s", "spread": None}
-        claims.append({**entry, "id": "speed.predict.loading", **loading})
-    if found := read("warm_start"):
-        entry = claim("warm_start", found["seconds"], "s", len(found["all"]), None, "python benchmarks/warm_start.py")
-        done = found["first_step_done_seconds"]
-        claims.append({**entry, "id": "speed.warm_start.step_done", "value": done})
-        what = f"second start: import torch to the first step (done after {done} s)"
-        add(what, "–", f"{found['seconds']} s", "–", entry)
-    if (ours := read("finetune_fast")) and (plain := read("paired_efficientnet_lite0")):
-        ratio = round(plain["plain_20_epochs_s"] / ours["seconds"], 1)
-        command = f"python benchmarks/time_to_accuracy.py: {ours['command']}"
-        entry = claim("finetune", ratio, "times", 1, None, command)
-        sides = f"{plain['plain_20_epochs_s']} s", f"{ours['seconds']} s"
-        add("fine-tuning EfficientNet-Lite0: 20 epochs, scaled up; `finetune_fast`", *sides, f"{ratio}", entry)
-        solved = {"value": ours["reached"]["seconds"], "unit": "s", "spread": None}
-        claims.append({**entry, "id": "speed.finetune.output_layer", **solved})
-    ours = read("time_to_reference")
-    if (found := read("plain_features")) and ours:
-        ratio, command = round(found["seconds"] / ours["seconds"], 1), "python benchmarks/plain_features.py"
-        entry = claim("plain_features", ratio, "times", len(found["measurements"]), None, command)
-        sides = f"{found['seconds']:.0f} s", f"{ours['seconds']} s"
-        add("frozen features of two networks; with us the output layer as well", *sides, f"{ratio}", entry)
-    if found := read("precision"):
-        runs, command = len(found["runs"]), "python benchmarks/precision.py"
-        entry = claim("bf16_less_fp32", found["mean_difference"], "points", runs, found["sd"], command)
-        difference = f"{found['mean_difference']:+.2f} ± {found['sd']:.2f}"
-        add(f"bf16 less fp32, validation, mean of {runs}", "–", f"{found['mean_difference']} points", difference, entry)
-    return lines, claims
+    table = Table(folder)
+    table.epochs()
+    table.use()
+    table.trainings()
+    return table.lines, table.claims
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ def timed(flags: list[str], environment: dict[str, str]) -> dict[str, Any]:
     assert process.stdout is not None
     for line in process.stdout:
         print(line, end="", flush=True)
-        if found := re.match(r"epoch +(\d+)/.*val [\d.]+ +([\d.]+) %", line):
-            epoch = {"epoch": int(found[1]), "val_top1": float(found[2])}
+        if match := re.match(r"epoch +(\d+)/.*val [\d.]+ +([\d.]+) %", line):
+            epoch = {"epoch": int(match[1]), "val_top1": float(match[2])}
             epochs.append({**epoch, "seconds": round(time.perf_counter() - started, 1)})
     if process.wait():
         raise SystemExit(process.returncode)

@@ -3,8 +3,12 @@
 claims.json is a list of {id, kind, value, unit, n, spread, command, evidence}.
 
 - ``kind`` is "recomputed" where this script computes the value anew from predictions and splits (or from the runs'
-  test.json), "recorded" where a program measured it: then a file of the evidence has to hold the number, times have to
-  be the sums of metrics.jsonl, and those on speed what benchmarks/table.py makes of results/speed. Numbers of weights
+  test.json), and "recorded" where a program measured the value: then the evidence names that one number, and the number
+  has to be the value, rounded to the value's digits. Three kinds of evidence of a recorded number:
+  ``folder/file.json:a.b.0`` is the value under these keys of a JSON file (of a .jsonl file the first key is the line,
+  from 0), ``*100`` behind it makes percent of a share; ``folder/file.txt:words {} words`` is the number that stands in
+  place of {} in a text; and a folder where a function of ``COMPUTED`` makes the number of the folder's files: times are
+  sums of metrics.jsonl, numbers on speed are those that benchmarks/table.py makes of results/speed. Numbers of weights
   (``.parameters``) are not checked: they need the networks.
 - ``id`` ends in ``.top1`` (share of right images) or ``.mean_per_class`` (mean over the classes' shares): ``value`` is
   in percent and recomputed; in ids that begin with ``compare.gain.`` it is the difference of two arms, and recomputed
@@ -12,9 +16,9 @@ claims.json is a list of {id, kind, value, unit, n, spread, command, evidence}.
   the mean of their runs' test.json.
 - ``n`` is the number of runs behind the value (of a difference, those of the smaller arm); with several, ``value`` is
   their mean and ``spread`` their sample standard deviation.
-- ``evidence`` is a folder below results/ with config.json, test.json and predictions.csv (path, label, prediction,
-  confidence), or one that holds such folders, one for each run. test.json's ``manifest`` names the split:
-  results/splits/<manifest>.json.
+- ``evidence`` of a recomputed value is a folder below results/ with config.json, test.json and predictions.csv (path,
+  label, prediction, confidence), or a folder that holds such folders, one for each run. ``manifest`` of test.json names
+  the split: results/splits/<manifest>.json.
 
 A claim that a README mentions by its id must stand there with its value, on one line with the id.
 """
@@ -28,7 +32,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +44,7 @@ GAIN = "compare.gain."
 READMES = ("README.md", "README.zh-CN.md")
 TOLERANCE = 0.005 + 1e-9  # percent: two decimals
 UNCHECKED = (".parameters",)
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)")
+NUMBER = r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
 
 
 def kind_of(name: str) -> str:
@@ -144,49 +148,46 @@ def check_difference(claim: dict[str, Any], results: Path) -> list[str]:
 
 def check_ece(claim: dict[str, Any], results: Path) -> list[str]:
     """What is wrong with a claim on the expected calibration error: the mean over the runs in its evidence."""
-    found = [read_json(run / "test.json")["calibration_scaled"]["ece"] for run in runs_in(results / claim["evidence"])]
-    if len(found) != claim["n"] or not math.isclose(np.mean(found), claim["value"], rel_tol=0, abs_tol=0.00005 + 1e-9):
-        return [f"claims {claim['value']} over {claim['n']} run(s), the runs have {found}"]
+    errors = [read_json(run / "test.json")["calibration_scaled"]["ece"] for run in runs_in(results / claim["evidence"])]
+    if len(errors) != claim["n"] or not math.isclose(
+        np.mean(errors), claim["value"], rel_tol=0, abs_tol=0.00005 + 1e-9
+    ):
+        return [f"claims {claim['value']} over {claim['n']} run(s), the runs have {errors}"]
     return []
 
 
 def check_recorded(claim: dict[str, Any], results: Path) -> list[str]:
-    """What is wrong with a number that was measured: its evidence has to hold it."""
-    folder, name, value = results / claim["evidence"], claim["id"], claim["value"]
+    """What is wrong with a number that was measured: the one that its evidence names has to be it."""
+    name, value, evidence = claim["id"], claim["value"], claim["evidence"]
     if name.endswith(UNCHECKED):
         return []
-    if name.endswith(".minutes"):
-        wanted = minutes(folder, results)
-        return [] if wanted == value else [f"claims {value} minutes, metrics.jsonl gives {wanted}"]
-    if name.startswith("speed."):
-        measured = speed(results).get(name)
-        return [] if measured == value else [f"claims {value}, benchmarks/table.py gives {measured}"]
-    if name.startswith("report.size.study"):
-        size = round((folder / "report" / "report.html").stat().st_size / 1e6, 2)
-        return [] if size == value else [f"claims {value} MB, the page has {size}"]
-    files = [path for pattern in ("*.json*", "*.txt", "report/report.md") for path in folder.glob(pattern)]
-    found = [number for file in files for number in numbers(file.read_text(encoding="utf-8"))]
-    found += [100 * share for share in found] if claim["unit"].startswith("%") else []
-    found += of_a_search(folder) if (folder / "search.json").is_file() else []
-    return [] if any(same(number, value) for number in found) else [f"claims {value}, no file in {folder} has it"]
+    compute = next((compute for pattern, compute in COMPUTED.items() if re.fullmatch(pattern, name)), None)
+    try:
+        number = compute(name, results / evidence, results) if compute else named_number(evidence, results)
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        return [f"has no number at {evidence} ({error!r})"]
+    return [] if number is not None and same(number, value) else [f"claims {value}, {evidence} gives {number}"]
 
 
-def of_a_search(folder: Path) -> list[float]:
-    """What is said of a search beside its files' numbers: the winner's lead over the second and its standard error on
-    505 validation images, in points, and what searching took beyond the training, in percent, with two workers."""
-    search = read_json(folder / "search.json")
-    best, second, *_ = sorted((one["best_val_top1"] for one in search["results"] if one["run"]), reverse=True)
-    error = math.sqrt(best * (100 - best) / 505)
-    records = [json.loads(line) for file in folder.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
-    trained = sum(one["seconds"] + one["val_seconds"] for one in records)
-    wall = sum(command["wall_seconds"] for command in search.get("commands", ()))
-    return [best - second, error, *([100 * (2 * wall / trained - 1)] if trained else [])]
-
-
-def numbers(text: str) -> Iterator[float]:
-    """Every number that stands in a text."""
-    for match in NUMBER.finditer(text):
-        yield float(match[0].replace(",", ""))
+def named_number(evidence: str, results: Path) -> float:
+    """The number that ``evidence`` ("file:keys" or "file:words {} words") names. Raises ValueError where it is none."""
+    name, _, where = evidence.partition(":")
+    file = results / name
+    if not where:
+        raise ValueError("the evidence of a recorded number is file:keys or file:words {} words")
+    if file.suffix in (".json", ".jsonl"):
+        keys, _, factor = where.partition("*")
+        lines = file.suffix == ".jsonl"
+        value: Any = [json.loads(line) for line in file.read_text().splitlines()] if lines else read_json(file)
+        for key in keys.split("."):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        return float(value) * float(factor or 1)
+    pattern = re.escape(where).replace(re.escape("{}"), f"({NUMBER})")
+    text = file.read_text(encoding="utf-8")
+    numbers = {match[1] for match in re.finditer(rf"(?<![\w.]){pattern}(?![\w.]*\w)", text)}
+    if len(numbers) != 1:
+        raise ValueError(f"{len(numbers)} numbers fit these words")
+    return float(numbers.pop().replace(",", ""))
 
 
 def same(number: float, value: float) -> bool:
@@ -194,6 +195,28 @@ def same(number: float, value: float) -> bool:
     mantissa, _, power = str(value).partition("e")
     digits = len(mantissa.partition(".")[2])
     return f"{number:.{digits}{'e' if power else 'f'}}" == f"{value:.{digits}{'e' if power else 'f'}}"
+
+
+def search_number(name: str, folder: Path, results: Path) -> float:
+    """Of the search in ``folder``, by the end of ``name``: ``lead`` is the best trial's over the second, in points;
+    ``standard_error`` that of its accuracy, in points; ``overhead`` what two workers took beyond the training, in %."""
+    search = read_json(folder / "search.json")
+    best, second, *_ = sorted((one["best_val_top1"] for one in search["results"] if one["run"]), reverse=True)
+    if name.endswith(".lead"):
+        return float(best - second)
+    if name.endswith(".standard_error"):
+        images = len(read_json(results / "splits" / f"{search['manifest']}.json")["subsets"]["val"])
+        return math.sqrt(best * (100 - best) / images)
+    records = [json.loads(line) for file in folder.glob("*/metrics.jsonl") for line in file.read_text().splitlines()]
+    trained = sum(one["seconds"] + one["val_seconds"] for one in records)
+    return float(100 * (2 * sum(command["wall_seconds"] for command in search["commands"]) / trained - 1))
+
+
+def curve_number(name: str, folder: Path, results: Path) -> float:
+    """The images per class with which fine-tuning reaches random initialisation with the most, of a study's cells."""
+    import publish_study
+
+    return float(next(publish_study.curve(read_json(folder / "study.json")["cells"]))["value"])
 
 
 def minutes(folder: Path, results: Path) -> int | None:
@@ -229,15 +252,25 @@ def speed(results: Path) -> dict[str, float]:
     return {one["id"]: one["value"] for one in table.rows(results / "speed")[1]}
 
 
+COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
+    r".*\.minutes": lambda name, folder, results: minutes(folder, results),
+    r"speed\..*": lambda name, folder, results: speed(results)[name],
+    r"search\..*(lead|standard_error)|search\.overhead.*": search_number,
+    r"compare\.curve": curve_number,
+    r"report\.size\.study": lambda name, folder, results: (folder / "report" / "report.html").stat().st_size / 1e6,
+}
+"""Pattern of an id -> what makes its number of (id, folder of the evidence, results/)."""
+
+
 def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     """What is wrong with one claim: empty when it holds."""
     if missing := [field for field in FIELDS if field not in claim]:
         return [f"lacks {', '.join(missing)}"]
     if claim["kind"] != kind_of(claim["id"]):
         return [f"is called {claim['kind']}, it is {kind_of(claim['id'])}"]
-    folder = (results / claim["evidence"]).resolve()
-    if not folder.is_dir() or results.resolve() not in folder.parents:
-        return [f"evidence {claim['evidence']} is no folder below {results}"]
+    place = (results / claim["evidence"].partition(":")[0]).resolve()
+    if not place.exists() or results.resolve() not in place.parents:
+        return [f"evidence {claim['evidence']} is no file or folder below {results}"]
     metric = claim["id"].rpartition(".")[2]
     if metric == "ece":
         return check_ece(claim, results)
@@ -264,12 +297,12 @@ def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
 def check_readme(claim: dict[str, Any], text: str) -> bool:
     """Whether the text is silent about the claim, or gives its value on a line that names it."""
     lines = [line for line in text.splitlines() if re.search(rf"(?<![\w.]){re.escape(claim['id'])}(?![\w.]*\w)", line)]
-    shown = {str(claim["value"]), f"{claim['value']:.2f}"}
-    number = re.compile(rf"(?<![\d.])({'|'.join(map(re.escape, sorted(shown)))})(?!\.?\d)")
+    forms = {str(claim["value"]), f"{claim['value']:.2f}"}
+    number = re.compile(rf"(?<![\d.])({'|'.join(map(re.escape, sorted(forms)))})(?!\.?\d)")
     return not lines or any(number.search(line) for line in lines)
 
 
-def check(root: Path) -> tuple[Counter[str], list[str]]:
+def check_claims(root: Path) -> tuple[Counter[str], list[str]]:
     """(claims of each kind, problems) of the project at ``root``."""
     results = root / "results"
     claims = read_json(results / "claims.json")
@@ -291,7 +324,7 @@ def check(root: Path) -> tuple[Counter[str], list[str]]:
 def main(root: Path = Path(__file__).parents[1]) -> int:
     """Prints what differs; 0 when every claim holds, else 1."""
     try:
-        count, problems = check(root)
+        count, problems = check_claims(root)
     except ValueError as error:
         count, problems = Counter(), [str(error)]
     for problem in problems:

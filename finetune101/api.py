@@ -117,10 +117,10 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 
 def _draw_curves(run: Run) -> None:
     """Draws the curves of ``run`` and says which epoch is the best."""
-    from finetune101.report.figures import curves
+    from finetune101.report.figures import draw_curves
 
     records = run.metrics()
-    curves(records, run.path / "curves.png", run.name)
+    draw_curves(records, run.path / "curves.png", run.name)
     best = [record for record in records if record["best"]][-1]
     score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
     linear = best["epoch"] == 0 or run.config().model.freeze
@@ -268,7 +268,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
     """
     from finetune101.experiments import queue, search
     from finetune101.experiments.processes import check_kind
-    from finetune101.report.figures import curves
+    from finetune101.report.figures import draw_curves
 
     plan = queue.Plan(
         base=config,
@@ -287,7 +287,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
         print(search.dry_run(plan))
         return 0
     plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
-    return search.run_search(plan, table, plots, curves, options.finalists, options.seeds)
+    return search.run_search(plan, table, plots, draw_curves, options.finalists, options.seeds)
 
 
 def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None, runs: str = "runs") -> Comparison:
@@ -314,14 +314,14 @@ def run_comparison(groups: Sequence[Group], out: Path | None) -> Comparison:
     """
     from finetune101.files import write_json
     from finetune101.report import compare as comparing
-    from finetune101.report.compare_text import text
-    from finetune101.report.pages import progress
+    from finetune101.report.compare_text import comparison_text
+    from finetune101.report.pages import draw_groups
 
     comparisons = comparing.all_pairs(groups)
-    print("\n\n".join(text(one) for one in comparisons))
+    print("\n\n".join(comparison_text(one) for one in comparisons))
     if out is not None:
-        progress(comparisons, groups, out / "comparison.png")
-        write_json(out / "comparison.json", comparing.to_json(comparisons, out))
+        draw_groups(comparisons, groups, out / "comparison.png")
+        write_json(out / "comparison.json", comparing.comparison_json(comparisons, out))
         page = shlex.join(["finetune101", "report", str(out)])
         print(f"Picture: {out / 'comparison.png'}. A page with all of it: {page}")
     return comparisons[0]
@@ -350,12 +350,12 @@ def report(
     name = target.path.as_posix() if isinstance(target, Run) else str(target)
     search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
     if search:
-        from finetune101.report.search_page import report as search_report
+        from finetune101.report.search_page import write_search_report
 
-        return search_report(search, out=Path(out), lang=lang)
-    from finetune101.report.pages import report as make_page
+        return write_search_report(search, out=Path(out), lang=lang)
+    from finetune101.report.pages import write_report
 
-    return make_page(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data))
+    return write_report(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data))
 
 
 def _opened(run: Run | str | Path, runs: str) -> Run:

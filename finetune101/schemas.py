@@ -117,6 +117,7 @@ class Test(TypedDict):
     times_scored: NotRequired[Whole]
     mirror: NotRequired[bool]
     frozen_backbone: NotRequired[bool]
+    frozen_members: NotRequired[list[str]]
     temperature: NotRequired[Annotated[float, Meta(gt=0, le=1e6)]]
     temperature_reason: NotRequired[str]
     world: NotRequired[Machine]
@@ -141,6 +142,7 @@ class Cell(TypedDict):
     mean_per_class: Percent | None
     mean_per_class_sd: Finite | None
     errors: list[str]
+    frozen: NotRequired[Whole]
 
 
 class Study(TypedDict):
@@ -150,10 +152,13 @@ class Study(TypedDict):
     cells: list[Cell]
 
 
+Point = dict[str, str | bool | int | float | None]  # name of a setting -> its value
+
+
 class Result(TypedDict):
     """One point of search.json."""
 
-    point: dict[str, Any]
+    point: Point
     state: str
     run: str | None
     best_val_top1: NotRequired[Percent | None]
@@ -166,11 +171,20 @@ class Result(TypedDict):
     trial: NotRequired[Whole]
 
 
+class Winner(TypedDict):
+    """The key "winner" of search.json."""
+
+    point: Point
+    run: str | None
+
+
 class Search(TypedDict):
     """search.json."""
 
     results: list[Result]
     space: dict[str, Any]
+    winner: NotRequired[Winner | None]
+    finalists: NotRequired[list[dict[str, Any]]]
     base: NotRequired[dict[str, Any]]
 
 

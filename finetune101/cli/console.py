@@ -16,10 +16,12 @@ from types import FrameType
 from typing import Any
 
 from finetune101.errors import Refused, escaped, shortened
+from finetune101.files import cache_dir
 from finetune101.redaction import keep, redacted, traceback_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff](?!\[A)")  # tqdm goes up by ESC [A
 OURS = (BlockingIOError, ChildProcessError, ProcessLookupError, InterruptedError)  # OSErrors that are bugs of ours
+MAYBE_OURS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL, errno.EBADF)
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -198,7 +200,7 @@ def guarded(call: Callable[[], int], debug: bool = False) -> int:
             if error.errno is None or isinstance(error, OURS):
                 _hide_secrets(error)
                 raise
-            return _told(_of_system(error))
+            return _told(_of_system(error) + _traceback_place(error))
         except (MemoryError, RuntimeError) as error:
             if not (told := _of_machine(error)):
                 _hide_secrets(error)
@@ -235,6 +237,24 @@ def _of_system(error: OSError) -> str:
     names = [shortened(os.fsdecode(n), 100) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
     remedy = REMEDIES.get(error.errno, "choose another file or folder" if names else "try again")
     return f"{reason}: {' -> '.join(names)}; {remedy}" if names else f"{reason}; {remedy}"
+
+
+def _traceback_place(error: OSError) -> str:
+    """Where the traceback of ``error`` is kept, for errors that may be a bug of ours; "" for the others.
+
+    A missing or wrong file may be the user's mistake or ours, and no rule tells which: so the user gets the sentence,
+    and whoever looks for a bug the traceback.
+    """
+    if error.errno not in MAYBE_OURS:
+        return ""
+    if notes := getattr(error, "__notes__", ()):  # ``watched`` kept it
+        return f". {notes[0]}"
+    with contextlib.suppress(OSError, Refused):
+        folder = cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        if file := keep(error, folder):
+            return f". The traceback is in {file}"
+    return ""
 
 
 def _of_machine(error: BaseException) -> str:

@@ -72,9 +72,9 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
 
 def _print_study(folder: Path) -> None:
     """Says which part of a study is compared, and what of it is not done or failed."""
-    from finetune101.report.pages import failures_of, finished, progress_of
+    from finetune101.report.pages import failures_of, finished_cells, progress_of
 
-    cells, (done, planned) = finished(folder), progress_of(folder)
+    cells, (done, planned) = finished_cells(folder), progress_of(folder)
     network, *others = dict.fromkeys(cell["model"] for cell in cells)
     size = max(cell["size"] or 0 for cell in cells)
     page = shlex.join(["finetune101", "report", str(folder)])
@@ -170,7 +170,7 @@ def search_report(folder: tyro.conf.Positional[str], *, pair: tyro.conf.UseAppen
         folder: Folder of the search: RUNS/EXP.
         pair: NAME,NAME: a heat map of these two. Repeat it. Default: learning rate and batch size.
     """
-    from finetune101.report.search_page import report as explain
+    from finetune101.report.search_page import write_search_report
 
-    print(f"Page: {explain(Path(folder), [tuple(names.split(',')) for names in pair])}")
+    print(f"Page: {write_search_report(Path(folder), [tuple(names.split(',')) for names in pair])}")
     return 0

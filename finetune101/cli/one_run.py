@@ -141,6 +141,7 @@ def predict(
     """
     from finetune101.deploy.predict import as_csv, as_json, as_text, predict_files
     from finetune101.deploy.released import choose
+    from finetune101.evaluation.checkpoint import FROZEN
 
     if csv and json:
         raise Refused("--csv and --json cannot both be printed; leave one of them out")
@@ -149,6 +150,8 @@ def predict(
         print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
     if chosen.network.temperature is None:
         print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+    if chosen.network.frozen_backbone:
+        print(FROZEN, file=sys.stderr)
     rows, failed = predict_files(chosen.network, chosen.inputs, top_k=top_k, batch_size=batch_size)
     if json:
         print(as_json(rows, failed))
@@ -180,7 +183,7 @@ def lr_find(
     from tempfile import TemporaryDirectory
 
     from finetune101.api import ensure_data
-    from finetune101.report.figures import range_test as draw
+    from finetune101.report.figures import draw_range_test as draw
     from finetune101.training.job import elsewhere, prepare
     from finetune101.training.lr_find import range_test
 

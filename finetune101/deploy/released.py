@@ -51,6 +51,7 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
         world=detect(SystemConfig()),
         temperature=info.temperature,
         name=name,
+        frozen_backbone=info.part == "head",
     )
     return network, info
 
@@ -123,4 +124,5 @@ def score_reference(
         raise Refused(f"{name} knows {known} classes, the data set has {found}; give the --data it was trained on")
     if split and manifest.hash() != split.hash:
         raise Refused(f"the images in {index.root} are not those that {name} was trained on; give them by --data")
-    return scores(*Opened(network, manifest, index, config).logits("test", batch_size))
+    result = scores(*Opened(network, manifest, index, config).logits("test", batch_size))
+    return result | ({"frozen_backbone": True} if network.frozen_backbone else {})

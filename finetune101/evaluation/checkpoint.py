@@ -13,7 +13,7 @@ from msgspec import Meta
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from finetune101.config import Preprocessing, SystemConfig
+from finetune101.config import Preprocessing, SystemConfig, TrainConfig
 from finetune101.errors import Refused, shortened
 from finetune101.evaluation.forward import Forward
 from finetune101.evaluation.metrics import Calibrated
@@ -77,10 +77,24 @@ class TrainedNetwork:
     temperature: float | None = None
     epoch: int | None = None
     name: str = ""
+    frozen_backbone: bool = False
+    """See ``has_frozen_backbone``."""
 
     def forward(self, mirror: bool = False) -> Forward:
         """Its only forward pass."""
         return Forward(self.model, self.world, fast=self.fast_kernels, mirror=mirror)
+
+
+FROZEN = "Frozen backbone: only the output layer of this network was trained"
+"""What every command says of such a network."""
+
+
+def has_frozen_backbone(config: TrainConfig, epoch: int | None) -> bool:
+    """Whether the weights of ``epoch`` of a run have the backbone that it started with: only the output layer changed.
+
+    That is so with ``freeze``, and at epoch 0, which is the solved output layer that fine-tuning starts from.
+    """
+    return config.model.freeze or (config.model.head == "probe" and epoch == 0)
 
 
 def world_of(recorded: Machine | Mapping[str, Any]) -> World:
@@ -102,15 +116,17 @@ def open_network(run: Run, file: Path | None = None) -> TrainedNetwork:
     """The best checkpoint of ``run``, or its ``file``, ready for images. Raises Refused as ``load_file`` does."""
     file = file or run.best
     model, info = load_file(file)
+    config = run.config()
     return TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),
         world=world_of(run.read_json("env.json")["world"]),
-        fast_kernels=run.config().system.fast_kernels,
+        fast_kernels=config.system.fast_kernels,
         temperature=calibrated(file, info),
         epoch=info.epoch,
         name=str(run.path),
+        frozen_backbone=has_frozen_backbone(config, info.epoch),
     )
 
 
@@ -128,6 +144,7 @@ def open_file(file: Path) -> TrainedNetwork:
         temperature=calibrated(file, info),
         epoch=info.epoch,
         name=str(file),
+        frozen_backbone=info.part == "head" or info.epoch == 0,
     )
 
 

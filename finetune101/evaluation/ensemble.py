@@ -66,6 +66,8 @@ def ensemble(
 
     output, labels = outputs(subset)
     result = scores(output, labels)
+    if frozen := [str(run.path) for run, member in zip(runs, members, strict=True) if member.network.frozen_backbone]:
+        result["frozen_members"] = frozen
     if subset == "test":
         result |= {"runs": [str(run.path) for run in runs], "manifest_hash": hashes[0], "mirror": mirror}
         result["protocol"] = first.manifest.protocol

@@ -121,7 +121,9 @@ def evaluate(
     check_not_trained(run, subset)
     opened = open_scored(run, data, mirror=mirror)
     output, labels = opened.logits(subset, batch_size)
-    result = scores(output, labels) | frozen_backbone(run, opened.network)
+    result = scores(output, labels)
+    if opened.network.frozen_backbone:
+        result["frozen_backbone"] = True
     if subset == "test":
         found = opened.calibrated(batch_size)
         result |= {
@@ -138,16 +140,6 @@ def evaluate(
             keep_temperature(run, found)
         write_pair(run.path, "", {"format": FORMAT, **result}, rows(opened.manifest, output, found.temperature))
     return result
-
-
-def frozen_backbone(run: Run, network: TrainedNetwork) -> dict[str, bool]:
-    """{"frozen_backbone": True} where only the output layer of ``network``, the best checkpoint, was trained.
-
-    That is so where ``freeze`` says so, and where the best epoch is 0, the probe that fine-tuning starts from.
-    """
-    config = run.config()
-    kept = config.model.head == "probe" and network.epoch == 0
-    return {"frozen_backbone": True} if kept or config.model.freeze else {}
 
 
 def check_not_trained(run: Run, subset: str) -> None:

@@ -20,7 +20,7 @@ from finetune101.data.images import Index, find_data, images_in, layout_of
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import open_network
-from finetune101.evaluation.evaluate import calibrations, check_batch_size, frozen_backbone, scores, trained_on
+from finetune101.evaluation.evaluate import calibrations, check_batch_size, scores, trained_on
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import write_pair
@@ -57,7 +57,9 @@ def evaluate_other(run: Run, data: str | None, *, batch_size: int = 64, mirror: 
     output, target = torch.cat(outputs), torch.tensor([number[labels[file]] for file in good])
     temperature = network.temperature or 1.0
     reason = "" if network.temperature else "none was found yet; evaluate the run on its own test images first"
-    result = scores(output, target) | frozen_backbone(run, network)
+    result = scores(output, target)
+    if network.frozen_backbone:
+        result["frozen_backbone"] = True
     result |= {
         "data": str(root),
         "classes_without_images": sorted(set(network.classes) - {labels[file] for file in good}),

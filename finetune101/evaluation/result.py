@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune101.errors import escaped
+from finetune101.evaluation.checkpoint import FROZEN
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -65,5 +68,7 @@ def _confidence_text(record: Mapping[str, Any]) -> str:
             f"Confidence is calibrated: temperature {t:.2f}, calibration error {after:.3f} ({before:.3f} without)"
         )
     if record.get("frozen_backbone"):
-        lines.append("Frozen backbone: only the output layer of this network was trained")
+        lines.append(FROZEN)
+    if members := record.get("frozen_members"):
+        lines.append(f"Frozen backbone: only the output layer was trained of {escaped(', '.join(members))}")
     return "".join(f"\n{line}" for line in lines)

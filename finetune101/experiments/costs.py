@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from finetune101.config import TrainConfig
+from finetune101.evaluation.tested import read_manifest
 from finetune101.files import read_json
 from finetune101.run import Run
 
@@ -74,7 +75,7 @@ def features_cached(runs: Iterable[Run]) -> frozenset[Path]:
     for run in runs:
         if not (records := run.metrics()) or records[0]["epoch"] != 0:
             continue  # it computed no features before its first epoch
-        images = {name: len(paths) for name, paths in run.read_json("split.json")["subsets"].items()}
+        images = {name: len(paths) for name, paths in read_manifest(run).subsets.items()}
         passes.append(first_pass(run, run.config(), run.read_json("env.json"), images))
     return read_from_cache(passes)
 

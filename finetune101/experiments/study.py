@@ -31,6 +31,7 @@ from finetune101.config import (
 from finetune101.data import splits
 from finetune101.data.images import Index, class_of, content_hash
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import has_frozen_backbone
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.processes import (
@@ -253,7 +254,10 @@ def run(study: StudyConfig, index: Index, cells: Sequence[Cell], jobs: int = 1) 
 def _told(result: dict[str, Any] | Failure) -> str:
     if isinstance(result, Failure):
         return f"failed: {result}"
-    return f"{result['top1']:.2f} % of {result['n']} test images" if result else "is being trained elsewhere"
+    if not result:
+        return "is being trained elsewhere"
+    frozen = "; frozen backbone: only the output layer was trained" if result.get("frozen_backbone") else ""
+    return f"{result['top1']:.2f} % of {result['n']} test images{frozen}"
 
 
 Ended = tuple[TrainConfig, "dict[str, Any] | Failure"]
@@ -356,6 +360,7 @@ def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, 
             row[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         if done:
             row["seconds"] = mean_seconds(done, cached)
+        row["frozen"] = sum(has_frozen_backbone(r.config(), r.read_json("test.json").get("epoch")) for r in done)
         failed = {c.exp: failures[c.exp] for c in cell.runs if c.exp in failures}
         row["errors"] = [str(failure) for failure in failed.values()]
         row["failed"] = [{"run": exp, "type": f.kind, "message": f.message} for exp, f in failed.items()]
@@ -402,5 +407,9 @@ def text(summary: dict[str, Any]) -> str:
             for key in ("top1", "mean_per_class")
         ]
         size = "all" if c["size"] is None else str(c["size"])
-        lines.append(f"{c['model']:22}{c['arm']:10}{size:>10}  {shown[0]:17}{shown[1]:17}{c['n']} of {c['planned']}")
+        frozen = f", frozen backbone in {c['frozen']}" if c.get("frozen") else ""
+        runs = f"{c['n']} of {c['planned']}{frozen}"
+        lines.append(f"{c['model']:22}{c['arm']:10}{size:>10}  {shown[0]:17}{shown[1]:17}{runs}")
+    if any(c.get("frozen") for c in summary["cells"]):
+        lines.append("frozen backbone: only the output layer of the tested weights was trained")
     return "\n".join(lines + [f"failed: {error}" for c in summary["cells"] for error in c["errors"]])

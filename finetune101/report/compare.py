@@ -1,4 +1,4 @@
-"""Groups of tested runs on the same images: how far apart they are, how sure that is, and what each of them took."""
+"""Difference, interval and training cost of two groups of runs that were tested on the same images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.redaction import redacted
 from finetune101.report.figures import ARMS
-from finetune101.report.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, read, shortened, with_costs
+from finetune101.report.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, shortened, with_costs
 from finetune101.run import Run
 
 
@@ -48,10 +48,11 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One side: means over its runs, with the standard deviation where there are several.
+    """One arm: means over its runs; standard deviations are None with one run. Accuracies are in percent.
 
-    ``seconds`` are those of one training, mean over the runs that computed their features; None where all read them
-    from a cache.
+    ``seconds`` is the time of one training, mean over the runs that computed their own features; None where every run
+    read its features from a cache. ``steps_to_other`` and ``seconds_to_other`` are None where the arm never reaches the
+    other arm's final validation accuracy.
     """
 
     name: str
@@ -116,7 +117,7 @@ class ClassGain:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The two arms and their paired difference (a minus b, percentage points) over the same ``n`` test images.
+    """Two arms and their paired difference (a minus b, percentage points) on the same ``n`` test images.
 
     ``difference_interval`` is over images and about the given runs; ``crossed`` over images and runs, with two runs or
     more on each side; ``over_splits`` is there instead of both with several splits.
@@ -137,9 +138,9 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float]:
         """The widest interval that the runs allow."""
-        found = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
-        assert found is not None
-        return found
+        interval = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
+        assert interval is not None
+        return interval
 
     @property
     def over(self) -> str:
@@ -147,23 +148,18 @@ class Comparison:
         return "splits" if self.over_splits else "images and runs" if self.crossed else "images"
 
 
-def compare(run_a: Run, run_b: Run) -> Comparison:
-    """Compares two runs image by image: ``compare_groups`` of one run each."""
-    return all_pairs([Group(name=run.path.as_posix(), runs=(read(run),)) for run in (run_a, run_b)])[0]
-
-
 def compare_groups(a: Group, b: Group) -> Comparison:
-    """Compares the test predictions of two arms, image by image.
+    """Compares the test predictions of two groups of runs, image by image.
 
     Every number is computed from predictions.csv and must agree with test.json. Raises Refused when a run has not
     been evaluated, its files contradict each other, or the arms were split differently.
     """
     if twice := {run.run.path.resolve() for run in a.runs} & {run.run.path.resolve() for run in b.runs}:
         raise Refused(f"{min(twice)} cannot be compared with itself; name other runs")
-    found = common_splits(a, b)
-    sides = [[np.stack([run.correct for run in group.on(split)]) for split in found] for group in (a, b)]
+    splits = common_splits(a, b)
+    sides = [[np.stack([run.correct for run in group.on(split)]) for split in splits] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
-    several = len(found) > 1
+    several = len(splits) > 1
     crossed = min(len(a.runs), len(b.runs)) > 1 and not several
     first = a.runs[0]
     return Comparison(
@@ -171,18 +167,18 @@ def compare_groups(a: Group, b: Group) -> Comparison:
         b=_arm(b, a),
         n=len(first.answers),
         manifest_hash=first.split,
-        splits=len(found),
+        splits=len(splits),
         difference=float(np.mean([one[0] for one in by_split])),
         difference_interval=None if several else by_split[0][1:],
         crossed=metrics.crossed(sides[0][0], sides[1][0]) if crossed else None,
         over_splits=over_splits([one[0] for one in by_split], first.test_to_train) if several else None,
-        mcnemar=tuple(_pairs(a, b, found)),
+        mcnemar=tuple(_pairs(a, b, splits)),
         classes=tuple(_gains(a, b)),
     )
 
 
 def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
-    """Every two of ``groups``, in their order; costs leave out runs that the others show to be read from a cache.
+    """Compares every two of ``groups``, in their order; times leave out runs that read features from a cache.
 
     Raises Refused with fewer than two, or too many for a picture.
     """
@@ -194,11 +190,11 @@ def all_pairs(groups: Sequence[Group]) -> list[Comparison]:
 
 
 def over_splits(differences: Sequence[float], ratio: float) -> tuple[float, float]:
-    """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test to training images.
+    """95 % interval of the mean of ``differences``, one for each random split; ``ratio`` is test over training images.
 
-    The splits share images, so the plain t interval would be too narrow: its 1/K grows by ``ratio``. With few training
-    images ``ratio`` is large (29 for one image per class of Caltech-101) and the interval says next to nothing: studies
-    show it at their largest size only.
+    Random splits share images, so a plain t interval is too narrow: here its 1/K becomes 1/K + ``ratio``. With few
+    training images ``ratio`` is large (29 for one image per class of Caltech-101), and the interval says next to
+    nothing: studies show it at their largest size only.
     Source: C. Nadeau, Y. Bengio, "Inference for the generalization error", Machine Learning 52 (2003).
     """
     k = len(differences)
@@ -241,12 +237,12 @@ def _arm(group: Group, other: Group) -> Arm:
 
 
 def _top1_interval(group: Group, top1: float) -> tuple[float, float]:
-    """Wilson's for one test set; over several splits, that of their mean."""
-    first, found = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
-    if len(found) == 1:
+    """Wilson's interval for one test set; with several splits, the interval of the mean over splits."""
+    first, splits = group.runs[0], dict.fromkeys(run.split for run in group.runs)  # in a fixed order
+    if len(splits) == 1:
         n = len(first.answers)
         return metrics.wilson(top1 / 100 * n, n)
-    means = [100 * float(np.mean([run.correct.mean() for run in group.on(split)])) for split in found]
+    means = [100 * float(np.mean([run.correct.mean() for run in group.on(split)])) for split in splits]
     low, high = over_splits(means, first.test_to_train)
     return max(0.0, low), min(100.0, high)
 
@@ -274,12 +270,15 @@ def _score(run: Tested, pretrained: dict[str, str]) -> Score:
 def _final(group: Group) -> float | None:
     """Validation accuracy of the weights that were kept, mean over the runs; None without validation."""
     kept = [[r["val_top1"] for r in run.run.metrics() if r["best"]][-1:] for run in group.runs]
-    values = [found[0] for found in kept if found and found[0] is not None]
+    values = [own[0] for own in kept if own and own[0] is not None]
     return float(np.mean(values)) if len(values) == len(group.runs) else None
 
 
-def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
-    """Runs of the same split and seed, else of the same rank; never pooled, as they share their images."""
+def _pairs(a: Group, b: Group, splits: Sequence[str]) -> list[Pair]:
+    """McNemar's test of each two runs with one split and seed (else the first with the first, and so on).
+
+    The tests are never pooled, because the runs share their images.
+    """
     return [
         Pair(
             a=_run_name(a, one),
@@ -288,7 +287,7 @@ def _pairs(a: Group, b: Group, found: Sequence[str]) -> list[Pair]:
             only_b=int(np.sum(other.correct & ~one.correct)),
             p=metrics.mcnemar_exact(one.correct, other.correct),
         )
-        for split in found
+        for split in splits
         for one, other in _same_seed(a.on(split), b.on(split))
     ]
 
@@ -300,7 +299,7 @@ def _same_seed(a: Sequence[Tested], b: Sequence[Tested]) -> list[tuple[Tested, T
 
 
 def _run_name(group: Group, run: Tested) -> str:
-    """The arm's name, with the run's where there are several: runs of two arms may share theirs."""
+    """The name of the arm; with several runs also that of the run, because two arms may name their runs alike."""
     return group.name if len(group.runs) == 1 else f"{group.name}/{run.run.name}"
 
 
@@ -317,7 +316,7 @@ def _gains(a: Group, b: Group) -> list[ClassGain]:
     return sorted(rows, key=lambda row: -row.gain)
 
 
-def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
+def comparison_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
     """Plain JSON types: the first comparison, and ``others``; paths of runs are relative to ``folder``."""
     first, *others = (json.loads(json.dumps(dataclasses.asdict(one))) for one in comparisons)
     for one in (first, *others):
@@ -327,8 +326,8 @@ def to_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str, Any]:
     return {**first, "others": others}
 
 
-def groups_of(folder: Path) -> list[Group]:
-    """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when those are gone."""
+def read_groups(folder: Path) -> list[Group]:
+    """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when a run is gone."""
     values = Run(folder).read_json("comparison.json")
     if "\0" in str(values):
         raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")

@@ -1,22 +1,25 @@
-"""A comparison as lines for a terminal."""
+"""A comparison as lines for a terminal, and the sentences on arms that the terminal shares with the page.
+
+The page's tables have up to twelve columns, which no terminal has room for: here each arm is a paragraph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from finetune101.errors import escaped
 from finetune101.report.compare import Arm, ClassGain, Comparison
+from finetune101.report.page import read_words
 
-TIMES = {"half": "in half the time", "same": "in the same time", "twice": "in twice the time", "gpu": "made for a GPU"}
 
-
-def text(c: Comparison) -> str:
-    """The comparison as lines for a terminal."""
+def comparison_text(c: Comparison) -> str:
+    """The comparison as lines for a terminal: accuracies, difference, tests, classes, and a paragraph for each arm."""
     width = max(len(c.a.name), len(c.b.name), len("difference"))
     where = f"the same {c.n} images" if c.splits == 1 else f"{c.splits} splits (the first has {c.n} images)"
     lines = [f"Tested on {where} (95 % intervals)", "", f"{'':{width}}  {'right answers':26}  mean per class"]
     lines += [_row(arm, width, c.n) for arm in (c.a, c.b)]
-    lines.append(f"{'difference':{width}}  {_points(c.difference)} points ({_span(c.interval)}; over {c.over})")
+    lines.append(f"{'difference':{width}}  {c.difference:+.2f} points ({_span(c.interval)}; over {c.over})")
     if c.crossed and c.difference_interval:
         lines.append(f"{'':{width}}  of these very runs, over images only: {_span(c.difference_interval)}")
         lines.append(
@@ -27,8 +30,7 @@ def text(c: Comparison) -> str:
         lines.append(f"Only {pair.a} is right: {_images(pair.only_a)}. Only {pair.b} is right: {_images(pair.only_b)}.")
         lines.append(f"  McNemar's exact test that both are equally good: p = {pair.p:.2g}.")
     lines.append(_verdict(c))
-    single = [arm.name for arm in (c.a, c.b) if len(arm.runs) == 1]
-    if single:
+    if single := [arm.name for arm in (c.a, c.b) if len(arm.runs) == 1]:
         lines.append(f"One training run of {' and of '.join(single)}: another seed or split would give other numbers.")
     best, worst = c.classes[:3], c.classes[:-4:-1]
     lines += ["", f"By class, the difference is greatest in {_classes(best)}; least in {_classes(worst)}."]
@@ -38,61 +40,54 @@ def text(c: Comparison) -> str:
     return "\n".join(map(escaped, lines))
 
 
+def arm_notes(arm: Arm, words: Mapping[str, str]) -> list[str]:
+    """What the accuracies and costs of ``arm`` do not show: a frozen backbone, times left out, a weak recipe.
+
+    ``words`` are those of a page, so that page and terminal say the same.
+    """
+    notes = []
+    if arm.frozen:
+        notes.append(words["frozen_arm"].format(arm=arm.name, frozen=arm.frozen, n=len(arm.runs)))
+    if cached := [f"{arm.name}/{Path(run.path).name}" for run in arm.runs if run.features_cached]:
+        notes.append(words["cached"].format(runs=", ".join(cached)))
+    if arm.better_recipes:
+        better = ", ".join(f"{recipe} ({words[time]})" for recipe, time in arm.better_recipes)
+        notes.append(words["better"].format(arm=arm.name, recipe=arm.recipe, better=better))
+    return notes
+
+
 def _arm_lines(arm: Arm, other: Arm) -> list[str]:
     """Start, cost and speed of one arm."""
     first, n = arm.runs[0], len(arm.runs)
-    lines = [
-        "",
-        f"{arm.name}: {arm.network}, weights of epoch {arm.epoch}" + (f" (first of {n} runs)" if n > 1 else ""),
-    ]
-    if arm.frozen:
-        which = "" if arm.frozen == n == 1 else f" in {arm.frozen} of {n} runs"
-        lines.append(f"  frozen backbone{which}: nothing but the output layer was trained in what was tested")
+    which = f" (first of {n} runs)" if n > 1 else ""
+    lines = ["", f"{arm.name}: {arm.network}, weights of epoch {arm.epoch}{which}"]
     lines += [f"  started from: {arm.init_source}", f"  initial state: {arm.init_hash[:19]}"]
     lines += [f"  {start}" for start in dict.fromkeys(run.start for run in arm.runs) if start != "pretrained"]
     if first.steps or first.seconds:
-        lines.append(_cost(arm))
-    if arm.better_recipes:
-        better = " and ".join(f"{recipe} ({TIMES[time]})" for recipe, time in arm.better_recipes)
-        lines.append(f"  its recipe, {arm.recipe}, is not the best known: more is reached by {better}")
+        time = f"trained for {_minutes(arm.seconds)}" if arm.seconds is not None else "no time is known"
+        each = ", each of its runs" if n > 1 else ""
+        lines.append(f"  {time}: {first.steps} steps, {first.images} images gone through{each}")
+    lines += [f"  {note}" for note in arm_notes(arm, read_words("en"))]
     if arm.validation is not None and other.validation is not None:
-        goal = f"{other.name}'s final validation accuracy ({other.validation:.1f} %)"
         when = "never"
         if arm.steps_to_other is not None:
             time = "" if arm.seconds_to_other is None else f", {_minutes(arm.seconds_to_other)}"
             when = f"after {arm.steps_to_other:g} steps{time}"
-        lines.append(f"  reaches {goal}: {when}")
+        lines.append(f"  reaches {other.name}'s final validation accuracy ({other.validation:.1f} %): {when}")
     return lines
-
-
-def _cost(arm: Arm) -> str:
-    """Time, steps and images of one training."""
-    first, n = arm.runs[0], len(arm.runs)
-    cached = sum(run.features_cached for run in arm.runs)
-    words = [f"{first.steps} steps", f"{first.images} images gone through" + (", each of its runs" if n > 1 else "")]
-    if arm.seconds is None:
-        return f"  {', '.join(words)}; no time, as its features were read from the cache of an earlier run"
-    left_out = f"; {cached} of {n} runs read their features from a cache and are not in the time" if cached else ""
-    return f"  trained for {_minutes(arm.seconds)}: {', '.join(words)}{left_out}"
 
 
 def _row(arm: Arm, width: int, n: int) -> str:
     if arm.top1_sd is None or arm.mean_per_class_sd is None:
         top1, right = f"{arm.top1:6.2f} % ({_span(arm.top1_interval, '.2f')})", f"{arm.correct:g} of {n}"
         return f"{arm.name:{width}}  {top1:26}  {arm.mean_per_class:6.2f} %    {right}"
-    top1, per_class = (
-        f"{arm.top1:6.2f} ± {arm.top1_sd:.2f} %",
-        f"{arm.mean_per_class:6.2f} ± {arm.mean_per_class_sd:.2f} %",
-    )
+    top1 = f"{arm.top1:6.2f} ± {arm.top1_sd:.2f} %"
+    per_class = f"{arm.mean_per_class:6.2f} ± {arm.mean_per_class_sd:.2f} %"
     return f"{arm.name:{width}}  {top1:26}  {per_class}    n = {len(arm.runs)} runs"
 
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def _points(value: float) -> str:
-    return f"{value:+.2f}"
 
 
 def _span(interval: tuple[float, float], form: str = "+.2f") -> str:
@@ -108,11 +103,12 @@ def _classes(rows: Sequence[ClassGain]) -> str:
 
 
 def _verdict(c: Comparison) -> str:
-    what = "choice of test images" if c.over == "images" else f"choice of {c.over}"
-    single = len(c.a.runs) == len(c.b.runs) == 1
-    sure = c.mcnemar[0].p < 0.05 if single else not c.interval[0] <= 0 <= c.interval[1]
+    """Which arm is better, if the choice of images (or of runs, or of splits) does not explain the difference."""
     if not any(pair.only_a or pair.only_b for pair in c.mcnemar):
         return "Both are right on the same images."
+    single = len(c.a.runs) == len(c.b.runs) == 1
+    sure = c.mcnemar[0].p < 0.05 if single else not c.interval[0] <= 0 <= c.interval[1]
     if not sure:
         return "So these images do not tell the two apart." if c.over == "images" else "So the two are not told apart."
+    what = "choice of test images" if c.over == "images" else f"choice of {c.over}"
     return f"So {c.a.name if c.difference > 0 else c.b.name} is better, by more than the {what} explains."

@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
@@ -51,46 +50,52 @@ STYLE: Any = {
 }
 
 
-def curves(metrics: Records, out: Path, title: str) -> Path:
+def draw_curves(metrics: Records, out: Path, title: str) -> Path:
     """Draws loss and accuracy of training and validation per epoch, with the kept epoch marked, as a PNG at ``out``.
 
     ``metrics`` are the records of metrics.jsonl; validation may be null. Raises Refused when there are none.
     """
-    _check(metrics, title)
-    with style():
+    if not metrics:
+        raise Refused(f"{title} has no finished epoch to draw; train it for at least one")
+    # the epoch whose weights were kept is the last that was the best so far
+    best = next((record for record in reversed(metrics) if record["best"]), None)
+    kept, kept_colour = ("val", BLUE) if any(r["val_top1"] is not None for r in metrics) else ("train", VERMILION)
+    lines = (("train", VERMILION, "--", "training images"), ("val", BLUE, "-", "validation images"))
+    with plot_style():
         figure = Figure(figsize=(10, 4.5), layout="constrained")
         figure.suptitle(_short(title, 90), x=0.01, ha="left", fontweight="bold", fontsize=12)
         loss, accuracy = figure.subplots(1, 2)
-        best, validated = _best(metrics), any(r["val_top1"] is not None for r in metrics)
         for axes, key in ((loss, "loss"), (accuracy, "top1")):
-            _line(axes, metrics, f"train_{key}", VERMILION, dashed=True)
-            _line(axes, metrics, f"val_{key}", BLUE)
+            for subset, colour, line, label in lines:
+                points = [(r["epoch"], r[f"{subset}_{key}"]) for r in metrics if r[f"{subset}_{key}"] is not None]
+                if points:
+                    marker = "o" if len(points) <= 12 else ""
+                    axes.plot(*zip(*points, strict=True), line, color=colour, marker=marker, markersize=4, label=label)
             if best is not None:
                 axes.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=":", zorder=1)
-                _star(
-                    axes,
-                    best["epoch"],
-                    best[f"{'val' if validated else 'train'}_{key}"],
-                    BLUE if validated else VERMILION,
-                )
-        _finish(loss, accuracy, [metrics])
-        legend = [(Line2D([], [], color=VERMILION, linestyle="--"), "training images")]
-        if validated:
-            legend.append((Line2D([], [], color=BLUE), "validation images"))
+                star = {"color": kept_colour, "markersize": 15, "markeredgecolor": "white"}
+                axes.plot(best["epoch"], best[f"{kept}_{key}"], "*", **star)
+            axes.set(xlabel="epoch (one pass over the training images)")
+            axes.set_xlim(metrics[0]["epoch"] - 0.5, metrics[-1]["epoch"] + 0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+        loss.set(title="Loss (lower is better)", ylabel="cross-entropy")
+        loss.set_ylim(bottom=0)
+        accuracy.set(title="Accuracy (higher is better)", ylabel="right answers (%)")
+        accuracy.set_ylim(top=min(101, accuracy.get_ylim()[1]))
         if best is not None:
             words = (
-                f"best epoch: {best['epoch']}, validation accuracy {best['val_top1']:.1f} %"
-                if validated
-                else "epoch kept"
+                f"best epoch: {best['epoch']}, validation accuracy {best['val_top1']:.1f} %" if kept == "val" else ""
             )
-            legend.append((_star_key(), words))
-        figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=3)
-        return save(figure, out)
+            accuracy.plot([], [], "*", color=GREY, markersize=12, label=words or "epoch kept")
+        figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        return save_figure(figure, out)
 
 
-def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: float, lowest: float, out: Path) -> Path:
+def draw_range_test(
+    rates: Sequence[float], losses: Sequence[float], suggestion: float, lowest: float, out: Path
+) -> Path:
     """Draws the smoothed training loss against the learning rate of the output layer, as a PNG at ``out``."""
-    with style():
+    with plot_style():
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         axes.plot(rates, losses, color=BLUE)
@@ -109,31 +114,26 @@ def range_test(rates: Sequence[float], losses: Sequence[float], suggestion: floa
         axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
         axes.set_ylabel("training loss, smoothed")
         axes.legend()
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
-def comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images") -> Path:
-    """Draws validation accuracy against steps and against time, and test accuracy, of two or three arms as a PNG.
+def draw_comparison(arms: Sequence[Mapping[str, Any]], out: Path, over: str = "images") -> Path:
+    """Draws validation accuracy against steps and against time, and test accuracy, of two or more arms as a PNG.
 
     An arm holds ``name``, ``curve`` (points with step, seconds or None, mean, sd), ``top1``, ``interval`` and ``runs``
     (test accuracies of its runs), in percent; ``over`` is what the intervals are over.
     """
-    with style():
+    with plot_style():
         trained = any(arm["curve"] for arm in arms)  # else no validation images: only the test is shown
         figure = Figure(figsize=(12.5 if trained else 6.5, 4.7), layout="constrained")
-        if trained:
-            by_step, by_time, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
-            _progress(by_step, by_time, arms)
-        else:
-            test = figure.subplots()
+        if not trained:
+            _tests(figure.subplots(), arms, over)
+            return save_figure(figure, out)
+        by_step, by_time, test = figure.subplots(1, 3, width_ratios=(1, 1, 0.72))
+        _progress(by_step, by_time, arms)
         _tests(test, arms, over)
-        legend = [
-            (Line2D([], [], color=colour, linestyle=style), _short(arm["name"], 60))
-            for arm, colour, style in zip(arms, ARMS, LINES, strict=False)
-        ]
-        if trained:
-            figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=len(arms))
-        return save(figure, out)
+        figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower left", ncols=len(arms))
+        return save_figure(figure, out)
 
 
 def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -> None:
@@ -145,8 +145,8 @@ def _progress(by_step: Axes, by_time: Axes, arms: Sequence[Mapping[str, Any]]) -
             points = [point for point in arm["curve"] if point[key] is not None]  # no time where a cache spared it
             x = [point[key] / scale for point in points]
             mean, sd = ([point[k] for point in points] for k in ("mean", "sd"))
-            marker = "o" if len(x) <= 12 else ""
-            axes.plot(x, mean, color=colour, linestyle=style, marker=marker, markersize=4)
+            look = {"color": colour, "linestyle": style, "marker": "o" if len(x) <= 12 else "", "markersize": 4}
+            axes.plot(x, mean, label=_short(arm["name"], 60), **look)
             _band(axes, x, mean, sd, colour)
     by_step.set(title="Accuracy against steps", xlabel="optimizer steps")
     by_time.set(title="Accuracy against time", xlabel=f"{unit} of training, on the machine that trained")
@@ -175,37 +175,33 @@ def _tests(axes: Axes, arms: Sequence[Mapping[str, Any]], over: str) -> None:
     axes.set(xlim=(0, 101), ylim=(-0.35, len(arms) - 0.4), yticks=[], xlabel="right answers on test images (%)")
 
 
-def gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) -> Path:
+def draw_gains(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], out: Path) -> Path:
     """Draws the accuracy of both arms in the classes that gain most and least, sorted by gain, as a PNG at ``out``.
 
     ``rows`` hold ``name``, ``n``, ``a`` and ``b`` (percent), the greatest gain first.
     """
-    shown: list[Mapping[str, Any] | None] = list(rows)
-    if len(rows) > 24:
-        shown = [*rows[:14], None, *rows[-10:]]
-    with style():
-        figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(shown)), layout="constrained")
+    pause = {"name": "…", "n": 0, "a": None, "b": None}  # stands for the classes between
+    drawn = [*rows[:14], pause, *rows[-10:]] if len(rows) > 24 else rows
+    with plot_style():
+        figure = Figure(figsize=(8.5, 1.6 + 0.27 * len(drawn)), layout="constrained")
         axes = figure.subplots()
-        labels = []
-        for y, row in enumerate(reversed(shown)):
-            if row is None:
-                labels.append("…")
-                axes.text(50, y, f"{len(rows) - 24} classes between", ha="center", va="center", color=GREY, fontsize=9)
-                continue
-            labels.append(f"{_short(row['name'], 30)} ({row['n']})")
-            axes.plot([row["b"], row["a"]], [y, y], color="#B5B5B5", linewidth=3, zorder=1)
-            axes.plot(row["b"], y, "s", color=VERMILION, markersize=9)
-            axes.plot(row["a"], y, "o", color=BLUE, markersize=6.5)
-        axes.set_yticks(range(len(shown)), labels)
-        axes.set(xlim=(-3, 103), ylim=(-0.7, len(shown) - 0.3), xlabel="right answers on test images of the class (%)")
+        classes = [(y, row) for y, row in enumerate(reversed(drawn)) if row is not pause]
+        y, a, b = [y for y, _ in classes], [row["a"] for _, row in classes], [row["b"] for _, row in classes]
+        axes.hlines(y, b, a, color="#B5B5B5", linewidth=3, zorder=1)
+        (second,) = axes.plot(b, y, "s", color=VERMILION, markersize=9, label=_short(names[1], 40))
+        (first,) = axes.plot(a, y, "o", color=BLUE, markersize=6.5, label=_short(names[0], 40))
+        labels = ["…" if row is pause else f"{_short(row['name'], 30)} ({row['n']})" for row in reversed(drawn)]
+        if drawn is not rows:
+            look: dict[str, Any] = {"ha": "center", "va": "center", "color": GREY, "fontsize": 9}
+            axes.text(50, labels.index("…"), f"{len(rows) - 24} classes between", **look)
+        axes.set_yticks(range(len(drawn)), labels)
+        axes.set(xlim=(-3, 103), ylim=(-0.7, len(drawn) - 0.3), xlabel="right answers on test images of the class (%)")
         axes.set_title("Classes that gain most (top) and least (bottom); number of test images in brackets")
-        legend = [(Line2D([], [], color=BLUE, marker="o", linestyle=""), _short(names[0], 40))]
-        legend.append((Line2D([], [], color=VERMILION, marker="s", linestyle=""), _short(names[1], 40)))
-        figure.legend(*zip(*legend, strict=True), loc="outside lower left", ncols=2)
-        return save(figure, out)
+        figure.legend(handles=[first, second], loc="outside lower left", ncols=2)
+        return save_figure(figure, out)
 
 
-def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Path) -> Path:
+def draw_confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Path) -> Path:
     """Draws a matrix of ``counts`` [true, predicted] in the order given, as a PNG at ``out``.
 
     ``blocks`` are the lengths of the groups of classes that are taken for each other: each gets a frame. Colour is
@@ -214,9 +210,12 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
     share = counts / counts.sum(1, keepdims=True).clip(1)
     counted = len(names) <= COUNTED
     cell = max(0.3, 0.12 + 0.09 * len(str(np.max(counts)))) if counted else 0.19 if len(names) <= 40 else 0.135
-    with style():
-        figure = Figure()
-        axes = figure.add_axes((0, 0, 1, 1))
+    side = cell * len(names)  # inches
+    with plot_style():
+        figure = Figure(figsize=(side, side))
+        axes = figure.add_axes(
+            (0, 0, 1, 1)
+        )  # names and scale stand outside: the picture is saved as large as all of it
         image = axes.imshow(100 * share, cmap=CONFUSION, norm=PowerNorm(0.5, 0, 100), interpolation="none")
         size = 10.0 if counted else 9.0 if len(names) <= 40 else 7.5
         short = [_short(name, 24) for name in names]
@@ -224,41 +223,26 @@ def confusion(names: Sequence[str], counts: Any, blocks: Sequence[int], out: Pat
         axes.set_yticks(range(len(names)), short, fontsize=size)
         axes.tick_params(length=0)
         axes.grid(visible=False)
-        start = 0
-        for length in blocks:
+        for start, length in zip(np.cumsum([0, *blocks]), blocks, strict=False):
             if length > 1:
                 box = (start - 0.5, start - 0.5)
                 axes.add_patch(Rectangle(box, length, length, fill=False, edgecolor=VERMILION, linewidth=1.5))
-            start += length
         if counted:
             for (row, column), count in np.ndenumerate(counts):
                 colour = "white" if share[row, column] > 0.4 else "black"
                 axes.text(column, row, str(count or ""), ha="center", va="center", color=colour)
         axes.set(xlabel="prediction", ylabel="true class")
-        _fit(figure, axes, image, cell * len(names))
-        return save(figure, out)
+        width = max(3.4, 0.4 * side) / side  # the least has room for the scale's own numbers
+        scale = axes.inset_axes((max(0.5 - width / 2, 0), 1 + 0.18 / side, width, 0.09 / side))
+        bar = figure.colorbar(image, cax=scale, orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
+        bar.ax.xaxis.set(ticks_position="top", label_position="top")
+        bar.set_label("images of the true class (%)")
+        return save_figure(figure, out, whole=True)
 
 
-def _fit(figure: Figure, axes: Axes, image: Any, matrix: float) -> None:
-    """Makes ``figure`` as large as a matrix of ``matrix`` inches, its names and the colour scale above it need."""
-    with _any_script():
-        renderer = FigureCanvasAgg(figure).get_renderer()
-        names = max(label.get_window_extent(renderer).width for label in axes.get_yticklabels()) / figure.dpi + 0.45
-    scale, top = max(3.4, 0.4 * matrix), 0.75  # room for the scale's own numbers
-    width, height = names + max(matrix, scale) + 0.25, names + matrix + top
-    figure.set_size_inches(width, height)
-    axes.set_position((names / width, names / height, matrix / width, matrix / height))
-    middle = names + max(matrix, scale) / 2
-    box = ((middle - scale / 2) / width, (height - top + 0.18) / height, scale / width, 0.09 / height)
-    bar = figure.colorbar(image, cax=figure.add_axes(box), orientation="horizontal", ticks=[0, 1, 5, 20, 50, 100])
-    bar.ax.xaxis.set_ticks_position("top")
-    bar.ax.xaxis.set_label_position("top")
-    bar.set_label("images of the true class (%)")
-
-
-def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
+def draw_reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> Path:
     """Draws accuracy against confidence for each of ``lines`` (label -> bins), and how many images, as a PNG."""
-    with style():
+    with plot_style():
         figure = Figure(figsize=(7.5, 5.6), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 100], [0, 100], color=GREY, linestyle=":", linewidth=1.5, label="as sure as right")
@@ -278,15 +262,15 @@ def reliability(lines: Mapping[str, Sequence[Mapping[str, Any]]], out: Path) -> 
         ticks = [0, *(10**k for k in range(1, len(str(most))))]
         lower.set_yticks(ticks, [str(tick) for tick in ticks])  # the scale's own labels would need math text
         lower.yaxis.set_minor_locator(NullLocator())
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
-def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title: str) -> Path:
+def draw_efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title: str) -> Path:
     """Draws test accuracy against training images per class, one line per arm with its standard deviation, as a PNG.
 
     ``arms`` are lists of ``size``, ``top1``, ``top1_sd`` and ``n``, smallest size first.
     """
-    with style():
+    with plot_style():
         figure = Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.subplots()
         for (name, cells), colour, line, marker in zip(arms.items(), ARMS, LINES, "os^", strict=False):
@@ -312,7 +296,7 @@ def efficiency(arms: Mapping[str, Sequence[Mapping[str, Any]]], out: Path, title
         )
         axes.set_title(_short(title, 90))
         figure.legend(loc="outside lower left", ncols=3)
-        return save(figure, out)
+        return save_figure(figure, out)
 
 
 def _band(axes: Axes, x: Sequence[float], mean: Sequence[float], sd: Sequence[float], colour: str) -> None:
@@ -322,56 +306,13 @@ def _band(axes: Axes, x: Sequence[float], mean: Sequence[float], sd: Sequence[fl
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _star(axes: Axes, epoch: int, value: float, colour: str) -> None:
-    axes.plot(epoch, value, "*", color=colour, markersize=15, markeredgecolor="white")
-
-
-def _star_key() -> Line2D:
-    return Line2D([], [], color=GREY, marker="*", linestyle="", markersize=12)
-
-
-def _line(axes: Axes, metrics: Records, key: str, colour: str, dashed: bool = False) -> None:
-    """One curve over epochs; records without ``key`` are left out, short runs show their points."""
-    points = [(r["epoch"], r[key]) for r in metrics if r.get(key) is not None]
-    if points:
-        marker = "o" if len(points) <= 12 else ""
-        style = "--" if dashed else "-"
-        axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=marker, markersize=4)
-
-
-def _finish(loss: Axes, accuracy: Axes, runs: Sequence[Records]) -> None:
-    """Titles, axis labels and limits that both pictures share."""
-    loss.set_title("Loss (lower is better)")
-    accuracy.set_title("Accuracy (higher is better)")
-    first = min(r["epoch"] for metrics in runs for r in metrics)
-    last = max(r["epoch"] for metrics in runs for r in metrics)
-    for axes in (loss, accuracy):
-        axes.set_xlabel("epoch (one pass over the training images)")
-        axes.set_xlim(first - 0.5, last + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-    loss.set_ylabel("cross-entropy")
-    loss.set_ylim(bottom=0)
-    accuracy.set_ylabel("right answers (%)")
-    accuracy.set_ylim(top=min(101, accuracy.get_ylim()[1]))
-
-
-def _best(metrics: Records) -> Mapping[str, Any] | None:
-    """The record of the epoch whose weights were kept: the last one that was the best so far."""
-    return next((record for record in reversed(metrics) if record["best"]), None)
-
-
-def _check(metrics: Records, name: str) -> None:
-    if not metrics:
-        raise Refused(f"{name} has no finished epoch to draw; train it for at least one")
-
-
 def _short(text: str, length: int) -> str:
     """At most ``length`` characters; the middle is left out, as names of runs often differ at the end."""
     half, text = length // 2, escaped(text)
     return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"
 
 
-def style() -> Any:
+def plot_style() -> Any:
     """The style, with the fonts for Chinese names that this machine has behind matplotlib's own."""
     wanted = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
     return matplotlib.rc_context({**STYLE, "font.family": [f for f in wanted if f in font_manager.get_font_names()]})
@@ -385,15 +326,17 @@ def _any_script() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, out: Path) -> Path:
-    """Writes the picture whole or not at all; no library version in it, so that equal runs give equal files.
+def save_figure(figure: Figure, out: Path, whole: bool = False) -> Path:
+    """Writes the picture completely or not at all; no library version in it, so that equal runs give equal files.
 
-    It has 256 colours, which makes the file a third as large and no picture here different to the eye.
+    ``whole`` makes the picture as large as all that is drawn. 256 colours make the file a third as large and no picture
+    here different to the eye. Raises Refused where ``out`` cannot be written.
     """
-    drawn = BytesIO()
+    png = BytesIO()
     with _any_script(), atomic(out) as part:
-        FigureCanvasAgg(figure).print_figure(drawn, format="png", dpi=100)
-        with Image.open(drawn) as image:
+        box: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.1} if whole else {}
+        FigureCanvasAgg(figure).print_figure(png, format="png", dpi=100, **box)
+        with Image.open(png) as image:
             small = image.convert("RGB").quantize(256, kmeans=1, dither=Image.Dither.NONE)  # kmeans keeps rare colours
         small.save(part, format="PNG", optimize=True)
     return out

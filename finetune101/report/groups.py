@@ -1,20 +1,17 @@
-"""Tested runs and groups of them: which run directories a name means, and their answers on the same test images."""
+"""Tested runs and groups of them: which run folders a name means, and their answers on the same test images."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import glob
 import itertools
-import math
-import shlex
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,27 +21,21 @@ from finetune101.config import TrainConfig
 from finetune101.data import splits
 from finetune101.data.images import class_of
 from finetune101.errors import Refused
-from finetune101.evaluation.predictions import read_rows
+from finetune101.evaluation.checkpoint import has_frozen_backbone
+from finetune101.evaluation.evaluate import trained_on
+from finetune101.evaluation.tested import (
+    Answer,
+    evaluate_command,
+    is_inside,
+    manifest_file,
+    read_answers,
+    read_manifest,
+)
 from finetune101.experiments import costs
-from finetune101.files import read_json
 from finetune101.models.build import build
-from finetune101.run import Run, kind_of, open_run, runs_below, winner_command
-from finetune101.schemas import Split
+from finetune101.run import Run, open_run, runs_below
 
-ONE_ARM = ("recipe", "model", "augment", "optim")  # what the runs of an arm share
-
-
-class Answer(NamedTuple):
-    """What a run says about one test image; both are class names."""
-
-    label: str
-    prediction: str
-    confidence: float
-
-    @property
-    def right(self) -> bool:
-        """Whether the prediction is the label."""
-        return self.label == self.prediction
+ONE_ARM = ("recipe", "model", "augment", "optim")  # the settings that all runs of an arm share
 
 
 @dataclass(frozen=True)
@@ -58,13 +49,12 @@ class Tested:
     manifest: splits.Manifest
     answers: Mapping[str, Answer]
     features_cached: bool = False
-    """Its first pass was read from the cache of an earlier run, so its seconds are not what a training costs."""
+    """Whether features were read from the cache of an earlier run: then the seconds are not what a training costs."""
 
     @property
     def frozen(self) -> bool:
-        """Whether the weights that were tested have the backbone as it was: only an output layer was trained."""
-        solved = self.test.get("epoch") == 0 and self.config.model.head == "probe"
-        return solved or self.config.model.freeze or self.config.optim.epochs == 0
+        """Whether only the output layer of the tested weights was trained."""
+        return has_frozen_backbone(self.config, self.test.get("epoch"))
 
     @property
     def first_pass(self) -> costs.FirstPass | None:
@@ -79,13 +69,13 @@ class Tested:
 
     @property
     def test_to_train(self) -> float:
-        """Test images over those that a training could have."""
+        """Number of test images over number of training and validation images."""
         subsets = self.manifest.subsets
         return len(subsets["test"]) / (len(subsets["train"]) + len(subsets["val"]))
 
     @cached_property
     def correct(self) -> npt.NDArray[np.bool_]:
-        """Which test images are right."""
+        """Whether each test image (N,) is right."""
         return np.array([answer.right for answer in self.answers.values()])
 
     def by_class(self) -> dict[str, float]:
@@ -95,13 +85,12 @@ class Tested:
         return {name: 100 * right[name] / images[name] for name in sorted(images)}
 
     def cost(self) -> dict[str, float]:
-        """What the training took: seconds with validation, optimizer steps, and images gone through."""
+        """Of the training: seconds with validation, optimizer steps, and images gone through."""
         records = self.run.metrics()
-        held = ("train", "val") if self.config.data.fit_on == "train+val" else ("train",)
         return {
             "seconds": self.run.seconds(),
             "steps": records[-1]["step"] if records else 0,
-            "images": len(records) * sum(len(self.manifest.subsets[name]) for name in held),
+            "images": len(records) * len(trained_on(self.manifest, self.config.data)),
         }
 
 
@@ -117,9 +106,9 @@ class Group:
         return [run for run in self.runs if run.split == split]
 
     def curve(self) -> list[dict[str, Any]]:
-        """Validation accuracy after each epoch, mean and standard deviation over the runs; without validation none.
+        """Validation accuracy (%) after each epoch, mean and standard deviation over the runs; [] without validation.
 
-        The seconds are the mean over the runs that computed their features; None where all read them from a cache.
+        Seconds are the mean over the runs that computed their own features; None where every run read a cache.
         """
         points = []
         seconds = [0.0] * len(self.runs)
@@ -135,23 +124,19 @@ class Group:
         return points
 
     def seconds(self) -> float | None:
-        """Mean time of a training over the runs that computed their features; None where there is none."""
-        found = [run.run.seconds() for run in self.runs if not run.features_cached]
-        return statistics.mean(found) if found else None
+        """Mean time of a training over the runs that computed their own features; None where every run read a cache."""
+        seconds = [run.run.seconds() for run in self.runs if not run.features_cached]
+        return statistics.mean(seconds) if seconds else None
 
 
 def with_costs(groups: Sequence[Group]) -> list[Group]:
-    """``groups`` whose runs know whether their features were read from a cache, which the other runs show."""
+    """``groups`` with ``features_cached`` of every run set, by comparison with the other runs' first pass."""
     cached = costs.read_from_cache(run.first_pass for group in groups for run in group.runs)
-    return [
-        dataclasses.replace(
-            group,
-            runs=tuple(
-                dataclasses.replace(run, features_cached=run.run.path.resolve() in cached) for run in group.runs
-            ),
-        )
-        for group in groups
-    ]
+
+    def marked(run: Tested) -> Tested:
+        return dataclasses.replace(run, features_cached=run.run.path.resolve() in cached)
+
+    return [dataclasses.replace(group, runs=tuple(map(marked, group.runs))) for group in groups]
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -166,8 +151,8 @@ def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
     as_named = [str(path) for path in (Path(name), Path(runs) / name) if path.exists()][:1]  # names may hold brackets
-    found = as_named or glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
-    folders = sorted({folder for path in found for folder in runs_below(Path(path))})
+    matches = as_named or glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
+    folders = sorted({folder for path in matches for folder in runs_below(Path(path))})
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
         if not folders:
@@ -183,7 +168,7 @@ def one_arm(name: str, runs: Sequence[Run]) -> Group:
     """``runs`` as a group. Raises Refused when there is none, one is not tested, or they are not one arm."""
     if not runs:
         raise Refused(f"{name} has no run; run compare again")
-    tested = sorted(map(read, runs), key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
+    tested = sorted(map(read_tested, runs), key=lambda one: (one.manifest.seed, one.split, one.config.system.seed))
     if len({one.config.model.name for one in tested}) > 1:
         raise Refused(f"{name} holds several networks; give a folder or a glob with one of them")
     for other in tested[1:]:
@@ -219,7 +204,7 @@ def shortened(groups: Sequence[Group]) -> list[Group]:
     return [dataclasses.replace(group, name=name) for group, name in zip(groups, names, strict=True)]
 
 
-def read(run: Run) -> Tested:
+def read_tested(run: Run) -> Tested:
     """The results of an evaluated run.
 
     Raises Refused when it has not been evaluated, or its files contradict each other.
@@ -242,70 +227,18 @@ def read(run: Run) -> Tested:
     return Tested(run, run.config(), run.read_json("env.json"), test, manifest, answers)
 
 
-def is_inside(path: str) -> bool:
-    """Whether ``path`` stays below the folder that it is joined to, on any system."""
-    kinds = (PurePosixPath(path), PureWindowsPath(path))
-    return not any(kind.anchor or ".." in kind.parts for kind in kinds) and "\0" not in path
-
-
-def manifest_file(run: Run) -> Path:
-    """Where the split of ``run`` is: its split.json, or, of published evidence, the file that test.json names."""
-    name = run.read_json("test.json").get("manifest")
-    if not isinstance(name, str) or not is_inside(name) or run.has("split.json"):
-        return run.path / "split.json"
-    files = [folder / "splits" / f"{name}.json" for folder in run.path.absolute().parents]
-    return next((file for file in files if file.is_file()), files[0])
-
-
-def read_manifest(run: Run) -> splits.Manifest:
-    """The split of ``run``. Raises Refused when its file is missing or damaged."""
-    file = manifest_file(run)
-    if file.parent == run.path:
-        return splits.from_json(run.read_json(file.name))
-    return splits.from_json(read_json(file, Split, remedy="restore it from the repository"))
-
-
-def evaluate_command(run: Run) -> str:
-    """What tests ``run``."""
-    return shlex.join(["finetune101", "evaluate", str(run.path)])
-
-
-def read_answers(run: Run) -> dict[str, Answer]:
-    """predictions.csv of an evaluated run by path, sorted.
-
-    Raises Refused when the run has not been evaluated, or the file is broken.
-    """
-    file = run.path / "predictions.csv"
-    try:
-        rows = read_rows(file)
-        found = {r["path"]: Answer(r["label"], r["prediction"], float(r["confidence"])) for r in rows}
-    except FileNotFoundError:
-        if kind_of(run.path.parent) == "search":
-            raise Refused(f"{run.path} is a trial of a search; {winner_command(run.path.parent)}") from None
-        untested = f"{run.path} has not been tested; run: {evaluate_command(run)}"
-        raise Refused(run.stopped() or untested) from None
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise Refused(f"{file} is damaged ({error}); run: {evaluate_command(run)}") from error
-    again = f"run: {evaluate_command(run)}"
-    if not rows or len(found) < len(rows) or any(None in answer for answer in found.values()):
-        raise Refused(f"{file} is empty, cut off or names an image twice; {again}")
-    if not all(math.isfinite(answer.confidence) and 0 <= answer.confidence <= 1.0001 for answer in found.values()):
-        raise Refused(f"{file} has a confidence that is not from 0 to 1; {again}")
-    return dict(sorted(found.items()))
-
-
 def common_splits(a: Group, b: Group) -> list[str]:
     """Hashes of the splits that both groups have. Raises Refused, naming images, when they are not the same ones."""
-    mine, theirs = ({run.split: run for run in group.runs} for group in (a, b))
-    only_a, only_b = [s for s in mine if s not in theirs], [s for s in theirs if s not in mine]
+    by_split_a, by_split_b = ({run.split: run for run in group.runs} for group in (a, b))
+    only_a = [run for split, run in by_split_a.items() if split not in by_split_b]
+    only_b = [run for split, run in by_split_b.items() if split not in by_split_a]
     if only_a or only_b:
-        one = mine[only_a[0]] if only_a else a.runs[0]
-        other = theirs[only_b[0]] if only_b else b.runs[0]
+        one, other = (only_a or a.runs)[0], (only_b or b.runs)[0]
         raise Refused(
             f"{one.run.path} and {other.run.path} were split differently ({_differing(one.manifest, other.manifest)}); "
             f"train one of them again with --split {manifest_file(one.run).as_posix()}"
         )
-    return list(mine)
+    return list(by_split_a)
 
 
 def _differing(a: splits.Manifest, b: splits.Manifest) -> str:

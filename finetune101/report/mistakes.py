@@ -18,7 +18,8 @@ from scipy.spatial.distance import squareform
 from finetune101.data.decode import Unreadable, opened
 from finetune101.data.images import class_of, find_data
 from finetune101.errors import Refused
-from finetune101.report.groups import Answer, Tested, is_inside
+from finetune101.evaluation.tested import Answer, is_inside
+from finetune101.report.groups import Tested
 
 THUMBNAIL = 150  # px, the longer side of an example image
 EXAMPLES = 12  # images of a gallery
@@ -37,7 +38,7 @@ class Confusion:
     hidden: int
 
 
-def confusion(answers: Mapping[str, Answer]) -> Confusion:
+def confusion_of(answers: Mapping[str, Answer]) -> Confusion:
     """The confusion matrix with classes that are taken for each other side by side.
 
     Average-linkage clustering of the mutual confusion rates, leaves in optimal order: Z. Bar-Joseph, D. Gifford,
@@ -49,26 +50,26 @@ def confusion(answers: Mapping[str, Answer]) -> Confusion:
     for answer in answers.values():
         counts[number[answer.label], number[answer.prediction]] += 1
     wrong = counts - np.diag(np.diag(counts))
-    shown = np.flatnonzero(wrong.any(0) | wrong.any(1)) if len(names) > MAY_HIDE else np.arange(len(names))
-    if len(shown) < 3:
-        shown = np.arange(len(names))
-    counts = counts[np.ix_(shown, shown)]
+    kept = np.flatnonzero(wrong.any(0) | wrong.any(1)) if len(names) > MAY_HIDE else np.arange(len(names))
+    if len(kept) < 3:
+        kept = np.arange(len(names))
+    counts = counts[np.ix_(kept, kept)]
     rate = counts / counts.sum(1, keepdims=True).clip(1)
     mutual = (rate + rate.T) / 2
     mutual[counts + counts.T < 2] = np.minimum(mutual, FRAMED / 2)[counts + counts.T < 2]  # one mistake is no pattern
     distance = 1 - mutual
     np.fill_diagonal(distance, 0)
-    order, blocks = np.arange(len(shown)), [1] * len(shown)
-    if len(shown) > 2:
+    order, blocks = np.arange(len(kept)), [1] * len(kept)
+    if len(kept) > 2:
         tree = hierarchy.linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
         order = hierarchy.leaves_list(tree)
         cluster = hierarchy.fcluster(tree, 1 - FRAMED, "distance")[order]
         blocks = [int(n) for n in np.diff([0, *np.flatnonzero(np.diff(cluster)) + 1, len(cluster)])]
-    kept = [names[i] for i in shown[order]]
-    return Confusion(names=kept, counts=counts[np.ix_(order, order)], blocks=blocks, hidden=len(names) - len(shown))
+    counts, hidden = counts[np.ix_(order, order)], len(names) - len(kept)
+    return Confusion(names=[names[i] for i in kept[order]], counts=counts, blocks=blocks, hidden=hidden)
 
 
-def pairs(answers: Mapping[str, Answer]) -> list[tuple[str, str, int]]:
+def confused_pairs(answers: Mapping[str, Answer]) -> list[tuple[str, str, int]]:
     """(true class, prediction, images) of the most frequent mistakes, most frequent first."""
     wrong = Counter((answer.label, answer.prediction) for answer in answers.values() if not answer.right)
     ranked = sorted(wrong.items(), key=lambda one: (-one[1], one[0]))
@@ -77,15 +78,15 @@ def pairs(answers: Mapping[str, Answer]) -> list[tuple[str, str, int]]:
 
 def pair_examples(run: Tested, root: Path) -> list[dict[str, Any]]:
     """The most confused pairs, each with a mistaken image and one that the run rightly gives the predicted class."""
-    found = []
-    for label, prediction, count in pairs(run.answers):
-        mine = [(a.confidence, p) for p, a in run.answers.items() if (a.label, a.prediction) == (label, prediction)]
+    rows = []
+    for label, prediction, count in confused_pairs(run.answers):
+        wrong = [(a.confidence, p) for p, a in run.answers.items() if (a.label, a.prediction) == (label, prediction)]
         right = [(a.confidence, p) for p, a in run.answers.items() if a.right and a.label == prediction]
         trained = (p for p in run.manifest.subsets["train"] if class_of(p) == prediction)
         other = max(right)[1] if right else next(trained, None)
-        images = [picture(root, path) if path else None for path in (max(mine)[1], other)]
-        found.append({"label": label, "prediction": prediction, "count": count, "images": images})
-    return found
+        images = [picture(root, path) if path else None for path in (max(wrong)[1], other)]
+        rows.append({"label": label, "prediction": prediction, "count": count, "images": images})
+    return rows
 
 
 def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> list[dict[str, Any]]:

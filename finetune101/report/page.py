@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -20,13 +21,20 @@ from finetune101.run import check_folder
 TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "zh")
 
-Cell = tuple[str, float | str]  # what is shown, and what is sorted by
+Cell = tuple[str, float | str]  # what a cell of a table shows, and the value by which the table is sorted
 
 
 class Name(str):
     """A table's heading that stands as it is, such as a setting's name; other headings are keys of the words."""
 
     __slots__ = ()
+
+
+@functools.cache
+def read_words(lang: str) -> dict[str, str]:
+    """The headings and sentences of a page in the language ``lang``, by their keys."""
+    words: dict[str, str] = json.loads((TEMPLATES / f"{lang}.json").read_text(encoding="utf-8"))
+    return words
 
 
 class Page:
@@ -39,7 +47,7 @@ class Page:
         if lang not in LANGUAGES:
             raise Refused(f"--lang is {lang}; choose from {', '.join(LANGUAGES)}")
         check_folder(folder)
-        self.words: dict[str, str] = json.loads((TEMPLATES / f"{lang}.json").read_text(encoding="utf-8"))
+        self.words = read_words(lang)
         self.folder, self.lang = folder, lang
         self.title, self.headline = "", ""
         self.sections: list[dict[str, Any]] = []
@@ -71,16 +79,16 @@ class Page:
         """
         file = f"{file_stem(stem) or f'{len(self.pictures)}_{key}'}.png"
         with TemporaryDirectory() as folder:
-            drawn = self.pictures[file] = draw(Path(folder) / file).read_bytes()
-        uri = "data:image/png;base64," + base64.b64encode(drawn).decode()
+            png = self.pictures[file] = draw(Path(folder) / file).read_bytes()
+        uri = "data:image/png;base64," + base64.b64encode(png).decode()
         self.add("picture", key, name, file=file, uri=uri, alt=alt, wide=wide, **content)
 
     def table(
         self, key: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], name: str = "", **content: Any
     ) -> None:
         """A section with a table that can be sorted and, when it is long, filtered; ``heads`` are words or ``Name``."""
-        shown = [head if isinstance(head, Name) else self.words[head] for head in heads]
-        self.add("table", key, name, heads=shown, rows=rows, **content)
+        titles = [head if isinstance(head, Name) else self.words[head] for head in heads]
+        self.add("table", key, name, heads=titles, rows=rows, **content)
 
     def write(self) -> Path:
         """Writes the pictures, report.html and report.md; returns the page."""
@@ -106,9 +114,9 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 def markdown(value: object) -> str:
     """``value`` so that Markdown shows it as it is: no HTML, link, picture, emphasis, cell or line of its own."""
-    shown = re.sub(r"([\\`*\[\]|])", r"\\\1", escaped(str(value)))
-    shown = re.sub(r"&(?=#?\w+;)", "&amp;", shown).replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", shown)  # within a word they emphasise nothing
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", escaped(str(value)))
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word they emphasise nothing
 
 
 def _fence(lines: Sequence[str]) -> str:
@@ -123,7 +131,7 @@ def file_stem(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40] + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
 
 
-def text(value: str) -> Cell:
+def words(value: str) -> Cell:
     """A cell with words."""
     return value, value
 

@@ -1,4 +1,8 @@
-"""The report of a search: what stands on its page, and its pictures; reads run directories only."""
+"""The page of a search: its tables and pictures; reads run folders only.
+
+Optuna draws with pyplot, which changes global state, a line per trial without the winner, and no cell means; so the
+pictures are our own.
+"""
 
 from __future__ import annotations
 
@@ -15,87 +19,84 @@ from matplotlib.lines import Line2D
 
 from finetune101.errors import Refused
 from finetune101.experiments.space import text
+from finetune101.experiments.trials import Trials, read_trials
 from finetune101.report import effects
-from finetune101.report.effects import EARLY, Seen, Variance, levels
-from finetune101.report.figures import BLUE, GREY, VERMILION, save, style
-from finetune101.report.page import Name, Page, number
-from finetune101.report.page import text as shown
+from finetune101.report.effects import EARLY, Variance
+from finetune101.report.figures import BLUE, GREY, VERMILION, plot_style, save_figure
+from finetune101.report.page import Name, Page, number, words
 
 ACCURACY = "validation accuracy (%)"
 UNITS = {"lr": "lr (learning rate)", "batch_size": "batch_size (images)", "step_size": "step_size (epochs)"}
 UNITS |= {"size": "size (pixels)", "epochs": "epochs", "warmup_epochs": "warmup_epochs (epochs)"}
 
 
-def report(folder: Path, pairs: Sequence[tuple[str, ...]] = (), out: Path | None = None, lang: str = "en") -> Path:
+def write_search_report(
+    folder: Path, pairs: Sequence[tuple[str, ...]] = (), out: Path | None = None, lang: str = "en"
+) -> Path:
     """Writes the page of the search in ``folder`` to ``out`` (default: report/ in it); ``pairs`` are its heat maps.
 
     Raises Refused when ``folder`` is no search, or a pair is not two of its settings.
     """
-    seen = effects.load(folder)
-    found, importance = effects.variance(seen), effects.importance(seen)
-    chosen, change = _pairs(seen, found, pairs), effects.rank_change(seen.complete)
+    trials = read_trials(folder)
+    variance, importance = effects.analyse_variance(trials), effects.importance(trials)
+    chosen, change = _pairs(trials, variance, pairs), effects.rank_change(trials.complete)
     page = Page(out or folder / "report", lang)
-    page.title = page.say("search", name=seen.name)
+    page.title = page.say("search", name=trials.name)
     if lang == "en":  # the whole story is told in English only
-        page.headline = effects.words(seen, found, change, effects.pruning(seen))
+        page.headline = effects.search_summary(trials, variance, change, effects.pruning(trials))
     else:
-        at = ", ".join(f"{name} {text(value)}" for name, value in seen.best.point.items())
-        page.headline = page.say("search_headline", trials=len(seen.curves), best=seen.best.best, at=at)
-    _best_trials(page, seen)
+        at = ", ".join(f"{name} {text(value)}" for name, value in trials.best.point.items())
+        page.headline = page.say("search_headline", trials=len(trials.curves), best=trials.best.best, at=at)
+    _best_trials(page, trials)
 
     def add(key: str, stem: str, draw: Callable[..., Figure], *arguments: Any, **content: Any) -> None:
         def drawn(file: Path) -> Path:
-            with style():
-                return save(draw(*arguments), file)
+            with plot_style():
+                return save_figure(draw(*arguments), file)
 
         page.picture(f"search_{key}", drawn, page.words[f"search_{key}"], stem=stem, **content)
 
-    upto = page.say("search_upto", epoch=seen.common) if seen.common else ""
-    first = max(found.main, key=lambda name: found.main[name], default=None)
-    add("curves", "curves", draw_curves, seen, first)
-    if seen.names:
-        add("effects", "effects", draw_effects, seen, found, upto=upto)
-        add("variance", "variance", draw_shares, found, importance)
+    upto = page.say("search_upto", epoch=trials.common) if trials.common else ""
+    add("curves", "curves", draw_trials, trials, variance.strongest)
+    if trials.settings:
+        add("effects", "effects", draw_effects, trials, variance, upto=upto)
+        add("variance", "variance", draw_shares, variance, importance)
     for a, b in chosen:
-        add("heat", f"heat_{a}_{b}", draw_heat, seen, a, b, name=f"{a} × {b}", upto=upto)
+        add("heat", f"heat_{a}_{b}", draw_heat, trials, a, b, name=f"{a} × {b}", upto=upto)
     if change:
-        add("ranks", "ranks", draw_ranks, seen, trials=change.trials, early=EARLY)
+        add("ranks", "ranks", draw_ranks, trials, trials=change.trials, early=EARLY)
     return page.write()
 
 
-def _best_trials(page: Page, seen: Seen) -> None:
-    heads = (
-        "search_rank",
-        "search_accuracy",
-        *map(Name, seen.best.point),
-        "search_epochs",
-        "search_steps",
-        "search_end",
-    )
+def _best_trials(page: Page, trials: Trials) -> None:
+    settings = map(Name, trials.best.point)
+    heads = ("search_rank", "search_accuracy", *settings, "search_epochs", "search_steps", "search_end")
     rows = [
         [
             number(rank, "d"),
             number(curve.best),
-            *(shown(text(value)) for value in curve.point.values()),
+            *(words(text(value)) for value in curve.point.values()),
             number(len(curve.scores), "d"),
             number(curve.steps[-1], "d"),
-            shown(curve.state),
+            words(curve.state),
         ]
-        for rank, curve in enumerate(sorted(seen.curves, key=lambda curve: -curve.best)[:15], 1)
+        for rank, curve in enumerate(sorted(trials.curves, key=lambda curve: -curve.best)[:15], 1)
     ]
     page.table("search_trials", heads, rows)
 
 
-def _pairs(seen: Seen, found: Variance, asked: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
+def _pairs(trials: Trials, variance: Variance, asked: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """The pairs of settings with a heat map: those ``asked`` for, else lr × batch_size and the strongest pair."""
+    settings = trials.settings
     for pair in asked:
-        if len(pair) != 2 or not set(pair) <= set(seen.names) or pair[0] == pair[1]:
-            raise Refused(f"--pair {','.join(pair)} cannot be drawn; give two of {', '.join(seen.names) or 'none'}")
+        if len(pair) != 2 or not set(pair) <= set(settings) or pair[0] == pair[1]:
+            raise Refused(f"--pair {','.join(pair)} cannot be drawn; give two of {', '.join(settings) or 'none'}")
     if asked:
         return [(a, b) for a, b in asked]
-    pairs = [("lr", "batch_size")] if {"lr", "batch_size"} <= set(seen.names) else []
-    if found.pairs:
-        most = max(found.pairs, key=lambda pair: found.pairs[pair])
-        pairs += [most] if set(most) != {"lr", "batch_size"} else []
+    pairs = [("lr", "batch_size")] if {"lr", "batch_size"} <= set(settings) else []
+    if variance.pairs:
+        strongest = max(variance.pairs, key=lambda pair: variance.pairs[pair])
+        pairs += [strongest] if set(strongest) != {"lr", "batch_size"} else []
     return pairs
 
 
@@ -104,72 +105,65 @@ def _colours(count: int) -> list[Any]:
     return [matplotlib.colormaps["cividis"](0.85 * k / max(1, count - 1)) for k in range(count)]
 
 
-def draw_curves(seen: Seen, name: str | None) -> Figure:
-    """Best accuracy so far against training steps, a line per trial."""
+def draw_trials(trials: Trials, setting: str | None) -> Figure:
+    """Best accuracy so far against training steps, a line per trial, coloured by its value of ``setting``."""
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
-    values, which = levels(seen, name) if name else (["all"], [0] * len(seen.curves))
-    colours, dashes = _colours(len(values)), list[Any](["-", "--", "-.", ":"])
-    for curve, k in zip(seen.curves, which, strict=True):
-        best = curve is seen.best
-        line: dict[str, Any] = {"color": VERMILION, "linewidth": 3, "zorder": 5} if best else {"color": colours[k]}
-        style_ = "-" if best else dashes[k % 4]
-        line |= {"marker": "o", "markersize": 3} if len(curve.steps) <= 12 else {}
-        axes.plot(curve.steps, np.maximum.accumulate(curve.scores), style_, **{"linewidth": 1.2, "alpha": 0.9, **line})
-        if curve.state == "pruned":
-            axes.plot(curve.steps[-1], curve.best, "x", color=colours[k], markersize=7)
-    handles = [Line2D([], [], color=colours[k], linestyle=dashes[k % 4]) for k in range(len(values))]
-    words = [f"{name} {value}" for value in values] if name else ["trial"]
-    handles.append(Line2D([], [], color=VERMILION, linewidth=3))
-    axes.legend(
-        handles,
-        [*words, "winner"],
-        loc="lower right",
-    )
+    levels = trials.by_level(setting) if setting else [("all", list(trials.curves))]
+    for k, (colour, (value, curves)) in enumerate(zip(_colours(len(levels)), levels, strict=True)):
+        look: dict[str, Any] = {"color": colour, "linestyle": ("-", "--", "-.", ":")[k % 4], "linewidth": 1.2}
+        axes.plot([], [], label=f"{setting} {value}" if setting else "trial", **look | {"linewidth": 2})
+        for curve in curves:
+            best = {"color": VERMILION, "linestyle": "-", "linewidth": 3, "zorder": 5} if curve is trials.best else {}
+            marker = "o" if len(curve.steps) <= 12 else ""
+            scores = np.maximum.accumulate(curve.scores)
+            axes.plot(curve.steps, scores, alpha=0.9, marker=marker, markersize=3, **look | best)
+            if curve.state == "pruned":
+                axes.plot(curve.steps[-1], curve.best, "x", color=colour, markersize=7)
+    axes.plot([], [], color=VERMILION, linewidth=3, label="winner")
+    axes.legend(loc="lower right")
     axes.set(xlabel="training steps (batches)", ylabel=f"best {ACCURACY} so far")
     axes.set_xlim(left=0)
     return figure
 
 
-def draw_effects(seen: Seen, found: Variance) -> Figure:
+def draw_effects(trials: Trials, variance: Variance) -> Figure:
     """A panel per setting: mean accuracy of each value with its interval."""
-    columns = min(3, len(seen.names))
-    rows = math.ceil(len(seen.names) / columns)
+    columns = min(3, len(trials.settings))
+    rows = math.ceil(len(trials.settings) / columns)
     figure = Figure(figsize=(10, 3.2 * rows), layout="constrained")
     panels: list[Axes] = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-    for axes, name in zip(panels, seen.names, strict=False):
-        effect = found.effects[name]
-        at = range(len(effect))
-        axes.plot(at, [level.mean for level in effect], color=BLUE, marker="o", linewidth=1)
-        for x, level in zip(at, effect, strict=True):
+    for axes, (name, effect) in zip(panels, variance.effects.items(), strict=False):
+        axes.plot([level.mean for level in effect], color=BLUE, marker="o", linewidth=1)
+        for x, level in enumerate(effect):
             if level.low is not None and level.high is not None:
                 axes.plot([x, x], [level.low, level.high], color=BLUE, linewidth=2.5, alpha=0.6)
         many = max(len(level.value) for level in effect) * len(effect) > 28
         values = [e.value.replace(" to ", " to\n") if many else e.value for e in effect]
-        axes.set_xticks(list(at), [f"{v}\n({e.trials})" for v, e in zip(values, effect, strict=True)], fontsize=9)
-        axes.set(xlabel=UNITS.get(name, name), title=f"{100 * found.main[name]:.0f} % of variance")
+        labels = [f"{value}\n({level.trials})" for value, level in zip(values, effect, strict=True)]
+        axes.set_xticks(range(len(effect)), labels, fontsize=9)
+        axes.set(xlabel=UNITS.get(name, name), title=f"{100 * variance.main[name]:.0f} % of variance")
         axes.margins(x=0.2)
-    for axes in panels[len(seen.names) :]:
+    for axes in panels[len(trials.settings) :]:
         axes.set_visible(False)
     for axes in panels[::columns]:
         axes.set_ylabel(ACCURACY)
     return figure
 
 
-def draw_shares(found: Variance, importance: dict[str, dict[str, float]]) -> Figure:
+def draw_shares(variance: Variance, importance: dict[str, dict[str, float]]) -> Figure:
     """Bars: shares of variance on the left, Optuna's importance on the right."""
-    shares = {**found.main, **{f"{a} × {b}": share for (a, b), share in found.pairs.items()}}
+    shares = {**variance.main, **{f"{a} × {b}": share for (a, b), share in variance.pairs.items()}}
     strongest = sorted(shares.items(), key=lambda item: -item[1])[:9]
     bars = [*strongest, ("the rest", max(0.0, 1 - sum(share for _, share in strongest)))][::-1]
     figure = Figure(figsize=(10, 0.8 + 0.42 * max(len(bars), 6)), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = [GREY if name == "the rest" else VERMILION if "×" in name else BLUE for name, _ in bars]
-    left.barh([name for name, _ in bars], [100 * share for _, share in bars], color=colours, height=0.6)
-    for y, (_, share) in enumerate(bars):
-        left.text(100 * share + 1, y, f"{100 * share:.0f}", va="center", fontsize=9)
+    drawn = left.barh([name for name, _ in bars], [100 * share for _, share in bars], color=colours, height=0.6)
+    left.bar_label(drawn, fmt="%.0f", padding=3, fontsize=9)
     left.set(xlabel="share of variance (%)", xlim=(0, 112), title="Analysis of variance")
     left.grid(axis="y", visible=False)
-    names = list(found.main)[::-1]
+    names = list(variance.main)[::-1]
     for k, (title, colour) in enumerate((("PED-ANOVA", BLUE), ("fANOVA", VERMILION))):
         if title in importance:
             values = [importance[title].get(name, 0) for name in names]
@@ -182,13 +176,12 @@ def draw_shares(found: Variance, importance: dict[str, dict[str, float]]) -> Fig
     return figure
 
 
-def draw_heat(seen: Seen, a: str, b: str) -> Figure:
+def draw_heat(trials: Trials, a: str, b: str) -> Figure:
     """Mean best accuracy for each pair of values of ``a`` (upwards) and ``b`` (to the right)."""
-    rows, row = levels(seen, a)
-    columns, column = levels(seen, b)
+    (rows, row), (columns, column) = trials.levels(a), trials.levels(b)
     cells: dict[tuple[int, int], list[float]] = {}
-    for curve, y, x in zip(seen.curves, row, column, strict=True):
-        cells.setdefault((y, x), []).append(seen.score(curve))
+    for curve, y, x in zip(trials.curves, row, column, strict=True):
+        cells.setdefault((y, x), []).append(trials.score(curve))
     grid = np.full((len(rows), len(columns)), np.nan)
     for cell, scores in cells.items():
         grid[cell] = np.mean(scores)
@@ -207,9 +200,9 @@ def draw_heat(seen: Seen, a: str, b: str) -> Figure:
     return figure
 
 
-def draw_ranks(seen: Seen) -> Figure:
+def draw_ranks(trials: Trials) -> Figure:
     """A line per trial from its rank at the early epoch to its last."""
-    long = [curve for curve in seen.complete if len(curve.scores) > EARLY]
+    long = [curve for curve in trials.complete if len(curve.scores) > EARLY]
     then = np.argsort(np.argsort([-max(curve.scores[:EARLY]) for curve in long], kind="stable")) + 1
     last = np.argsort(np.argsort([-curve.best for curve in long], kind="stable")) + 1
     figure = Figure(figsize=(7, min(9.0, 2.5 + 0.16 * len(long))), layout="constrained")

@@ -77,6 +77,25 @@ def test_our_bugs_keep_their_traceback(error: Exception) -> None:
         guarded(raising(error))
 
 
+def test_a_missing_file_is_one_sentence_and_its_traceback_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    assert guarded(raising(FileNotFoundError(errno.ENOENT, "No such file or directory", "x"))) == 2
+    said, log = capsys.readouterr().err, tmp_path / "cache" / "error.log"
+    assert "still there" in said and str(log) in said and said.count("\n") == 1
+    assert "Traceback" in log.read_text() and "raise error" in log.read_text()
+    assert guarded(raising(OSError(errno.ENOSPC, "No space left on device", "x"))) == 2
+    assert "error.log" not in capsys.readouterr().err
+
+    def in_a_run() -> int:
+        with watched(tmp_path):
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", "y")
+
+    assert guarded(in_a_run) == 2
+    assert str(tmp_path / "error.log") in capsys.readouterr().err
+
+
 def test_a_bug_in_a_run_is_logged_beside_it(tmp_path: Path) -> None:
     bug = ZeroDivisionError("of postgresql://me:hunter22@db/x")
     with pytest.raises(ZeroDivisionError) as caught, watched(tmp_path):

@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from finetune101.cli.main import main
 from finetune101.config import TrainConfig, to_dict
 from finetune101.data.batches import to_input
 from finetune101.data.decode import decode
 from finetune101.deploy import predict
-from finetune101.evaluation.checkpoint import open_network
+from finetune101.evaluation.checkpoint import FROZEN, open_network
 from finetune101.evaluation.predictions import named
 from finetune101.machine import World
 from finetune101.models.build import build
@@ -80,6 +81,19 @@ def test_probabilities_are_those_of_the_network(run, built, tiny_data):
     probabilities = [probability for _, probability in rows[0]["predictions"]]
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_frozen_backbone_is_told_once_and_beside_the_output(run, tiny_data, capsys):
+    words = ["predict", str(run.path), str(tiny_data / "ball" / "image_0001.jpg"), "--json"]
+    settings = run.read_json("config.json")
+    assert main(words) == 0 and "rozen" not in capsys.readouterr().err
+    run.write_json("config.json", {**settings, "model": {**settings["model"], "freeze": True}})
+    try:
+        assert main(words) == 0
+    finally:
+        run.write_json("config.json", settings)
+    printed = capsys.readouterr()
+    assert printed.err.count(FROZEN) == 1 and json.loads(printed.out)["predictions"]
 
 
 def test_a_folder_with_bad_files_is_finished(run, folder):

@@ -151,6 +151,11 @@ def test_what_is_released(name: str, caltech101: Path) -> None:
 
 
 @pytest.mark.parametrize("name", released.available())
+def test_the_released_probe_has_a_frozen_backbone(name: str) -> None:
+    assert released.open_released(name)[0].frozen_backbone == (name == "released_probe")
+
+
+@pytest.mark.parametrize("name", released.available())
 def test_a_card_has_the_accuracy_of_the_published_run(name: str) -> None:
     card = (released.FOLDER / f"{released.RELEASED[name]}.md").read_text(encoding="utf-8")
     promised = float(re.findall(r"test accuracy \| ([\d.]+) %", card)[0])

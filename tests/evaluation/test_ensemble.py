@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune101.cli.main import score_text
 from finetune101.config import TrainConfig
 from finetune101.errors import Refused
 from finetune101.evaluation.ensemble import ensemble, mean_log_probabilities
@@ -55,6 +56,14 @@ def test_the_folder_holds_the_evidence_of_two_equal_runs(small: TrainConfig, tmp
     with open(tmp_path / "both" / "predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert sum(row["label"] == row["prediction"] for row in rows) == alone["correct"] and len(rows) == alone["n"]
+
+
+def test_members_with_a_frozen_backbone_are_named(small: TrainConfig, tmp_path: Path) -> None:
+    whole = trained(small, "whole")
+    frozen = trained(dataclasses.replace(small, model=dataclasses.replace(small.model, freeze=True)), "frozen")
+    result = ensemble([whole, frozen], tmp_path / "both", subset="val")
+    assert result["frozen_members"] == [str(frozen.path)]
+    assert f"only the output layer was trained of {frozen.path}" in score_text(result, "val")
 
 
 def test_a_run_named_twice_is_refused(small: TrainConfig, tmp_path: Path) -> None:

@@ -38,17 +38,19 @@ def project(tmp_path: Path) -> Path:
 
 def problems(project: Path, *listed: dict[str, Any]) -> str:
     (project / "results" / "claims.json").write_text(json.dumps(listed))
-    return "\n".join(claims.check(project)[1])
+    return "\n".join(claims.check_claims(project)[1])
 
 
 def test_the_projects_own_claims_hold() -> None:
-    assert claims.check(ROOT)[1] == []
+    assert claims.check_claims(ROOT)[1] == []
 
 
 def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     per_class = claim(id="a.b.mean_per_class", value=83.33)
     (project / "results" / "a" / "output.txt").write_text("It took 65.04 s, p = 2.31e-162.\n")
-    seconds, p = claim(id="demo.seconds", value=65, unit="s"), claim(id="gain.p", value=2.3e-162, unit="")
+    text = "a/output.txt"
+    seconds = claim(id="demo.seconds", value=65, unit="s", evidence=f"{text}:It took {{}} s")
+    p = claim(id="gain.p", value=2.3e-162, unit="", evidence=f"{text}:p = {{}}")
     weights = claim(id="a.parameters", value=3.5, unit="million")
     assert problems(project, claim(), per_class, seconds, p, weights) == ""
     assert claims.main(project) == 0
@@ -56,9 +58,33 @@ def test_true_claims_hold(project: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "All 5 claims" in out and "2 recomputed" in out and "2 recorded" in out and "1 not checked" in out
 
 
-def test_a_number_that_no_file_of_the_evidence_has(project: Path) -> None:
-    (project / "results" / "a" / "output.txt").write_text("It took 65.04 s in run v1.74.\n")
-    assert "claims 74" in problems(project, claim(id="demo.seconds", value=74, unit="s"))
+@pytest.mark.parametrize(
+    ("value", "where", "problem"),
+    [
+        (65, "output.txt:took {} s", ""),
+        (65.04, "output.txt:took {} s", ""),
+        (74, "output.txt:took {} s", "gives 65.04"),
+        (65, "output.txt:run {}", "0 numbers fit"),
+        (1, "output.txt:{} or", "2 numbers fit"),
+        (65, "output.txt", "file:words"),
+        (65, "", "file:words"),
+        (69, "some.json:rows.1.share*100", ""),
+        (0.69, "some.json:rows.1.share", ""),
+        (69, "some.json:rows.0.share*100", "gives 20.0"),
+        (69, "some.json:rows.7.share", "IndexError"),
+        (69, "some.json:share", "KeyError"),
+        (3, "lines.jsonl:1.n", ""),
+    ],
+)
+def test_a_recorded_number_is_the_one_that_its_evidence_names(
+    project: Path, value: float, where: str, problem: str
+) -> None:
+    folder = project / "results" / "a"
+    (folder / "output.txt").write_text("It took 65.04 s in run v1.74; 1 or 2 or so.\n")
+    (folder / "some.json").write_text(json.dumps({"rows": [{"share": 0.2}, {"share": 0.69}], "other": 69}))
+    (folder / "lines.jsonl").write_text('{"n": 2}\n{"n": 3}\n')
+    text = problems(project, claim(id="demo.number", value=value, unit="s", evidence=f"a/{where}"))
+    assert problem in text if problem else text == ""
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.b.top1", "recorded"), ("demo.seconds", "recomputed")])
@@ -75,7 +101,7 @@ def test_times_are_the_sums_of_the_records(tmp_path: Path) -> None:
     assert claims.minutes(results / "arm", results) == 13
     right = claim(id="best.minutes", value=13, unit="min", n=2, evidence="arm")
     assert problems(tmp_path, right) == ""
-    assert "metrics.jsonl gives 13" in problems(tmp_path, right | {"value": 8})
+    assert "arm gives 13" in problems(tmp_path, right | {"value": 8})
 
 
 def test_claims_on_speed_are_those_of_the_table() -> None:
@@ -103,20 +129,20 @@ def test_several_runs(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "problem"),
     [
         ({"value": 75.01}, "claims 75.01, the predictions give 75.0000"),
         ({"id": "a.b.mean_per_class"}, "83.3333"),
-        ({"evidence": "b"}, "no folder below"),
-        ({"evidence": ".."}, "no folder below"),
+        ({"evidence": "b"}, "no file or folder below"),
+        ({"evidence": ".."}, "no file or folder below"),
     ],
 )
-def test_wrong_claim(project: Path, changes: dict[str, Any], told: str) -> None:
-    assert told in problems(project, claim(**changes))
+def test_wrong_claim(project: Path, changes: dict[str, Any], problem: str) -> None:
+    assert problem in problems(project, claim(**changes))
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "problem"),
     [
         (ROWS[:3], "dog/1.jpg is missing"),
         ([*ROWS, "dog/2.jpg,dog,dog,0.9"], "dog/2.jpg is not in the split's test set"),
@@ -126,16 +152,16 @@ def test_wrong_claim(project: Path, changes: dict[str, Any], told: str) -> None:
         ([], "no rows"),
     ],
 )
-def test_wrong_predictions(project: Path, rows: list[str], told: str) -> None:
+def test_wrong_predictions(project: Path, rows: list[str], problem: str) -> None:
     (project / "results" / "a" / "predictions.csv").write_text(HEADER + "".join(row + "\n" for row in rows))
-    assert told in problems(project, claim())
+    assert problem in problems(project, claim())
 
 
 @pytest.mark.parametrize("name", ["a/config.json", "a/test.json", "splits/tiny.json", "a/predictions.csv"])
 def test_evidence_that_is_not_whole(project: Path, name: str) -> None:
     (project / "results" / name).unlink()
-    told = problems(project, claim())
-    assert any(word in told for word in ("missing", "no predictions", "no test.json"))
+    text = problems(project, claim())
+    assert any(word in text for word in ("missing", "no predictions", "no test.json"))
 
 
 def test_a_field_left_out_and_an_id_twice(project: Path) -> None:

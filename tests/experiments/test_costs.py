@@ -11,7 +11,7 @@ from finetune101.experiments import costs
 from finetune101.experiments.costs import features_cached
 from finetune101.recipes import RECIPES
 from finetune101.report import compare
-from finetune101.report.compare_text import text
+from finetune101.report.compare_text import comparison_text
 from finetune101.report.groups import open_group
 from finetune101.report.page import Page
 from finetune101.report.pages import _compared
@@ -52,17 +52,17 @@ def test_costs_leave_out_runs_that_read_a_cache(arms: Path) -> None:
     c = compare.all_pairs([a, b])[0]
     assert (c.a.seconds, c.b.seconds) == (100, 120)
     assert [run.features_cached for run in c.a.runs] == [False, True, True]
-    words = text(c)
-    assert "2 of 3 runs read their features from a cache" in words and "trained for 1.7 min" in words
+    words = comparison_text(c)
+    assert "probe/s1, probe/s2 read features from the cache" in words and "trained for 1.7 min" in words
     only_warm = compare.all_pairs([open_group(str(arms / "probe" / "s1")), open_group(str(arms / "probe" / "s0"))])[0]
-    assert only_warm.a.seconds is None and "no time" in text(only_warm)
+    assert only_warm.a.seconds is None and "no time" in comparison_text(only_warm)
 
 
 def test_frozen_backbones_and_weak_recipes_are_told(arms: Path, tmp_path: Path) -> None:
     found = [open_group(str(arms / name)) for name in ("probe", "scratch")]
     c = compare.all_pairs(found)[0]
     assert (c.a.frozen, c.b.frozen) == (3, 0)
-    words = text(c)
+    words = comparison_text(c)
     assert "frozen backbone in 3 of 3 runs" in words
     assert "scratch_fast, is not the best known: more is reached by scratch" in words
     page = Page(tmp_path / "page", "en")
@@ -76,7 +76,7 @@ def test_weights_of_epoch_0_are_a_frozen_backbone_even_of_a_fine_tuning(tmp_path
     kept = open_group(str(write_run(tmp_path / "kept", {1}, first=9.0, recipe="finetune_fast").path))
     other = open_group(str(write_run(tmp_path / "other", {2}, scores=[50, 60], recipe="finetune_fast").path))
     c = compare.all_pairs([kept, other])[0]
-    assert (c.a.frozen, c.b.frozen) == (1, 0) and text(c).count("frozen backbone") == 1
+    assert (c.a.frozen, c.b.frozen) == (1, 0) and comparison_text(c).count("frozen backbone") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from finetune101.errors import Refused
 from finetune101.experiments import space
 from finetune101.experiments.queue import Plan
 from finetune101.experiments.search import dry_run, picture_name, run_search
-from finetune101.report import effects
-from finetune101.report.figures import curves
+from finetune101.experiments.trials import read_trials
+from finetune101.report.figures import draw_curves
 from finetune101.run import Run
 from finetune101.training.job import prepare
 from finetune101.training.loop import fit
 
 
 def search(plan: Plan, **how: Any) -> dict[str, Any]:
-    run_search(plan, plan.folder / "table.json", plan.folder / "plots", curves, **how)
+    run_search(plan, plan.folder / "table.json", plan.folder / "plots", draw_curves, **how)
     return json.loads((plan.folder / "search.json").read_text())
 
 
@@ -46,19 +46,19 @@ def test_the_table_follows_the_search_and_the_winner_its_images(base: Any, capsy
 def test_the_score_of_a_solved_output_layer_counts_with_the_first_epoch(base: Any) -> None:
     model = dataclasses.replace(base.model, name="resnet18", head="probe")
     plan = Plan(base=dataclasses.replace(base, model=model), space=space.make({"lr": [0.01, 0.02]}))
-    saved, seen = search(plan), effects.load(plan.folder)
+    saved, seen = search(plan), read_trials(plan.folder)
     assert [len(curve.scores) for curve in seen.curves] == [2, 2] and seen.curves[0].steps[0] > 0
     assert [curve.best for curve in seen.curves] == [entry["best_val_top1"] for entry in saved["results"]]
 
 
 def test_a_search_out_of_time_says_what_is_left(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan(base=base, space=space.make({"lr": [0.01, 0.02]}), timeout=1e-6)
-    run_search(plan, plan.folder / "table.json", plan.folder / "plots", curves)
+    run_search(plan, plan.folder / "table.json", plan.folder / "plots", draw_curves)
     assert "2 of 2 points are left; the same command goes on." in capsys.readouterr().out
     with pytest.raises(ValueError, match="has finished no trial yet; run its command again"):
-        effects.load(plan.folder)
+        read_trials(plan.folder)
     with pytest.raises(ValueError, match="is no folder of a search"):
-        effects.load(Path(base.runs))
+        read_trials(Path(base.runs))
 
 
 def test_a_dry_run_says_how_long_and_writes_nothing(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -112,7 +112,7 @@ def test_a_damaged_search_json_is_one_sentence(base: Any) -> None:
     ):  # fmt: skip
         file.write_text(json.dumps({**whole, **change}))
         with pytest.raises(Refused, match=r"search\.json"):
-            effects.load(plan.folder)
+            read_trials(plan.folder)
     (plan.folder / "table.json").write_text("[[")  # written anew, like what can be had from the runs
     for text in (
         json.dumps({**whole, "base": {"exp": 1}}),

@@ -68,6 +68,15 @@ def test_every_cell_is_trained_and_tested(folder: Path) -> None:
         run = Run(folder / cell["folder"] / "split42_seed0")
         assert run.has("test.json") and run.best.is_file() and not run.last.exists()
         assert cell["top1"] == run.read_json("test.json")["top1"] and cell["seconds"] > 0
+        assert cell["frozen"] == (cell["arm"] == "probe")
+
+
+def test_a_study_says_where_only_the_output_layer_was_trained(folder: Path) -> None:
+    table = experiment.text(json.loads((folder / "study.json").read_text())).splitlines()
+    assert ["frozen backbone in 1" in line for line in table[1:5]] == [True, False, True, False]
+    tested = Run(folder / "efficientnet_lite0" / "probe" / "2_per_class" / "split42_seed0").read_json("test.json")
+    assert "frozen backbone" in experiment._told(tested)
+    assert "frozen backbone" not in experiment._told({**tested, "frozen_backbone": False})
 
 
 def test_sizes_are_nested_and_share_test_images_and_steps(folder: Path) -> None:
@@ -145,7 +154,7 @@ def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
 
 def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:
     assert [picture.name for picture in pages.draw_study(folder)] == ["efficientnet_lite0.png"]
-    page = pages.report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
+    page = pages.write_report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
     assert "Accuracy against training images per class" in page
     assert "Training images per class: 4. probe is right on" in page and "Test, side by side" in page
     assert (tmp_path / "report" / "report.md").is_file()
@@ -160,7 +169,7 @@ def test_the_page_of_an_unfinished_study_says_so(
     shutil.copytree(folder, copy)
     summary = experiment.summarise(study, experiment.plan(dataclasses.replace(study, seeds=2), index), {})
     Run(copy).write_json("study.json", summary)
-    page = pages.report(str(copy), tmp_path / "report").read_text(encoding="utf-8")
+    page = pages.write_report(str(copy), tmp_path / "report").read_text(encoding="utf-8")
     assert "4 of 8 runs are done. Training images per class: 4." in page and ">1 / 2</td>" in page
 
 
@@ -170,7 +179,7 @@ def test_a_run_that_is_tested_before_its_end_is_not_done(study: StudyConfig, ind
     job = prepare(cells[0].runs[0])
     next(fit(job, quiet=True))
     with pytest.raises(ValueError, match=r"stands at epoch 1 of 2; go on with: finetune101 train --exp .* --resume"):
-        groups.read(job.run)
+        groups.read_tested(job.run)
     evaluate(job.run)
     assert not experiment.is_done(cells[0].runs[0])
     assert experiment.run(own, index, cells)["cells"][0]["n"] == 1
@@ -183,7 +192,7 @@ def test_the_page_of_several_networks_compares_the_arms_of_each(folder: Path, tm
     saved = json.loads((copy / "study.json").read_text())
     saved["cells"] += [{**cell, "model": "another"} for cell in saved["cells"]]
     (copy / "study.json").write_text(json.dumps(saved))
-    text = (pages.report(str(copy), tmp_path / "report").parent / "report.md").read_text(encoding="utf-8")
+    text = (pages.write_report(str(copy), tmp_path / "report").parent / "report.md").read_text(encoding="utf-8")
     for network in ("efficientnet_lite0", "another"):
         assert f"{network}: Training images per class: 4. probe is right on" in text
     assert "## Accuracy and cost – another" in text
@@ -223,46 +232,11 @@ def test_a_study_is_published_and_put_back(
     assert "study.scratch.efficientnet_lite0.per_class_4.top1" in found
     assert "best.probe.efficientnet_lite0.per_class_4.top1" in found
     assert not any(name.startswith("compare.gain") for name in found)  # no arm was fine-tuned
-    assert claims.check(tmp_path)[1] == []
+    assert claims.check_claims(tmp_path)[1] == []
     back = dataclasses.replace(study, runs=str(tmp_path / "runs"))
     experiment.write_splits(back, index)
     publish_study.restore(tmp_path / "runs" / "s")
     assert all(experiment.is_done(config) for cell in experiment.plan(back, index) for config in cell.runs)
-
-
-def test_an_ensemble_is_published_with_the_names_of_its_members(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results, out = tmp_path / "results", tmp_path / "ensemble"
-    monkeypatch.setattr(publish, "RESULTS", results)
-    members = [results / name for name in ("a", "b")]
-    scores = {"n": 100, "correct": 98, "loss": 0.1, "top1": 98.0, "top5": 99.0, "mean_per_class": 98.0}
-    scores |= {"manifest_hash": "sha256:1", "top1_interval": [97.4, 98.7]}
-    for folder in members:
-        Run(folder).write_json("test.json", {**scores, "manifest": "reference_seed42"})
-    (results / "claims.json").write_text("[]")
-    Run(out).write_json("test.json", {**scores, "runs": ["runs/a", "runs/b"], "mirror": False, "top1": 98.123})
-    (out / "predictions.csv").write_text("path,label,prediction,confidence\n")
-    publish.publish([out], "best.finetune.any.reference.top1", "finetune101 ensemble a b", members)
-    (claim,) = Run(results).read_json("claims.json")
-    assert (claim["value"], claim["evidence"]) == (98.12, "ensemble")
-    assert Run(results / "ensemble").read_json("config.json") == {"members": ["a", "b"], "mirror": False}
-    with pytest.raises(ValueError, match="is not an ensemble of these 1 members"):
-        publish.keep_ensemble(out, results / "ensemble", members[:1])
-
-
-def test_a_curve_claims_how_few_images_reach_random_initialisation_with_the_most() -> None:
-    values = {("finetune", 1): 20.0, ("finetune", 2): 40.0, ("finetune", 4): 60.0, ("scratch", 2): 10.0}
-    cells = [
-        {"model": "resnet18", "arm": arm, "size": size, "mean_per_class": value, "n": 3}
-        for (arm, size), value in (values | {("scratch", 4): 30.0}).items()
-    ]
-    found = list(publish_study.curve(cells))
-    assert [(claim["id"], claim["value"], claim["n"]) for claim in found] == [("compare.curve", 2, 3)]
-    assert "reaches what random initialisation has with 4" in found[0]["unit"]
-    assert not list(
-        publish_study.curve([{**cell, "mean_per_class": 1.0 + (cell["arm"] == "scratch")} for cell in cells])
-    )
 
 
 def test_a_study_that_was_moved_or_named_by_an_absolute_path_goes_on(

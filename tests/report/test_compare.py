@@ -8,8 +8,13 @@ from written_runs import write_run
 
 from finetune101.evaluation import metrics
 from finetune101.report import compare, groups
-from finetune101.report.compare_text import text
+from finetune101.report.compare_text import comparison_text
 from finetune101.run import Run
+
+
+def compared(*runs: Run) -> compare.Comparison:
+    """The comparison of two runs."""
+    return compare.all_pairs([groups.open_group(str(run.path)) for run in runs])[0]
 
 
 @pytest.fixture
@@ -20,7 +25,7 @@ def arms(tmp_path):
 
 
 def test_numbers_by_hand(arms):
-    c = compare.compare(*arms)
+    c = compared(*arms)
     assert (c.n, c.a.correct, c.b.correct) == (200, 197, 160)
     assert (c.a.top1, c.b.top1) == (98.5, 80.0)
     # Images 2 and 3 are wrong in both runs, image 1 in the first only, 4 to 41 in the second only.
@@ -35,7 +40,7 @@ def test_numbers_by_hand(arms):
 
 
 def test_text_says_everything(arms):
-    words = text(compare.compare(*arms))
+    words = comparison_text(compared(*arms))
     for expected in (
         "same 200 images",
         "98.50 % (95.68 to 99.49)",
@@ -56,63 +61,63 @@ def test_text_says_everything(arms):
 def test_names_reach_no_terminal_raw(tmp_path):
     classes = ("ant\x1b]0;title\x07", "bee\nline")
     a = write_run(tmp_path / "red\x1b[31m", {1, 2, 3}, classes=classes)
-    words = text(compare.compare(a, write_run(tmp_path / "b", {4}, classes=classes)))
+    words = comparison_text(compared(a, write_run(tmp_path / "b", {4}, classes=classes)))
     assert "red\\x1b[31m" in words and "bee\\x0aline" in words
     assert all(c.isprintable() or c == "\n" for c in words)
 
 
 def test_swapping_the_runs_swaps_the_sign(arms):
-    there, back = compare.compare(*arms), compare.compare(*reversed(arms))
+    there, back = compared(*arms), compared(*reversed(arms))
     assert back.difference == -there.difference
     assert back.mcnemar[0].p == there.mcnemar[0].p
-    assert "-18.50 points (-" in text(back)
-    assert "fine tuned is better" in text(back)
+    assert "-18.50 points (-" in comparison_text(back)
+    assert "fine tuned is better" in comparison_text(back)
 
 
 def test_a_small_difference_is_not_called_one(tmp_path):
-    c = compare.compare(write_run(tmp_path / "a", {1, 2, 3}), write_run(tmp_path / "b", {3, 4}, name="resnet18"))
+    c = compared(write_run(tmp_path / "a", {1, 2, 3}), write_run(tmp_path / "b", {3, 4}, name="resnet18"))
     assert c.mcnemar[0].p == 1.0
-    assert "do not tell the two apart" in text(c)
-    assert "networks differ" in text(c)
+    assert "do not tell the two apart" in comparison_text(c)
+    assert "networks differ" in comparison_text(c)
 
 
 def test_a_run_equals_its_copy(arms, tmp_path):
     copy = shutil.copytree(arms[0].path, tmp_path / "copy")
     with pytest.raises(ValueError, match="with itself"):
-        compare.compare(arms[0], arms[0])
-    c = compare.compare(arms[0], Run(copy))
+        compared(arms[0], arms[0])
+    c = compared(arms[0], Run(copy))
     assert (c.difference, c.difference_interval, c.mcnemar[0].p) == (0.0, (0.0, 0.0), 1.0)
 
 
-def test_to_json_is_plain(arms):
-    values = compare.to_json([compare.compare(*arms)], arms[0].path)
+def test_comparison_json_is_plain(arms):
+    values = compare.comparison_json([compared(*arms)], arms[0].path)
     assert json.loads(json.dumps(values)) == values
     assert values["a"]["top1"] == 98.5
     assert values["difference_interval"][0] < 18.5
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
-    c = compare.compare(write_run(tmp_path / "x" / "same", {1}), write_run(tmp_path / "y" / "same", {2}))
+    c = compared(write_run(tmp_path / "x" / "same", {1}), write_run(tmp_path / "y" / "same", {2}))
     assert c.a.name.endswith("x/same")
     assert c.b.name.endswith("y/same")
 
 
 def test_other_splits_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"split differently .*train one of them again with --split"):
-        compare.compare(write_run(tmp_path / "a", {1}), write_run(tmp_path / "b", {1}, seed=1))
+        compared(write_run(tmp_path / "a", {1}), write_run(tmp_path / "b", {1}, seed=1))
 
 
 def test_a_run_without_a_test_is_refused(arms):
     (arms[1].path / "predictions.csv").unlink()
     with pytest.raises(ValueError, match="finetune101 evaluate"):
-        compare.compare(*arms)
+        compared(*arms)
 
 
 @pytest.mark.parametrize("damage", ["path,label\n", "", "path,label,prediction\nant/1.jpg,ant\n", 'path,label,"\n'])
 def test_broken_predictions_are_refused(arms, damage):
     (arms[1].path / "predictions.csv").write_text(damage)
     with pytest.raises(ValueError, match="finetune101 evaluate"):
-        compare.compare(*arms)
+        compared(*arms)
 
 
 def test_predictions_that_are_not_those_of_test_json_are_refused(arms):
@@ -120,14 +125,14 @@ def test_predictions_that_are_not_those_of_test_json_are_refused(arms):
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], *(line.replace(",ant,ant,", ",ant,bee,") for line in lines[1:])]) + "\n")
     with pytest.raises(ValueError, match="does not belong to its predictions"):
-        compare.compare(*arms)
+        compared(*arms)
 
 
 def test_predictions_of_other_images_are_refused(arms):
     file = arms[1].path / "predictions.csv"
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(ValueError, match="does not belong to its predictions"):
-        compare.compare(*arms)
+        compared(*arms)
 
 
 # groups of runs
@@ -157,7 +162,7 @@ def test_groups_give_means_spreads_and_an_interval_over_runs(seeds):
     assert len(c.mcnemar) == 3  # never pooled
     assert [p.only_a - p.only_b for p in c.mcnemar] == [26, 29, 32]
     assert (c.mcnemar[0].a, c.mcnemar[0].b) == ("good/s0", "poor/s0")
-    words = text(c)
+    words = comparison_text(c)
     assert "83.50 ± 1.50 %" in words and "n = 3 runs" in words and "over images and runs" in words
     assert max(map(len, words.splitlines())) <= 120
 
@@ -168,7 +173,7 @@ def test_steps_to_the_other_arm_and_cost(seeds):
     assert c.b.steps_to_other is None
     assert (c.a.validation, c.b.validation) == (90, 50)
     assert {(run.steps, run.seconds, run.images) for run in c.a.runs} == {(30, 180, 18)}
-    assert "reaches" in text(c) and "never" in text(c)
+    assert "reaches" in comparison_text(c) and "never" in comparison_text(c)
 
 
 def test_gains_per_class(seeds):
@@ -196,16 +201,16 @@ def test_a_split_that_one_arm_lacks_is_left_out(tmp_path):
     for split in range(3):
         write_run(tmp_path / "good" / f"{split}", {1}, seed=split)
     write_run(tmp_path / "poor" / "1", {1, 2}, seed=1)
-    found = groups.on_common_splits([groups.open_group(str(tmp_path / name)) for name in ("good", "poor")])
-    assert [[run.manifest.seed for run in group.runs] for group in found] == [[1], [1]]
+    arms = groups.on_common_splits([groups.open_group(str(tmp_path / name)) for name in ("good", "poor")])
+    assert [[run.manifest.seed for run in group.runs] for group in arms] == [[1], [1]]
     other = groups.open_group(str(write_run(tmp_path / "other", {1}, seed=9).path))
     with pytest.raises(ValueError, match="no split has been trained in every arm yet; continue the study first"):
-        groups.on_common_splits([found[0], other])
+        groups.on_common_splits([arms[0], other])
 
 
 def test_a_glob_is_a_group(seeds):
-    found = groups.open_group(str(seeds / "good" / "s[01]"))
-    assert [run.run.name for run in found.runs] == ["s0", "s1"]
+    group = groups.open_group(str(seeds / "good" / "s[01]"))
+    assert [run.run.name for run in group.runs] == ["s0", "s1"]
     with pytest.raises(ValueError, match=r"no run matches .*nothing\*; a glob is looked up here and in runs"):
         groups.open_group(str(seeds / "nothing*"))
 
@@ -224,13 +229,13 @@ def test_a_group_is_one_arm(seeds):
 
 def test_three_groups_give_every_pair(seeds):
     shutil.copytree(seeds / "good", seeds / "third")
-    found = compare.all_pairs([groups.open_group(str(seeds / name)) for name in ("good", "poor", "third")])
-    assert [(c.a.name, c.b.name) for c in found] == [("good", "poor"), ("good", "third"), ("poor", "third")]
+    comparisons = compare.all_pairs([groups.open_group(str(seeds / name)) for name in ("good", "poor", "third")])
+    assert [(c.a.name, c.b.name) for c in comparisons] == [("good", "poor"), ("good", "third"), ("poor", "third")]
     out = seeds / "out"
-    Run(out).write_json("comparison.json", compare.to_json(found, out))
-    again = compare.groups_of(out)
+    Run(out).write_json("comparison.json", compare.comparison_json(comparisons, out))
+    again = compare.read_groups(out)
     assert [len(group.runs) for group in again] == [3, 3, 3]
-    assert compare.compare_groups(*again[:2]).difference == found[0].difference
+    assert compare.compare_groups(*again[:2]).difference == comparisons[0].difference
     with pytest.raises(ValueError, match="another one"):
         compare.all_pairs(again[:1])
 
@@ -238,7 +243,7 @@ def test_three_groups_give_every_pair(seeds):
 def test_other_splits_are_refused_by_their_images(tmp_path):
     a, b = write_run(tmp_path / "a", set()), write_run(tmp_path / "b", set(), test=198)
     with pytest.raises(ValueError, match=r"2 images in one test set only: ant/0198.jpg, ant/0199.jpg"):
-        compare.compare(a, b)
+        compared(a, b)
 
 
 def test_a_random_start_is_proven(tmp_path):
@@ -249,7 +254,7 @@ def test_a_random_start_is_proven(tmp_path):
 
     def start(name, init_hash):
         run = write_run(tmp_path / name, {2}, name="squeezenet1_1", pretrain=False, run_seed=3, init_hash=init_hash)
-        return compare.compare(tuned, run).b.runs[0].start
+        return compared(tuned, run).b.runs[0].start
 
     assert start("random", right).startswith("random: seed 3 gives the recorded initial state")
     assert start("other", "sha256:other").startswith("not proven")
@@ -263,8 +268,8 @@ def test_one_run_against_several_is_judged_by_the_interval_not_by_one_pair(tmp_p
     c = compare.compare_groups(one, groups.open_group(str(tmp_path / "b")))
     assert c.difference < 0 and c.mcnemar[0].only_a > c.mcnemar[0].only_b  # the first pair says the contrary
     assert c.interval[0] < c.difference < c.interval[1] < 0
-    assert f"So {c.b.name} is better" in text(c)
-    assert f"One training run of {c.a.name}: another seed" in text(c)
+    assert f"So {c.b.name} is better" in comparison_text(c)
+    assert f"One training run of {c.a.name}: another seed" in comparison_text(c)
 
 
 def test_pairs_share_their_seed(tmp_path):
@@ -276,10 +281,10 @@ def test_pairs_share_their_seed(tmp_path):
 
 
 def test_more_groups_than_a_picture_can_show_are_refused(tmp_path):
-    found = [groups.open_group(str(write_run(tmp_path / f"g{n}", {n}).path)) for n in range(6)]
-    assert len(compare.all_pairs(found[:5])) == 10
+    arms = [groups.open_group(str(write_run(tmp_path / f"g{n}", {n}).path)) for n in range(6)]
+    assert len(compare.all_pairs(arms[:5])) == 10
     with pytest.raises(ValueError, match="compare shows 5 groups at most"):
-        compare.all_pairs(found)
+        compare.all_pairs(arms)
 
 
 def test_the_interval_over_splits_by_hand():

@@ -14,7 +14,7 @@ from written_runs import write_run
 
 from finetune101.errors import Refused
 from finetune101.report import compare, pages
-from finetune101.report.compare_text import text
+from finetune101.report.compare_text import comparison_text
 from finetune101.run import Run
 
 GONE = object()
@@ -68,12 +68,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def use(folder: Path) -> None:
     """Everything that is read of a study, but drawn nothing."""
-    pages.lines_of(pages.finished(folder))
-    found = pages.study_groups(folder)
-    again = compare.groups_of(folder)
-    for pair in compare.all_pairs(found):
-        text(pair)
-        compare.to_json([pair], folder)
+    pages.lines_of(pages.finished_cells(folder))
+    arms = pages.study_groups(folder)
+    again = compare.read_groups(folder)
+    for pair in compare.all_pairs(arms):
+        comparison_text(pair)
+        compare.comparison_json([pair], folder)
     assert [len(group.runs) for group in again] and pages.progress_of(folder) and pages.failures_of(folder)
 
 

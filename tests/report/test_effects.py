@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from finetune101.experiments.replay import Curve, dropped, replay
+from finetune101.experiments.trials import Trials
 from finetune101.report import effects
-from finetune101.report.effects import Seen
 
 
-def made(noise: float = 0.0, interaction: float = 0.0) -> Seen:
+def made(noise: float = 0.0, interaction: float = 0.0) -> Trials:
     """A grid of 12: lr makes 20 points, batch_size 4, and their pair ``interaction`` more; gamma none."""
     rng, curves = np.random.default_rng(0), []
     for lr, size, gamma in itertools.product([0.01, 0.001], [64, 128, 256], [0.1, 0.5]):
@@ -24,43 +24,37 @@ def made(noise: float = 0.0, interaction: float = 0.0) -> Seen:
         scores = tuple(float(score * (1 - math.exp(-epoch / slow))) for epoch in range(1, 7))
         steps = tuple(epoch * 1000 // size for epoch in range(1, 7))
         curves.append(Curve({"lr": lr, "batch_size": size, "gamma": gamma}, scores, steps, "complete"))
-    return Seen("made", ("lr", "batch_size", "gamma"), tuple(curves), 0)
+    return Trials("made", ("lr", "batch_size", "gamma"), tuple(curves), 0)
 
 
 def test_shares_of_variance_add_up_and_find_what_was_put_in() -> None:
-    found = effects.variance(made(noise=0.1))
-    assert found.main["lr"] > 0.9 > found.main["batch_size"] > found.main["gamma"]
-    assert sum(found.main.values()) + sum(found.pairs.values()) + found.rest == pytest.approx(1, abs=0.02)
+    variance = effects.analyse_variance(made(noise=0.1))
+    assert variance.main["lr"] > 0.9 > variance.main["batch_size"] > variance.main["gamma"]
+    assert sum(variance.main.values()) + sum(variance.pairs.values()) + variance.rest == pytest.approx(1, abs=0.02)
 
 
 def test_an_interaction_is_found_in_its_pair() -> None:
-    found = effects.variance(made(interaction=15))
-    assert max(found.pairs, key=lambda pair: found.pairs[pair]) == ("lr", "batch_size")
-    assert found.pairs["lr", "batch_size"] > 0.02
+    variance = effects.analyse_variance(made(interaction=15))
+    assert max(variance.pairs, key=lambda pair: variance.pairs[pair]) == ("lr", "batch_size")
+    assert variance.pairs["lr", "batch_size"] > 0.02
 
 
 def test_means_of_a_balanced_grid_are_the_plain_means_within_their_intervals() -> None:
-    seen = made(noise=0.5)
-    for name, effect in effects.variance(seen).effects.items():
-        values, which = effects.levels(seen, name)
+    trials = made(noise=0.5)
+    for name, effect in effects.analyse_variance(trials).effects.items():
+        values, which = trials.levels(name)
         for k, level in enumerate(effect):
-            plain = np.mean([c.best for c, w in zip(seen.curves, which, strict=True) if w == k])
+            plain = np.mean([c.best for c, w in zip(trials.curves, which, strict=True) if w == k])
             assert level.mean == pytest.approx(plain)
             assert level.low is not None and level.high is not None and level.low < level.mean < level.high
             assert level.value == values[k] and level.trials == which.count(k)
 
 
-def test_many_numbers_become_bins() -> None:
-    curves = tuple(Curve({"lr": 0.001 * k}, (1.0 * k,), (1,), "complete") for k in range(1, 21))
-    values, which = effects.levels(Seen("x", ("lr",), curves, 0), "lr")
-    assert len(values) == 4 and [which.count(k) for k in range(4)] == [5, 5, 5, 5] and values[0] == "0.001 to 0.005"
-
-
 def test_importance_names_what_matters() -> None:
-    found = effects.importance(made(noise=0.1))
-    assert max(found["PED-ANOVA"], key=found["PED-ANOVA"].__getitem__) in ("lr", "batch_size")
-    if "fANOVA" in found:
-        assert max(found["fANOVA"], key=found["fANOVA"].__getitem__) == "lr"
+    importance = effects.importance(made(noise=0.1))
+    assert max(importance["PED-ANOVA"], key=importance["PED-ANOVA"].__getitem__) in ("lr", "batch_size")
+    if "fANOVA" in importance:
+        assert max(importance["fANOVA"], key=importance["fANOVA"].__getitem__) == "lr"
 
 
 def test_rank_change() -> None:
@@ -72,52 +66,54 @@ def test_rank_change() -> None:
 
 
 def test_the_paragraph_is_made_of_the_numbers() -> None:
-    seen = made(noise=0.1)
-    found = effects.variance(seen)
-    said = effects.words(seen, found, effects.rank_change(seen.curves), {"asha": 0.25})
-    assert f"lr explains {100 * found.main['lr']:.0f} % of the variance" in said
+    trials = made(noise=0.1)
+    variance = effects.analyse_variance(trials)
+    said = effects.search_summary(trials, variance, effects.rank_change(trials.curves), {"asha": 0.25})
+    assert f"lr explains {100 * variance.main['lr']:.0f} % of the variance" in said
     assert "At lr 0.001, 6 epochs are too few" in said and "asha in 25 % of them" in said
-    assert f"{seen.best.best:.2f} %" in said
+    assert f"{trials.best.best:.2f} %" in said
 
 
 @pytest.mark.parametrize(("sampler", "pruner"), [("grid", "none"), ("random", "none"), ("tpe", "asha")])
 def test_a_replay_sees_every_point_once(sampler: str, pruner: str) -> None:
-    seen = made(noise=0.5)
-    replayed = replay(seen.curves, sampler, pruner, seed=1)  # type: ignore[arg-type]
-    whole = sum(curve.steps[-1] for curve in seen.curves)
+    trials = made(noise=0.5)
+    replayed = replay(trials.curves, sampler, pruner, seed=1)  # type: ignore[arg-type]
+    whole = sum(curve.steps[-1] for curve in trials.curves)
     spent = [steps for steps, _ in replayed.epochs]
     assert spent == sorted(spent) and spent[-1] <= whole
-    assert replayed == replay(seen.curves, sampler, pruner, seed=1)  # type: ignore[arg-type]
+    assert replayed == replay(trials.curves, sampler, pruner, seed=1)  # type: ignore[arg-type]
     if pruner == "none":
-        assert spent[-1] == whole and replayed.steps_to(seen.best.best) is not None and not replayed.pruned
+        assert spent[-1] == whole and replayed.steps_to(trials.best.best) is not None and not replayed.pruned
     assert replayed.steps_to(101) is None
 
 
 def test_asha_costs_less_than_the_grid_and_may_drop_the_winner() -> None:
-    seen = made(noise=0.5)
-    assert replay(seen.curves, "grid", "asha", 0).epochs[-1][0] < sum(curve.steps[-1] for curve in seen.curves)
+    trials = made(noise=0.5)
+    assert replay(trials.curves, "grid", "asha", 0).epochs[-1][0] < sum(curve.steps[-1] for curve in trials.curves)
     late = [Curve({"lr": k}, (50.0 + k, 50.0 + k, 60.0 + k), (1, 2, 3), "complete") for k in range(1, 9)]
     late.append(Curve({"lr": 0}, (1.0, 1.0, 99.0), (1, 2, 3), "complete"))  # worst until its last epoch
     assert dropped(late, "asha", orders=20) > 0.8 and dropped(late[:-1], "asha", orders=20) == 0
 
 
 def test_words_say_how_much_of_the_ranking_is_chance() -> None:
-    seen = dataclasses.replace(made(), images=400)
-    best, near = seen.best.best, sum(curve.best > seen.best.best - 1.5 for curve in seen.curves) - 1
-    said = effects.words(seen, effects.variance(seen), None, {})
+    trials = dataclasses.replace(made(), images=400)
+    best, near = trials.best.best, sum(curve.best > trials.best.best - 1.5 for curve in trials.curves) - 1
+    said = effects.search_summary(trials, effects.analyse_variance(trials), None, {})
     error = 100 * math.sqrt(best / 100 * (1 - best / 100) / 400)
     assert f"On 400 validation images its standard error is {error:.1f} points, and {near} other trials lie" in said
-    assert "--finalists" in said and "standard error" not in effects.words(made(), effects.variance(made()), None, {})
+    assert "--finalists" in said
+    assert "standard error" not in effects.search_summary(made(), effects.analyse_variance(made()), None, {})
 
 
 def test_pruned_trials_are_compared_with_the_others_at_the_epoch_that_all_reached() -> None:
-    seen = made()
-    cut = [dataclasses.replace(c, scores=c.scores[:2], steps=c.steps[:2], state="pruned") for c in seen.curves[6:8]]
-    pruned = dataclasses.replace(seen, curves=(*seen.curves[:6], *cut, *seen.curves[8:]))
-    assert (seen.common, pruned.common) == (None, 2)
-    early = dataclasses.replace(seen, curves=tuple(dataclasses.replace(c, scores=c.scores[:2]) for c in seen.curves))
-    assert effects.variance(pruned) == effects.variance(early)
-    said = effects.words(pruned, effects.variance(pruned), None, {})
+    trials = made()
+    cut = [dataclasses.replace(c, scores=c.scores[:2], steps=c.steps[:2], state="pruned") for c in trials.curves[6:8]]
+    pruned = dataclasses.replace(trials, curves=(*trials.curves[:6], *cut, *trials.curves[8:]))
+    assert (trials.common, pruned.common) == (None, 2)
+    short = tuple(dataclasses.replace(curve, scores=curve.scores[:2]) for curve in trials.curves)
+    early = dataclasses.replace(trials, curves=short)
+    assert effects.analyse_variance(pruned) == effects.analyse_variance(early)
+    said = effects.search_summary(pruned, effects.analyse_variance(pruned), None, {})
     assert "2 of them were stopped early, so what follows compares all at epoch 2" in said
 
 
@@ -126,20 +122,20 @@ def test_intervals_stay_within_what_an_accuracy_can_be() -> None:
         Curve({"lr": lr, "gamma": g}, (s,), (1,), "complete")
         for lr, g, s in [(1, 1, 0.0), (1, 2, 100.0), (2, 1, 100.0), (2, 2, 100.0), (3, 1, 100.0)]
     )
-    for levels in effects.variance(Seen("x", ("lr", "gamma"), curves, 0)).effects.values():
+    for levels in effects.analyse_variance(Trials("x", ("lr", "gamma"), curves, 0)).effects.values():
         for level in levels:
             assert level.low is not None and level.high is not None
             assert 0 <= level.low <= level.mean <= level.high <= 100
 
 
 def test_chance_is_no_interaction() -> None:
-    rng, found, main = np.random.default_rng(1), 0, []
+    rng, interactions, main = np.random.default_rng(1), 0, []
     for _ in range(60):
         grid = itertools.product([0.1, 0.03, 0.01, 0.003], [32, 64, 128], [0.1, 1.0])
         curves = [Curve({"lr": a, "b": b, "r": r}, (70 + rng.normal(),), (1,), "complete") for a, b, r in grid]
-        seen = effects.variance(Seen("x", ("lr", "b", "r"), tuple(curves), 0))
-        found += bool(seen.pairs)
-        main.append(max(seen.main.values()))
-    assert found <= 8 and np.mean(main) < 0.15
+        variance = effects.analyse_variance(Trials("x", ("lr", "b", "r"), tuple(curves), 0))
+        interactions += bool(variance.pairs)
+        main.append(max(variance.main.values()))
+    assert interactions <= 8 and np.mean(main) < 0.15
     single = [Curve({"lr": a, "b": b}, (10.0 * a + b,), (1,), "complete") for a in (1, 2, 3, 4) for b in (1, 2)]
-    assert effects.variance(Seen("x", ("lr", "b"), tuple(single), 0)).pairs == {}
+    assert effects.analyse_variance(Trials("x", ("lr", "b"), tuple(single), 0)).pairs == {}

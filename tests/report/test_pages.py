@@ -15,10 +15,9 @@ from written_runs import write_run
 
 from finetune101.cli.main import main
 from finetune101.errors import Refused
+from finetune101.evaluation.tested import Answer
 from finetune101.report import groups, mistakes
-from finetune101.report.groups import Answer
-from finetune101.report.page import TEMPLATES, Name, Page
-from finetune101.report.page import text as shown
+from finetune101.report.page import TEMPLATES, Name, Page, words
 from finetune101.report.pages import _details
 from finetune101.run import Run
 
@@ -121,7 +120,7 @@ HOSTILE = (
 def test_names_stand_as_they_are_in_markdown_and_html(tmp_path: Path, name: str) -> None:
     page = Page(tmp_path, "en")
     page.title, page.headline = name, f"headline {name}"
-    page.table("classes", [Name(name), "images"], [[shown(name), shown("1")]], name)
+    page.table("classes", [Name(name), "images"], [[words(name), words("1")]], name)
     page.add("gallery", "mistakes", examples=[{"path": name, **answer(name)._asdict(), "image": None}])
     page.add(
         "pairs", "pairs", pairs=[{"label": name, "prediction": name, "count": 1, "images": [None, None]}], unread=""
@@ -177,7 +176,7 @@ def test_no_picture_from_outside_of_the_data(tmp_path: Path, path: str) -> None:
     split["subsets"]["train"][0] = path if "bee" in path.split("/")[-2:-1] else f"ant/{path}"
     run.write_json("split.json", split)
     with pytest.raises(Refused):
-        groups.read(run)
+        groups.read_tested(run)
 
 
 def test_a_page_without_the_picture_that_cannot_be_read(tiny_data: Path, runs: Path, tmp_path: Path) -> None:
@@ -189,16 +188,16 @@ def test_a_page_without_the_picture_that_cannot_be_read(tiny_data: Path, runs: P
     assert "data:image/jpeg" not in page and "could not be read" in page
 
 
-@pytest.mark.parametrize(("after", "told"), [(0.3, "not help"), (0.1, "after temp"), (0.2, "no temperature")])
-def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, after: float, told: str) -> None:
+@pytest.mark.parametrize(("after", "sentence"), [(0.3, "not help"), (0.1, "after temp"), (0.2, "no temperature")])
+def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, after: float, sentence: str) -> None:
     run = write_run(tmp_path / "run", {1, 2})
     bins = [{"n": 5, "confidence": 80.0, "top1": 60.0}]
     scaled = {"ece": after, "bins": bins, "temperature": 1.0 if after == 0.2 else 36.0}
     run.write_json("test.json", {**run.read_json("test.json"), "calibration": {"ece": 0.2, "bins": bins},
                                  "calibration_scaled": scaled})  # fmt: skip
     page = Page(tmp_path / "page", "en")
-    _details(page, groups.read(run), "", None)
-    assert told in page.sections[-1]["note"]
+    _details(page, groups.read_tested(run), "", None)
+    assert sentence in page.sections[-1]["note"]
 
 
 def test_a_study_with_failed_runs_tells_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,14 +227,14 @@ def test_confused_classes_stand_together() -> None:
     for a, b in ((0, 20), (5, 33)):  # taken for each other
         answers[f"{names[a]}/0"] = Answer(names[a], names[b], 0.8)
         answers[f"{names[b]}/0"] = Answer(names[b], names[a], 0.7)
-    found = mistakes.confusion(answers)
-    assert found.hidden == 36 and found.blocks == [2, 2]
-    assert {frozenset(found.names[:2]), frozenset(found.names[2:])} == {
+    matrix = mistakes.confusion_of(answers)
+    assert matrix.hidden == 36 and matrix.blocks == [2, 2]
+    assert {frozenset(matrix.names[:2]), frozenset(matrix.names[2:])} == {
         frozenset({names[0], names[20]}),
         frozenset({names[5], names[33]}),
     }
-    assert np.array_equal(np.diag(found.counts), [4] * 4) and found.counts.sum() == 20
-    assert mistakes.pairs(answers)[0] == (names[0], names[20], 1)
+    assert np.array_equal(np.diag(matrix.counts), [4] * 4) and matrix.counts.sum() == 20
+    assert mistakes.confused_pairs(answers)[0] == (names[0], names[20], 1)
     assert [e["confidence"] for e in mistakes.examples(answers, False, None)] == [0.8, 0.8, 0.7, 0.7]
 
 

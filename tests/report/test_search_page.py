@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finetune101.report.search_page import report
+from finetune101.report.search_page import write_search_report
 
 RECORD = {
     "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_holds_everything_itself(folder: Path) -> None:
-    page = report(folder, [("batch_size", "schedule")])
+    page = write_search_report(folder, [("batch_size", "schedule")])
     text = page.read_text(encoding="utf-8")
     assert "http:" not in text and "https:" not in text and "<s>" not in text and "&lt;s&gt;" in text
     markdown = page.with_suffix(".md").read_text(encoding="utf-8")
@@ -55,25 +55,25 @@ def test_the_page_holds_everything_itself(folder: Path) -> None:
 def test_a_setting_with_the_name_of_a_word_keeps_it(folder: Path, tmp_path: Path, lang: str) -> None:
     file = folder / "search.json"
     file.write_text(file.read_text().replace('"schedule"', '"size"').replace('"step"', "96").replace('"cosine"', "128"))
-    head = report(folder, out=tmp_path / "out", lang=lang).with_suffix(".md").read_text(encoding="utf-8")
+    head = write_search_report(folder, out=tmp_path / "out", lang=lang).with_suffix(".md").read_text(encoding="utf-8")
     assert "| lr | batch_size | size |" in head
 
 
 def test_the_page_in_chinese(folder: Path, tmp_path: Path) -> None:
-    text = report(folder, out=tmp_path / "out", lang="zh").read_text(encoding="utf-8")
+    text = write_search_report(folder, out=tmp_path / "out", lang="zh").read_text(encoding="utf-8")
     assert 'lang="zh' in text and "最好的试验" in text and "Best trials" not in text
 
 
 def test_learning_rate_and_batch_size_are_drawn_unasked(folder: Path) -> None:
-    assert (report(folder).parent / "heat_lr_batch_size.png").is_file()
+    assert (write_search_report(folder).parent / "heat_lr_batch_size.png").is_file()
 
 
 @pytest.mark.parametrize("pair", [("lr",), ("lr", "gamma"), ("lr", "lr")])
 def test_a_pair_that_cannot_be_drawn(pair: tuple[str, ...], folder: Path) -> None:
     with pytest.raises(ValueError, match="cannot be drawn; give two of lr, batch_size, schedule"):
-        report(folder, [pair])
+        write_search_report(folder, [pair])
 
 
 def test_no_search_no_report(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is no folder of a search"):
-        report(tmp_path)
+        write_search_report(tmp_path)
