@@ -43,6 +43,12 @@ class Manifest:
         """Class name -> index."""
         return {name: i for i, name in enumerate(self.classes)}
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The unreadable images that ``--skip-bad-images`` left out."""
+        paths = self.options.get("skipped")
+        return tuple(map(str, paths)) if isinstance(paths, list | tuple) else ()
+
     def hash(self) -> str:
         """Identifies the split: the same classes and the same images in the same subsets."""
         import hashlib

@@ -121,7 +121,7 @@ def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, loc
         if world.writes and config.data.cache != "off":
             remove_abandoned(cache_dir())
         wanted = (path for paths in manifest.subsets.values() for path in paths)
-        images = cache.open_images(index, built.preprocessing, config.data.cache, wanted=wanted)
+        images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.skipped, wanted)
     return Job(
         config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers,
         notes=notes, lock=lock,

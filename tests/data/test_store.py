@@ -211,6 +211,28 @@ def test_only_the_wanted_images_are_decoded(tiny_data: Path, folder: Path, tmp_p
         np.testing.assert_array_equal(same.read(found.paths[-3:]), images.read(found.paths[-3:]))
 
 
+def test_splits_of_one_data_set_share_a_cache(index: Index, folder: Path) -> None:
+    """Half of the images are enough; fewer have a cache of their own."""
+    direct = open_images(index, SHAPE, "off")
+    splits = [index.paths, index.paths[::2], index.paths[18:], index.paths[:17]]
+    for wanted, files in zip(splits, (1, 1, 1, 2), strict=True):
+        images = open_images(index, SHAPE, wanted=wanted)
+        assert images.paths == tuple(wanted) and len(list(folder.iterdir())) == files
+        assert images.pixels is not None and len(images.pixels) == (36 if files == 1 else 17)
+        np.testing.assert_array_equal(images.read(wanted[::-1]), direct.read(wanted[::-1]))
+
+
+def test_an_unreadable_image_that_is_skipped_does_not_part_the_splits(
+    tiny_data: Path, folder: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
+    index = index_images(root)
+    (root / index.paths[0]).write_bytes(b"broken")
+    for wanted in (index.paths[1:30], index.paths[6:]):
+        open_images(index, SHAPE, skipped=index.paths[:1], wanted=wanted)
+    assert len(list(folder.iterdir())) == 1
+
+
 def test_names_that_are_not_utf_8(tiny_data: Path, folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
     os.rename(root / "ball" / "image_0002.jpg", os.fsencode(root / "ball") + b"/caf\xe9.jpg")
