@@ -126,6 +126,12 @@ def remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
     return lines
 
 
+def is_by_folders(manifest: Manifest, index: Index) -> bool:
+    """Whether ``manifest`` holds every image of ``index`` in the subset in whose folder the image lies."""
+    by_folder = _by_folder(index) if index.subsets else {}
+    return all(set(paths) == set(by_folder.get(name, ())) for name, paths in manifest.subsets.items())
+
+
 def _lacking(manifest: Manifest, subset: str, most: int = 3) -> str:
     """Names the classes of which ``subset`` has no image; "" when there is none."""
     held = {class_of(path) for path in manifest.subsets[subset]}
@@ -159,11 +165,7 @@ def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = No
     options: dict[str, Any] = {}
     subsets: dict[str, list[str]]
     if index.layout == "folders":
-        protocol = "folders"
-        subsets = {name: [] for name in SUBSETS}
-        folders = {folder: name for name, folder in index.subsets.items()}
-        for path in index.paths:
-            subsets[folders[path.split("/", 1)[0]]].append(path)
+        protocol, subsets = "folders", _by_folder(index)
     elif config.protocol == "standard":
         subsets = _standard(_by_class(index.paths), config, groups or {})
         options = {
@@ -183,6 +185,15 @@ def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = No
         content_hash=content_hash(index.digests, used),
         subsets={name: tuple(paths) for name, paths in subsets.items()},
     )
+
+
+def _by_folder(index: Index) -> dict[str, list[str]]:
+    """Subset -> the images in its folder, where images lie in train/, val/ and test/."""
+    subsets: dict[str, list[str]] = {name: [] for name in SUBSETS}
+    folders = {folder: name for name, folder in index.subsets.items()}
+    for path in index.paths:
+        subsets[folders[path.split("/", 1)[0]]].append(path)
+    return subsets
 
 
 def _check_classes(index: Index, config: DataConfig) -> None:

@@ -101,7 +101,10 @@ def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, loc
     index = index_images(find_data(config.data.root), ours=[config.runs])
     manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
     splits.check(manifest, index)
-    notes = (*index_notes(index), *(() if index.subsets else splits.remarks(manifest, config.data.fit_on)))
+    by_folders = splits.is_by_folders(manifest, index)
+    notes = index_notes(index, split_by_folders=by_folders)
+    if not by_folders:
+        notes += splits.remarks(manifest, config.data.fit_on)
     built = build(
         config.model.name,
         len(manifest.classes),
@@ -124,7 +127,7 @@ def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, loc
         images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.skipped, wanted)
     return Job(
         config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers,
-        notes=notes, lock=lock,
+        notes=tuple(notes), lock=lock,
     )  # fmt: skip
 
 

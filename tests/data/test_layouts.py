@@ -305,13 +305,13 @@ def test_a_place_that_cannot_be_is_one_sentence(
 
 AS_NOBODY = """
 import concurrent.futures.thread, os, sys
-from finetune101.data.images import find, index
+from finetune101.data.images import find_data, index_images
 from finetune101.errors import Refused
 if os.geteuid() == 0:
     os.seteuid(65534)
 for place in sys.argv[1:]:
     try:
-        index(find(place))
+        index_images(find_data(place))
     except Refused as error:
         print(error)
 """

@@ -245,6 +245,8 @@ def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
                 shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / subset / name)
     found = index_images(find_data(str(tmp_path)), "folders")
     manifest = splits.make(found, DataConfig(protocol="folders"))
+    fewer = dataclasses.replace(manifest, subsets=manifest.subsets | {"val": ()})
+    assert splits.is_by_folders(manifest, found) and not splits.is_by_folders(fewer, found)
     assert manifest.classes == ("ball", "box")
     for subset, n in {"train": 6, "val": 2, "test": 4}.items():
         assert per_class(manifest, subset) == {"ball": n, "box": n}
