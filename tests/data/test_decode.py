@@ -288,6 +288,24 @@ def test_what_pillow_warns_of_is_one_line_with_the_name(tmp_path: Path, capsys: 
         warnings.warn("mine", stacklevel=1)
 
 
+def test_warning_filters_that_change_meanwhile_stay_right(tmp_path: Path) -> None:
+    """As another thread changes them while images are decoded."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    added = ("ignore", None, ResourceWarning, None, 7)
+    with warnings.catch_warnings():
+        before, show = list(warnings.filters), warnings.showwarning
+        with opened(tmp_path / "a.png"):
+            warnings.filters.insert(0, added)  # type: ignore[attr-defined]
+        assert list(warnings.filters) == [added, *before] and warnings.showwarning is show
+        block = warnings.catch_warnings()
+        with opened(tmp_path / "a.png"):
+            block.__enter__()
+        block.__exit__()  # brings back what was there while the image was decoded
+        for _ in range(2):
+            decode(tmp_path / "a.png", 8, "bilinear")
+        assert list(warnings.filters) == [added, *before] and warnings.showwarning is show
+
+
 def test_threads_together_hold_few_pixels() -> None:
     room, held, most, lock = _Room(100), 0, 0, threading.Lock()
 
