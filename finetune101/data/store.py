@@ -197,29 +197,32 @@ def _write(out: BinaryIO, rows: Iterable[NDArray[Any]]) -> list[int]:
 @contextlib.contextmanager
 def turn(place: Place) -> Iterator[None]:
     """Waits until no other process makes ``place``; then ask ``read`` again, and make it where it is still missing."""
-    lock = place.file.with_name(f".{place.name}.lock")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # where no file can be made nothing will be kept, by nobody
-            _wait(lock, stack)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()  # who waits for it looks for what was made before it makes anything
+            stack.enter_context(alone(place.file.with_name(f".{place.name}.lock")))
+        yield
 
 
-def _wait(lock: Path, stack: contextlib.ExitStack) -> None:
-    """Enters into ``stack`` the claim of ``lock``, as soon as nobody else has it; says once that it waits."""
-    told = False
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process holds the file ``lock``, named .WHAT.lock; says once that it waits.
+
+    Raises OSError where the lock cannot be made.
+    """
+    is_first_try = True
     while True:
-        with contextlib.ExitStack() as attempt:
-            if attempt.enter_context(claim(lock)):
-                stack.push(attempt.pop_all())
+        with claim(lock) as is_ours:
+            if is_ours:
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        lock.unlink()  # who waits for it looks for what was made before it makes anything
                 return
-        if not told:
+        if is_first_try:
             where = f"{lock.name[1:-5]} in {escaped(str(lock.parent))}"
             print(f"{claimed_by(lock).capitalize()} makes {where}: waiting for it.")
-            told = True
+            is_first_try = False
         time.sleep(0.2)
 
 
