@@ -59,10 +59,10 @@ def make_splits(root: Path) -> None:
     """Both protocols, written, read and compared with the list."""
     index = list_and_hash(root)
     for config in (DataConfig(), DataConfig(protocol="standard")):
-        manifest = splits.make(index, config, {path: path for path in index.paths})
+        manifest = splits.make_split(index, config, {path: path for path in index.paths})
         file = cache_dir() / "split.json"
         write_json(file, manifest.to_json())
-        splits.check(splits.read(file), index)
+        splits.check_split(splits.read_split(file), index)
 
 
 def decode_all(root: Path) -> None:
@@ -73,8 +73,8 @@ def decode_all(root: Path) -> None:
 def start_again(root: Path) -> None:
     """What a training does of its own before its first step, when all is kept: list, split, cache, first batch."""
     index = list_and_hash(root)
-    manifest = splits.make(index, DataConfig())
-    splits.check(manifest, index)
+    manifest = splits.make_split(index, DataConfig())
+    splits.check_split(manifest, index)
     images = cache.open_images(index, OWN)
     paths, labels = manifest.subsets["train"], manifest.labels("train")
     order = np.random.default_rng(0).permutation(len(paths))[:64]

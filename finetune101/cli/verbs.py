@@ -197,9 +197,9 @@ def cache(argv: Sequence[str]) -> int:
     if not arguments.older_than >= 0:
         raise Refused(f"--older-than is {arguments.older_than}; give a number of days of at least 0")
     if arguments.action == "list":
-        print(store.table())
+        print(store.cache_table())
         return 0
-    removed = store.clear(arguments.older_than)
+    removed = store.clear_cache(arguments.older_than)
     print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")
     return 0
 

@@ -97,7 +97,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def read(images: Images, paths: Sequence[str]) -> Tensor:
+def read_pixels(images: Images, paths: Sequence[str]) -> Tensor:
     """uint8 (N, 3, h, w), a channels_last view of the decoded pixels."""
     return torch.from_numpy(images.read(paths)).permute(0, 3, 1, 2)
 
@@ -159,7 +159,7 @@ class _Made(Dataset[tuple[Tensor, Tensor, Plan]]):
 
     def __getitem__(self, plan: Plan) -> tuple[Tensor, Tensor, Plan]:
         preprocessing = self.images.preprocessing
-        pixels = read(self.images, [self.paths[i] for i in plan.chosen])
+        pixels = read_pixels(self.images, [self.paths[i] for i in plan.chosen])
         pixels = augment(pixels, plan.boxes, plan.mirrored, plan.size, preprocessing.interpolation)
         return pixels, torch.tensor([self.labels[i] for i in plan.chosen]), plan
 
@@ -222,4 +222,4 @@ def eval_batches(
     """All images once, in order, without augmentation: (float (N, 3, size, size), int64 (N,))."""
     for start in range(0, len(paths), batch_size):
         part = slice(start, start + batch_size)
-        yield to_input(read(images, paths[part]), images.preprocessing, world), torch.tensor(labels[part])
+        yield to_input(read_pixels(images, paths[part]), images.preprocessing, world), torch.tensor(labels[part])

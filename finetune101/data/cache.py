@@ -66,14 +66,14 @@ def open_images(
         sets.insert(0, readable)
     places = [_place(index, paths, preprocessing) for paths in sets]
     for paths, (key, place) in zip(sets, places, strict=True):
-        if kept := store.read(place, mapped=True):
+        if kept := store.read_array(place, mapped=True):
             return _filled(images, kept.array, paths, key)
     for paths, (key, place) in zip(sets, places, strict=True):
         try:
             with store.turn(place):
-                kept = store.read(place, mapped=True)  # another process may have made it meanwhile
+                kept = store.read_array(place, mapped=True)  # another process may have made it meanwhile
                 if kept is None and _make(place, index.root, paths, preprocessing):
-                    kept = store.read(place, mapped=True)
+                    kept = store.read_array(place, mapped=True)
         except Unreadable:
             if paths is sets[-1]:
                 raise
@@ -107,7 +107,7 @@ def _make(place: store.Place, root: Path, paths: Sequence[str], preprocessing: P
         _decoded(root, paths, preprocessing), total=len(paths), desc="decode", unit="img", leave=False
     )  # fmt: skip
     try:
-        store.keep(place, rows, f"{len(paths):,} images of {root.name}, {size} px, {interpolation}")
+        store.keep_array(place, rows, f"{len(paths):,} images of {root.name}, {size} px, {interpolation}")
     except Unreadable:
         raise
     except Refused as error:  # the disk is full, or the folder may not be written

@@ -122,12 +122,12 @@ def _open(file: BinaryIO) -> Image.Image:
     head = file.read(64)
     file.seek(0)
     formats = formats_of(head)
-    known = tuple(name for name in formats if name in _decoders())
+    decoders = tuple(name for name in formats if name in _decoders())
     if not head:
         raise UnidentifiedImageError("it is empty")
-    if not known:
+    if not decoders:
         raise _Odd(NEEDS[formats[0]])
-    return Image.open(file, formats=known)
+    return Image.open(file, formats=decoders)
 
 
 @functools.cache

@@ -182,15 +182,15 @@ def _kept_thumbnails(index: Index) -> Thumbnails:
     content = f"{content_hash(index.digests, index.paths)} {DECODER}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     place = store.Place(f"thumbnails_{SIDE}px_{key}.npy", (len(index.paths), SIDE * SIDE), np.uint8)
-    if kept := store.read(place):
+    if kept := store.read_array(place):
         return kept.array
     with store.turn(place):
-        if kept := store.read(place):  # another process made them meanwhile
+        if kept := store.read_array(place):  # another process made them meanwhile
             return kept.array
         started = time.perf_counter()
         rows = thumbnails(index.root, index.paths)
         if not store.make_room(place):
             with suppress(Refused):  # on a full disk
                 what = f"{len(rows):,} images of {index.root.name} to find near-duplicates"
-                store.keep(place, [rows], what, time.perf_counter() - started)
+                store.keep_array(place, [rows], what, time.perf_counter() - started)
     return rows

@@ -71,7 +71,7 @@ def find_data(root: str | None) -> Path:
     path, name = _named(root)
     if FOLDER in folders_in(path):
         path = path / FOLDER
-    shown, start = escaped(str(path)), path
+    where, start = escaped(str(path)), path
     for _ in range(4):
         if subset_folders(path):
             return path
@@ -87,27 +87,27 @@ def find_data(root: str | None) -> Path:
     if path == start and with_images and images_in(path / with_images[0]):
         return path  # one class: refused where the images are listed
     if not with_images and images_in(start):
-        raise Refused(f"{shown} holds images but no class folders; give --data its parent folder")
-    raise Refused(f"{name} {shown} holds no class folders with images; {HOW}")
+        raise Refused(f"{where} holds images but no class folders; give --data its parent folder")
+    raise Refused(f"{name} {where} holds no class folders with images; {HOW}")
 
 
 def _named(root: str | None) -> tuple[Path, str]:
     """The folder that is asked for, and what named it. Raises Refused when it is none."""
-    given = root or os.environ.get("FINETUNE101_DATA") or None
-    name = "--data" if root else "FINETUNE101_DATA" if given else "the folder"
-    shown = escaped(given or "")
+    folder = root or os.environ.get("FINETUNE101_DATA") or None
+    name = "--data" if root else "FINETUNE101_DATA" if folder else "the folder"
+    where = escaped(folder or "")
     try:
-        path = Path(given).expanduser() if given else Path("data") / FOLDER
+        path = Path(folder).expanduser() if folder else Path("data") / FOLDER
         path.stat()
     except RuntimeError as error:  # ~somebody
-        raise Refused(f"{name} {shown} names a user that does not exist; {HOW}") from error
+        raise Refused(f"{name} {where} names a user that does not exist; {HOW}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero in the name
-        start = f"{name} {shown} does not exist" if given else f"no data set at {path}"
+        start = f"{name} {where} does not exist" if folder else f"no data set at {path}"
         raise Refused(f"{start}; {HOW}") from error
     except OSError as error:
-        raise Refused(f"{name} {shown} cannot be read ({error.strerror}); allow it, or name another folder") from error
+        raise Refused(f"{name} {where} cannot be read ({error.strerror}); allow it, or name another folder") from error
     if not path.is_dir():
-        raise Refused(f"{shown or path} is a file, not a folder; {HOW}")
+        raise Refused(f"{where or path} is a file, not a folder; {HOW}")
     return path, name
 
 
@@ -197,24 +197,24 @@ def _digests(root: Path, states: dict[str, State], fresh: bool) -> dict[str, str
     place = os.fsencode(os.path.realpath(root))
     file = cache_dir() / f"digests_{hashlib.sha256(place).hexdigest()[:16]}.msgpack"
     kept = _read_digests(file) if worth and not fresh else {}
-    known: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path, state in states.items():
         entry = kept.get(os.fsencode(path))
         if entry and entry[:4] == state:
-            known[path] = entry[4].hex()
-    new = [path for path in states if path not in known]
+            digests[path] = entry[4].hex()
+    new = [path for path in states if path not in digests]
     now = time.time_ns()
     with ThreadPoolExecutor(max(4, usable_cores())) as pool:
-        known |= zip(new, pool.map(sha256, (root / path for path in new)), strict=True)
+        digests |= zip(new, pool.map(sha256, (root / path for path in new)), strict=True)
     if worth and new:
         settled = {
-            os.fsencode(path): (*state, bytes.fromhex(known[path]))
+            os.fsencode(path): (*state, bytes.fromhex(digests[path]))
             for path, state in states.items()
             if max(state[1], state[2]) < now - FRESH
         }
         with suppress(Refused, OSError), atomic(file) as part:  # without space every command hashes
             part.write_bytes(msgspec.msgpack.encode(settled))
-    return {path: known[path] for path in states}
+    return {path: digests[path] for path in states}
 
 
 Kept = tuple[int, int, int, int, bytes]

@@ -254,13 +254,13 @@ def list_classes(root: Path, ours: Collection[Path] = (), to_train: bool = True)
     listings, left_out = _class_folders(root, "", ours)
     for name, listing in listings.items():
         if subset_of(name) and any(path.count("/") > 1 for path in listing.images):
-            where, shown = escaped(str(root)), escaped(name)
+            where, folder = escaped(str(root)), escaped(name)
             if subset_of(name) == "train":
                 raise Refused(
-                    f"{where} has class folders in {shown}/ and none for validation or test beside it;"
+                    f"{where} has class folders in {folder}/ and none for validation or test beside it;"
                     f" give --data {escaped(str(root / name))} to split its images"
                 )
-            raise Refused(f"{where} has class folders in {shown}/ and none for training; add a folder train/")
+            raise Refused(f"{where} has class folders in {folder}/ and none for training; add a folder train/")
         if to_train:
             _check_images(root / name, listing)
         inner = {subset_of(path.split("/")[1]) for path in listing.images if path.count("/") > 1}
@@ -290,7 +290,7 @@ def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (
             if subset == "train" or name in classes or not to_train:
                 classes[name] = classes.get(name, {}) | listing.images
                 continue
-            if near := next((known for known in classes if _alike(known) == _alike(name)), None):
+            if near := next((other for other in classes if _alike(other) == _alike(name)), None):
                 wrong = escaped(str(root / folders[subset] / name))
                 raise Refused(f"{wrong} is the class {escaped(near)} in another spelling; give both folders one name")
             left_out[UNKNOWN] += listing.images

@@ -51,15 +51,15 @@ def contact_sheet(
     if per_class < 1:
         raise Refused(f"{per_class} images per class cannot be shown; give at least 1")
     check_bounds(config)
-    for flag, given in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
-        if given:
+    for flag, is_set in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
+        if is_set:
             raise Refused(f"{flag} changes whole batches or epochs, which a contact sheet cannot show; leave it out")
-    found, rng = index_images(root), random.Random(seed)
+    index, rng = index_images(root), random.Random(seed)
     classes: dict[str, list[str]] = defaultdict(list)
-    for path in found.paths:
+    for path in index.paths:
         classes[class_of(path)].append(path)
-    chosen = {name: rng.sample(classes[name], min(per_class, len(classes[name]))) for name in found.classes}
-    names = list(found.classes)[:: max(1, len(found.classes) // AUGMENTED)][:AUGMENTED]
+    chosen = {name: rng.sample(classes[name], min(per_class, len(classes[name]))) for name in index.classes}
+    names = list(index.classes)[:: max(1, len(index.classes) // AUGMENTED)][:AUGMENTED]
 
     width, height, columns = _geometry(len(chosen), max(len(paths) for paths in chosen.values()))
     total = height + 2 * LINE + len(names) * (LARGE + GAP)

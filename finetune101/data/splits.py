@@ -106,12 +106,12 @@ def _leads_out(path: str) -> bool:
     return any(part in ("", ".", "..") for part in path.split("/")) or ".." in path.split("\\")
 
 
-def read(file: Path) -> Manifest:
+def read_split(file: Path) -> Manifest:
     """Reads a manifest from ``file``. Raises Refused when it is missing or broken."""
     return from_json(read_json(file, Split, remedy=f"check --split, or {ANEW}"))
 
 
-def remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
+def split_remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
     """What a user should know of a split: subsets without images, or without those of some class; in sentences."""
     lines = []
     if not manifest.subsets["val"]:
@@ -140,7 +140,7 @@ def _lacking(manifest: Manifest, subset: str, most: int = 3) -> str:
     return f"{len(names)} of {len(manifest.classes)} classes ({few})" if names else ""
 
 
-def check(manifest: Manifest, index: Index) -> None:
+def check_split(manifest: Manifest, index: Index) -> None:
     """Raises Refused when the files of ``manifest`` are not those of ``index``."""
     wanted = [path for name in SUBSETS for path in manifest.subsets[name]]
     missing = [path for path in wanted if path not in index.digests]
@@ -153,7 +153,7 @@ def check(manifest: Manifest, index: Index) -> None:
         raise Refused(f"images in {index.root} changed after the split was made; restore them or make a new split")
 
 
-def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
+def make_split(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
     """Splits the images of ``index`` by ``config.protocol``.
 
     Images in train/, val/ and test/ stay there, also by the default protocol. ``groups`` (path -> group) keeps

@@ -92,7 +92,7 @@ class Entry:
 _in_use: set[str] = set()  # names of files that this process has read: they are never removed to make room
 
 
-def read(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
+def read_array(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
     """The array of ``place``, None without one; ``mapped`` reads from the disk what is used only.
 
     A damaged file (cut, empty, of another array, changed by somebody) is removed, which is said in one line.
@@ -159,7 +159,7 @@ def _note(file: Path) -> Note:
         return msgspec.json.decode(opened.read(length), type=Note)
 
 
-def keep(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float | None = None) -> None:
+def keep_array(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float | None = None) -> None:
     """Writes ``rows``, one after the other the array of ``place``; ``what`` they are is for people.
 
     ``seconds``: what making them took; None where making and writing are one. Raises Refused when that fails, as on a
@@ -196,7 +196,7 @@ def _write(out: BinaryIO, rows: Iterable[NDArray[Any]]) -> list[int]:
 
 @contextlib.contextmanager
 def turn(place: Place) -> Iterator[None]:
-    """Waits until no other process makes ``place``; then ask ``read`` again, and make it where it is still missing."""
+    """Waits until no other process makes ``place``; then read again, and make it where it is missing."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # where no file can be made nothing will be kept, by nobody
             stack.enter_context(alone(place.file.with_name(f".{place.name}.lock")))
@@ -226,15 +226,15 @@ def alone(lock: Path) -> Iterator[None]:
         time.sleep(0.2)
 
 
-def limit() -> int:
+def cache_limit() -> int:
     """Bytes that the folder may have. Raises Refused when $FINETUNE101_CACHE_MAX_GB is no number."""
-    given = os.environ.get(VARIABLE) or f"{DEFAULT_GB}"
+    value = os.environ.get(VARIABLE) or f"{DEFAULT_GB}"
     try:
-        most = float(given)
+        most = float(value)
     except ValueError:
         most = -1.0
     if not 0 <= most < 1e9:
-        raise Refused(f"{VARIABLE} is {given}, not a number of gigabytes; give one such as {DEFAULT_GB:g}")
+        raise Refused(f"{VARIABLE} is {value}, not a number of gigabytes; give one such as {DEFAULT_GB:g}")
     return int(most * 1e9)
 
 
@@ -250,7 +250,7 @@ def make_room(place: Place) -> str:
         free = 0
     remove_abandoned(place.file.parent)
     needs, wanted = f"needs {place.bytes / 1e9:.2f} GB", place.bytes * 1.05 + 1e8
-    most, present = limit(), entries()
+    most, present = cache_limit(), cache_entries()
     if place.bytes > most:
         return f"{needs}, {VARIABLE} allows {most / 1e9:g}"
     total = sum(entry.bytes for entry in present)
@@ -267,7 +267,7 @@ def make_room(place: Place) -> str:
     return "" if total + place.bytes <= most else f"{needs}, {VARIABLE} leaves {max(0, most - total) / 1e9:.2f}"
 
 
-def entries() -> list[Entry]:
+def cache_entries() -> list[Entry]:
     """What is kept in the folder, from the longest unused on."""
     kept = []
     with contextlib.suppress(OSError):
@@ -281,11 +281,11 @@ def entries() -> list[Entry]:
     return sorted(kept, key=lambda entry: (entry.used, entry.file.name))
 
 
-def clear(older_than: float = 0.0) -> list[Entry]:
+def clear_cache(older_than: float = 0.0) -> list[Entry]:
     """Removes what was not used for ``older_than`` days; returns that. Raises Refused where it cannot be removed."""
     folder, removed = cache_dir(), []
     remove_abandoned(folder)
-    for entry in entries():
+    for entry in cache_entries():
         if time.time() - entry.used >= older_than * 86400 or not older_than:
             try:
                 entry.file.unlink(missing_ok=True)
@@ -295,16 +295,14 @@ def clear(older_than: float = 0.0) -> list[Entry]:
     return removed
 
 
-def table() -> str:
+def cache_table() -> str:
     """The folder as text: size, days since the last use, name and content of each entry, then the sum and the bound."""
-    present = entries()
+    present = cache_entries()
     lines = [f"{'GB':>8}  {'days unused':>11}  file"] * bool(present)
     for entry in reversed(present):
         days = max(0.0, time.time() - entry.used) / 86400
         words = f": {entry.note.what}, made in {entry.note.seconds:.0f} s" if entry.note else ""
         lines.append(f"{entry.bytes / 1e9:8.3f}  {days:11.1f}  {entry.file.name}{words}")
-    total = sum(entry.bytes for entry in present) / 1e9
-    lines.append(
-        f"{escaped(str(cache_dir()))}: {len(present)} files, {total:.2f} GB of at most {limit() / 1e9:g} ({VARIABLE})"
-    )
+    total, most = sum(entry.bytes for entry in present) / 1e9, cache_limit() / 1e9
+    lines.append(f"{escaped(str(cache_dir()))}: {len(present)} files, {total:.2f} GB of at most {most:g} ({VARIABLE})")
     return "\n".join(lines)

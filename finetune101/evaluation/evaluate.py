@@ -104,7 +104,7 @@ def open_scored(run: Run, data: str | None = None, known: Index | None = None, m
     root = find_data(config.root)
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
     index = known if known and known.root == root else index_images(root, layout)
-    splits.check(manifest, index)
+    splits.check_split(manifest, index)
     return Opened(network, manifest, index, config, mirror)
 
 

@@ -44,8 +44,8 @@ def test_a_sound_data_set_has_nothing_to_report(tiny_data: Path) -> None:
     report = verify(tiny_data)
     assert report.class_sizes == {"ball": 12, "box": 12, "stripes": 12}
     assert report.images == 36
-    found = (report.bad, report.left_out, report.grayscale, report.identical, report.near, report.twins)
-    assert not any(found)
+    findings = (report.bad, report.left_out, report.grayscale, report.identical, report.near, report.twins)
+    assert not any(findings)
     assert "3 classes, 36 images, 12 per class" in report.text()
     assert "Caltech-101" not in report.text()
     assert report.text().endswith("every image can be read")
@@ -171,9 +171,9 @@ def test_groups_join_copies_near_duplicates_and_twins(
     shutil.copy(data / "Faces/image_0003.jpg", data / "Faces/copy.jpg")
     with Image.open(data / "Faces_easy/image_0003.jpg") as image:
         image.resize((90, 70)).save(data / "Faces_easy/near.png")
-    found = index_images(data)
-    groups = duplicate_groups(found)
-    assert set(groups) == set(found.paths)
+    index = index_images(data)
+    groups = duplicate_groups(index)
+    assert set(groups) == set(index.paths)
     members = Counter(groups.values())
     assert members.pop("Faces/copy.jpg") == 4
     assert set(members.values()) == {2}
@@ -181,7 +181,7 @@ def test_groups_join_copies_near_duplicates_and_twins(
 
     (cached,) = (tmp_path / "cache").iterdir()
     written = cached.stat().st_mtime_ns
-    assert duplicate_groups(found) == groups
+    assert duplicate_groups(index) == groups
     assert cached.stat().st_mtime_ns == written
     (data / "Faces/copy.jpg").unlink()
     assert len(duplicate_groups(index_images(data))) == len(groups) - 1
@@ -204,8 +204,8 @@ def test_train_and_test_folders_are_verified_too(tiny_data: Path, tmp_path: Path
 
 @pytest.mark.caltech101
 def test_known_duplicates_of_caltech101(caltech101: Path, tmp_path: Path) -> None:
-    found = index_images(find_data(str(caltech101)))
-    few = [path for path in found.paths if path.startswith("Motorbikes/image_07")]
-    groups = near_groups(few, thumbnails(found.root, few))
+    index = index_images(find_data(str(caltech101)))
+    few = [path for path in index.paths if path.startswith("Motorbikes/image_07")]
+    groups = near_groups(few, thumbnails(index.root, few))
     pair = {"Motorbikes/image_0719.jpg", "Motorbikes/image_0720.jpg"}
     assert any(pair <= set(group) for group in groups)
