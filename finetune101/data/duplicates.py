@@ -62,7 +62,7 @@ def standardised(thumbs: Thumbnails) -> NDArray[np.float32]:
 
 
 def near_labels(thumbs: Thumbnails, threshold: float = NEAR) -> Labels:
-    """int64 (N,): a number for each thumbnail (N, 1024), the same for those joined by correlations over ``threshold``.
+    """int64 (N,): a number for each thumbnail (N, 1024), the same where correlations above ``threshold`` join them.
 
     A pair of blocks that already is one group is not compared. Averages over 4 x 4 pixels rule most pairs out: from a
     and b of norm 1 they take a distance that is never above that of a and b.
@@ -147,7 +147,7 @@ def near_groups(paths: Sequence[str], thumbs: Thumbnails) -> tuple[Group, ...]:
 
 
 def joined(paths: Sequence[str], groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Path -> the first path, by code point, of those that ``groups`` join it with."""
+    """Path -> the first path, by code point, of all paths that ``groups`` join with it (itself included)."""
     number = {path: i for i, path in enumerate(sorted(paths))}
     edges = [(number[group[0]], number[other]) for group in groups for other in group[1:]]
     starts, ends = np.array(edges, np.int64).reshape(-1, 2).T
@@ -171,7 +171,7 @@ def duplicate_groups(index: Index) -> dict[str, str]:
 
 
 def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> set[str]:
-    """Those of ``paths`` that share a group of ``duplicate_groups`` with one of ``among``."""
+    """The ``paths`` that share a group of ``duplicate_groups`` with a path of ``among``."""
     paths, among = tuple(paths), tuple(among)
     groups = duplicate_groups(replace(index, paths=tuple(sorted({*paths, *among}))))
     their_groups = {groups[path] for path in among}

@@ -38,13 +38,13 @@ def contact_sheet(
     """Draws ``per_class`` random images of each class with its name, then a few images augmented by ``config``.
 
     Args:
-        root: the data set, as ``dataset.find`` returned it.
+        root: the data set, as ``find_data`` returned it.
         out: picture to write, .png or .jpg (about half of the size).
         seed: picks images and augmentation; the same seed draws the same sheet.
 
     Raises:
         Refused: another suffix, an unreadable image, ``per_class`` below 1 or too many, augmentation of whole batches
-            or epochs, which no single image shows, or what ``dataset.index`` refuses.
+            or epochs, which no single image shows, or what ``index_images`` refuses.
     """
     if out.suffix.lower() not in FORMATS:
         raise Refused(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")

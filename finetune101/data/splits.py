@@ -112,7 +112,7 @@ def read_split(file: Path) -> Manifest:
 
 
 def split_remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
-    """What a user should know of a split: subsets without images, or without those of some class; in sentences."""
+    """What a user should know of a split: subsets without images, or without images of some class; in sentences."""
     lines = []
     if not manifest.subsets["val"]:
         if fit_on == "train":
@@ -141,7 +141,7 @@ def _lacking(manifest: Manifest, subset: str, most: int = 3) -> str:
 
 
 def check_split(manifest: Manifest, index: Index) -> None:
-    """Raises Refused when the files of ``manifest`` are not those of ``index``."""
+    """Raises Refused when ``index`` lacks files of ``manifest``, or holds other content in them."""
     wanted = [path for name in SUBSETS for path in manifest.subsets[name]]
     missing = [path for path in wanted if path not in index.digests]
     if missing:
@@ -314,7 +314,7 @@ def _with_every_class(val: list[list[str]], train: list[list[str]]) -> tuple[lis
 
 
 def _fill(groups: Sequence[list[str]], wanted: dict[str, int]) -> tuple[list[list[str]], list[list[str]]]:
-    """Takes groups in order while every class of theirs still wants them; (taken, left). ``wanted`` counts down."""
+    """(taken, left): takes each group, in order, whose classes all still want its images; ``wanted`` counts down."""
     taken, left = [], []
     for group in groups:
         need: dict[str, int] = defaultdict(int)

@@ -29,19 +29,19 @@ KERNELS = "kernels_*"  # folders of compiled kernels, one for each user
 ARRAYS = ("images", "features", "thumbnails")
 END = b"ft101\0\0\1"  # the last bytes of a file; before them the length of the note, before that the note
 BLOCK = 4 * 2**20  # bytes that one checksum is of
-SURE = 64 * 2**20  # bytes that are checked whenever a file is opened, all of it where somebody wrote to it
+SURE = 64 * 2**20  # bytes that are checked whenever a file is opened; all of it where another program wrote to it
 MOST_NOTE = 16 * 2**20
 
 Array = TypeVar("Array", bound=NDArray[Any])
 
 
 class Note(msgspec.Struct):
-    """What stands at the end of a file about its array."""
+    """Facts about an array, written at the end of its file."""
 
     what: str
-    """In words."""
+    """What the array is, in words."""
     seconds: float
-    """That making the array took."""
+    """How long making the array took."""
     sums: list[int]
     """CRC-32 of each ``BLOCK`` of the array's bytes."""
 
@@ -95,7 +95,7 @@ _in_use: set[str] = set()  # names of files that this process has read: they are
 def read_array(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
     """The array of ``place``, None without one; ``mapped`` reads from the disk what is used only.
 
-    A damaged file (cut, empty, of another array, changed by somebody) is removed, which is said in one line.
+    A damaged file (cut, empty, of another array, changed by another program) is removed; one printed line says so.
     """
     file = place.file
     try:
@@ -117,7 +117,7 @@ def read_array(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | No
 
 
 def _mark_used(file: Path) -> None:
-    """Sets the time of the file to now in whole seconds: a time with a fraction is of somebody else who wrote to it."""
+    """Sets the time of the file to now, in whole seconds: a fraction shows that another program wrote to it."""
     os.utime(file, (int(time.time()),) * 2)
 
 
@@ -198,7 +198,7 @@ def _write(out: BinaryIO, rows: Iterable[NDArray[Any]]) -> list[int]:
 def turn(place: Place) -> Iterator[None]:
     """Waits until no other process makes ``place``; then read again, and make it where it is missing."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # where no file can be made nothing will be kept, by nobody
+        with contextlib.suppress(OSError):  # where no lock can be made no array can be kept
             stack.enter_context(alone(place.file.with_name(f".{place.name}.lock")))
         yield
 
@@ -217,7 +217,7 @@ def alone(lock: Path) -> Iterator[None]:
                     yield
                 finally:
                     with contextlib.suppress(OSError):
-                        lock.unlink()  # who waits for it looks for what was made before it makes anything
+                        lock.unlink()  # a process that waits reads before it makes anything
                 return
         if is_first_try:
             where = f"{lock.name[1:-5]} in {escaped(str(lock.parent))}"
@@ -275,7 +275,7 @@ def cache_entries() -> list[Entry]:
             if NAMES.fullmatch(file.name):
                 with contextlib.suppress(OSError):
                     state, note = file.lstat(), None
-                    with contextlib.suppress(Exception):  # those that are damaged or have no note are listed as well
+                    with contextlib.suppress(Exception):  # files that are damaged or have no note are listed as well
                         note = _note(file)
                     kept.append(Entry(file, state.st_size, state.st_mtime, note))
     return sorted(kept, key=lambda entry: (entry.used, entry.file.name))

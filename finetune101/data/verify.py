@@ -41,7 +41,7 @@ class Report:
     odd_names: tuple[str, ...]  # paths that are not UTF-8 or hold control characters
     grayscale: tuple[str, ...]
     identical: tuple[Group, ...]  # of files with the same bytes
-    near: tuple[Group, ...]  # of images joined by correlations above NEAR; not those of the same bytes alone
+    near: tuple[Group, ...]  # of images joined by correlations above NEAR, where not all bytes are the same
     twins: tuple[tuple[str, str], ...]
 
     @property
@@ -123,10 +123,10 @@ def _examine_all(root: Path, paths: Sequence[str], title: str) -> Iterator[_Find
 
 
 def verify(root: Path) -> Report:
-    """Read every image below ``root`` (what ``dataset.find`` returned); tells also of every file that is not used.
+    """Read every image below ``root`` (what ``find_data`` returned) and report what is wrong, double or not used.
 
     Raises:
-        Refused: as ``dataset.index``: fewer than two classes, or a class folder without images.
+        Refused: as ``index_images``: fewer than two classes, or a class folder without images.
     """
     index = index_images(root, fresh=True)
     reasons: dict[str, dict[str, str]] = {"unreadable": {}, "truncated": {}, "not an image": {}}

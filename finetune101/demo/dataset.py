@@ -83,7 +83,7 @@ def _background(size: Size, rng: np.random.Generator) -> Image.Image:
     mix = patterns[int(rng.integers(4))] + rng.uniform(0.1, 0.4) * _noise(size, rng)
     mix = np.clip(mix, 0, 1)[..., None]
     scene = Image.fromarray((first * mix + second * (1 - mix)).astype(np.uint8))
-    _clutter(scene, rng, int(rng.integers(4, 14)), 0.5)
+    _clutter(scene, rng, int(rng.integers(2, 8)), 0.4)
     return scene.filter(ImageFilter.BoxBlur(float(rng.uniform(0, 2.5))))
 
 
@@ -93,13 +93,13 @@ def _object(name: str, size: Size, rng: np.random.Generator) -> Image.Image:
     tile = Image.new("RGBA", (2 * pixels, 2 * pixels))
     ImageDraw.Draw(tile).text(
         (pixels, pixels), texts[int(rng.integers(len(texts)))], _colour(rng), _font(pixels), anchor="mm",
-        stroke_width=int(rng.integers(9)), stroke_fill=_colour(rng),
+        stroke_width=int(rng.integers(3, 13)), stroke_fill=_colour(rng),
     )  # fmt: skip
     tile = tile.crop(tile.getbbox())
     mirror = rng.choice([-1, 1])
     stretch = np.array([[mirror * rng.uniform(0.75, 1.15), rng.normal(0, 0.12)], [0, rng.uniform(0.8, 1.1)]])
     # the square from -1 to 1, in which the tile fits, to pixels
-    matrix = _rotation(math.radians(rng.normal(0, 22))) @ stretch * min(size) * rng.uniform(0.2, 0.46)
+    matrix = _rotation(math.radians(rng.normal(0, 15))) @ stretch * min(size) * rng.uniform(0.3, 0.48)
     reach = np.abs(matrix).sum(1)  # half width and height of the mapped square
     centre = np.array(size) / 2 + rng.uniform(-1, 1, 2) * np.maximum(0, np.array(size) / 2 - 0.75 * reach)
     inverse = np.linalg.inv(matrix) * max(tile.size) / 2  # Pillow asks for the map from the picture to the tile

@@ -29,7 +29,7 @@ REFERENCE_HASH = "sha256:3c3d840a1a36a63bbceb2c8830c099f8f7255c8c8e2d27aad8c8cf8
 
 
 def index_of(**sizes: int) -> Index:
-    """An index of classes with that many images, as ``dataset.index`` would make it."""
+    """An index of classes with that many images, as ``index_images`` would make it."""
     paths = tuple(sorted(f"{name}/image_{i:04d}.jpg" for name, n in sizes.items() for i in range(1, n + 1)))
     return Index(root=Path("data"), classes=tuple(sorted(sizes)), paths=paths, digests={p: p.upper() for p in paths})
 
