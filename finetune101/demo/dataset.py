@@ -36,9 +36,9 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(file, pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _colour(rng: np.random.Generator) -> Colour:
-    """A random colour, seldom very dark."""
-    r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.15, 0.95), rng.uniform(0.35, 1.0))
+def _colour(rng: np.random.Generator, darkest: float = 0.35, brightest: float = 1.0) -> Colour:
+    """A random colour whose brightest channel lies between the two shares of white."""
+    r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.15, 0.95), rng.uniform(darkest, brightest))
     return int(r * 255), int(g * 255), int(b * 255)
 
 
@@ -92,14 +92,14 @@ def _object(name: str, size: Size, rng: np.random.Generator) -> Image.Image:
     texts, pixels = PICTOGRAMS[name], 192
     tile = Image.new("RGBA", (2 * pixels, 2 * pixels))
     ImageDraw.Draw(tile).text(
-        (pixels, pixels), texts[int(rng.integers(len(texts)))], _colour(rng), _font(pixels), anchor="mm",
-        stroke_width=int(rng.integers(3, 13)), stroke_fill=_colour(rng),
+        (pixels, pixels), texts[int(rng.integers(len(texts)))], _colour(rng, 0, 0.4), _font(pixels), anchor="mm",
+        stroke_width=int(rng.integers(3, 13)), stroke_fill=_colour(rng, 0.8),
     )  # fmt: skip
     tile = tile.crop(tile.getbbox())
     mirror = rng.choice([-1, 1])
     stretch = np.array([[mirror * rng.uniform(0.75, 1.15), rng.normal(0, 0.12)], [0, rng.uniform(0.8, 1.1)]])
     # the square from -1 to 1, in which the tile fits, to pixels
-    matrix = _rotation(math.radians(rng.normal(0, 15))) @ stretch * min(size) * rng.uniform(0.3, 0.48)
+    matrix = _rotation(math.radians(rng.normal(0, 12))) @ stretch * min(size) * rng.uniform(0.34, 0.48)
     reach = np.abs(matrix).sum(1)  # half width and height of the mapped square
     centre = np.array(size) / 2 + rng.uniform(-1, 1, 2) * np.maximum(0, np.array(size) / 2 - 0.75 * reach)
     inverse = np.linalg.inv(matrix) * max(tile.size) / 2  # Pillow asks for the map from the picture to the tile
