@@ -116,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         split = folder / "split.json"
-        chosen = subset(splits.read(arguments.split), index_images(find_data(str(arguments.data))))
+        chosen = subset(splits.read_split(arguments.split), index_images(find_data(str(arguments.data))))
         split.write_text(json.dumps(chosen.to_json()))
         for model in arguments.models:
             plain, ours = [], []

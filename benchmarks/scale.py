@@ -51,7 +51,7 @@ def draw(root: Path, count: int) -> None:
 
 
 def list_and_hash(root: Path) -> Index:
-    """The list of images with their digests."""
+    """Lists the images and hashes them."""
     return index_images(find_data(str(root)))
 
 
@@ -59,22 +59,22 @@ def make_splits(root: Path) -> None:
     """Both protocols, written, read and compared with the list."""
     index = list_and_hash(root)
     for config in (DataConfig(), DataConfig(protocol="standard")):
-        manifest = splits.make(index, config, {path: path for path in index.paths})
+        manifest = splits.make_split(index, config, {path: path for path in index.paths})
         file = cache_dir() / "split.json"
         write_json(file, manifest.to_json())
-        splits.check(splits.read(file), index)
+        splits.check_split(splits.read_split(file), index)
 
 
 def decode_all(root: Path) -> None:
-    """The cache of decoded pixels."""
+    """Makes the cache of decoded pixels."""
     cache.open_images(list_and_hash(root), OWN)
 
 
 def start_again(root: Path) -> None:
-    """What a training does of its own before its first step, when all is kept: list, split, cache, first batch."""
+    """A training until its first step, with warm caches: list, split, open the cache, read the first batch."""
     index = list_and_hash(root)
-    manifest = splits.make(index, DataConfig())
-    splits.check(manifest, index)
+    manifest = splits.make_split(index, DataConfig())
+    splits.check_split(manifest, index)
     images = cache.open_images(index, OWN)
     paths, labels = manifest.subsets["train"], manifest.labels("train")
     order = np.random.default_rng(0).permutation(len(paths))[:64]
@@ -82,12 +82,12 @@ def start_again(root: Path) -> None:
 
 
 def find_duplicates(root: Path) -> None:
-    """Groups of near-duplicates, thumbnails included."""
+    """Finds the groups of near-duplicates; makes the thumbnails first."""
     duplicates.duplicate_groups(list_and_hash(root))
 
 
 def group_similar(root: Path) -> None:
-    """As many thumbnails that all look the same: one group."""
+    """Groups as many thumbnails, which all look the same."""
     count = min(SIMILAR, len(list_and_hash(root).paths))
     rng = np.random.default_rng(0)
     base = rng.integers(2, 254, 1024, dtype=np.int16)

@@ -187,7 +187,7 @@ def get_dataloaders(
 
     config = DataConfig(root=root_path, test_size=test_size, val_size=val_size, split_seed=random_state)
     index = index_images(find_data(root_path))
-    manifest = splits.make(index, config)
+    manifest = splits.make_split(index, config)
     preprocessing = lookup(MODEL).preprocessing
 
     def loader(subset: str) -> Loader:

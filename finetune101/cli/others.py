@@ -96,9 +96,9 @@ def cache(action: tyro.conf.Positional[Literal["list", "clear"]] = "list", *, ol
     if not older_than >= 0:
         raise Refused(f"--older-than is {older_than}; give a number of days of at least 0")
     if action == "list":
-        print(store.table())
+        print(store.cache_table())
         return 0
-    removed = store.clear(older_than)
+    removed = store.clear_cache(older_than)
     print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")
     return 0
 

@@ -21,15 +21,15 @@ OPERATIONS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
     "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
 )  # fmt: skip
-"""Those of TrivialAugment (Müller & Hutter, 2021), named as torchvision names them."""
+"""The operations of TrivialAugment (Müller & Hutter, 2021), with torchvision's names."""
 _STEPS = 30  # magnitudes from 0 to 1, besides 0
 
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """The CPU's global generator, from which torchvision draws, begins at ``seed``; afterwards it is as it was before.
+    """Seeds the CPU's global generator, from which torchvision draws, and restores its state afterwards.
 
-    ``torch.manual_seed`` would seed the generators of every GPU as well, from which dropout draws.
+    ``torch.manual_seed`` would also seed the generators of every GPU, from which dropout draws.
     """
     before = torch.default_generator.get_state()
     torch.default_generator.manual_seed(seed)
@@ -41,22 +41,22 @@ def drawing(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Distortions:
-    """What becomes of each image of a batch; nothing without ``kinds`` and ``holes``."""
+    """How each image of a batch is changed; an empty list changes no image."""
 
     kinds: list[int]
-    """Place of its operation in ``OPERATIONS``."""
+    """For each image, the index of its operation in ``OPERATIONS``."""
     strengths: list[float]
-    """From -1 to 1, of the strongest; operations without a sign take the size alone."""
+    """For each image, -1 to 1 as a share of the strongest change; operations without a sign use the absolute value."""
     holes: Boxes
-    """The box that is painted over; of no height where there is none."""
+    """For each image, the box that is painted over; a box of height 0 is none."""
 
     def of(self, places: Sequence[int]) -> Distortions:
-        """Those of the images at ``places``."""
+        """The distortions of the images at ``places``."""
 
-        def taken(values: list[Any]) -> list[Any]:
+        def at_places(values: list[Any]) -> list[Any]:
             return [values[i] for i in places] if values else []
 
-        return Distortions(taken(self.kinds), taken(self.strengths), taken(self.holes))
+        return Distortions(at_places(self.kinds), at_places(self.strengths), at_places(self.holes))
 
 
 def draw_distortions(count: int, size: int, config: AugmentConfig, generator: torch.Generator) -> Distortions:
@@ -80,7 +80,7 @@ def draw_distortions(count: int, size: int, config: AugmentConfig, generator: to
 
 
 def distort(pixels: Tensor, drawn: Distortions, fill: Sequence[int]) -> Tensor:
-    """uint8 (N, 3, size, size): each image changed and painted over, with ``fill`` (RGB) where nothing is."""
+    """uint8 (N, 3, size, size): each image changed and painted over; ``fill`` (RGB, 0 to 255) fills empty places."""
     if drawn.kinds:
         kinds = torch.tensor(drawn.kinds)
         order = kinds.argsort(stable=True)
@@ -105,9 +105,9 @@ Change = Callable[[Tensor, Tensor, Sequence[int]], Tensor]  # uint8 (N, 3, size,
 
 
 def _moved(places: Sequence[tuple[int, int]], values: Callable[[Tensor, int], Sequence[Tensor]]) -> Change:
-    """An affine map whose matrix is the identity but for ``values(strengths, size)`` at ``places``.
+    """An affine map; its 2 x 3 matrix is the identity, except for ``values(strengths, size)`` at ``places``.
 
-    It leads from output to input coordinates, which are -1 and 1 at the images' borders.
+    The map leads from output to input coordinates; both are -1 and 1 at the images' borders.
     """
 
     def change(pixels: Tensor, amounts: Tensor, fill: Sequence[int]) -> Tensor:
@@ -116,7 +116,7 @@ def _moved(places: Sequence[tuple[int, int]], values: Callable[[Tensor, int], Se
             theta[:, row, column] = value
         grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
         colour = torch.tensor(fill, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-        # the sampler puts 0 where nothing is: 0 after the colour is taken off is the colour
+        # grid_sample pads with 0: subtract the fill colour before and add it after
         moved = F.grid_sample(pixels.float() - colour, grid, align_corners=False) + colour
         return moved.round_().clamp_(0, 255).to(torch.uint8)
 
@@ -147,7 +147,7 @@ def _mean_grey(pixels: Tensor) -> Tensor:
 
 
 def _smooth(pixels: Tensor) -> Tensor:
-    """The middle of each 3 x 3 pixels counts 5 of 13; the border stays."""
+    """Averages over 3 x 3 pixels, in which the middle pixel has weight 5 of 13; the border stays."""
     kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
     kernel[:, :, 1, 1] = 5
     result = pixels.float()

@@ -77,10 +77,10 @@ def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int, interpola
 
 
 def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(N, 3, h, w), int64 (N,) -> images mixed in pairs and their shares of ``classes`` (N, classes), or as they were.
+    """(N, 3, h, w), int64 (N,) -> images mixed in pairs and their shares of ``classes`` (N, classes), or unchanged.
 
     One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019). ``seed``
-    decides all of it, in all processes alike; the partners are those of the process.
+    decides everything, in all processes alike; images are mixed with images of the same process.
     """
     if len(x) < 2:
         return x, y
@@ -97,7 +97,7 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def read(images: Images, paths: Sequence[str]) -> Tensor:
+def read_pixels(images: Images, paths: Sequence[str]) -> Tensor:
     """uint8 (N, 3, h, w), a channels_last view of the decoded pixels."""
     return torch.from_numpy(images.read(paths)).permute(0, 3, 1, 2)
 
@@ -139,19 +139,19 @@ def share_of(count: int, world: World) -> list[int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is random in one batch, so that any process makes the same one of it."""
+    """The random choices of one batch; every process makes the same batch from it."""
 
     chosen: list[int]
-    """Places of the images in the epoch's list of paths."""
+    """Indices of the images in the epoch's list of paths."""
     count: int
-    """Images of the batch in all processes."""
+    """Number of images of the batch, in all processes together."""
     boxes: Boxes
     mirrored: Tensor
     distortions: Distortions
     size: int
 
 
-class _Made(Dataset[tuple[Tensor, Tensor, Plan]]):
+class _PlannedBatches(Dataset[tuple[Tensor, Tensor, Plan]]):
     """Plan -> (uint8 (N, 3, h, w), int64 (N,), the plan)."""
 
     def __init__(self, images: Images, paths: Sequence[str], labels: Sequence[int]) -> None:
@@ -159,7 +159,7 @@ class _Made(Dataset[tuple[Tensor, Tensor, Plan]]):
 
     def __getitem__(self, plan: Plan) -> tuple[Tensor, Tensor, Plan]:
         preprocessing = self.images.preprocessing
-        pixels = read(self.images, [self.paths[i] for i in plan.chosen])
+        pixels = read_pixels(self.images, [self.paths[i] for i in plan.chosen])
         pixels = augment(pixels, plan.boxes, plan.mirrored, plan.size, preprocessing.interpolation)
         return pixels, torch.tensor([self.labels[i] for i in plan.chosen]), plan
 
@@ -200,18 +200,18 @@ def train_batches(
                     size=size or own.size,
                 )
 
-    made, fast = _Made(images, paths, labels), world.device.type == "cuda"
+    batches, fast = _PlannedBatches(images, paths, labels), world.device.type == "cuda"
     fill = [round(255 * value) for value in own.mean]
-    loader: Iterable[tuple[Tensor, Tensor, Plan]] = map(made.__getitem__, plans())
+    loader: Iterable[tuple[Tensor, Tensor, Plan]] = map(batches.__getitem__, plans())
     if world.workers and images.pixels is not None:  # a forked process would lack the threads that decode
         own_seed = torch.Generator()  # the loader's; drawn from the global one, it would change dropout
         loader = DataLoader(
-            made, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast, generator=own_seed,
+            batches, batch_size=None, sampler=plans(), num_workers=world.workers, pin_memory=fast, generator=own_seed,
             multiprocessing_context="fork",
         )  # fmt: skip
     for pixels, y, plan in loader:
         shape = replace(own, size=plan.size)
-        pixels = resized(pixels.to(world.device, non_blocking=fast), shape)  # first: holes and shifts are in its pixels
+        pixels = resized(pixels.to(world.device, non_blocking=fast), shape)  # first: distortions count its pixels
         pixels = distort(pixels, plan.distortions, fill)
         yield to_input(pixels, shape, world), y.to(world.device, non_blocking=fast), plan.count
 
@@ -222,4 +222,4 @@ def eval_batches(
     """All images once, in order, without augmentation: (float (N, 3, size, size), int64 (N,))."""
     for start in range(0, len(paths), batch_size):
         part = slice(start, start + batch_size)
-        yield to_input(read(images, paths[part]), images.preprocessing, world), torch.tensor(labels[part])
+        yield to_input(read_pixels(images, paths[part]), images.preprocessing, world), torch.tensor(labels[part])

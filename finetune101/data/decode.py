@@ -95,7 +95,7 @@ def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
     at least twice ``side``. What Pillow warns of is told once per file. Raises Unreadable, whatever a decoder raises.
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    messages, pixels = _ear.start(), 0
+    messages, pixels = _listener.start(), 0
     try:
         try:
             picture, pixels = _load(path, side)
@@ -107,9 +107,9 @@ def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
             raise Unreadable(path, *_reason(error)) from error
     finally:
         _room.give(pixels)
-        _ear.stop()
+        _listener.stop()
     if messages:
-        _tell(path, messages)
+        _report(path, messages)
 
 
 def _load(path: Path, side: int | None) -> tuple[Picture, int]:
@@ -133,12 +133,12 @@ def _open(file: BinaryIO) -> Image.Image:
     head = file.read(64)
     file.seek(0)
     formats = formats_of(head)
-    known = tuple(name for name in formats if name in _decoders())
+    decoders = tuple(name for name in formats if name in _decoders())
     if not head:
         raise UnidentifiedImageError("it is empty")
-    if not known:
+    if not decoders:
         raise _Odd(NEEDS[formats[0]])
-    return Image.open(file, formats=known)
+    return Image.open(file, formats=decoders)
 
 
 @functools.cache
@@ -267,23 +267,25 @@ class _Room:
             self.changed.notify_all()
 
 
-class _Ear:
-    """Hears what Pillow warns of in the thread that decodes; warnings of anybody else go where they went."""
+class _Listener:
+    """Takes what Pillow warns of in the thread that decodes; all other warnings go where they went."""
 
     RULE = ("always", None, Warning, re.compile(r"(PIL|pillow_heif|finetune101\.data\.decode)\b"), 0)
 
     def __init__(self) -> None:
-        self.lock, self.listeners, self.local = threading.Lock(), 0, threading.local()
-        self.told: set[str] = set()
+        self.lock, self.threads, self.local = threading.Lock(), 0, threading.local()
+        self.others: Any = warnings.showwarning
+        self.reported: set[str] = set()
 
     def start(self) -> list[str]:
-        """What is heard from now on, in this thread."""
+        """The messages of this thread from now on."""
         with self.lock:
-            if not self.listeners:  # as warnings.catch_warnings does, which takes a tenth of decoding a small image
-                self.filters, self.others = warnings.filters, warnings.showwarning
-                warnings.filters = [self.RULE, *self.filters]
-                warnings.showwarning = self.hear
-            self.listeners += 1
+            # in the lists that are there: other threads may add filters, or restore lists that they kept, meanwhile
+            if self.RULE not in warnings.filters:
+                warnings.filters.insert(0, self.RULE)  # type: ignore[attr-defined]
+            if warnings.showwarning != self.take:
+                self.others, warnings.showwarning = warnings.showwarning, self.take
+            self.threads += 1
         messages: list[str] = []
         self.local.messages = messages
         return messages
@@ -292,11 +294,15 @@ class _Ear:
         """The end of what ``start`` began."""
         self.local.messages = None
         with self.lock:
-            self.listeners -= 1
-            if not self.listeners:
-                warnings.filters, warnings.showwarning = self.filters, self.others
+            self.threads -= 1
+            if self.threads:
+                return
+            if self.RULE in warnings.filters:
+                warnings.filters.remove(self.RULE)  # type: ignore[attr-defined]
+            if warnings.showwarning == self.take:
+                warnings.showwarning = self.others
 
-    def hear(self, message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
+    def take(self, message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
         """Takes the place of ``warnings.showwarning``."""
         messages = getattr(self.local, "messages", None)
         if messages is None:
@@ -305,11 +311,11 @@ class _Ear:
             messages.append(" ".join(str(message).split()))
 
 
-def _tell(path: Path, messages: list[str]) -> None:
+def _report(path: Path, messages: list[str]) -> None:
     """One line about the odd but readable file ``path``, once in the life of the process."""
     name = str(path)
-    if name not in _ear.told:
-        _ear.told.add(name)
+    if name not in _listener.reported:
+        _listener.reported.add(name)
         if sys.stderr:
             tqdm.write(f"{escaped(name)} is read, though it is odd: {shortened(messages[0])}", file=sys.stderr)
 
@@ -349,4 +355,4 @@ def unreadable(root: Path, paths: Sequence[str]) -> dict[str, str]:
     return {path: why for path, why in zip(paths, reasons, strict=True) if why}
 
 
-_room, _ear = _Room(PIXELS_AT_ONCE), _Ear()
+_room, _listener = _Room(PIXELS_AT_ONCE), _Listener()

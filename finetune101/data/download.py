@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
-import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from finetune101.data import store
 from finetune101.data.images import FOLDER
 from finetune101.data.layouts import holds_classes
 from finetune101.errors import Refused, escaped
-from finetune101.files import claim
 
 OFFICIAL_URL = "https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip?download=1"
 OFFICIAL_MD5 = "3138e1922a9193bfa496528edbbc45d0"
@@ -37,33 +34,18 @@ def download(target: Path, url: str = OFFICIAL_URL, md5: str = OFFICIAL_MD5) -> 
     Raises:
         Refused: no network, a full disk, a wrong md5, or an archive with links or paths that leave it.
     """
-    if (target / FOLDER).is_dir():
-        return target / FOLDER
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"{target} cannot be made ({error.strerror}); choose another folder") from error
-    with _alone(target / f".{ARCHIVE}.lock"):
-        if not (target / FOLDER).is_dir():  # another process may have been faster
+    folder = target / FOLDER
+    if folder.is_dir():
+        return folder
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(store.alone(target / f".{ARCHIVE}.lock"))  # all ranks of torchrun come here
+        except OSError as error:
+            reason = error.strerror or error
+            raise Refused(f"cannot write {escaped(str(target))}: {reason}; choose another folder") from error
+        if not folder.is_dir():  # another process may have made it meanwhile
             _download(target, url, md5)
-    return target / FOLDER
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Waits until no other process is in the block: those of torchrun all come here."""
-    try:
-        while True:
-            with claim(lock) as free:
-                if free:
-                    try:
-                        yield
-                    finally:
-                        lock.unlink(missing_ok=True)
-                    return
-            time.sleep(0.2)
-    except OSError as error:
-        raise Refused(f"cannot write {lock.parent}: {error.strerror or error}; choose another folder") from error
+    return folder
 
 
 def _download(target: Path, url: str, md5: str) -> None:
@@ -71,12 +53,15 @@ def _download(target: Path, url: str, md5: str) -> None:
     archive = by_hand if by_hand.is_file() else part
     if archive is part:
         _fetch(url, part)
-    with open(archive, "rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    if found != md5:
+    try:
+        with open(archive, "rb") as file:
+            actual = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise Refused(f"{archive} cannot be read ({error.strerror}); delete it and download it again") from error
+    if actual != md5:
         if archive is part:
             part.unlink()
-        raise Refused(f"{archive} is damaged (md5 {found} instead of {md5}); delete it and download it again")
+        raise Refused(f"{archive} is damaged (md5 {actual} instead of {md5}); delete it and download it again")
     _unpack(archive, target)
     part.unlink(missing_ok=True)
 
@@ -131,22 +116,17 @@ def _safe(name: str) -> bool:
     return not (windows.drive or windows.root or ".." in windows.parts)
 
 
-@contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=".unpack-", dir=target))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _unpack(archive: Path, target: Path) -> None:
     """Unpack the zip's inner tar to a temporary folder and rename its 101_ObjectCategories into ``target``."""
     import tarfile
     import zipfile
 
     try:
-        with zipfile.ZipFile(archive) as outer, _temporary(target) as folder:
+        with (
+            zipfile.ZipFile(archive) as outer,
+            tempfile.TemporaryDirectory(prefix=".unpack-", dir=target, ignore_cleanup_errors=True) as temporary,
+        ):
+            folder = Path(temporary)
             for info in outer.infolist():
                 _refuse(info.filename, archive, link=stat.S_ISLNK(info.external_attr >> 16))
             names = [n for n in outer.namelist() if PurePosixPath(n).name == INNER and not n.startswith("__MACOSX")]

@@ -62,7 +62,7 @@ def standardised(thumbs: Thumbnails) -> NDArray[np.float32]:
 
 
 def near_labels(thumbs: Thumbnails, threshold: float = NEAR) -> Labels:
-    """int64 (N,): a number for each thumbnail (N, 1024), the same for those joined by correlations over ``threshold``.
+    """int64 (N,): a number for each thumbnail (N, 1024), the same where correlations above ``threshold`` join them.
 
     A pair of blocks that already is one group is not compared. Averages over 4 x 4 pixels rule most pairs out: from a
     and b of norm 1 they take a distance that is never above that of a and b.
@@ -92,18 +92,22 @@ def near_labels(thumbs: Thumbnails, threshold: float = NEAR) -> Labels:
 
 def _merged(labels: Labels, near: NDArray[np.bool_], first: slice, second: slice) -> Labels:
     """``labels`` after the images of two blocks that are ``near`` each other, bool (n, m), became one group each."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     while True:
         near = near & (labels[first, None] != labels[None, second])
         rows = np.flatnonzero(near.any(1))
         if not len(rows):
             return labels
         columns = near[rows].argmax(1)  # one of its pairs for each image: few edges, also where all are near
-        ends = labels[rows + first.start], labels[columns + second.start]
-        edges = coo_array((np.ones(len(rows), bool), ends), shape=(len(labels), len(labels)))
-        labels = connected_components(edges, directed=False)[1][labels].astype(np.int64)
+        labels = _components(labels[rows + first.start], labels[columns + second.start], len(labels))[labels]
+
+
+def _components(starts: Labels, ends: Labels, count: int) -> Labels:
+    """int64 (count,): a number for each of the nodes 0 to ``count``, the same for nodes that edges connect."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_array((np.ones(len(starts), bool), (starts, ends)), shape=(count, count))
+    return connected_components(edges, directed=False)[1].astype(np.int64)
 
 
 def _coarse(thumbs: Thumbnails) -> NDArray[np.float32]:
@@ -125,11 +129,11 @@ def identical(index: Index) -> tuple[Group, ...]:
 
 def twins(paths: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Pairs of images in Faces and Faces_easy that are the same photo."""
-    known = set(paths)
+    present = set(paths)
     first, second = (f"/{name}/" for name in _TWINS)
-    photos = (path for path in sorted(known) if first in f"/{path}")
+    photos = (path for path in sorted(present) if first in f"/{path}")
     pairs = ((path, f"/{path}".replace(first, second)[1:]) for path in photos)
-    return tuple(pair for pair in pairs if pair[1] in known)
+    return tuple(pair for pair in pairs if pair[1] in present)
 
 
 def near_groups(paths: Sequence[str], thumbs: Thumbnails) -> tuple[Group, ...]:
@@ -143,20 +147,13 @@ def near_groups(paths: Sequence[str], thumbs: Thumbnails) -> tuple[Group, ...]:
 
 
 def joined(paths: Sequence[str], groups: Iterable[Sequence[str]]) -> dict[str, str]:
-    """Path -> the first path, by code point, of those that ``groups`` join it with."""
-    parent = {path: path for path in paths}
-
-    def first(path: str) -> str:
-        while parent[path] != path:
-            parent[path] = parent[parent[path]]
-            path = parent[path]
-        return path
-
-    for group in groups:
-        for other in group[1:]:
-            low, high = sorted((first(group[0]), first(other)))
-            parent[high] = low
-    return {path: first(path) for path in paths}
+    """Path -> the first path, by code point, of all paths that ``groups`` join with it (itself included)."""
+    number = {path: i for i, path in enumerate(sorted(paths))}
+    edges = [(number[group[0]], number[other]) for group in groups for other in group[1:]]
+    starts, ends = np.array(edges, np.int64).reshape(-1, 2).T
+    label = dict(zip(number, _components(starts, ends, len(number)).tolist(), strict=True))
+    first = {label[path]: path for path in reversed(number)}
+    return {path: first[label[path]] for path in paths}
 
 
 def duplicate_groups(index: Index) -> dict[str, str]:
@@ -174,26 +171,26 @@ def duplicate_groups(index: Index) -> dict[str, str]:
 
 
 def with_duplicate(index: Index, paths: Iterable[str], among: Iterable[str]) -> set[str]:
-    """Those of ``paths`` that share a group of ``duplicate_groups`` with one of ``among``."""
+    """The ``paths`` that share a group of ``duplicate_groups`` with a path of ``among``."""
     paths, among = tuple(paths), tuple(among)
     groups = duplicate_groups(replace(index, paths=tuple(sorted({*paths, *among}))))
-    known = {groups[path] for path in among}
-    return {path for path in paths if groups[path] in known}
+    their_groups = {groups[path] for path in among}
+    return {path for path in paths if groups[path] in their_groups}
 
 
 def _kept_thumbnails(index: Index) -> Thumbnails:
     content = f"{content_hash(index.digests, index.paths)} {DECODER}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     place = store.Place(f"thumbnails_{SIDE}px_{key}.npy", (len(index.paths), SIDE * SIDE), np.uint8)
-    if kept := store.read(place):
+    if kept := store.read_array(place):
         return kept.array
     with store.turn(place):
-        if kept := store.read(place):  # another process made them meanwhile
+        if kept := store.read_array(place):  # another process made them meanwhile
             return kept.array
         started = time.perf_counter()
         rows = thumbnails(index.root, index.paths)
         if not store.make_room(place):
             with suppress(Refused):  # on a full disk
                 what = f"{len(rows):,} images of {index.root.name} to find near-duplicates"
-                store.keep(place, [rows], what, time.perf_counter() - started)
+                store.keep_array(place, [rows], what, time.perf_counter() - started)
     return rows

@@ -6,9 +6,9 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".avif", ".heic",
     ".heif",
 )  # fmt: skip
-"""Of files that are images by their name, in lower case."""
+"""Endings of the names of image files, in lower case."""
 OTHERS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF", "TIFF")
-"""Pillow's decoders that may see a file, whatever its name, beside those of NEEDS. PostScript, for one, is none."""
+"""Pillow's decoders that may read a file, whatever its name, besides NEEDS. PostScript is not among them."""
 NEEDS = {
     "AVIF": "AVIF needs a newer decoder: pip install --upgrade pillow",
     "HEIF": "HEIC needs a decoder: pip install 'finetune101[heif]'",

@@ -71,7 +71,7 @@ def find_data(root: str | None) -> Path:
     path, name = _named(root)
     if FOLDER in folders_in(path):
         path = path / FOLDER
-    shown, start = escaped(str(path)), path
+    where, start = escaped(str(path)), path
     for _ in range(4):
         if subset_folders(path):
             return path
@@ -87,27 +87,27 @@ def find_data(root: str | None) -> Path:
     if path == start and with_images and images_in(path / with_images[0]):
         return path  # one class: refused where the images are listed
     if not with_images and images_in(start):
-        raise Refused(f"{shown} holds images but no class folders; give --data its parent folder")
-    raise Refused(f"{name} {shown} holds no class folders with images; {HOW}")
+        raise Refused(f"{where} holds images but no class folders; give --data its parent folder")
+    raise Refused(f"{name} {where} holds no class folders with images; {HOW}")
 
 
 def _named(root: str | None) -> tuple[Path, str]:
     """The folder that is asked for, and what named it. Raises Refused when it is none."""
-    given = root or os.environ.get("FINETUNE101_DATA") or None
-    name = "--data" if root else "FINETUNE101_DATA" if given else "the folder"
-    shown = escaped(given or "")
+    folder = root or os.environ.get("FINETUNE101_DATA") or None
+    name = "--data" if root else "FINETUNE101_DATA" if folder else "the folder"
+    where = escaped(folder or "")
     try:
-        path = Path(given).expanduser() if given else Path("data") / FOLDER
+        path = Path(folder).expanduser() if folder else Path("data") / FOLDER
         path.stat()
     except RuntimeError as error:  # ~somebody
-        raise Refused(f"{name} {shown} names a user that does not exist; {HOW}") from error
+        raise Refused(f"{name} {where} names a user that does not exist; {HOW}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero in the name
-        start = f"{name} {shown} does not exist" if given else f"no data set at {path}"
+        start = f"{name} {where} does not exist" if folder else f"no data set at {path}"
         raise Refused(f"{start}; {HOW}") from error
     except OSError as error:
-        raise Refused(f"{name} {shown} cannot be read ({error.strerror}); allow it, or name another folder") from error
+        raise Refused(f"{name} {where} cannot be read ({error.strerror}); allow it, or name another folder") from error
     if not path.is_dir():
-        raise Refused(f"{shown or path} is a file, not a folder; {HOW}")
+        raise Refused(f"{where or path} is a file, not a folder; {HOW}")
     return path, name
 
 
@@ -145,7 +145,12 @@ class Index:
 
 
 def index_images(
-    root: Path, layout: Layout | None = None, *, ours: Collection[str | Path] = (), fresh: bool = False
+    root: Path,
+    layout: Layout | None = None,
+    *,
+    ours: Collection[str | Path] = (),
+    fresh: bool = False,
+    to_train: bool = True,
 ) -> Index:
     """List and hash the images below ``root``, the same in any file-system order.
 
@@ -156,6 +161,7 @@ def index_images(
         layout: the layout that the caller counts on; by default, and with "classes", that which is there.
         ours: folders that are no classes, such as that of the runs.
         fresh: hash every file, also where neither its size nor its times changed since it was hashed.
+        to_train: refuse what cannot be trained on; without, one class is enough, and empty class folders are ignored.
 
     Raises:
         Refused: fewer than two classes, a class folder without images, no folder for training, an unreadable file.
@@ -166,20 +172,20 @@ def index_images(
             f"{escaped(str(root))} has no train/ with val/ or test/ of class folders, which --protocol folders needs;"
             " add them, or leave --protocol out"
         )
-    others = [Path(path) for path in ours]
-    found = list_subsets(root, folders, others) if folders else list_classes(root, others)
-    if len(found.classes) < 2:
+    runs = [Path(path) for path in ours]
+    contents = list_subsets(root, folders, runs, to_train) if folders else list_classes(root, runs, to_train)
+    if to_train and len(contents.classes) < 2:
         start = escaped(str(root / folders["train"] if folders else root))
-        raise Refused(f"{start} holds {len(found.classes)} class folder(s), at least 2 are needed; {HOW}")
-    states = {path: state for images in found.classes.values() for path, state in images.items()}
+        raise Refused(f"{start} holds {len(contents.classes)} class folder(s), at least 2 are needed; {HOW}")
+    states = {path: state for images in contents.classes.values() for path, state in images.items()}
     paths = tuple(sorted(states))
     return Index(
         root=root,
-        classes=tuple(sorted(found.classes)),
+        classes=tuple(sorted(contents.classes)),
         paths=paths,
         digests=_digests(root, {path: states[path] for path in paths}, fresh),
         subsets=folders,
-        left_out={reason: tuple(sorted(names)) for reason, names in found.left_out.items() if names},
+        left_out={reason: tuple(sorted(names)) for reason, names in contents.left_out.items() if names},
     )
 
 
@@ -191,24 +197,24 @@ def _digests(root: Path, states: dict[str, State], fresh: bool) -> dict[str, str
     place = os.fsencode(os.path.realpath(root))
     file = cache_dir() / f"digests_{hashlib.sha256(place).hexdigest()[:16]}.msgpack"
     kept = _read_digests(file) if worth and not fresh else {}
-    known: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for path, state in states.items():
         entry = kept.get(os.fsencode(path))
         if entry and entry[:4] == state:
-            known[path] = entry[4].hex()
-    new = [path for path in states if path not in known]
+            digests[path] = entry[4].hex()
+    new = [path for path in states if path not in digests]
     now = time.time_ns()
     with ThreadPoolExecutor(max(4, usable_cores())) as pool:
-        known |= zip(new, pool.map(sha256, (root / path for path in new)), strict=True)
+        digests |= zip(new, pool.map(sha256, (root / path for path in new)), strict=True)
     if worth and new:
         settled = {
-            os.fsencode(path): (*state, bytes.fromhex(known[path]))
+            os.fsencode(path): (*state, bytes.fromhex(digests[path]))
             for path, state in states.items()
             if max(state[1], state[2]) < now - FRESH
         }
         with suppress(Refused, OSError), atomic(file) as part:  # without space every command hashes
             part.write_bytes(msgspec.msgpack.encode(settled))
-    return {path: known[path] for path in states}
+    return {path: digests[path] for path in states}
 
 
 Kept = tuple[int, int, int, int, bytes]
@@ -221,31 +227,34 @@ def _read_digests(file: Path) -> dict[bytes, Kept]:
         return {}  # missing or damaged: made anew
 
 
-def index_notes(found: Index, most: int = 3) -> list[str]:
-    """What a user should know of how the images of ``found`` were read, in lines; nothing where all is plain."""
-    lines = _told_subsets(found) if found.subsets else []
-    near: dict[str, list[str]] = {}
-    for name in found.classes:
-        near.setdefault(name.casefold(), []).append(name)
-    for names in near.values():
+def index_notes(index: Index, *, split_by_folders: bool = True, most: int = 3) -> list[str]:
+    """What a user should know of how the images of ``index`` were read, in lines; nothing where all is plain.
+
+    ``split_by_folders``: whether images in train/, val/ and test/ are split so; else what these lack is not said.
+    """
+    lines = _subset_notes(index, split_by_folders) if index.subsets else []
+    spellings: dict[str, list[str]] = {}
+    for name in index.classes:
+        spellings.setdefault(name.casefold(), []).append(name)
+    for names in spellings.values():
         if len(names) > 1:
             both = " and ".join(map(escaped, names))
             lines.append(f"Classes {both} differ only by the case of letters: two classes here, one on some machines.")
-    named = [f"{escaped(name)}/" for name in found.classes if subset_of(name)] if not found.subsets else []
-    if named:
-        lines.append(f"Taken as classes, as they hold no class folders: {', '.join(named)}.")
-    lines += _told_sub_folders(found)
-    for reason, paths in found.left_out.items():
+    subset_names = [f"{escaped(name)}/" for name in index.classes if subset_of(name)] if not index.subsets else []
+    if subset_names:
+        lines.append(f"Taken as classes, as they hold no class folders: {', '.join(subset_names)}.")
+    lines += _sub_folder_notes(index)
+    for reason, paths in index.left_out.items():
         names = [escaped(path) for path in paths[:most]] + ["…"] * (len(paths) > most)
         lines.append(f"Left out: {len(paths)} {reason} ({', '.join(names)}).")
     return lines
 
 
-def _told_sub_folders(found: Index) -> list[str]:
+def _sub_folder_notes(index: Index) -> list[str]:
     """A line for each class whose images all lie in two sub-folders or more: they might have been meant as classes."""
-    depth = 2 if found.subsets else 1
+    depth = 2 if index.subsets else 1
     inner: dict[str, set[str]] = {}
-    for path in found.paths:
+    for path in index.paths:
         parts = path.split("/")
         inner.setdefault(class_of(path), set()).add(parts[depth] if len(parts) > depth + 1 else "")
     return [
@@ -255,27 +264,30 @@ def _told_sub_folders(found: Index) -> list[str]:
     ]
 
 
-def _told_subsets(found: Index) -> list[str]:
-    classes: dict[str, set[str]] = {subset: set() for subset in found.subsets}
-    counts = dict.fromkeys(found.subsets, 0)
-    folders = {folder: subset for subset, folder in found.subsets.items()}
-    for path in found.paths:
-        subset = folders[path.split("/", 1)[0]]
+def _subset_notes(index: Index, split_by_folders: bool) -> list[str]:
+    """The number of images in each of train/, val/ and test/, and what these folders lack."""
+    classes: dict[str, set[str]] = {subset: set() for subset in index.subsets}
+    counts = dict.fromkeys(index.subsets, 0)
+    subsets = {folder: subset for subset, folder in index.subsets.items()}
+    for path in index.paths:
+        subset = subsets[path.split("/", 1)[0]]
         counts[subset] += 1
         classes[subset].add(class_of(path))
-    names = ", ".join(f"{escaped(folder)}/" for folder in found.subsets.values())
+    folders = ", ".join(f"{escaped(folder)}/" for folder in index.subsets.values())
     numbers = [str(count) for count in counts.values()]
-    line = f"{names} found: {', '.join(numbers[:-1])} and {numbers[-1]} images"
-    if "val" not in found.subsets:
+    line = f"{folders} found: {', '.join(numbers[:-1])} and {numbers[-1]} images"
+    if not split_by_folders:
+        return [line + "."]
+    if "val" not in index.subsets:
         line += ", no validation images: the last epoch is kept"
-    if "test" not in found.subsets:
+    if "test" not in index.subsets:
         line += ", no test images: evaluate will use the validation images"
     lines = [line + "."]
-    for subset, held in classes.items():
-        if missing := [escaped(name) for name in found.classes if name not in held]:
+    for subset, present in classes.items():
+        if missing := [escaped(name) for name in index.classes if name not in present]:
             few = ", ".join(missing[:3]) + ", …" * (len(missing) > 3)
             lines.append(
-                f"{escaped(found.subsets[subset])}/ has no image of {len(missing)} of {len(found.classes)} classes"
+                f"{escaped(index.subsets[subset])}/ has no image of {len(missing)} of {len(index.classes)} classes"
                 f" ({few})."
             )
     return lines

@@ -238,42 +238,45 @@ def list_folder(root: Path, path: str, above: tuple[tuple[int, int], ...] = ()) 
 
 
 @dataclass
-class Found:
+class Contents:
     """The images of a data set by class, and what is left out by reason."""
 
     classes: dict[str, dict[str, State]]
     left_out: defaultdict[str, list[str]]
 
 
-def list_classes(root: Path, ours: Collection[Path] = ()) -> Found:
+def list_classes(root: Path, ours: Collection[Path] = (), to_train: bool = True) -> Contents:
     """The images of ``root``/CLASS. ``ours``: folders that are no classes, such as that of the runs.
 
-    Raises Refused for a class folder without images, or one whose name and sub-folders make it a subset.
+    Raises Refused for a class folder whose name and sub-folders make it a subset, and, ``to_train``, for one without
+    images.
     """
     listings, left_out = _class_folders(root, "", ours)
     for name, listing in listings.items():
         if subset_of(name) and any(path.count("/") > 1 for path in listing.images):
-            where, shown = escaped(str(root)), escaped(name)
+            where, folder = escaped(str(root)), escaped(name)
             if subset_of(name) == "train":
                 raise Refused(
-                    f"{where} has class folders in {shown}/ and none for validation or test beside it;"
+                    f"{where} has class folders in {folder}/ and none for validation or test beside it;"
                     f" give --data {escaped(str(root / name))} to split its images"
                 )
-            raise Refused(f"{where} has class folders in {shown}/ and none for training; add a folder train/")
-        _check_images(root / name, listing)
+            raise Refused(f"{where} has class folders in {folder}/ and none for training; add a folder train/")
+        if to_train:
+            _check_images(root / name, listing)
         inner = {subset_of(path.split("/")[1]) for path in listing.images if path.count("/") > 1}
         if len(inside := sorted(filter(None, inner))) > 1:
             raise Refused(
                 f"{escaped(str(root / name))} has folders for {' and '.join(inside)} inside of the class;"
                 f" put them above the classes, as {inside[-1]}/{escaped(name)}"
             )
-    return Found({name: listing.images for name, listing in listings.items()}, left_out)
+    return Contents({name: listing.images for name, listing in listings.items() if listing.images}, left_out)
 
 
-def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = ()) -> Found:
+def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (), to_train: bool = True) -> Contents:
     """The images of ``root``/SUBSET/CLASS, where ``folders`` names the subsets' folders.
 
-    Raises Refused for a training folder's class without images, or class names that differ by their letters' case only.
+    ``to_train``: classes that the training folder lacks are left out; raises Refused for a training folder's class
+    without images, or class names that differ by their letters' case only.
     """
     classes: dict[str, dict[str, State]] = {}
     left_out: defaultdict[str, list[str]] = defaultdict(list)
@@ -281,13 +284,13 @@ def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (
         listings, more = _class_folders(root, folders[subset], ours)
         _add(left_out, more)
         for name, listing in listings.items():
-            if subset == "train":
+            if subset == "train" and to_train:
                 _check_images(root / folders[subset] / name, listing)
                 _check_depth(root / folders[subset] / name, listings)
-            if subset == "train" or name in classes:
+            if subset == "train" or name in classes or not to_train:
                 classes[name] = classes.get(name, {}) | listing.images
                 continue
-            if near := next((known for known in classes if _alike(known) == _alike(name)), None):
+            if near := next((other for other in classes if _alike(other) == _alike(name)), None):
                 wrong = escaped(str(root / folders[subset] / name))
                 raise Refused(f"{wrong} is the class {escaped(near)} in another spelling; give both folders one name")
             left_out[UNKNOWN] += listing.images
@@ -298,7 +301,7 @@ def list_subsets(root: Path, folders: dict[str, str], ours: Collection[Path] = (
                 left_out[OWN].append(name)
             left_out[ELSEWHERE] += listing.images
     _add(left_out, _beside(root, ""))
-    return Found(classes, left_out)
+    return Contents({name: images for name, images in classes.items() if images}, left_out)
 
 
 def _check_depth(folder: Path, listings: dict[str, Listing]) -> None:

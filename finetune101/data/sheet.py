@@ -38,28 +38,28 @@ def contact_sheet(
     """Draws ``per_class`` random images of each class with its name, then a few images augmented by ``config``.
 
     Args:
-        root: the data set, as ``dataset.find`` returned it.
+        root: the data set, as ``find_data`` returned it.
         out: picture to write, .png or .jpg (about half of the size).
         seed: picks images and augmentation; the same seed draws the same sheet.
 
     Raises:
         Refused: another suffix, an unreadable image, ``per_class`` below 1 or too many, augmentation of whole batches
-            or epochs, which no single image shows, or what ``dataset.index`` refuses.
+            or epochs, which no single image shows, or what ``index_images`` refuses.
     """
     if out.suffix.lower() not in FORMATS:
         raise Refused(f"{out} is neither .png nor .jpg; give the picture a name such as contact_sheet.jpg")
     if per_class < 1:
         raise Refused(f"{per_class} images per class cannot be shown; give at least 1")
     check_bounds(config)
-    for flag, given in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
-        if given:
+    for flag, is_set in (("--mix", config.mix > 0), ("--train-sizes", bool(config.train_sizes))):
+        if is_set:
             raise Refused(f"{flag} changes whole batches or epochs, which a contact sheet cannot show; leave it out")
-    found, rng = index_images(root), random.Random(seed)
+    index, rng = index_images(root), random.Random(seed)
     classes: dict[str, list[str]] = defaultdict(list)
-    for path in found.paths:
+    for path in index.paths:
         classes[class_of(path)].append(path)
-    chosen = {name: rng.sample(classes[name], min(per_class, len(classes[name]))) for name in found.classes}
-    names = list(found.classes)[:: max(1, len(found.classes) // AUGMENTED)][:AUGMENTED]
+    chosen = {name: rng.sample(classes[name], min(per_class, len(classes[name]))) for name in index.classes}
+    names = list(index.classes)[:: max(1, len(index.classes) // AUGMENTED)][:AUGMENTED]
 
     width, height, columns = _geometry(len(chosen), max(len(paths) for paths in chosen.values()))
     total = height + 2 * LINE + len(names) * (LARGE + GAP)

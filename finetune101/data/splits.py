@@ -43,6 +43,12 @@ class Manifest:
         """Class name -> index."""
         return {name: i for i, name in enumerate(self.classes)}
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The unreadable images that ``--skip-bad-images`` left out."""
+        paths = self.options.get("skipped")
+        return tuple(map(str, paths)) if isinstance(paths, list | tuple) else ()
+
     def hash(self) -> str:
         """Identifies the split: the same classes and the same images in the same subsets."""
         import hashlib
@@ -100,13 +106,13 @@ def _leads_out(path: str) -> bool:
     return any(part in ("", ".", "..") for part in path.split("/")) or ".." in path.split("\\")
 
 
-def read(file: Path) -> Manifest:
+def read_split(file: Path) -> Manifest:
     """Reads a manifest from ``file``. Raises Refused when it is missing or broken."""
     return from_json(read_json(file, Split, remedy=f"check --split, or {ANEW}"))
 
 
-def remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
-    """What a user should know of a split: subsets without images, or without those of some class; in sentences."""
+def split_remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
+    """What a user should know of a split: subsets without images, or without images of some class; in sentences."""
     lines = []
     if not manifest.subsets["val"]:
         if fit_on == "train":
@@ -120,6 +126,12 @@ def remarks(manifest: Manifest, fit_on: str = "train") -> list[str]:
     return lines
 
 
+def is_by_folders(manifest: Manifest, index: Index) -> bool:
+    """Whether ``manifest`` holds every image of ``index`` in the subset in whose folder the image lies."""
+    by_folder = _by_folder(index) if index.subsets else {}
+    return all(set(paths) == set(by_folder.get(name, ())) for name, paths in manifest.subsets.items())
+
+
 def _lacking(manifest: Manifest, subset: str, most: int = 3) -> str:
     """Names the classes of which ``subset`` has no image; "" when there is none."""
     held = {class_of(path) for path in manifest.subsets[subset]}
@@ -128,8 +140,8 @@ def _lacking(manifest: Manifest, subset: str, most: int = 3) -> str:
     return f"{len(names)} of {len(manifest.classes)} classes ({few})" if names else ""
 
 
-def check(manifest: Manifest, index: Index) -> None:
-    """Raises Refused when the files of ``manifest`` are not those of ``index``."""
+def check_split(manifest: Manifest, index: Index) -> None:
+    """Raises Refused when ``index`` lacks files of ``manifest``, or holds other content in them."""
     wanted = [path for name in SUBSETS for path in manifest.subsets[name]]
     missing = [path for path in wanted if path not in index.digests]
     if missing:
@@ -141,7 +153,7 @@ def check(manifest: Manifest, index: Index) -> None:
         raise Refused(f"images in {index.root} changed after the split was made; restore them or make a new split")
 
 
-def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
+def make_split(index: Index, config: DataConfig, groups: Mapping[str, str] | None = None) -> Manifest:
     """Splits the images of ``index`` by ``config.protocol``.
 
     Images in train/, val/ and test/ stay there, also by the default protocol. ``groups`` (path -> group) keeps
@@ -153,11 +165,7 @@ def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = No
     options: dict[str, Any] = {}
     subsets: dict[str, list[str]]
     if index.layout == "folders":
-        protocol = "folders"
-        subsets = {name: [] for name in SUBSETS}
-        folders = {folder: name for name, folder in index.subsets.items()}
-        for path in index.paths:
-            subsets[folders[path.split("/", 1)[0]]].append(path)
+        protocol, subsets = "folders", _by_folder(index)
     elif config.protocol == "standard":
         subsets = _standard(_by_class(index.paths), config, groups or {})
         options = {
@@ -177,6 +185,15 @@ def make(index: Index, config: DataConfig, groups: Mapping[str, str] | None = No
         content_hash=content_hash(index.digests, used),
         subsets={name: tuple(paths) for name, paths in subsets.items()},
     )
+
+
+def _by_folder(index: Index) -> dict[str, list[str]]:
+    """Subset -> the images in its folder, where images lie in train/, val/ and test/."""
+    subsets: dict[str, list[str]] = {name: [] for name in SUBSETS}
+    folders = {folder: name for name, folder in index.subsets.items()}
+    for path in index.paths:
+        subsets[folders[path.split("/", 1)[0]]].append(path)
+    return subsets
 
 
 def _check_classes(index: Index, config: DataConfig) -> None:
@@ -297,7 +314,7 @@ def _with_every_class(val: list[list[str]], train: list[list[str]]) -> tuple[lis
 
 
 def _fill(groups: Sequence[list[str]], wanted: dict[str, int]) -> tuple[list[list[str]], list[list[str]]]:
-    """Takes groups in order while every class of theirs still wants them; (taken, left). ``wanted`` counts down."""
+    """(taken, left): takes each group, in order, whose classes all still want its images; ``wanted`` counts down."""
     taken, left = [], []
     for group in groups:
         need: dict[str, int] = defaultdict(int)

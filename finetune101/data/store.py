@@ -29,19 +29,19 @@ KERNELS = "kernels_*"  # folders of compiled kernels, one for each user
 ARRAYS = ("images", "features", "thumbnails")
 END = b"ft101\0\0\1"  # the last bytes of a file; before them the length of the note, before that the note
 BLOCK = 4 * 2**20  # bytes that one checksum is of
-SURE = 64 * 2**20  # bytes that are checked whenever a file is opened, all of it where somebody wrote to it
+SURE = 64 * 2**20  # bytes that are checked whenever a file is opened; all of it where another program wrote to it
 MOST_NOTE = 16 * 2**20
 
 Array = TypeVar("Array", bound=NDArray[Any])
 
 
 class Note(msgspec.Struct):
-    """What stands at the end of a file about its array."""
+    """Facts about an array, written at the end of its file."""
 
     what: str
-    """In words."""
+    """What the array is, in words."""
     seconds: float
-    """That making the array took."""
+    """How long making the array took."""
     sums: list[int]
     """CRC-32 of each ``BLOCK`` of the array's bytes."""
 
@@ -92,10 +92,10 @@ class Entry:
 _in_use: set[str] = set()  # names of files that this process has read: they are never removed to make room
 
 
-def read(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
+def read_array(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
     """The array of ``place``, None without one; ``mapped`` reads from the disk what is used only.
 
-    A damaged file (cut, empty, of another array, changed by somebody) is removed, which is said in one line.
+    A damaged file (cut, empty, of another array, changed by another program) is removed; one printed line says so.
     """
     file = place.file
     try:
@@ -117,7 +117,7 @@ def read(place: Place, *, mapped: bool = False) -> Kept[NDArray[Any]] | None:
 
 
 def _mark_used(file: Path) -> None:
-    """Sets the time of the file to now in whole seconds: a time with a fraction is of somebody else who wrote to it."""
+    """Sets the time of the file to now, in whole seconds: a fraction shows that another program wrote to it."""
     os.utime(file, (int(time.time()),) * 2)
 
 
@@ -159,7 +159,7 @@ def _note(file: Path) -> Note:
         return msgspec.json.decode(opened.read(length), type=Note)
 
 
-def keep(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float | None = None) -> None:
+def keep_array(place: Place, rows: Iterable[NDArray[Any]], what: str, seconds: float | None = None) -> None:
     """Writes ``rows``, one after the other the array of ``place``; ``what`` they are is for people.
 
     ``seconds``: what making them took; None where making and writing are one. Raises Refused when that fails, as on a
@@ -196,42 +196,45 @@ def _write(out: BinaryIO, rows: Iterable[NDArray[Any]]) -> list[int]:
 
 @contextlib.contextmanager
 def turn(place: Place) -> Iterator[None]:
-    """Waits until no other process makes ``place``; then ask ``read`` again, and make it where it is still missing."""
-    lock = place.file.with_name(f".{place.name}.lock")
+    """Waits until no other process makes ``place``; then read again, and make it where it is missing."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # where no file can be made nothing will be kept, by nobody
-            _wait(lock, stack)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()  # who waits for it looks for what was made before it makes anything
+        with contextlib.suppress(OSError):  # where no lock can be made no array can be kept
+            stack.enter_context(alone(place.file.with_name(f".{place.name}.lock")))
+        yield
 
 
-def _wait(lock: Path, stack: contextlib.ExitStack) -> None:
-    """Enters into ``stack`` the claim of ``lock``, as soon as nobody else has it; says once that it waits."""
-    told = False
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process holds the file ``lock``, named .WHAT.lock; says once that it waits.
+
+    Raises OSError where the lock cannot be made.
+    """
+    is_first_try = True
     while True:
-        with contextlib.ExitStack() as attempt:
-            if attempt.enter_context(claim(lock)):
-                stack.push(attempt.pop_all())
+        with claim(lock) as is_ours:
+            if is_ours:
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):
+                        lock.unlink()  # a process that waits reads before it makes anything
                 return
-        if not told:
+        if is_first_try:
             where = f"{lock.name[1:-5]} in {escaped(str(lock.parent))}"
             print(f"{claimed_by(lock).capitalize()} makes {where}: waiting for it.")
-            told = True
+            is_first_try = False
         time.sleep(0.2)
 
 
-def limit() -> int:
+def cache_limit() -> int:
     """Bytes that the folder may have. Raises Refused when $FINETUNE101_CACHE_MAX_GB is no number."""
-    given = os.environ.get(VARIABLE) or f"{DEFAULT_GB}"
+    value = os.environ.get(VARIABLE) or f"{DEFAULT_GB}"
     try:
-        most = float(given)
+        most = float(value)
     except ValueError:
         most = -1.0
     if not 0 <= most < 1e9:
-        raise Refused(f"{VARIABLE} is {given}, not a number of gigabytes; give one such as {DEFAULT_GB:g}")
+        raise Refused(f"{VARIABLE} is {value}, not a number of gigabytes; give one such as {DEFAULT_GB:g}")
     return int(most * 1e9)
 
 
@@ -247,7 +250,7 @@ def make_room(place: Place) -> str:
         free = 0
     remove_abandoned(place.file.parent)
     needs, wanted = f"needs {place.bytes / 1e9:.2f} GB", place.bytes * 1.05 + 1e8
-    most, present = limit(), entries()
+    most, present = cache_limit(), cache_entries()
     if place.bytes > most:
         return f"{needs}, {VARIABLE} allows {most / 1e9:g}"
     total = sum(entry.bytes for entry in present)
@@ -264,7 +267,7 @@ def make_room(place: Place) -> str:
     return "" if total + place.bytes <= most else f"{needs}, {VARIABLE} leaves {max(0, most - total) / 1e9:.2f}"
 
 
-def entries() -> list[Entry]:
+def cache_entries() -> list[Entry]:
     """What is kept in the folder, from the longest unused on."""
     kept = []
     with contextlib.suppress(OSError):
@@ -272,17 +275,17 @@ def entries() -> list[Entry]:
             if NAMES.fullmatch(file.name):
                 with contextlib.suppress(OSError):
                     state, note = file.lstat(), None
-                    with contextlib.suppress(Exception):  # those that are damaged or have no note are listed as well
+                    with contextlib.suppress(Exception):  # files that are damaged or have no note are listed as well
                         note = _note(file)
                     kept.append(Entry(file, state.st_size, state.st_mtime, note))
     return sorted(kept, key=lambda entry: (entry.used, entry.file.name))
 
 
-def clear(older_than: float = 0.0) -> list[Entry]:
+def clear_cache(older_than: float = 0.0) -> list[Entry]:
     """Removes what was not used for ``older_than`` days; returns that. Raises Refused where it cannot be removed."""
     folder, removed = cache_dir(), []
     remove_abandoned(folder)
-    for entry in entries():
+    for entry in cache_entries():
         if time.time() - entry.used >= older_than * 86400 or not older_than:
             try:
                 entry.file.unlink(missing_ok=True)
@@ -292,16 +295,14 @@ def clear(older_than: float = 0.0) -> list[Entry]:
     return removed
 
 
-def table() -> str:
+def cache_table() -> str:
     """The folder as text: size, days since the last use, name and content of each entry, then the sum and the bound."""
-    present = entries()
+    present = cache_entries()
     lines = [f"{'GB':>8}  {'days unused':>11}  file"] * bool(present)
     for entry in reversed(present):
         days = max(0.0, time.time() - entry.used) / 86400
         words = f": {entry.note.what}, made in {entry.note.seconds:.0f} s" if entry.note else ""
         lines.append(f"{entry.bytes / 1e9:8.3f}  {days:11.1f}  {entry.file.name}{words}")
-    total = sum(entry.bytes for entry in present) / 1e9
-    lines.append(
-        f"{escaped(str(cache_dir()))}: {len(present)} files, {total:.2f} GB of at most {limit() / 1e9:g} ({VARIABLE})"
-    )
+    total, most = sum(entry.bytes for entry in present) / 1e9, cache_limit() / 1e9
+    lines.append(f"{escaped(str(cache_dir()))}: {len(present)} files, {total:.2f} GB of at most {most:g} ({VARIABLE})")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ class Report:
     odd_names: tuple[str, ...]  # paths that are not UTF-8 or hold control characters
     grayscale: tuple[str, ...]
     identical: tuple[Group, ...]  # of files with the same bytes
-    near: tuple[Group, ...]  # of images joined by correlations above NEAR; not those of the same bytes alone
+    near: tuple[Group, ...]  # of images joined by correlations above NEAR, where not all bytes are the same
     twins: tuple[tuple[str, str], ...]
 
     @property
@@ -123,17 +123,17 @@ def _examine_all(root: Path, paths: Sequence[str], title: str) -> Iterator[_Find
 
 
 def verify(root: Path) -> Report:
-    """Read every image below ``root`` (what ``dataset.find`` returned); tells also of every file that is not used.
+    """Read every image below ``root`` (what ``find_data`` returned) and report what is wrong, double or not used.
 
     Raises:
-        Refused: as ``dataset.index``: fewer than two classes, or a class folder without images.
+        Refused: as ``index_images``: fewer than two classes, or a class folder without images.
     """
-    found = index_images(root, fresh=True)
+    index = index_images(root, fresh=True)
     reasons: dict[str, dict[str, str]] = {"unreadable": {}, "truncated": {}, "not an image": {}}
-    thumbs = np.zeros((len(found.paths), SIDE * SIDE), np.uint8)
+    thumbs = np.zeros((len(index.paths), SIDE * SIDE), np.uint8)
     whole: list[str] = []
     grayscale: list[str] = []
-    for path, finding in zip(found.paths, _examine_all(root, found.paths, "verify"), strict=True):
+    for path, finding in zip(index.paths, _examine_all(root, index.paths, "verify"), strict=True):
         if finding.thumbnail is None:
             reasons[finding.problem][path] = finding.reason
             continue
@@ -144,15 +144,15 @@ def verify(root: Path) -> Report:
     near = duplicates.near_groups(whole, thumbs[: len(whole)])
     return Report(
         root=root,
-        class_sizes=dict(sorted(Counter(class_of(path) for path in found.paths).items())),
+        class_sizes=dict(sorted(Counter(class_of(path) for path in index.paths).items())),
         unreadable=reasons["unreadable"],
         truncated=reasons["truncated"],
         not_images=tuple(reasons["not an image"]),
-        left_out=found.left_out,
-        notes=tuple(index_notes(replace(found, left_out={}))),
-        odd_names=tuple(path for path in found.paths if escaped(path) != path),
+        left_out=index.left_out,
+        notes=tuple(index_notes(replace(index, left_out={}))),
+        odd_names=tuple(path for path in index.paths if escaped(path) != path),
         grayscale=tuple(grayscale),
-        identical=duplicates.identical(found),
-        near=tuple(group for group in near if len({found.digests[path] for path in group}) > 1),
-        twins=duplicates.twins(found.paths),
+        identical=duplicates.identical(index),
+        near=tuple(group for group in near if len({index.digests[path] for path in group}) > 1),
+        twins=duplicates.twins(index.paths),
     )

@@ -1,21 +1,45 @@
-"""A small data set that needs no download: object pictures drawn by program, one folder per class.
+"""A small data set that needs no download: pictograms of a font as pictures of objects, one folder per class.
 
-Each class is a few strokes (``drawings``), drawn through a random affine map in random colours, textured, lit, and set
-before a cluttered background, partly hidden. Colour and texture say nothing about the class; only shape does.
+The font is DejaVu Sans, which comes with matplotlib. Each pictogram is drawn through a random affine map in random
+colours, lit, and set before a cluttered background, partly hidden. Colour and texture say nothing about the class; only
+shape does.
 """
 
 from __future__ import annotations
 
+import colorsys
+import functools
 import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from finetune101.demo.drawings import DRAWINGS, Pen, arc, colour
 from finetune101.errors import Refused
 
+PICTOGRAMS = {
+    "airplane": "✈", "anchor": "⚓", "cat": "🐱😸😹😺😻😼😽", "cup": "☕", "flower": "✿❀❁", "knight": "♘♞",
+    "pencil": "✎✏✐", "scissors": "✁✂✃✄", "skull": "☠", "snowman": "☃", "telephone": "☎☏", "umbrella": "☂☔",
+}  # fmt: skip
+"""Class -> the characters that show it."""
+_CLUTTER = "■●▲◆★▬◖✚➤☾ABCDEFGHJKLMNPRSTUVWXYZ2345678?&§"
+
 Size = tuple[int, int]  # width, height
+Colour = tuple[int, int, int]
+
+
+@functools.cache
+def _font(pixels: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    file = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(file, pixels, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _colour(rng: np.random.Generator, darkest: float = 0.35, brightest: float = 1.0) -> Colour:
+    """A random colour whose brightest channel lies between the two shares of white."""
+    r, g, b = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.15, 0.95), rng.uniform(darkest, brightest))
+    return int(r * 255), int(g * 255), int(b * 255)
 
 
 def _noise(size: Size, rng: np.random.Generator) -> np.ndarray:
@@ -27,40 +51,31 @@ def _noise(size: Size, rng: np.random.Generator) -> np.ndarray:
     return total
 
 
-def _clutter(picture: Image.Image, rng: np.random.Generator, count: int, largest: float) -> None:
-    """Random polygons, ellipses, lines and arcs."""
-    draw = ImageDraw.Draw(picture)
-    width, height = picture.size
-    for _ in range(count):
-        x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.04, largest) * min(width, height)
-        turn, kind, fill = rng.uniform(0, 6.3), int(rng.integers(5)), colour(rng)
-        if kind == 0:
-            corners = int(rng.integers(3, 8))
-            radii = r * rng.uniform(0.5, 1.2, corners)
-            angles = turn + np.arange(corners) * 2 * np.pi / corners
-            points = np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], axis=1)
-            draw.polygon(points.ravel().tolist(), fill=fill)
-        elif kind == 1:
-            draw.polygon(arc(x, y, r, r * rng.uniform(0.4, 1), turn=turn), fill=fill)
-        elif kind == 2:
-            end = (x + 2.5 * r * math.cos(turn), y + 2.5 * r * math.sin(turn))
-            draw.line([(x, y), end], fill=fill, width=int(rng.integers(2, 7)))
-        elif kind == 3:
-            draw.line(arc(x, y, r, r * rng.uniform(0.5, 1), 0, rng.uniform(120, 360), turn), fill=fill, width=3)
-        else:
-            for k in range(3):
-                draw.polygon(arc(x + k * r * 0.5, y, r * 0.25, r * 0.25), fill=fill)
-
-
 def _grid(size: Size) -> tuple[np.ndarray, np.ndarray]:
     """x and y of every pixel, 0 to 1 along the longer side: float32 (height, width) each."""
     y, x = np.mgrid[: size[1], : size[0]].astype(np.float32) / max(size)
     return x, y
 
 
+def _rotation(angle: float) -> np.ndarray:
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+
+def _clutter(picture: Image.Image, rng: np.random.Generator, count: int, largest: float) -> None:
+    """Draws ``count`` letters and plain shapes, turned, at most ``largest`` of the picture's shorter side high."""
+    for _ in range(count):
+        text, pixels = _CLUTTER[int(rng.integers(len(_CLUTTER)))], round(rng.uniform(0.08, largest) * min(picture.size))
+        mask = Image.new("L", (2 * pixels, 2 * pixels))
+        ImageDraw.Draw(mask).text(
+            (pixels, pixels), text, 255, _font(pixels), anchor="mm", stroke_width=int(rng.integers(3))
+        )
+        x, y = (int(rng.integers(side)) - pixels for side in picture.size)
+        picture.paste(_colour(rng), (x, y), mask.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR))
+
+
 def _background(size: Size, rng: np.random.Generator) -> Image.Image:
     """Two colours mixed by stripes, a gradient, a chessboard or noise alone, with clutter on top."""
-    first, second = np.array(colour(rng)), np.array(colour(rng))
+    first, second = np.array(_colour(rng)), np.array(_colour(rng))
     x, y = _grid(size)
     a, waves, n = rng.uniform(0, 6.3), rng.uniform(15, 90), int(rng.integers(4, 12))
     along = x * math.cos(a) + y * math.sin(a)
@@ -68,25 +83,29 @@ def _background(size: Size, rng: np.random.Generator) -> Image.Image:
     mix = patterns[int(rng.integers(4))] + rng.uniform(0.1, 0.4) * _noise(size, rng)
     mix = np.clip(mix, 0, 1)[..., None]
     scene = Image.fromarray((first * mix + second * (1 - mix)).astype(np.uint8))
-    _clutter(scene, rng, int(rng.integers(4, 14)), 0.22)
+    _clutter(scene, rng, int(rng.integers(2, 8)), 0.4)
     return scene.filter(ImageFilter.BoxBlur(float(rng.uniform(0, 2.5))))
-
-
-def _rotation(angle: float) -> np.ndarray:
-    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
 def _object(name: str, size: Size, rng: np.random.Generator) -> Image.Image:
     """The object alone: turned, stretched, sheared, mirrored and moved, on a transparent layer (RGBA)."""
+    texts, pixels = PICTOGRAMS[name], 192
+    tile = Image.new("RGBA", (2 * pixels, 2 * pixels))
+    ImageDraw.Draw(tile).text(
+        (pixels, pixels), texts[int(rng.integers(len(texts)))], _colour(rng, 0, 0.4), _font(pixels), anchor="mm",
+        stroke_width=int(rng.integers(3, 13)), stroke_fill=_colour(rng, 0.8),
+    )  # fmt: skip
+    tile = tile.crop(tile.getbbox())
     mirror = rng.choice([-1, 1])
     stretch = np.array([[mirror * rng.uniform(0.75, 1.15), rng.normal(0, 0.12)], [0, rng.uniform(0.8, 1.1)]])
-    angle = rng.uniform(0, 2 * math.pi) if name == "key" else math.radians(rng.normal(0, 22))  # keys lie any way round
-    matrix = _rotation(angle) @ stretch * min(size) * rng.uniform(0.2, 0.46)
-    reach = np.abs(matrix).sum(1)  # half width and height of the mapped unit square
-    x, y = (rng.uniform(-1, 1) * max(0.0, size[k] / 2 - 0.75 * reach[k]) for k in (0, 1))
-    pen = Pen(size, matrix, (size[0] / 2 + x, size[1] / 2 + y), rng)
-    DRAWINGS[name](pen)
-    return pen.layer.resize(size, Image.Resampling.BOX)
+    # the square from -1 to 1, in which the tile fits, to pixels
+    matrix = _rotation(math.radians(rng.normal(0, 12))) @ stretch * min(size) * rng.uniform(0.34, 0.48)
+    reach = np.abs(matrix).sum(1)  # half width and height of the mapped square
+    centre = np.array(size) / 2 + rng.uniform(-1, 1, 2) * np.maximum(0, np.array(size) / 2 - 0.75 * reach)
+    inverse = np.linalg.inv(matrix) * max(tile.size) / 2  # Pillow asks for the map from the picture to the tile
+    offset = np.array(tile.size) / 2 - inverse @ centre
+    coefficients = np.column_stack([inverse, offset]).ravel().tolist()
+    return tile.transform(size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
 
 
 def _lit(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -109,7 +128,7 @@ def picture(name: str, rng: np.random.Generator) -> Image.Image:
     shadow = alpha.filter(ImageFilter.BoxBlur(5)).point(lambda v: v * 0.5)
     scene.paste((0, 0, 0), (int(rng.integers(-6, 7)), int(rng.integers(2, 8))), shadow)
     scene.paste(_lit(layer, rng), (0, 0), alpha)
-    _clutter(scene, rng, int(rng.integers(0, 4)), 0.12)  # in front: hides parts
+    _clutter(scene, rng, int(rng.integers(0, 4)), 0.25)  # in front: hides parts
     values = np.asarray(scene) * rng.uniform(0.7, 1.15) + rng.normal(0, 6, (size[1], size[0], 1))
     scene = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     return scene.convert("L").convert("RGB") if rng.random() < 0.05 else scene
@@ -127,12 +146,12 @@ def draw(target: Path, classes: int = 12, images_per_class: int = 45, seed: int 
     Raises:
         Refused: a count out of range.
     """
-    if not 2 <= classes <= len(DRAWINGS) or images_per_class < 1 or seed < 0:
+    if not 2 <= classes <= len(PICTOGRAMS) or images_per_class < 1 or seed < 0:
         raise Refused(
             f"{classes} classes of {images_per_class} images with seed {seed} cannot be drawn; "
-            f"give 2 to {len(DRAWINGS)} classes, at least 1 image and a seed from 0"
+            f"give 2 to {len(PICTOGRAMS)} classes, at least 1 image and a seed from 0"
         )
-    for c, name in enumerate(list(DRAWINGS)[:classes]):
+    for c, name in enumerate(list(PICTOGRAMS)[:classes]):
         folder = target / name
         folder.mkdir(parents=True, exist_ok=True)
         for i in range(images_per_class):

@@ -118,7 +118,7 @@ def score_reference(
     check_batch_size(batch_size)
     config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
     index = index_images(find_data(data))
-    manifest = splits.make(index, config)
+    manifest = splits.make_split(index, config)
     if len(network.classes) != len(manifest.classes):
         known, found = len(network.classes), len(manifest.classes)
         raise Refused(f"{name} knows {known} classes, the data set has {found}; give the --data it was trained on")

@@ -59,8 +59,8 @@ class Opened:
         paths, labels, network = self.manifest.subsets[subset], self.manifest.labels(subset), self.network
         if not paths:
             raise Refused(f"the split has no {subset} images; {_instead(subset)}")
-        wanted = (path for paths in self.manifest.subsets.values() for path in paths)
-        images = cache.open_images(self.index, network.preprocessing, self.config.cache, wanted=wanted)
+        wanted, skipped = (path for paths in self.manifest.subsets.values() for path in paths), self.manifest.skipped
+        images = cache.open_images(self.index, network.preprocessing, self.config.cache, skipped, wanted)
         batches = eval_batches(images, paths, labels, batch_size=batch_size, world=network.world)
         fast = network.fast_kernels
         return logits(network.model, batches, network.world, fast=fast, mirror=self.mirror)
@@ -104,7 +104,7 @@ def open_scored(run: Run, data: str | None = None, known: Index | None = None, m
     root = find_data(config.root)
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
     index = known if known and known.root == root else index_images(root, layout)
-    splits.check(manifest, index)
+    splits.check_split(manifest, index)
     return Opened(network, manifest, index, config, mirror)
 
 

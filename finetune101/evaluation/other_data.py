@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune101.data import duplicates, splits
-from finetune101.data.images import Index, find_data, images_in, layout_of
+from finetune101.data.images import Index, class_of, find_data, index_images
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import open_network
@@ -24,8 +23,7 @@ from finetune101.evaluation.evaluate import calibrations, check_batch_size, scor
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import write_pair
-from finetune101.files import FORMAT, sha256
-from finetune101.host import usable_cores
+from finetune101.files import FORMAT
 from finetune101.run import Run
 
 
@@ -40,7 +38,8 @@ def evaluate_other(run: Run, data: str | None, *, batch_size: int = 64, mirror: 
         raise Refused("--as-test scores another folder of labelled images; name it by --data")
     check_batch_size(batch_size)
     network, root = open_network(run), find_data(data).absolute()
-    labels = labelled(root)
+    index = index_images(root, ours=[run.config().runs], to_train=False)
+    labels = {str(root / path): class_of(path) for path in index.paths}
     files = [file for file, name in labels.items() if name in network.classes]
     unknown = Counter(name for name in labels.values() if name not in network.classes)
     if not files:
@@ -64,13 +63,14 @@ def evaluate_other(run: Run, data: str | None, *, batch_size: int = 64, mirror: 
         "data": str(root),
         "classes_without_images": sorted(set(network.classes) - {labels[file] for file in good}),
         "unknown_classes": dict(sorted(unknown.items())),
+        "left_out": {reason: len(paths) for reason, paths in index.left_out.items()},
         "unreadable": {os.path.relpath(file, root): reason for file, reason in failed},
         "epoch": network.epoch or 0,
         "mirror": mirror,
         "world": network.world.describe(),
     }
     result |= calibrations(output, target, Calibrated(temperature=temperature, reason=reason))
-    result |= _near_duplicates(run, good, output.argmax(1) == target)
+    result |= _near_duplicates(run, index, good, output.argmax(1) == target)
     confidence, prediction = metrics.probabilities(output, temperature).max(1)
     columns = zip(good, prediction.tolist(), confidence.tolist(), strict=True)
     table = [
@@ -82,37 +82,25 @@ def evaluate_other(run: Run, data: str | None, *, batch_size: int = 64, mirror: 
     return result | {"written": str(run.path / f"predictions{ending}.csv")}
 
 
-def labelled(root: Path) -> dict[str, str]:
-    """The images below ``root`` and the class of each: the name of its first folder, below train/, val/ or test/."""
-    depth = 1 if layout_of(root) == "folders" else 0
-    labels: dict[str, str] = {}
-    for here, folders, _ in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        parts = Path(here).relative_to(root).parts
-        if len(parts) > depth:
-            labels |= {str(file): parts[depth] for file in images_in(Path(here))}
-    return labels
-
-
-def _near_duplicates(run: Run, files: list[str], correct: Tensor) -> dict[str, Any]:
+def _near_duplicates(run: Run, other: Index, files: list[str], correct: Tensor) -> dict[str, Any]:
     """How many of ``files`` are near-duplicates of training images, and the accuracy without them; else why not."""
-    config = run.config().data
+    config = run.config()
     manifest = splits.from_json(run.read_json("split.json"))
     try:
-        root = find_data(config.root).absolute()
+        root = find_data(config.data.root).absolute()
+        index = index_images(root, ours=[config.runs])
     except Refused:
         return {"near_duplicates": {"n": None, "reason": "the training images are not there any more"}}
-    trained = [str(root / path) for path in trained_on(manifest, config)]
-    if gone := sum(not os.path.isfile(file) for file in trained):
+    trained = trained_on(manifest, config.data)
+    if gone := sum(path not in index.digests for path in trained):
         reason = f"{gone} of {len(trained)} training images are not in {root} any more"
         return {"near_duplicates": {"n": None, "reason": reason}}
-    every = sorted({*files, *trained})
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        digests = dict(zip(every, pool.map(sha256, map(Path, every)), strict=True))
+    digests = {str(part.root / path): digest for part in (index, other) for path, digest in part.digests.items()}
+    trained_files = [str(root / path) for path in trained]
     # both folders as one: a path from the root of the file system stays what it is
-    index = Index(root=Path(root.anchor), classes=manifest.classes, paths=tuple(every), digests=digests)
-    known = duplicates.with_duplicate(index, files, trained)
-    alone = torch.tensor([file not in known for file in files])
+    both = Index(Path(root.anchor), manifest.classes, tuple(sorted({*files, *trained_files})), digests)
+    duplicated = duplicates.with_duplicate(both, files, trained_files)
+    alone = torch.tensor([file not in duplicated for file in files])
     n = int(alone.sum())
     without = {"n": n, "top1": 100 * int(correct[alone].sum()) / n if n else None}
     return {"near_duplicates": {"n": len(files) - n}, "without_duplicates": without}
@@ -141,6 +129,7 @@ def other_text(result: dict[str, Any]) -> str:
         lines.append(
             f"Left out: {sum(unknown.values())} images of classes that the run does not know ({_few(unknown)})"
         )
+    lines += [f"Left out: {count} {reason}" for reason, count in result["left_out"].items()]
     if failed := result["unreadable"]:
         lines.append(f"Left out: {len(failed)} images that cannot be read ({_few(failed)})")
     if near["n"] is None:

@@ -104,9 +104,9 @@ class Pace:
 def count(index: Index, data: DataConfig) -> Counts:
     """The images of the split that ``data`` makes of ``index``, near enough: near-duplicates are not looked for.
 
-    Raises Refused as ``splits.make`` does.
+    Raises Refused as ``splits.make_split`` does.
     """
-    manifest = splits.read(Path(data.split)) if data.split else splits.make(index, data)
+    manifest = splits.read_split(Path(data.split)) if data.split else splits.make_split(index, data)
     return Counts(*(len(manifest.subsets[name]) for name in splits.SUBSETS))
 
 

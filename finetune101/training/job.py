@@ -100,8 +100,11 @@ def _alone(run: Run) -> Iterator[None]:
 def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, lock: contextlib.ExitStack) -> Job:
     index = index_images(find_data(config.data.root), ours=[config.runs])
     manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
-    splits.check(manifest, index)
-    notes = (*index_notes(index), *(() if index.subsets else splits.remarks(manifest, config.data.fit_on)))
+    splits.check_split(manifest, index)
+    by_folders = splits.is_by_folders(manifest, index)
+    notes = index_notes(index, split_by_folders=by_folders)
+    if not by_folders:
+        notes += splits.split_remarks(manifest, config.data.fit_on)
     built = build(
         config.model.name,
         len(manifest.classes),
@@ -121,10 +124,10 @@ def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, loc
         if world.writes and config.data.cache != "off":
             remove_abandoned(cache_dir())
         wanted = (path for paths in manifest.subsets.values() for path in paths)
-        images = cache.open_images(index, built.preprocessing, config.data.cache, wanted=wanted)
+        images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.skipped, wanted)
     return Job(
         config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers,
-        notes=notes, lock=lock,
+        notes=tuple(notes), lock=lock,
     )  # fmt: skip
 
 
@@ -185,7 +188,7 @@ def make_manifest(index: Index, config: DataConfig) -> splits.Manifest:
     """The split that ``config`` asks for; with ``skip_bad_images`` unreadable images are left out and recorded."""
     skipped = cache.unreadable(index.root, index.paths) if config.skip_bad_images else {}
     if config.split:
-        manifest = splits.read(Path(config.split))
+        manifest = splits.read_split(Path(config.split))
         held = {path for paths in manifest.subsets.values() for path in paths}
         if bad := sorted(held & set(skipped)):
             raise Refused(
@@ -198,7 +201,7 @@ def make_manifest(index: Index, config: DataConfig) -> splits.Manifest:
             from finetune101.data.duplicates import duplicate_groups  # reads every image: only where it is needed
 
             groups = duplicate_groups(good)
-        manifest = splits.make(good, config, groups)
+        manifest = splits.make_split(good, config, groups)
     if skipped:
         names = ", ".join(map(escaped, list(skipped)[:5]))
         print(f"Left out {len(skipped)} unreadable image(s), recorded in split.json: {names}")
@@ -211,7 +214,7 @@ def check_same(run: Run, config: TrainConfig) -> None:
     recorded = run.config()
     changed = differences(recorded, config)
     if config.data.split and config.data.split != recorded.data.split:  # another file may hold the same split
-        changed += ["data.split"] if splits.read(Path(config.data.split)).hash() != split_of(run) else []
+        changed += ["data.split"] if splits.read_split(Path(config.data.split)).hash() != split_of(run) else []
     if changed:
         raise Refused(
             f"--resume cannot change {', '.join(changed)} of {config.exp}; "

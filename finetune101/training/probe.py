@@ -131,16 +131,16 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
         return Features(_compute(model, images, paths, world, fast), 0.0)
     name = hashlib.sha256("\n".join(map(str, key)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     place = store.Place(f"features_{name}.npy", (len(paths), built.output_layer.in_features), np.float32)  # type: ignore[arg-type]
-    kept = store.read(place)
+    kept = store.read_array(place)
     with contextlib.nullcontext() if kept else store.turn(place):
-        kept = kept or store.read(place)  # another process may have computed them meanwhile
+        kept = kept or store.read_array(place)  # another process may have computed them meanwhile
         if kept is None:
             computing = time.perf_counter()
             values = _compute(model, images, paths, world, fast)
             seconds = time.perf_counter() - computing
             if not store.make_room(place):
                 with contextlib.suppress(Refused):  # on a full disk
-                    store.keep(place, [values.numpy()], f"{len(paths):,} images seen by a network", seconds)
+                    store.keep_array(place, [values.numpy()], f"{len(paths):,} images seen by a network", seconds)
             return Features(values, seconds - (time.perf_counter() - started))
     return Features(torch.from_numpy(kept.array), kept.seconds - (time.perf_counter() - started))
 

@@ -28,13 +28,14 @@ def pixels() -> Tensor:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_operation_is_torchvisions(name: str, pixels: Tensor) -> None:
     """Where an image is turned or sheared, its border is a blend of pixels and colour, which torchvision darkens."""
-    theirs = TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=FILL)
-    magnitudes, signed = theirs._AUGMENTATION_SPACE[name]
+    policy = TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=FILL)
+    magnitudes, signed = policy._AUGMENTATION_SPACE[name]
     values = magnitudes(31, 96, 96)
     for step in (3, 10, 24, 30):
         for sign in (1, -1) if signed else (1,):
             amount = 0.0 if values is None else sign * float(values[step])
-            expected = theirs._apply_image_or_video_transform(pixels, name, amount, theirs.interpolation, theirs._fill)
+            how = (policy.interpolation, policy._fill)
+            expected = policy._apply_image_or_video_transform(pixels, name, amount, *how)
             drawn = Distortions([OPERATIONS.index(name)] * 8, [sign * step / 30] * 8, [])
             differs = (distort(pixels, drawn, FILL).int() - expected.int()).abs().gt(1).float().mean()
             assert differs < (0.02 if name in ("Rotate", "ShearX", "ShearY") else 0.007), (step, sign)

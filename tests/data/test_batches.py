@@ -21,7 +21,7 @@ from finetune101.data.batches import (
     draw_boxes,
     eval_batches,
     mix,
-    read,
+    read_pixels,
     share_of,
     step_count,
     to_input,
@@ -92,9 +92,9 @@ def test_workers_make_the_same_batches(images: Images) -> None:
 
 def test_without_a_cache_no_worker_is_forked(images: Images) -> None:
     uncached = Images(images.root, images.paths, images.preprocessing)
-    read(uncached, images.paths[:2])  # its threads are running: a fork would wait for them for ever
-    found, wanted = (list(stream(one, [1], PLAIN, world=replace(WORLD, workers=2))) for one in (uncached, images))
-    assert all(same(a[:2], b[:2]) == (True, True) for a, b in zip(found, wanted, strict=True))
+    read_pixels(uncached, images.paths[:2])  # its threads are running: a fork would wait for them for ever
+    by_workers, by_one = (list(stream(one, [1], PLAIN, world=replace(WORLD, workers=2))) for one in (uncached, images))
+    assert all(same(a[:2], b[:2]) == (True, True) for a, b in zip(by_workers, by_one, strict=True))
 
 
 def test_drawing_leaves_every_global_generator_alone(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,15 +196,15 @@ def test_every_process_has_two_images_of_which_its_own_count(processes: int) -> 
 
 def test_labels_belong_to_their_images(images: Images) -> None:
     x, y = epoch(images, PLAIN)
-    plain = to_input(read(images, images.paths), SHAPE, WORLD)
+    plain = to_input(read_pixels(images, images.paths), SHAPE, WORLD)
     torch.testing.assert_close(x, plain[y], rtol=0, atol=0)
 
 
 def test_flips_mirror_about_half(images: Images) -> None:
     x, y = epoch(images, AugmentConfig())
-    plain = to_input(read(images, images.paths), SHAPE, WORLD)[y]
+    plain = to_input(read_pixels(images, images.paths), SHAPE, WORLD)[y]
     straight = (x == plain).flatten(1).all(1)
-    mirrored = (x == to_input(read(images, images.paths).flip(-1), SHAPE, WORLD)[y]).flatten(1).all(1)
+    mirrored = (x == to_input(read_pixels(images, images.paths).flip(-1), SHAPE, WORLD)[y]).flatten(1).all(1)
     assert (straight ^ mirrored).all() and 8 < int(mirrored.sum()) < 28
 
 
@@ -214,9 +214,9 @@ def test_crops_keep_their_share_of_the_image() -> None:
     config = AugmentConfig(flip=False, crop_scale=0.25)
     out = augment(ramp, *draw_boxes(64, 100, config, torch.Generator().manual_seed(0)), 40)
     assert out.shape == (64, 3, 40, 40) and out.dtype == torch.uint8
-    shown = (out.amax((1, 2, 3)).float() - out.amin((1, 2, 3)).float()) / 198
+    contrasts = (out.amax((1, 2, 3)).float() - out.amin((1, 2, 3)).float()) / 198
     # a quarter of the area at a ratio of 3:4 to 4:3 is at least .43 of the width
-    assert 0.38 < shown.min() < 0.7 and 0.85 < shown.max() <= 1
+    assert 0.38 < contrasts.min() < 0.7 and 0.85 < contrasts.max() <= 1
 
 
 def test_without_augmentation_pixels_stay_as_they_are() -> None:
@@ -258,7 +258,7 @@ def test_larger_images_are_resized_as_the_preprocessing_says(interpolation: str)
 
 def test_to_input_changes_no_pixel_of_its_own(images: Images) -> None:
     before = images.read(images.paths[:4]).copy()
-    to_input(read(images, images.paths[:4]), SHAPE, WORLD)
+    to_input(read_pixels(images, images.paths[:4]), SHAPE, WORLD)
     assert (images.read(images.paths[:4]) == before).all()
 
 
@@ -267,9 +267,9 @@ def test_to_input_changes_no_pixel_of_its_own(images: Images) -> None:
 def test_the_memory_format_is_that_of_the_world(images: Images, channels_last: bool, size: int) -> None:
     world = World(torch.device("cpu"), "fp32", channels_last)
     shape = Preprocessing(size=size, cache_size=32, mean=SHAPE.mean, std=SHAPE.std, interpolation="bilinear")
-    x = to_input(read(images, images.paths[:4]), shape, world)
+    x = to_input(read_pixels(images, images.paths[:4]), shape, world)
     assert x.shape == (4, 3, size, size) and x.is_contiguous(memory_format=world.memory_format)
-    torch.testing.assert_close(x, to_input(read(images, images.paths[:4]), shape, WORLD), rtol=0, atol=0)
+    torch.testing.assert_close(x, to_input(read_pixels(images, images.paths[:4]), shape, WORLD), rtol=0, atol=0)
 
 
 def test_mixed_images_carry_the_shares_of_their_classes() -> None:

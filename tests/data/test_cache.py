@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def mine(tiny_data: Path, tmp_path: Path) -> Path:
+def copied(tiny_data: Path, tmp_path: Path) -> Path:
     """A copy of the tiny data set, to change."""
     return Path(shutil.copytree(tiny_data, tmp_path / "images"))
 
@@ -78,34 +78,34 @@ def test_another_geometry_has_its_own_cache(tiny_data: Path, folder: Path) -> No
         assert len(files(folder)) == number
 
 
-def test_a_changed_image_makes_a_new_cache(mine: Path, folder: Path) -> None:
+def test_a_changed_image_makes_a_new_cache(copied: Path, folder: Path) -> None:
     path = "ball/image_0001.jpg"
-    before = open_images(index_images(mine), geometry()).read([path])
-    Image.new("RGB", (40, 40), "red").save(mine / path)
-    after = open_images(index_images(mine), geometry()).read([path])
+    before = open_images(index_images(copied), geometry()).read([path])
+    Image.new("RGB", (40, 40), "red").save(copied / path)
+    after = open_images(index_images(copied), geometry()).read([path])
     assert len(files(folder)) == 2
     assert (after != before).any() and after[0, 0, 0, 0] > 250
-    np.testing.assert_array_equal(after[0], decode(mine / path, 24, "bilinear"))
+    np.testing.assert_array_equal(after[0], decode(copied / path, 24, "bilinear"))
 
 
-def test_images_that_swap_names_make_a_new_cache(mine: Path, folder: Path) -> None:
-    one, two = mine / "ball" / "image_0001.jpg", mine / "ball" / "image_0002.jpg"
-    open_images(index_images(mine), geometry())
-    one.rename(mine / "kept")
+def test_images_that_swap_names_make_a_new_cache(copied: Path, folder: Path) -> None:
+    one, two = copied / "ball" / "image_0001.jpg", copied / "ball" / "image_0002.jpg"
+    open_images(index_images(copied), geometry())
+    one.rename(copied / "kept")
     two.rename(one)
-    (mine / "kept").rename(two)
-    images = open_images(index_images(mine), geometry())
+    (copied / "kept").rename(two)
+    images = open_images(index_images(copied), geometry())
     np.testing.assert_array_equal(images.read(["ball/image_0001.jpg"])[0], decode(one, 24, "bilinear"))
 
 
-def test_an_unreadable_image_leaves_no_cache(mine: Path, folder: Path) -> None:
-    bad = mine / "box" / "image_0003.jpg"
+def test_an_unreadable_image_leaves_no_cache(copied: Path, folder: Path) -> None:
+    bad = copied / "box" / "image_0003.jpg"
     bad.write_bytes(bad.read_bytes()[:400])
-    index = index_images(mine)
+    index = index_images(copied)
     with pytest.raises(ValueError, match=r"cannot read the image .*box/image_0003\.jpg .*--skip-bad-images"):
         open_images(index, geometry())
     assert files(folder) == []
-    assert list(unreadable(mine, index.paths)) == ["box/image_0003.jpg"]
+    assert list(unreadable(copied, index.paths)) == ["box/image_0003.jpg"]
     images = open_images(index, geometry(), skipped=["box/image_0003.jpg"])
     assert len(images.paths) == 35 and images.read(["box/image_0004.jpg"]).shape == (1, 24, 24, 3)
 

@@ -97,7 +97,7 @@ def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "name", "shown"),
+    ("value", "kind", "name", "expected"),
     [
         (2000, np.uint16, "x.png", 8),
         (12032, np.uint16, "x.png", 47),
@@ -115,9 +115,9 @@ def test_damaged_exif_leaves_the_image_as_it_is_stored(tmp_path: Path) -> None:
         (np.inf, np.float32, "x.tif", 255),
     ],
 )
-def test_deep_images_are_scaled_to_8_bits(tmp_path: Path, value: float, kind: type, name: str, shown: int) -> None:
+def test_deep_images_are_scaled_to_8_bits(tmp_path: Path, value: float, kind: type, name: str, expected: int) -> None:
     Image.fromarray(np.full((6, 6), value, kind)).save(tmp_path / name)
-    assert first(tmp_path / name) == [shown] * 3
+    assert first(tmp_path / name) == [expected] * 3
 
 
 def test_a_ramp_of_16_bits_stays_a_ramp(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ HALF = (255, 127, 127)
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "name", "options", "shown"),
+    ("mode", "colour", "name", "options", "expected"),
     [
         ("RGBA", (255, 0, 0, 0), "x.png", {}, (255, 255, 255)),
         ("RGBA", (255, 0, 0, 128), "x.png", {}, HALF),
@@ -162,13 +162,13 @@ HALF = (255, 127, 127)
     ],
 )  # fmt: skip
 def test_the_colour_that_a_viewer_shows(
-    tmp_path: Path, mode: str, colour: object, name: str, options: dict[str, object], shown: tuple[int, ...]
+    tmp_path: Path, mode: str, colour: object, name: str, options: dict[str, object], expected: tuple[int, ...]
 ) -> None:
     image = Image.new(mode, (8, 8), colour)  # type: ignore[arg-type]
     if mode == "P":
         image.putpalette([250, 20, 10, 0, 0, 0])
     image.save(tmp_path / name, **options)
-    assert max(abs(a - b) for a, b in zip(first(tmp_path / name), shown, strict=True)) <= 1
+    assert max(abs(a - b) for a, b in zip(first(tmp_path / name), expected, strict=True)) <= 1
 
 
 def test_modes_that_no_file_here_has() -> None:
@@ -286,6 +286,24 @@ def test_what_pillow_warns_of_is_one_line_with_the_name(tmp_path: Path, capsys: 
     assert sorted(line.split(".jpg")[0].rsplit("/")[-1] for line in lines) == ["odd", "other"]
     with pytest.warns(UserWarning, match="mine"):  # the warnings of others go where they went
         warnings.warn("mine", stacklevel=1)
+
+
+def test_warning_filters_that_change_meanwhile_stay_right(tmp_path: Path) -> None:
+    """As another thread changes them while images are decoded."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    added = ("ignore", None, ResourceWarning, None, 7)
+    with warnings.catch_warnings():
+        before, show = list(warnings.filters), warnings.showwarning
+        with opened(tmp_path / "a.png"):
+            warnings.filters.insert(0, added)  # type: ignore[attr-defined]
+        assert list(warnings.filters) == [added, *before] and warnings.showwarning is show
+        block = warnings.catch_warnings()
+        with opened(tmp_path / "a.png"):
+            block.__enter__()
+        block.__exit__()  # brings back what was there while the image was decoded
+        for _ in range(2):
+            decode(tmp_path / "a.png", 8, "bilinear")
+        assert list(warnings.filters) == [added, *before] and warnings.showwarning is show
 
 
 def test_threads_together_hold_few_pixels() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune101.data import download as downloading
 from finetune101.data.download import ARCHIVE, download
 from finetune101.data.images import FOLDER, index_images
 from finetune101.errors import Refused
@@ -272,3 +273,21 @@ def test_a_target_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
     with pytest.raises(ValueError, match="choose another folder"):
         download(tmp_path / "data", "http://nobody.invalid")
+
+
+def test_a_fault_of_ours_is_not_told_as_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("a fault")
+
+    monkeypatch.setattr(downloading, "_download", fail)
+    with pytest.raises(OSError, match="a fault"):
+        download(tmp_path, "http://nobody.invalid")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_archive_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / f"{ARCHIVE}.part").mkdir()
+    with pytest.raises(Refused):
+        download(tmp_path, "http://nobody.invalid")

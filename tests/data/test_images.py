@@ -41,11 +41,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("given", ["data", f"data/{FOLDER}"])
-def test_find_takes_the_class_folder_or_its_parent(here: Path, given: str) -> None:
+@pytest.mark.parametrize("name", ["data", f"data/{FOLDER}"])
+def test_find_takes_the_class_folder_or_its_parent(here: Path, name: str) -> None:
     make(here / "data" / FOLDER, "ant/1.jpg", "bee/1.jpg")
     make(here / "data" / "other", "x.txt")
-    assert find_data(given) == Path("data") / FOLDER
+    assert find_data(name) == Path("data") / FOLDER
 
 
 def test_find_takes_a_parent_of_one_class_folder(here: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_class_named_train_is_a_class(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("name", "says"),
     [
         ("missing", "--data missing does not exist"),
         ("pets/cat/1.jpg", "is a file"),
@@ -90,11 +90,11 @@ def test_a_class_named_train_is_a_class(here: Path) -> None:
         (None, "finetune101 data download"),
     ],
 )
-def test_find_says_what_to_do(here: Path, given: str | None, says: str) -> None:
+def test_find_says_what_to_do(here: Path, name: str | None, says: str) -> None:
     make(here, "pets/cat/1.jpg", "pets/dog/1.jpg", "deep/a/b/c/1.jpg", "deep/d/e/1.txt")
     (here / "empty").mkdir()
     with pytest.raises(ValueError, match=says) as caught:
-        find_data(given)
+        find_data(name)
     assert "\n" not in str(caught.value)
 
 
@@ -118,12 +118,12 @@ def test_index_lists_images_only_and_sorts_by_code_point(tmp_path: Path) -> None
         ),
     )
     (tmp_path / "b" / "folder.jpg").mkdir()
-    found = index_images(tmp_path)
-    assert found.classes == ("B", "B_c", "b")
-    assert found.paths == ("B/x.WebP", "B_c/y.bmp", "b/1.jpeg", "b/10.png", "b/2.JPG")
-    assert found.digests["b/2.JPG"] == hashlib.sha256(b"b/2.JPG").hexdigest()
-    assert {class_of(path) for path in found.paths} == set(found.classes)
-    assert sorted(path for paths in found.left_out.values() for path in paths) == ["b/notes.txt", "stray.jpg"]
+    index = index_images(tmp_path)
+    assert index.classes == ("B", "B_c", "b")
+    assert index.paths == ("B/x.WebP", "B_c/y.bmp", "b/1.jpeg", "b/10.png", "b/2.JPG")
+    assert index.digests["b/2.JPG"] == hashlib.sha256(b"b/2.JPG").hexdigest()
+    assert {class_of(path) for path in index.paths} == set(index.classes)
+    assert sorted(path for paths in index.left_out.values() for path in paths) == ["b/notes.txt", "stray.jpg"]
 
 
 def test_index_does_not_depend_on_the_order_files_were_made(tmp_path: Path) -> None:
@@ -206,6 +206,6 @@ def test_import_is_light() -> None:
 @pytest.mark.caltech101
 def test_real_caltech101_has_the_official_counts(caltech101: Path) -> None:
     assert find_data(str(caltech101.parent)).samefile(find_data(str(caltech101)))
-    found = index_images(find_data(str(caltech101)))
-    assert (len(found.classes), len(found.paths)) == (OFFICIAL_CLASSES, OFFICIAL_IMAGES)
-    assert "BACKGROUND_Google" not in found.classes
+    index = index_images(find_data(str(caltech101)))
+    assert (len(index.classes), len(index.paths)) == (OFFICIAL_CLASSES, OFFICIAL_IMAGES)
+    assert "BACKGROUND_Google" not in index.classes

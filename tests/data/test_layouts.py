@@ -43,9 +43,9 @@ def make(root: Path, *files: str) -> Path:
     return root
 
 
-def left_out(found: Index) -> dict[str, str]:
+def left_out(index: Index) -> dict[str, str]:
     """Path -> the reason for leaving it out."""
-    return {path: reason for reason, paths in found.left_out.items() for path in paths}
+    return {path: reason for reason, paths in index.left_out.items() for path in paths}
 
 
 # subsets
@@ -80,25 +80,25 @@ def test_subsets_are_recognised_and_told(tmp_path: Path, folders: tuple[str, ...
         images = (1, 2) if subset_of(folder) == "train" else (3,)
         make(tmp_path, *(f"{folder}/{name}/{i}.jpg" for name in ("cat", "dog") for i in images))
     root = find_data(str(tmp_path))
-    found = index_images(root)
-    assert layout_of(root) == found.layout == "folders" and found.classes == ("cat", "dog")
-    assert all(word in index_notes(found)[0] for word in says)
-    manifest = splits.make(found, DataConfig())  # the default protocol
+    index = index_images(root)
+    assert layout_of(root) == index.layout == "folders" and index.classes == ("cat", "dog")
+    assert all(word in index_notes(index)[0] for word in says)
+    manifest = splits.make_split(index, DataConfig())  # the default protocol
     assert manifest.protocol == "folders"
     assert {name for name, paths in manifest.subsets.items() if paths} == {subset_of(folder) for folder in folders}
     assert manifest.labels("train") == [0, 0, 1, 1]
     assert as_found(DataConfig(root=str(tmp_path))).protocol == "folders"
     with pytest.raises(Refused, match="leave --protocol out"):
-        splits.make(found, DataConfig(protocol="standard"))
+        splits.make_split(index, DataConfig(protocol="standard"))
 
 
 def test_classes_that_subsets_lack_are_told(tmp_path: Path) -> None:
     make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "test/cat/2.jpg", "test/emu/1.jpg", "test/emu/2.jpg")
     make(tmp_path, "test/9.jpg", "extra/1.jpg", "train/dog/old/7.jpg", "notes/1.txt")
-    found = index_images(tmp_path)
-    assert found.paths == ("test/cat/2.jpg", "train/cat/1.jpg", "train/dog/1.jpg", "train/dog/old/7.jpg")
-    assert set(left_out(found)) == {"test/emu/1.jpg", "test/emu/2.jpg", "test/9.jpg", "extra/1.jpg"}
-    lines = "\n".join(index_notes(found))
+    index = index_images(tmp_path)
+    assert index.paths == ("test/cat/2.jpg", "train/cat/1.jpg", "train/dog/1.jpg", "train/dog/old/7.jpg")
+    assert set(left_out(index)) == {"test/emu/1.jpg", "test/emu/2.jpg", "test/9.jpg", "extra/1.jpg"}
+    lines = "\n".join(index_notes(index))
     assert "2 images of classes that the training folder lacks (test/emu/1.jpg, test/emu/2.jpg)" in lines
     assert "test/ has no image of 1 of 2 classes (dog)" in lines
     assert all(word in verify(tmp_path).text() for word in ("test/emu/1.jpg", "test/9.jpg", "extra/1.jpg", "(dog)"))
@@ -127,7 +127,7 @@ def test_protocol_folders_needs_folders(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="leave --protocol out"):
         index_images(tmp_path, "folders")
     with pytest.raises(Refused, match="leave --protocol out"):
-        splits.make(index_images(tmp_path), DataConfig(protocol="folders"))
+        splits.make_split(index_images(tmp_path), DataConfig(protocol="folders"))
 
 
 @pytest.mark.parametrize("beside", ["", "__MACOSX/1.jpg", "docs/readme.txt", "runs/a/curves.png"])
@@ -173,10 +173,10 @@ def test_a_study_knows_a_run_whose_protocol_was_recognised() -> None:
 
 def test_sub_folders_count_for_their_class(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "cat/siamese/old/2.jpg", "dog/poodle/1.jpg", "BACKGROUND_Google/x/1.jpg")
-    found = index_images(find_data(str(tmp_path)))
-    assert found.classes == ("cat", "dog")
-    assert [class_of(path) for path in found.paths] == ["cat", "cat", "dog"]
-    assert not index_notes(found)
+    index = index_images(find_data(str(tmp_path)))
+    assert index.classes == ("cat", "dog")
+    assert [class_of(path) for path in index.paths] == ["cat", "cat", "dog"]
+    assert not index_notes(index)
 
 
 def test_every_suffix_and_nothing_left_out_without_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +191,15 @@ def test_every_suffix_and_nothing_left_out_without_a_reason(tmp_path: Path, monk
     (tmp_path / "cat/loop").symlink_to(tmp_path)
     (tmp_path / "emu").symlink_to(tmp_path / "moved/emu")
     (tmp_path / "cat/self.jpg").symlink_to(tmp_path / "cat/self.jpg")
-    found = index_images(tmp_path)
-    assert found.classes == ("cat", "dog")
-    assert len(found.paths) == len(kinds) + 1
-    reasons = left_out(found)
+    index = index_images(tmp_path)
+    assert index.classes == ("cat", "dog")
+    assert len(index.paths) == len(kinds) + 1
+    reasons = left_out(index)
     names = ("notes.txt", "raw.cr2", "gone.jpg", "self.jpg", "pipe.jpg", "loop", "3.HEIF")
     assert set(reasons) == {*(f"cat/{name}" for name in names), "dog/2.heic", "stray.png", "emu"}
     assert "dead" in reasons["cat/gone.jpg"] and "dead" in reasons["cat/self.jpg"]
     assert "pip install" in reasons["dog/2.heic"]
-    lines = "\n".join(index_notes(found))
+    lines = "\n".join(index_notes(index))
     assert all(word in lines for word in ("3 dead links (cat/gone.jpg", "2 HEIC images", "stray.png", "cat/loop"))
 
 
@@ -215,14 +215,14 @@ def test_train_and_verify_tell_what_they_leave_out(
     assert "left out: dead links" in text and "box/caf\\xe9\\x1b.jpg" in text and "5 file(s) are left out" in text
     assert main(["train", "--exp", "a", "--data", str(data), "--runs", str(tmp_path / "runs"), *TINY]) == 0
     assert "Left out: 5 dead links (ball/link0.jpg" in capsys.readouterr().out
-    split = splits.read(tmp_path / "runs/a/split.json")
+    split = splits.read_split(tmp_path / "runs/a/split.json")
     assert "box/caf\udce9\x1b.jpg" in {path for paths in split.subsets.values() for path in paths}
 
 
 def test_heic_is_listed_where_it_can_be_read(tmp_path: Path) -> None:
     pytest.importorskip("pillow_heif")
-    found = index_images(make(tmp_path, "cat/1.heic", "dog/1.HEIF"))
-    assert found.paths == ("cat/1.heic", "dog/1.HEIF") and not found.left_out
+    index = index_images(make(tmp_path, "cat/1.heic", "dog/1.HEIF"))
+    assert index.paths == ("cat/1.heic", "dog/1.HEIF") and not index.left_out
 
 
 def test_a_class_of_nothing_usable_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +240,9 @@ def test_classes_that_differ_by_case_are_told(tmp_path: Path) -> None:
 
 def test_a_class_named_as_a_subset_is_not_guessed(tmp_path: Path) -> None:
     make(tmp_path, "train/1.jpg", "bus/1.jpg")
-    found = index_images(tmp_path)
-    assert found.classes == ("bus", "train")
-    assert "Taken as classes" in index_notes(found)[0] and "train/" in index_notes(found)[0]
+    index = index_images(tmp_path)
+    assert index.classes == ("bus", "train")
+    assert "Taken as classes" in index_notes(index)[0] and "train/" in index_notes(index)[0]
     make(tmp_path, "train/steam/1.jpg")
     with pytest.raises(Refused, match="--data"):
         index_images(tmp_path)
@@ -269,10 +269,10 @@ OWN = {
 def test_what_finetune101_wrote_is_no_class(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "dog/1.png", *(f"{folder}/{name}" for folder, names in OWN.items() for name in names))
     (tmp_path / "elsewhere").mkdir()  # the folder of runs, still empty
-    found = index_images(find_data(str(tmp_path)), ours=[str(tmp_path / "elsewhere")])
-    assert found.classes == ("cat", "dog")
-    assert len(found.paths) == 2
-    (line,) = index_notes(found)
+    index = index_images(find_data(str(tmp_path)), ours=[str(tmp_path / "elsewhere")])
+    assert index.classes == ("cat", "dog")
+    assert len(index.paths) == 2
+    (line,) = index_notes(index)
     assert "folders of finetune101" in line and "remove" not in line
 
 
@@ -291,27 +291,27 @@ def test_a_cache_among_the_classes_is_no_class(tmp_path: Path, monkeypatch: pyte
 # places that cannot be read
 
 
-@pytest.mark.parametrize("given", ["~nobody-here/photos", "x" * 300, "a\0b", "gone/photos"])
+@pytest.mark.parametrize("name", ["~nobody-here/photos", "x" * 300, "a\0b", "gone/photos"])
 def test_a_place_that_cannot_be_is_one_sentence(
-    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FINETUNE101_DATA", raising=False)
-    assert main(["data", "verify", "--data", given]) == 2
+    assert main(["data", "verify", "--data", name]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and escaped(given)[:20] in error and error.count("\n") == 1
+    assert error.startswith("error: ") and escaped(name)[:20] in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 AS_NOBODY = """
 import concurrent.futures.thread, os, sys
-from finetune101.data.images import find, index
+from finetune101.data.images import find_data, index_images
 from finetune101.errors import Refused
 if os.geteuid() == 0:
     os.seteuid(65534)
 for place in sys.argv[1:]:
     try:
-        index(find(place))
+        index_images(find_data(place))
     except Refused as error:
         print(error)
 """

@@ -35,9 +35,9 @@ def test_without_augmentation_the_versions_equal_the_image(tiny_data: Path, tmp_
     with Image.open(out) as image:
         pixels = np.asarray(image.convert("RGB"))
     row = pixels[-GAP - LARGE : -GAP]
-    shown = [row[:, MARGIN + k * (LARGE + GAP) :][:, :LARGE] for k in range(3)]
-    assert (shown[0] == shown[1]).all()
-    assert (shown[0] == shown[2]).all()
+    versions = [row[:, MARGIN + k * (LARGE + GAP) :][:, :LARGE] for k in range(3)]
+    assert (versions[0] == versions[1]).all()
+    assert (versions[0] == versions[2]).all()
 
 
 def test_many_images_of_few_and_long_named_classes(tiny_data: Path, tmp_path: Path) -> None:

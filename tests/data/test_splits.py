@@ -28,16 +28,16 @@ INLINE_SKATE = {
 REFERENCE_HASH = "sha256:3c3d840a1a36a63bbceb2c8830c099f8f7255c8c8e2d27aad8c8cf80b77f67d8"
 
 
-def index(**sizes: int) -> Index:
-    """An index of classes with that many images, as ``dataset.index`` would make it."""
+def index_of(**sizes: int) -> Index:
+    """An index of classes with that many images, as ``index_images`` would make it."""
     paths = tuple(sorted(f"{name}/image_{i:04d}.jpg" for name, n in sizes.items() for i in range(1, n + 1)))
     return Index(root=Path("data"), classes=tuple(sorted(sizes)), paths=paths, digests={p: p.upper() for p in paths})
 
 
-def shuffled(found: Index, seed: int) -> Index:
-    paths = list(found.paths)
+def shuffled(index: Index, seed: int) -> Index:
+    paths = list(index.paths)
     random.Random(seed).shuffle(paths)
-    return dataclasses.replace(found, paths=tuple(paths), digests={path: found.digests[path] for path in paths})
+    return dataclasses.replace(index, paths=tuple(paths), digests={path: index.digests[path] for path in paths})
 
 
 def standard(n: int, **options: object) -> DataConfig:
@@ -48,49 +48,49 @@ def per_class(manifest: splits.Manifest, subset: str) -> dict[str, int]:
     return dict(Counter(class_of(path) for path in manifest.subsets[subset]))
 
 
-def assert_partition(manifest: splits.Manifest, found: Index) -> None:
-    """Every image of ``found`` is in exactly one subset."""
+def assert_partition(manifest: splits.Manifest, index: Index) -> None:
+    """Every image of ``index`` is in exactly one subset."""
     used = [path for paths in manifest.subsets.values() for path in paths]
-    assert sorted(used) == sorted(found.paths)
+    assert sorted(used) == sorted(index.paths)
 
 
 # reference
 
 
 def test_reference_is_the_split_of_the_original() -> None:
-    found = index(inline_skate=31, other=40)
-    manifest = splits.make(found, DataConfig())
+    index = index_of(inline_skate=31, other=40)
+    manifest = splits.make_split(index, DataConfig())
     for subset, numbers in INLINE_SKATE.items():
         ours = [path for path in manifest.subsets[subset] if class_of(path) == "inline_skate"]
         assert ours == [f"inline_skate/image_{number:04d}.jpg" for number in numbers]
-    assert_partition(manifest, found)
+    assert_partition(manifest, index)
 
 
 @pytest.mark.parametrize(("n", "counts"), [(31, (21, 3, 7)), (40, (28, 4, 8)), (12, (7, 2, 3)), (3, (1, 1, 1))])
 def test_reference_shares(n: int, counts: tuple[int, int, int]) -> None:
-    manifest = splits.make(index(a=n, b=n), DataConfig())
+    manifest = splits.make_split(index_of(a=n, b=n), DataConfig())
     assert tuple(per_class(manifest, subset)["a"] for subset in splits.SUBSETS) == counts
 
 
 def test_reference_of_another_seed_differs_in_images_only() -> None:
-    one, two = (splits.make(index(a=20, b=20), DataConfig(split_seed=seed)) for seed in (42, 43))
+    one, two = (splits.make_split(index_of(a=20, b=20), DataConfig(split_seed=seed)) for seed in (42, 43))
     assert one.subsets != two.subsets and one.hash() != two.hash()
     assert [len(paths) for paths in one.subsets.values()] == [len(paths) for paths in two.subsets.values()]
 
 
 def test_reference_refuses_a_class_too_small_to_split() -> None:
     with pytest.raises(ValueError, match=r"class tiny has 1 image\(s\), too few to split; add some or remove it"):
-        splits.make(index(big=20, tiny=1), DataConfig())
+        splits.make_split(index_of(big=20, tiny=1), DataConfig())
 
 
 @pytest.mark.parametrize(
     "config", [DataConfig(), standard(5), standard(6, max_test_per_class=3)], ids=["reference", "standard", "capped"]
 )
 def test_the_order_of_files_does_not_matter(config: DataConfig) -> None:
-    found = index(Zebra=13, ant=17, cat=20)
-    expected = splits.make(found, config)
+    index = index_of(Zebra=13, ant=17, cat=20)
+    expected = splits.make_split(index, config)
     for seed in range(3):
-        assert splits.make(shuffled(found, seed), config) == expected
+        assert splits.make_split(shuffled(index, seed), config) == expected
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def real(caltech101: Path) -> Index:
 
 @pytest.mark.caltech101
 def test_reference_of_caltech101(real: Index) -> None:
-    manifest = splits.make(shuffled(real, 0), DataConfig())
+    manifest = splits.make_split(shuffled(real, 0), DataConfig())
     assert manifest.hash() == REFERENCE_HASH
     assert [len(manifest.subsets[subset]) for subset in splits.SUBSETS] == [6003, 904, 1770]
 
@@ -111,14 +111,14 @@ def test_reference_equals_the_list_beside_the_data(real: Index) -> None:
     if not file.is_file():
         pytest.skip(f"no list of the reference split at {file}")
     wanted = json.loads(file.read_text(encoding="utf-8"))
-    manifest = splits.make(real, DataConfig())
+    manifest = splits.make_split(real, DataConfig())
     for subset in splits.SUBSETS:
         assert list(manifest.subsets[subset]) == wanted[subset]
 
 
 @pytest.mark.caltech101
 def test_standard_split_of_caltech101(real: Index) -> None:
-    manifest = splits.make(real, standard(30, group_duplicates=False))
+    manifest = splits.make_split(real, standard(30, group_duplicates=False))
     assert set(per_class(manifest, "train").values()) == {25} and set(per_class(manifest, "val").values()) == {5}
     assert_partition(manifest, real)
 
@@ -129,15 +129,15 @@ def test_standard_split_of_caltech101(real: Index) -> None:
 @pytest.mark.parametrize(("n", "val"), [(30, 5), (15, 3), (21, 4), (10, 2), (5, 1), (4, 1), (3, 1), (2, 0), (1, 0)])
 def test_standard_counts(n: int, val: int) -> None:
     """n / 6 of the n images validate, rounded with halves up; none when that is 0."""
-    manifest = splits.make(index(a=40, b=35), standard(n))
+    manifest = splits.make_split(index_of(a=40, b=35), standard(n))
     assert per_class(manifest, "train") == {"a": n - val, "b": n - val}
     assert per_class(manifest, "val") == ({"a": val, "b": val} if val else {})
     assert per_class(manifest, "test") == {"a": 40 - n, "b": 35 - n}
-    assert_partition(manifest, index(a=40, b=35))
+    assert_partition(manifest, index_of(a=40, b=35))
 
 
 def test_standard_caps_the_test_images() -> None:
-    free, capped = (splits.make(index(a=80, b=33), standard(30, max_test_per_class=cap)) for cap in (None, 10))
+    free, capped = (splits.make_split(index_of(a=80, b=33), standard(30, max_test_per_class=cap)) for cap in (None, 10))
     assert per_class(capped, "test") == {"a": 10, "b": 3}
     assert set(capped.subsets["test"]) < set(free.subsets["test"])
     assert capped.subsets["train"] == free.subsets["train"] and capped.subsets["val"] == free.subsets["val"]
@@ -145,15 +145,15 @@ def test_standard_caps_the_test_images() -> None:
 
 def test_standard_needs_images_left_to_test() -> None:
     with pytest.raises(ValueError, match="class b has 30 images, --train-per-class 30 leaves none to test"):
-        splits.make(index(a=31, b=30), standard(30))
+        splits.make_split(index_of(a=31, b=30), standard(30))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_standard_keeps_groups_on_one_side(seed: int) -> None:
-    found = index(Faces=30, Faces_easy=30, other=30)
+    index = index_of(Faces=30, Faces_easy=30, other=30)
     groups = {f"{name}/image_{i:04d}.jpg": f"twin {i}" for name in ("Faces", "Faces_easy") for i in range(1, 31)}
     groups |= {f"other/image_{i:04d}.jpg": f"near {i // 3}" for i in range(1, 13)}
-    manifest = splits.make(found, standard(12, split_seed=seed), groups)
+    manifest = splits.make_split(index, standard(12, split_seed=seed), groups)
     side = {path: name for name, paths in manifest.subsets.items() for path in paths}
     sides: dict[str, set[str]] = {}
     for path, group in groups.items():
@@ -161,63 +161,63 @@ def test_standard_keeps_groups_on_one_side(seed: int) -> None:
     assert all(len(where) == 1 for where in sides.values())
     pool = Counter(class_of(path) for subset in ("train", "val") for path in manifest.subsets[subset])
     assert pool == {"Faces": 12, "Faces_easy": 12, "other": 12}
-    assert_partition(manifest, found)
+    assert_partition(manifest, index)
 
 
 @pytest.mark.parametrize("n", [8, 12, 15])
 def test_bursts_of_similar_photos_leave_images_to_validate(n: int) -> None:
     """Whole groups of four fit no sixth of twelve: every class validates on its smallest group instead."""
-    found = index(a=40, b=41)
-    groups = {path: f"{class_of(path)} {int(path[-8:-4]) // 4}" for path in found.paths}
-    manifest = splits.make(found, standard(n), groups)
+    index = index_of(a=40, b=41)
+    groups = {path: f"{class_of(path)} {int(path[-8:-4]) // 4}" for path in index.paths}
+    manifest = splits.make_split(index, standard(n), groups)
     counts = per_class(manifest, "train"), per_class(manifest, "val")
     assert all(set(held) == {"a", "b"} for held in counts)
     assert Counter(counts[0]) + Counter(counts[1]) == {"a": n, "b": n}
     side = {path: name for name, paths in manifest.subsets.items() for path in paths}
     assert all(len({side[path] for path in groups if groups[path] == group}) == 1 for group in groups.values())
-    assert splits.remarks(manifest) == []
+    assert splits.split_remarks(manifest) == []
 
 
 def test_a_class_that_cannot_validate_is_said() -> None:
-    found = index(a=30, b=30)
-    groups = {path: "one burst" for path in found.paths if path < "a/image_0013"}
-    several = [splits.make(found, standard(12, split_seed=seed), groups) for seed in range(40)]
+    index = index_of(a=30, b=30)
+    groups = {path: "one burst" for path in index.paths if path < "a/image_0013"}
+    several = [splits.make_split(index, standard(12, split_seed=seed), groups) for seed in range(40)]
     burst = next(manifest for manifest in several if "a/image_0001.jpg" in manifest.subsets["train"])
     assert per_class(burst, "val") == {"b": 2}
-    assert splits.remarks(burst) == ["No validation images of 1 of 2 classes (a)."]
+    assert splits.split_remarks(burst) == ["No validation images of 1 of 2 classes (a)."]
 
 
 def test_no_validation_images_are_said() -> None:
     for config in (standard(2), DataConfig(val_size=0)):
-        manifest = splits.make(index(a=12, b=12), config)
+        manifest = splits.make_split(index_of(a=12, b=12), config)
         assert not manifest.subsets["val"]
-        assert splits.remarks(manifest)[0].startswith("No validation images: ")
-        assert splits.remarks(manifest, "train+val") == []
+        assert splits.split_remarks(manifest)[0].startswith("No validation images: ")
+        assert splits.split_remarks(manifest, "train+val") == []
 
 
 def test_large_sets_are_split_in_time_that_grows_with_them() -> None:
     """60,000 images of 1,000 classes: each of these took minutes where it went over all images for each image."""
-    found = index(**{f"c{i}": 60 for i in range(1000)})
+    index = index_of(**{f"c{i}": 60 for i in range(1000)})
     start = time.process_time()
-    manifest = splits.make(found, standard(30), {path: path for path in found.paths})
-    splits.check(splits.from_json(manifest.to_json()), found)
+    manifest = splits.make_split(index, standard(30), {path: path for path in index.paths})
+    splits.check_split(splits.from_json(manifest.to_json()), index)
     assert manifest.labels("val")[:6] == [0] * 5 + [1]
     assert time.process_time() - start < 10
 
 
 def test_a_class_without_a_good_image_is_refused() -> None:
     """As --skip-bad-images may leave it."""
-    found = index(a=12, b=12, c=12)
-    rest = dataclasses.replace(found, paths=tuple(path for path in found.paths if class_of(path) != "b"))
+    index = index_of(a=12, b=12, c=12)
+    rest = dataclasses.replace(index, paths=tuple(path for path in index.paths if class_of(path) != "b"))
     for config in (DataConfig(), standard(5)):
         with pytest.raises(Refused, match="class b has no image that can be read"):
-            splits.make(rest, config)
+            splits.make_split(rest, config)
 
 
 def test_standard_says_when_groups_are_too_large() -> None:
     groups = {f"a/image_{i:04d}.jpg": "all one" for i in range(1, 11)}
     with pytest.raises(ValueError, match=r"class a lacks 3 image.* use --no-group-duplicates or a smaller"):
-        splits.make(index(a=10, b=10), standard(3), groups)
+        splits.make_split(index_of(a=10, b=10), standard(3), groups)
 
 
 def test_duplicates_of_a_real_folder_stay_together(tiny_data: Path, tmp_path: Path) -> None:
@@ -225,10 +225,10 @@ def test_duplicates_of_a_real_folder_stay_together(tiny_data: Path, tmp_path: Pa
     shutil.copytree(tiny_data, root)
     for i in range(1, 5):
         shutil.copy(root / "ball" / f"image_{i:04d}.jpg", root / "ball" / f"copy_{i:04d}.jpg")
-    found = index_images(root)
-    groups = duplicate_groups(found)
+    index = index_images(root)
+    groups = duplicate_groups(index)
     for seed in range(5):
-        manifest = splits.make(found, standard(6, split_seed=seed), groups)
+        manifest = splits.make_split(index, standard(6, split_seed=seed), groups)
         test = set(manifest.subsets["test"])
         for i in range(1, 5):
             assert (f"ball/copy_{i:04d}.jpg" in test) == (f"ball/image_{i:04d}.jpg" in test)
@@ -243,15 +243,17 @@ def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
             (tmp_path / subset / name).mkdir(parents=True)
             for i in numbers:
                 shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / subset / name)
-    found = index_images(find_data(str(tmp_path)), "folders")
-    manifest = splits.make(found, DataConfig(protocol="folders"))
+    index = index_images(find_data(str(tmp_path)), "folders")
+    manifest = splits.make_split(index, DataConfig(protocol="folders"))
+    fewer = dataclasses.replace(manifest, subsets=manifest.subsets | {"val": ()})
+    assert splits.is_by_folders(manifest, index) and not splits.is_by_folders(fewer, index)
     assert manifest.classes == ("ball", "box")
     for subset, n in {"train": 6, "val": 2, "test": 4}.items():
         assert per_class(manifest, subset) == {"ball": n, "box": n}
         assert all(path.startswith(subset + "/") for path in manifest.subsets[subset])
     assert manifest.labels("val") == [0, 0, 1, 1]
     shutil.rmtree(tmp_path / "val")
-    assert splits.make(index_images(tmp_path, "folders"), DataConfig(protocol="folders")).subsets["val"] == ()
+    assert splits.make_split(index_images(tmp_path, "folders"), DataConfig(protocol="folders")).subsets["val"] == ()
 
 
 # manifests as files
@@ -259,7 +261,7 @@ def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def manifest() -> splits.Manifest:
-    return splits.make(index(a=12, b=12), DataConfig())
+    return splits.make_split(index_of(a=12, b=12), DataConfig())
 
 
 def test_a_manifest_survives_json(manifest: splits.Manifest) -> None:
@@ -303,7 +305,7 @@ def test_broken_manifests_are_refused(manifest: splits.Manifest, tmp_path: Path,
     file = tmp_path / "split.json"
     file.write_text(json.dumps(broken(json.loads(json.dumps(manifest.to_json())), how)), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        splits.read(file)
+        splits.read_split(file)
 
 
 @pytest.mark.parametrize(
@@ -329,20 +331,20 @@ def test_odd_names_are_no_way_out(manifest: splits.Manifest) -> None:
 def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "split.json").write_bytes(content)
     with pytest.raises(ValueError, match="split"):
-        splits.read(tmp_path / "split.json")
+        splits.read_split(tmp_path / "split.json")
 
 
 def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read .*none.json.*check --split"):
-        splits.read(tmp_path / "none.json")
+        splits.read_split(tmp_path / "none.json")
 
 
 def test_check_wants_the_same_images(manifest: splits.Manifest) -> None:
-    splits.check(manifest, index(a=12, b=12))
-    splits.check(manifest, index(a=13, b=12, c=5))  # more images beside those of the split do no harm
+    splits.check_split(manifest, index_of(a=12, b=12))
+    splits.check_split(manifest, index_of(a=13, b=12, c=5))  # more images beside those of the split do no harm
     with pytest.raises(ValueError, match=r"1 images of the split are not in data \(first: b/image_0012.jpg\)"):
-        splits.check(manifest, index(a=12, b=11))
-    changed = index(a=12, b=12)
+        splits.check_split(manifest, index_of(a=12, b=11))
+    changed = index_of(a=12, b=12)
     changed.digests["a/image_0001.jpg"] = "other bytes"
     with pytest.raises(ValueError, match="changed after the split was made"):
-        splits.check(manifest, changed)
+        splits.check_split(manifest, changed)

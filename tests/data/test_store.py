@@ -44,7 +44,7 @@ def place(name: str, rows: int = 4, columns: int = 250_000) -> store.Place:
 def put(name: str, age: float = 0.0, rows: int = 4) -> store.Place:
     """Keeps 1 MB a row, last used ``age`` days ago by another process."""
     where = place(name, rows)
-    store.keep(where, [np.full((1, 250_000), i, np.float32) for i in range(rows)], f"rows of {name}", 12.5)
+    store.keep_array(where, [np.full((1, 250_000), i, np.float32) for i in range(rows)], f"rows of {name}", 12.5)
     used = int(time.time() - 86400 * age)
     os.utime(where.file, (used, used))
     store._in_use.discard(where.name)
@@ -54,11 +54,11 @@ def put(name: str, age: float = 0.0, rows: int = 4) -> store.Place:
 def test_what_is_kept_is_read_again(folder: Path) -> None:
     where = put("one", rows=11)  # more than one block
     for mapped in (False, True):
-        kept = store.read(where, mapped=mapped)
+        kept = store.read_array(where, mapped=mapped)
         assert kept and kept.seconds == 12.5 and isinstance(kept.array, np.memmap) == mapped
         np.testing.assert_array_equal(kept.array[:, 7], range(11))
     np.testing.assert_array_equal(np.load(where.file, allow_pickle=False)[:, 7], range(11))
-    assert store.read(place("two")) is None
+    assert store.read_array(place("two")) is None
 
 
 DAMAGES = ["empty", "text", "cut", "cut in the header", "zeros", "foreign", "one byte", "end", "other shape", "longer"]
@@ -121,12 +121,12 @@ def test_of_a_large_file_blocks_are_sampled_and_all_are_checked_once_it_changed(
 ) -> None:
     monkeypatch.setattr(store, "SURE", 2 * store.BLOCK)
     where = put("large", rows=40)
-    assert store.read(where)
+    assert store.read_array(where)
     damage(where.file, "one byte", keep_time=False)
-    assert store.read(where) is None and "changed" in capsys.readouterr().out
+    assert store.read_array(where) is None and "changed" in capsys.readouterr().out
     where = put("large", rows=40)
     os.utime(where.file, (time.time(), 1e9 + 0.5))  # copied, say, without a change
-    assert store.read(where) and store.read(where)
+    assert store.read_array(where) and store.read_array(where)
 
 
 def test_the_longest_unused_go_first_and_never_what_is_in_use(
@@ -137,21 +137,21 @@ def test_the_longest_unused_go_first_and_never_what_is_in_use(
     other = folder / "features_of_mine.txt"
     other.write_text("no cache")
     os.utime(other, (0, 0))
-    store.read(old)  # in use from now on
+    store.read_array(old)  # in use from now on
     assert store.make_room(place("new")) == ""
     assert old.file.exists() and not middle.file.exists() and young.file.exists() and other.exists()
     assert middle.name in capsys.readouterr().out
-    store.read(young)
+    store.read_array(young)
     monkeypatch.setenv("FINETUNE101_CACHE_MAX_GB", "0.009")
     assert "needs 0.00 GB" in store.make_room(place("new")) and old.file.exists() and young.file.exists()
     assert "0.009" in store.make_room(place("new", rows=40))
 
 
-@pytest.mark.parametrize("given", ["x", "-1", "nan", "inf"])
-def test_a_bound_that_is_no_number_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    monkeypatch.setenv("FINETUNE101_CACHE_MAX_GB", given)
+@pytest.mark.parametrize("bound", ["x", "-1", "nan", "inf"])
+def test_a_bound_that_is_no_number_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE_MAX_GB", bound)
     with pytest.raises(Refused, match="FINETUNE101_CACHE_MAX_GB"):
-        store.limit()
+        store.cache_limit()
 
 
 def test_images_beyond_the_bound_are_decoded_on_demand(
@@ -202,22 +202,44 @@ def test_who_comes_second_waits_for_the_first(index: Index, folder: Path, capsys
 
 def test_only_the_wanted_images_are_decoded(tiny_data: Path, folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
-    found = index_images(root)
-    (root / found.paths[0]).unlink()  # would stop decoding
-    images = open_images(found, SHAPE, wanted=found.paths[:1:-1])
-    assert images.paths == found.paths[2:]
+    index = index_images(root)
+    (root / index.paths[0]).unlink()  # would stop decoding
+    images = open_images(index, SHAPE, wanted=index.paths[:1:-1])
+    assert images.paths == index.paths[2:]
     for off in ("auto", "off"):
-        same = open_images(found, SHAPE, off, wanted=found.paths[2:])
-        np.testing.assert_array_equal(same.read(found.paths[-3:]), images.read(found.paths[-3:]))
+        same = open_images(index, SHAPE, off, wanted=index.paths[2:])
+        np.testing.assert_array_equal(same.read(index.paths[-3:]), images.read(index.paths[-3:]))
+
+
+def test_splits_of_one_data_set_share_a_cache(index: Index, folder: Path) -> None:
+    """Half of the images are enough; fewer have a cache of their own."""
+    direct = open_images(index, SHAPE, "off")
+    splits = [index.paths, index.paths[::2], index.paths[18:], index.paths[:17]]
+    for wanted, files in zip(splits, (1, 1, 1, 2), strict=True):
+        images = open_images(index, SHAPE, wanted=wanted)
+        assert images.paths == tuple(wanted) and len(list(folder.iterdir())) == files
+        assert images.pixels is not None and len(images.pixels) == (36 if files == 1 else 17)
+        np.testing.assert_array_equal(images.read(wanted[::-1]), direct.read(wanted[::-1]))
+
+
+def test_an_unreadable_image_that_is_skipped_does_not_part_the_splits(
+    tiny_data: Path, folder: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
+    index = index_images(root)
+    (root / index.paths[0]).write_bytes(b"broken")
+    for wanted in (index.paths[1:30], index.paths[6:]):
+        open_images(index, SHAPE, skipped=index.paths[:1], wanted=wanted)
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_names_that_are_not_utf_8(tiny_data: Path, folder: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(tiny_data, tmp_path / "images"))
     os.rename(root / "ball" / "image_0002.jpg", os.fsencode(root / "ball") + b"/caf\xe9.jpg")
-    found = index_images(root)
-    odd = next(path for path in found.paths if "caf" in path)
-    assert open_images(found, SHAPE).read([odd]).shape == (1, 24, 24, 3) and len(list(folder.iterdir())) == 1
-    assert len(duplicate_groups(found)) == 36
+    index = index_images(root)
+    odd = next(path for path in index.paths if "caf" in path)
+    assert open_images(index, SHAPE).read([odd]).shape == (1, 24, 24, 3) and len(list(folder.iterdir())) == 1
+    assert len(duplicate_groups(index)) == 36
 
 
 def test_the_verb_lists_and_clears(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from finetune101.data.verify import verify
-from finetune101.demo.dataset import draw, picture
-from finetune101.demo.drawings import DRAWINGS, Pen
+from finetune101.demo import dataset
+from finetune101.demo.dataset import PICTOGRAMS, draw, picture
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -29,29 +30,35 @@ def test_same_arguments_same_bytes_another_seed_other_pictures(tmp_path: Path) -
 
 def test_is_a_sound_data_set(tmp_path: Path) -> None:
     report = verify(draw(tmp_path / "data", images_per_class=4))
-    assert report.class_sizes == dict.fromkeys(sorted(DRAWINGS), 4)
+    assert report.class_sizes == dict.fromkeys(sorted(PICTOGRAMS), 4)
     assert len(report.class_sizes) >= 12
     assert not (report.bad or report.not_images or report.identical or report.near)
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("name", PICTOGRAMS)
 def test_each_picture_shows_its_object(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stroke = DRAWINGS[name]
+    layer_of = dataset._object
 
-    def wiped(pen: Pen) -> None:
-        """The same random numbers, and nothing on the layer."""
-        stroke(pen)
-        pen.layer.paste((0, 0, 0, 0), (0, 0, *pen.layer.size))
+    def empty_layer(*arguments: Any) -> Image.Image:
+        """Draws the same random numbers, and nothing."""
+        return Image.new("RGBA", layer_of(*arguments).size)
 
     for seed in range(3):
         drawn = picture(name, np.random.default_rng(seed))
         with monkeypatch.context() as patched:
-            patched.setitem(DRAWINGS, name, wiped)
+            patched.setattr(dataset, "_object", empty_layer)
             background = picture(name, np.random.default_rng(seed))
         assert drawn.mode == "RGB" and drawn.size == background.size
         assert all(160 <= side <= 240 for side in drawn.size)
         difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(background, np.int16)).max(axis=2)
-        assert 0.03 < (difference > 20).mean() < 0.8  # an object, before a background
+        assert 0.015 < (difference > 20).mean() < 0.8  # an object, before a background
+
+
+def test_the_font_has_every_pictogram_and_no_two_classes_share_one() -> None:
+    texts = "".join(PICTOGRAMS.values())
+    missing = dataset._font(64).getmask("\uffff")  # what a font without the character draws
+    masks = [dataset._font(64).getmask(text) for text in texts]
+    assert len(set(texts)) == len(texts) and len({bytes(mask) for mask in (*masks, missing)}) == len(texts) + 1
 
 
 def test_files_are_jpegs_that_vary_in_size(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from finetune101.cli.main import main
 from finetune101.config import TrainConfig
+from finetune101.data.layouts import NOT_IMAGES
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.run import Run
 from finetune101.training.job import prepare
@@ -41,6 +42,8 @@ def folder_of(run: Run, tmp_path: Path, name: str = "photos") -> Path:
     Image.effect_noise((40, 40), 90).save(other / "box" / "deeper" / "noise.png")
     (other / "box" / "broken.png").write_bytes(b"no image")
     Image.new("RGB", (40, 40)).save(other / "cat" / "cat.png")
+    (other / "ball" / "notes.txt").write_text("no image by its name")
+    (other / "stripes").mkdir()  # a class without an image
     return other
 
 
@@ -55,9 +58,10 @@ def test_another_folder_has_its_own_files(run: Run, tmp_path: Path, capsys: pyte
         and result["unknown_classes"] == {"cat": 1}
         and list(result["unreadable"]) == ["box/broken.png"]
     )
-    assert result["classes_without_images"] == ["stripes"]
+    assert result["classes_without_images"] == ["stripes"] and result["left_out"] == {NOT_IMAGES: 1}
     assert result["near_duplicates"] == {"n": 1} and result["without_duplicates"]["n"] == 1
     assert "cat" in out and "stripes" in out and "broken.png" in out and "1 of 2" in out
+    assert f"1 {NOT_IMAGES}" in out
     with open(run.path / "predictions_photos.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["path"], row["label"]) for row in rows] == [
@@ -91,6 +95,15 @@ def test_what_cannot_be_scored_is_refused(run: Run, tmp_path: Path) -> None:
     for words in ([], ["--data", str(tmp_path / "dogs")], ["--data", str(tmp_path / "missing")]):
         assert main(["evaluate", str(run.path), "--as-test", *words]) == 2
     assert sorted(run.path.iterdir()) == before
+
+
+def test_images_behind_links_and_of_every_subset_are_scored(run: Run, tmp_path: Path) -> None:
+    for subset, name in (("train", "ball"), ("test", "box")):  # a class that the training folder lacks is scored too
+        (tmp_path / "split" / subset).mkdir(parents=True)
+        (tmp_path / "split" / subset / name).symlink_to(tmp_path / "images" / name)
+    assert main(["evaluate", str(run.path), "--data", str(tmp_path / "split"), "--as-test"]) == 0
+    result = json.loads((run.path / "test_split.json").read_text())
+    assert result["n"] == 24 and result["classes_without_images"] == ["stripes"] and not result["left_out"]
 
 
 def test_one_class_is_enough(run: Run, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_study_says_where_only_the_output_layer_was_trained(folder: Path) -> N
 
 
 def test_sizes_are_nested_and_share_test_images_and_steps(folder: Path) -> None:
-    small, large = (splits.read(folder / "splits" / f"split42_{size}_per_class.json") for size in (2, 4))
+    small, large = (splits.read_split(folder / "splits" / f"split42_{size}_per_class.json") for size in (2, 4))
     assert small.subsets["test"] == large.subsets["test"] and len(small.subsets["test"]) == 3 * 8
     assert set(small.subsets["train"]) < set(large.subsets["train"])
     assert (len(small.subsets["train"]), small.subsets["val"]) == (6, ())

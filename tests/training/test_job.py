@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -264,6 +265,31 @@ def test_a_process_without_validation_images(small: TrainConfig) -> None:
               for rank in (0, 7)]  # fmt: skip
     assert [(tuple(output.shape), tuple(labels.shape)) for output, labels in shares] == [((1, 3), (1,)), ((0, 3), (0,))]
     assert float(torch.nn.functional.cross_entropy(*shares[1], reduction="sum")) == 0
+
+
+# what the user is told
+
+
+def test_what_a_split_lacks_is_said_once_whoever_made_it(small: TrainConfig, tiny_data: Path, tmp_path: Path) -> None:
+    for subset, numbers in (("train", range(1, 7)), ("val", range(7, 10)), ("test", range(10, 13))):
+        for name in ("ball", "box"):
+            (tmp_path / "data" / subset / name).mkdir(parents=True)
+            for number in numbers:
+                file = f"{name}/image_{number:04d}.jpg"
+                shutil.copy(tiny_data / file, tmp_path / "data" / subset / file)
+
+    def notes(**data: Any) -> str:
+        config = change(change(small, "data", root=str(tmp_path / "data"), **data), "optim", epochs=1)
+        return "\n".join(prepare(config, overwrite=True).notes)
+
+    assert "12, 6 and 6 images" in notes() and "No validation" not in notes()
+    manifest = Run(Path(small.runs) / small.exp).read_json("split.json")
+    manifest["subsets"] |= {"train": manifest["subsets"]["train"] + manifest["subsets"]["val"], "val": []}
+    (tmp_path / "split.json").write_text(json.dumps(manifest))
+    assert notes(split=str(tmp_path / "split.json")).count("No validation images") == 1
+    for file in (tmp_path / "data" / "val").glob("*/*.jpg"):
+        file.write_bytes(b"broken")
+    assert notes(skip_bad_images=True).count("No validation images") == 1
 
 
 # what cannot be trained

@@ -109,11 +109,11 @@ def test_cached_features_cost_what_they_took(
         base = dataclasses.replace(base, model=model, optim=optim, augment=AugmentConfig(flip=False))
     first, losses = recorded(base, "first")
     (file,) = (tmp_path / "cache").glob("features_*")
-    (entry,) = [one for one in store.entries() if one.file == file]
+    (entry,) = [one for one in store.cache_entries() if one.file == file]
     assert entry.note and 0 < entry.note.seconds < first
     # as if computing had taken 1000 seconds on the day of the first run
     values = np.load(file)
-    store.keep(store.Place(file.name, values.shape, np.float32), [values], "features", 1000.0)
+    store.keep_array(store.Place(file.name, values.shape, np.float32), [values], "features", 1000.0)
     second, same = recorded(base, "second")
     assert 1000 < second < 1000 + 60 and same == losses
 
