@@ -130,14 +130,14 @@ def test_foreign(file: Path, model: str, data: str | None, batch_size: int) -> d
     """Scores a plain state dict on the reference test images with the original's preprocessing."""
     from finetune101.config import SystemConfig
     from finetune101.deploy.released import score_reference
-    from finetune101.evaluation.checkpoint import Network
+    from finetune101.evaluation.checkpoint import TrainedNetwork
     from finetune101.machine import detect
     from finetune101.models.build import load_foreign
     from finetune101.models.table import lookup
 
     module, count = load_foreign(file, model)
     classes, world = [str(number) for number in range(count)], detect(SystemConfig())
-    network = Network(model=module, preprocessing=lookup(model).preprocessing, classes=classes, world=world)
+    network = TrainedNetwork(model=module, preprocessing=lookup(model).preprocessing, classes=classes, world=world)
     return score_reference(network, data, batch_size, str(file))
 
 

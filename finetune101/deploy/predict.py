@@ -18,7 +18,7 @@ from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.images import images_in
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
-from finetune101.evaluation.checkpoint import Network
+from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import cell
 from finetune101.fast import tune_allocator
@@ -32,7 +32,7 @@ class Row(TypedDict):
 
 
 def predict(
-    network: Network, inputs: Sequence[str], top_k: int = 5, batch_size: int = 64
+    network: TrainedNetwork, inputs: Sequence[str], top_k: int = 5, batch_size: int = 64
 ) -> tuple[list[Row], list[Failure]]:
     """The ``top_k`` most probable classes of every image in ``inputs``: files, folders (with all below) and patterns.
 

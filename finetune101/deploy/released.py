@@ -13,7 +13,7 @@ from finetune101.config import DataConfig, SystemConfig
 from finetune101.data import splits
 from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import Info, Network, SplitOf, load_file, open_file, open_network
+from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_file, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
 from finetune101.machine import detect
 from finetune101.run import find_run, open_run
@@ -36,7 +36,7 @@ def available() -> list[str]:
     return [name for name, file in RELEASED.items() if (FOLDER / f"{file}.safetensors").is_file()]
 
 
-def open_released(name: str) -> tuple[Network, Info]:
+def open_released(name: str) -> tuple[TrainedNetwork, Info]:
     """The released network ``name`` (see ``available``), and what is written in its file.
 
     Raises Refused when it is not there, damaged, or stands on ImageNet weights that are not installed.
@@ -44,7 +44,7 @@ def open_released(name: str) -> tuple[Network, Info]:
     if name not in available():
         raise Refused(f"this package does not hold {name}; it holds {', '.join(available()) or 'none'}")
     model, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
-    network = Network(
+    network = TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),
@@ -59,7 +59,7 @@ def open_released(name: str) -> tuple[Network, Info]:
 class Chosen:
     """The network that the words of a command name, the images that they name, and whether it was named at all."""
 
-    network: Network
+    network: TrainedNetwork
     inputs: list[str]
     named: bool
 
@@ -108,7 +108,7 @@ def score_released(name: str, data: str | None = None, batch_size: int = 64) -> 
 
 
 def score_reference(
-    network: Network, data: str | None, batch_size: int, name: str, split: SplitOf | None = None
+    network: TrainedNetwork, data: str | None, batch_size: int, name: str, split: SplitOf | None = None
 ) -> dict[str, Any]:
     """Scores ``network`` on the reference test images; ``split`` holds the seed and hash of another than the usual one.
 

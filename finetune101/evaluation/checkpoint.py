@@ -63,7 +63,7 @@ class Fitted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class TrainedNetwork:
     """A trained network, and what its use needs: the machine, and the temperature that its logits are divided by.
 
     ``temperature`` is None where nobody has looked for one; its outputs are then taken as they are.
@@ -98,11 +98,11 @@ def world_of(recorded: Machine | Mapping[str, Any]) -> World:
     )
 
 
-def open_network(run: Run, file: Path | None = None) -> Network:
+def open_network(run: Run, file: Path | None = None) -> TrainedNetwork:
     """The best checkpoint of ``run``, or its ``file``, ready for images. Raises Refused as ``load_file`` does."""
     file = file or run.best
     model, info = load_file(file)
-    return Network(
+    return TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),
@@ -114,13 +114,13 @@ def open_network(run: Run, file: Path | None = None) -> Network:
     )
 
 
-def open_file(file: Path) -> Network:
+def open_file(file: Path) -> TrainedNetwork:
     """A checkpoint that may lie anywhere; in the folder of a run as ``open_network``, else in this machine's format."""
     run = Run(file.parent)
     if run.has("config.json") and run.has("env.json"):
         return open_network(run, file)
     model, info = load_file(file)
-    return Network(
+    return TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),

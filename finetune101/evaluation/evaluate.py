@@ -15,7 +15,7 @@ from finetune101.data.batches import eval_batches
 from finetune101.data.images import Index, class_of, find_data, index_images
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
-from finetune101.evaluation.checkpoint import Network, keep_temperature, open_network
+from finetune101.evaluation.checkpoint import TrainedNetwork, keep_temperature, open_network
 from finetune101.evaluation.forward import logits
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.predictions import write_pair
@@ -48,7 +48,7 @@ def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
 class Opened:
     """A network that is ready to be scored, its split and the images of it."""
 
-    network: Network
+    network: TrainedNetwork
     manifest: splits.Manifest
     index: Index
     config: DataConfig
@@ -140,7 +140,7 @@ def evaluate(
     return result
 
 
-def frozen_backbone(run: Run, network: Network) -> dict[str, bool]:
+def frozen_backbone(run: Run, network: TrainedNetwork) -> dict[str, bool]:
     """{"frozen_backbone": True} where only the output layer of ``network``, the best checkpoint, was trained.
 
     That is so where ``freeze`` says so, and where the best epoch is 0, the probe that fine-tuning starts from.
