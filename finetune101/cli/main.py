@@ -203,7 +203,7 @@ def predict(argv: Sequence[str]) -> int:
     if not chosen.named:
         print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
     if chosen.network.temperature is None:
-        print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+        print(f"Probabilities are not calibrated: {chosen.network.temperature_reason}", file=sys.stderr)
     rows, failed = deploy.predict(chosen.network, chosen.inputs, top_k=arguments.top_k, batch_size=arguments.batch_size)
     if arguments.json:
         print(deploy.as_json(rows, failed))

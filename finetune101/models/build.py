@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from finetune101.config import Preprocessing
+from finetune101.config import ModelConfig, Preprocessing
 from finetune101.errors import Refused
 from finetune101.files import sha256
 from finetune101.models.table import Entry, Package, Torchvision, lookup, names
@@ -81,6 +81,19 @@ def build(
         head=entry.head,
         init_source=source,
         init_hash=state_hash(model),
+    )
+
+
+def build_network(settings: ModelConfig, num_classes: int, seed: int) -> Built:
+    """``build`` by the settings of a run: the network before its first step. Raises Refused as ``build`` does."""
+    return build(
+        settings.name,
+        num_classes,
+        pretrain=settings.pretrain,
+        weights=settings.weights,
+        size=settings.size,
+        cache_size=settings.cache_size,
+        seed=seed,
     )
 
 

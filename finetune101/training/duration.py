@@ -26,18 +26,18 @@ from finetune101.data import cache, splits
 from finetune101.data.decode import decode, in_threads
 from finetune101.data.images import Index
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import load_model
-from finetune101.evaluation.forward import Forward
 from finetune101.fast import tune_allocator
 from finetune101.files import cache_dir
 from finetune101.host import usable_cores
 from finetune101.machine import World, detect, use_cores
 from finetune101.models.build import Built, build, freeze
-from finetune101.run import Run, open_run
+from finetune101.run import Run
 from finetune101.training import probe
-from finetune101.training.distill import Teachers
+from finetune101.training.distill import Teachers, open_teachers
 from finetune101.training.forecast import in_words
-from finetune101.training.loop import HeadTrainer, Job, Trainer
+from finetune101.training.job import Job
+from finetune101.training.loop import Trainer
+from finetune101.training.sources import ImageBatches
 
 SAMPLE = 24  # images whose decoding is timed
 SOLUTIONS = 15  # evaluations of the loss, for each penalty, that solve the output layer
@@ -240,7 +240,7 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
     ready = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         trial = dataclasses.replace(config, exp="pace", runs=folder, optim=optim, data=data)
-        teachers = _teachers(config, built, world)
+        teachers = open_teachers(config, built.preprocessing, world)  # whatever their split
         job = _job(trial, built, world, batch, classes, teachers)
         forward = _forward(job)
         features = _features(job) if m.cached_features or m.head == "probe" else 0.0
@@ -248,7 +248,8 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
         step, record = _steps(job, batch, classes, images)
         began = time.perf_counter()
         if record:
-            trainer = Trainer(job)
+            model = dataclasses.replace(trial.model, cached_features=False)  # writing needs no features
+            trainer = Trainer(dataclasses.replace(job, config=dataclasses.replace(trial, model=model)))
             trainer.finish_epoch(record | {"val_loss": 1.0, "val_top1": 1.0, "val_seconds": 0.0})
         wrote = time.perf_counter() - began
     return Pace(
@@ -280,10 +281,10 @@ def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int 
         steps = 1
         for number in range(3):  # to warm up, to know the pace, and long enough
             longer = _job(config, job.built, job.world, steps * batch, classes, job.teachers)
-            trainer = HeadTrainer(longer) if config.model.cached_features else Trainer(longer)
+            trainer = Trainer(longer)
             trainer.wrap()
             with contextlib.suppress(Refused), tqdm(disable=True) as bar:  # noise may diverge
-                record = trainer.train_epoch(epoch, trainer.batches([epoch]), bar)
+                record = trainer.train_epoch(epoch, trainer.source.train([epoch]), bar)
             seconds = float(record.get("seconds", 0.0))
             found[size] = seconds / (steps * batch)
             enough = min(LONG_ENOUGH, 0.05 * found[size] * images)
@@ -295,10 +296,11 @@ def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int 
 
 def _forward(job: Job) -> float:
     """Seconds of a validation image, the better of two tries."""
-    trainer, tries = Trainer(job), []
+    model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
+    source, tries = ImageBatches(job, *job.trained_on), []
     for _ in range(2):
         started = time.perf_counter()
-        trainer.val_logits()
+        source.val_logits(model)
         tries.append(time.perf_counter() - started)
     return min(tries) / len(job.manifest.subsets["val"])
 
@@ -324,16 +326,6 @@ def _solution(job: Job, features: float, classes: int) -> float:
     probe.solve(x, y, classes, 0.01, steps=4)
     evaluation = (time.perf_counter() - started) / 5
     return SOLUTIONS * len(job.config.model.probe_l2) * evaluation / 512
-
-
-def _teachers(config: TrainConfig, built: Built, world: World) -> Teachers | None:
-    """The teachers of ``config``, whatever their split."""
-    networks: list[Any] = []
-    for name in config.optim.teacher:
-        model, preprocessing, _ = load_model(open_run(name, config.runs))
-        network = Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels)
-        networks.append((network, preprocessing))
-    return Teachers(networks, built.preprocessing, world) if networks else None
 
 
 def _nearest(config: TrainConfig, known: Sequence[tuple[TrainConfig, Pace]]) -> Pace:

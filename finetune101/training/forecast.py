@@ -46,7 +46,7 @@ class Forecast:
         sizes = [job.config.augment.size_at(e, o.epochs) or own for e in range(epoch, o.epochs + 1)]
         forward = self._forward(trainer, {*sizes, own})
         passes = sum(forward[size] / forward[sizes[0]] for size in sizes) - step / trainer.steps_per_epoch
-        due = range(epoch, o.epochs + 1) if trainer.validates else ()
+        due = range(epoch, o.epochs + 1) if job.validates else ()
         validations = sum(e % o.val_every == 0 or e == o.epochs for e in due)
         images = len(job.manifest.subsets["val"])
         weights = sum(t.numel() * t.element_size() for t in trainer.model.state_dict().values())
