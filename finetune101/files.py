@@ -141,12 +141,12 @@ def claimed_by(lock: Path) -> str:
 
 def cache_dir() -> Path:
     """$FINETUNE101_CACHE, else ~/.cache/finetune101, else a private folder for temporary files."""
-    given = os.environ.get("FINETUNE101_CACHE")
+    folder = os.environ.get("FINETUNE101_CACHE")
     try:
-        return Path(given).expanduser() if given else Path.home() / ".cache" / "finetune101"
+        return Path(folder).expanduser() if folder else Path.home() / ".cache" / "finetune101"
     except RuntimeError as error:  # a user without a home, or ~name of nobody
-        if given:
-            raise Refused(f"FINETUNE101_CACHE is {given}, and there is no such user; name a folder") from error
+        if folder:
+            raise Refused(f"FINETUNE101_CACHE is {folder}, and there is no such user; name a folder") from error
         return _private_folder()
 
 
@@ -381,12 +381,12 @@ def typed(hint: Any, value: Any, what: str) -> Any:
 
     Raises Refused, in a sentence that begins with ``what``, for a value that the type cannot have.
     """
-    kind, given = bare(hint), value
+    kind, plain = bare(hint), value
     if get_origin(kind) is tuple and not isinstance(value, list | tuple):
-        given = [value]
+        plain = [value]
     elif kind is bool and isinstance(value, str):
-        given = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+        plain = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     try:
-        return msgspec.convert(given, hint, strict=False)
+        return msgspec.convert(plain, hint, strict=False)
     except (ValueError, RecursionError, OverflowError) as error:  # msgspec's, also of surrogates and long numbers
         raise Refused(f"{what} {shown(value)}; give {must_be(hint)}") from error

@@ -74,7 +74,7 @@ def _quota() -> int | None:
         own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         path = next((line.split("::", 1)[1].strip("/") for line in own if line.startswith("0::")), "")
         folders = [CGROUP / path, *(CGROUP / path).parents]
-        found = []
+        quotas = []
         for folder in folders:
             if folder == CGROUP.parent:
                 break
@@ -82,12 +82,12 @@ def _quota() -> int | None:
             if file.is_file():
                 quota, period = file.read_text(encoding="utf-8").split()
                 if quota != "max":
-                    found.append(math.ceil(int(quota) / int(period)))
+                    quotas.append(math.ceil(int(quota) / int(period)))
         first = CGROUP / "cpu" / "cpu.cfs_quota_us"  # cgroup 1
         if first.is_file() and (quota_us := int(first.read_text(encoding="utf-8"))) > 0:
             period_us = int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8"))
-            found.append(math.ceil(quota_us / period_us))
-        return min(found, default=None)
+            quotas.append(math.ceil(quota_us / period_us))
+        return min(quotas, default=None)
     except (OSError, ValueError, ZeroDivisionError):  # not there, or not as Linux writes it
         return None
 

@@ -17,7 +17,7 @@ from finetune101.evaluation.evaluate import (
     check_batch_size,
     check_not_trained,
     open_scored,
-    rows,
+    prediction_rows,
     scores,
     times_scored,
 )
@@ -77,7 +77,8 @@ def ensemble(
             if run.has("test.json"):
                 run.write_json("test.json", {**run.read_json("test.json"), "times_scored": times_scored(run) + 1})
         result["times_scored"] = times_scored(Run(out)) + 1
-        write_pair(out, "", {"format": FORMAT, **result}, rows(first.manifest, output, calibrated.temperature))
+        rows = prediction_rows(first.manifest, output, calibrated.temperature)
+        write_pair(out, "", {"format": FORMAT, **result}, rows)
     return result
 
 

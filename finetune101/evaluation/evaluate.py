@@ -143,7 +143,8 @@ def evaluate(
         result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)
         if opened.network.temperature is None and opened.chosen_on_val and not mirror:
             keep_temperature(run, opened.network, calibrated)
-        write_pair(run.path, "", {"format": FORMAT, **result}, rows(opened.manifest, output, calibrated.temperature))
+        rows = prediction_rows(opened.manifest, output, calibrated.temperature)
+        write_pair(run.path, "", {"format": FORMAT, **result}, rows)
     return result
 
 
@@ -217,7 +218,7 @@ def calibration(output: Tensor, labels: Tensor, temperature: float = 1.0) -> dic
     return {"ece": metrics.ece(bins), "bins": bins}
 
 
-def rows(manifest: splits.Manifest, output: Tensor, temperature: float) -> list[tuple[str, str, str, float]]:
+def prediction_rows(manifest: splits.Manifest, output: Tensor, temperature: float) -> list[tuple[str, str, str, float]]:
     """The rows of predictions.csv for the logits (N, classes) of the test images; the confidence is calibrated."""
     confidence, prediction = metrics.probabilities(output, temperature).max(1)
     columns = zip(manifest.subsets["test"], prediction.tolist(), confidence.tolist(), strict=True)

@@ -126,9 +126,9 @@ def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.
     impossible: dict[str, Refused] = {}
     started, guessed, total = time.perf_counter(), 0, 0.0
     shared: dict[str, float] = {}  # what the first of several runs does for all
-    seen: Counter[str] = Counter()  # images that each kind trains on, an image as often as it is trained on
+    trained: Counter[str] = Counter()  # images of each kind, an image as often as it is trained on
     for work in works:
-        seen[kind(work.config)] += work.images.train * work.config.optim.epochs
+        trained[kind(work.config)] += work.images.train * work.config.optim.epochs
     with _undisturbed():
         for work in works:
             key = kind(work.config)
@@ -136,9 +136,9 @@ def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.
                 late = bool(paces) and time.perf_counter() - started > budget
                 try:
                     guess = _nearest(work.config, list(paces.values())) if late else None
-                    paces[key] = work.config, guess or measure(work.config, len(index.classes), seen[key])
+                    paces[key] = work.config, guess or measure(work.config, len(index.classes), trained[key])
                     guessed += late
-                except Refused as error:  # told when its turn comes
+                except Refused as error:  # said below, and when its turn comes
                     impossible[key] = error
             if key in paces:
                 total += paces[key][1].of(work)
@@ -160,8 +160,8 @@ def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: Index) 
     built = _shape(work.config)
     key = f"decode {built.cache_size} {built.interpolation}"
     if key not in shared and work.config.data.cache == "auto":
-        known = _is_decoded(built.cache_size, len(index.paths), images.all)
-        shared[key] = 0.0 if known else decode_seconds(index, built) * images.all
+        is_decoded = _is_decoded(built.cache_size, len(index.paths), images.all)
+        shared[key] = 0.0 if is_decoded else decode_seconds(index, built) * images.all
     compared = work.tested or (work.config.data.protocol == "standard" and work.config.data.group_duplicates)
     if compared and "duplicates" not in shared and not list(cache_dir().glob("thumbnails_*")):
         shared["duplicates"] = decode_seconds(index, built) * len(index.paths)
@@ -182,7 +182,7 @@ def _shape(config: TrainConfig) -> Preprocessing:
 
 
 def _is_decoded(size: int, *counts: int) -> bool:
-    """Whether the cache folder holds as many decoded images of this size: seen by its bytes, without a hash."""
+    """Whether the cache folder holds as many decoded images of this size: judged by its bytes, without a hash."""
     wanted = [count * size * size * 3 for count in counts]
     files = [file.stat().st_size for file in cache_dir().glob(f"*{size}px*")]
     return any(0 <= have - need < 2**16 for have in files for need in wanted)
@@ -274,7 +274,7 @@ def _job(config: TrainConfig, built: Built, world: World, images: int, classes: 
 
 def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int | None, float], dict[str, Any]]:
     """Seconds of an image by its size, the first step left out, and the last record."""
-    config, found, record = job.config, dict[int | None, float](), dict[str, Any]()
+    config, per_image, record = job.config, dict[int | None, float](), dict[str, Any]()
     epochs = config.optim.epochs
     sizes = {config.augment.size_at(epoch, epochs): epoch for epoch in range(epochs, 0, -1)}
     for size, epoch in sizes.items():
@@ -286,12 +286,12 @@ def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int 
             with contextlib.suppress(Refused), tqdm(disable=True) as bar:  # noise may diverge
                 record = trainer.train_epoch(epoch, trainer.source.train([epoch]), bar)
             seconds = float(record.get("seconds", 0.0))
-            found[size] = seconds / (steps * batch)
-            enough = min(LONG_ENOUGH, 0.05 * found[size] * images)
+            per_image[size] = seconds / (steps * batch)
+            enough = min(LONG_ENOUGH, 0.05 * per_image[size] * images)
             if number and seconds >= enough:
                 break
             steps = min(64, math.ceil(enough / max(seconds / steps, 1e-3))) if number else 1 + 2 * (seconds < 3)
-    return found, record
+    return per_image, record
 
 
 def _forward(job: Job) -> float:
@@ -328,9 +328,9 @@ def _solution(job: Job, features: float, classes: int) -> float:
     return SOLUTIONS * len(job.config.model.probe_l2) * evaluation / 512
 
 
-def _nearest(config: TrainConfig, known: Sequence[tuple[TrainConfig, Pace]]) -> Pace:
+def _nearest(config: TrainConfig, measured: Sequence[tuple[TrainConfig, Pace]]) -> Pace:
     """A guess for ``config`` from runs that were measured: of the same network where there is one, by the pixels."""
-    own = [pair for pair in known if pair[0].model.name == config.model.name] or list(known)
+    own = [pair for pair in measured if pair[0].model.name == config.model.name] or list(measured)
     like, pace = own[0]
     mean = statistics.mean(pace.step.values()) if pace.step else pace.forward
     scale = (_shape(config).size / _shape(like).size) ** 2

@@ -75,7 +75,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context(contextlib.ExitStack())
         exists = run.has("config.json") or run.has(LOCK)
-        if exists and place().rank == 0:  # told at once, not after decoding
+        if exists and place().rank == 0:  # refused at once, not after decoding
             lock.enter_context(_alone(run))
         if resume:
             check_same(run, config)
@@ -112,9 +112,9 @@ def _joined(config: TrainConfig, recorded: dict[str, Any] | None) -> World:
 def _alone(run: Run) -> Iterator[None]:
     """This process alone trains ``run``. Raises Refused naming the one that does already."""
     lock = run.path / LOCK
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as claims:
         try:
-            claimed = held.enter_context(claim(lock))
+            claimed = claims.enter_context(claim(lock))
         except OSError as error:
             raise Refused(f"cannot write {lock}: {error.strerror}; choose another --runs or --exp") from error
         if not claimed:
@@ -124,7 +124,7 @@ def _alone(run: Run) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                lock.unlink()  # still held: who opened it meanwhile sees that it is gone
+                lock.unlink()  # still claimed: a process that opened it meanwhile sees that it is gone
 
 
 def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, lock: contextlib.ExitStack) -> Job:
@@ -165,9 +165,9 @@ def check_network(config: TrainConfig, manifest: splits.Manifest, built: Built) 
     for size in sorted(set(config.augment.train_sizes)):
         check_size(config.model.name, built.model, size)
     if config.model.cached_features:
-        probe.check(built, (), validates=True)
+        probe.check_linear(built, (), validates=True)
     if config.model.head == "probe":
-        probe.check(built, config.model.probe_l2, validates(manifest, config.data))
+        probe.check_linear(built, config.model.probe_l2, validates(manifest, config.data))
     images = sum(len(manifest.subsets[subset]) for subset in trained_subsets(config.data))
     trains_norms = config.optim.epochs and not (config.model.freeze or config.model.freeze_norm)
     smallest = min(config.augment.train_sizes, default=built.preprocessing.size)
@@ -203,7 +203,7 @@ def _write(job: Job, resume: bool, overwrite: bool) -> None:
 
 
 def elsewhere(config: TrainConfig, runs: str) -> TrainConfig:
-    """``config`` with its run below ``runs``, such as a temporary folder; its teachers are found where they are."""
+    """``config`` with its run below ``runs``, such as a temporary folder; its teachers stay where they are."""
     teachers = tuple(str(open_run(name, config.runs).path.resolve()) for name in config.optim.teacher)
     return dataclasses.replace(config, runs=runs, optim=dataclasses.replace(config.optim, teacher=teachers))
 
@@ -219,8 +219,8 @@ def make_manifest(index: Index, config: DataConfig) -> splits.Manifest:
     skipped = cache.unreadable(index.root, index.paths) if config.skip_bad_images else {}
     if config.split:
         manifest = splits.read(Path(config.split))
-        held = {path for paths in manifest.subsets.values() for path in paths}
-        if bad := sorted(held & set(skipped)):
+        used = {path for paths in manifest.subsets.values() for path in paths}
+        if bad := sorted(used & set(skipped)):
             raise Refused(
                 f"{config.split} holds the unreadable image {escaped(bad[0])}; repair it or leave --split out"
             )
