@@ -32,7 +32,7 @@ MOST_BYTES = 256 * 2**20  # of a JSON file: the split of a million images fits
 MOST_SETTINGS = 2**17  # bytes of a file that people write
 DEEPEST = 50  # levels of tables and lists in a file
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
-ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine is nobody's any more
+ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine counts as abandoned
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def claim(lock: Path) -> Iterator[bool]:
             signed.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield True
     finally:
-        with contextlib.suppress(OSError):  # while the lock is held: afterwards it is the next owner's
+        with contextlib.suppress(OSError):  # while the lock is claimed: afterwards the file is the next owner's
             signed.unlink()
         with contextlib.suppress(OSError):  # the process is done with it all the same
             keeper.release()

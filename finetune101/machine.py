@@ -26,7 +26,7 @@ from finetune101.host import place, usable_cores
 Value = TypeVar("Value")
 SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
 PATIENCE = timedelta(days=2)  # for what rank 0 does while the others wait, such as decoding a million images
-_patient: Any = None  # the group of processes that waits so long
+_patient: Any = None  # the group of processes that waits for ``PATIENCE``
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _threads(threads: int | None) -> int:
 
 
 def _end_with_torchrun() -> None:
-    """A process whose torchrun was killed ends as well: whoever resumes the run would train beside it."""
+    """Ends this process when its torchrun is killed: a resumed run would otherwise train beside it."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -236,7 +236,7 @@ def has_precision(device: torch.device, precision: str) -> bool:
 
 
 def _check_recorded(device: torch.device, precision: str, wished: str) -> None:
-    """Raises Refused for a run that cannot go on here as it began; who asked for emulated bf16 gets it."""
+    """Raises Refused for a run that cannot go on here as it began; emulated bf16 is allowed where it was asked for."""
     emulated = precision == wished == "bf16" and device.type == "cpu"
     if not has_precision(device, precision) and not emulated:
         raise Refused(

@@ -1,4 +1,4 @@
-"""A finished run -> test.json and predictions.csv: the only place where the test set is scored."""
+"""A finished run -> test.json and predictions.csv: the only place where the test set of a run is scored."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Opened:
         return metrics.calibrate(*self.logits("val", batch_size))
 
     def _stored_reason(self) -> str:
-        """Why the stored temperature is 1; checkpoints of before 0.4 do not say it."""
+        """Why the stored temperature is 1; older checkpoints do not say it."""
         if self.network.temperature_reason:
             return self.network.temperature_reason
         few = metrics.too_few(len(self.manifest.subsets["val"])) if self.chosen_on_val else ""

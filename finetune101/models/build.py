@@ -350,7 +350,7 @@ def _from_hub(repository: str, file: str) -> str:
 
 @contextmanager
 def _socket_timeout() -> Iterator[None]:
-    """Downloads of torch.hub, which has no such option, give up when the other side says nothing."""
+    """In the block, downloads give up after ``_TIMEOUT`` seconds of silence: torch.hub has no option for it."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)
     try:

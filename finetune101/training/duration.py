@@ -1,4 +1,4 @@
-"""How long trainings will take on this machine, known from a few real steps on noise; writes nothing that stays."""
+"""How long trainings will take on this machine: measured by a few real steps on noise, of which no file stays."""
 
 from __future__ import annotations
 
@@ -70,23 +70,23 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Seconds that the parts of one kind of run take here."""
+    """Seconds that the parts of one kind of run take on this machine."""
 
     start: float
-    """Until the first step, without decoding, and after the last one."""
+    """Before the first step and after the last one, without decoding."""
     step: dict[int | None, float]
-    """An image that is trained on, by its size."""
+    """The training step, per image, by the size of the images; None is the size of the network."""
     forward: float
-    """An image that is validated or tested."""
+    """Validation or test, per image."""
     features: float
-    """An image whose frozen features are computed."""
+    """Computing frozen features, per image."""
     solution: float
-    """The solved output layer, for each of its images."""
+    """Solving the output layer, per image."""
     epoch: float
-    """What an epoch writes."""
+    """Writing the checkpoints of an epoch."""
 
     def of(self, work: Work) -> float:
-        """Seconds of a run, without what it shares with others: decoded images and frozen features."""
+        """Seconds of a run, without decoding and frozen features, which runs share."""
         config, images = work.config, work.images
         epochs, every = config.optim.epochs, config.optim.val_every
         scored = config.data.fit_on == "train"
@@ -102,7 +102,7 @@ class Pace:
 
 
 def count(index: Index, data: DataConfig) -> Counts:
-    """The images of the split that ``data`` makes of ``index``, near enough: near-duplicates are not looked for.
+    """The sizes of the split that ``data`` makes of ``index``; about, as near-duplicates are not looked for.
 
     Raises Refused as ``splits.make`` does.
     """
@@ -111,7 +111,7 @@ def count(index: Index, data: DataConfig) -> Counts:
 
 
 def kind(config: TrainConfig) -> str:
-    """What decides the pace of a run: equal for runs that differ in rates, seeds and the like only."""
+    """A key of what decides the pace of a run: equal for runs that differ in rates and seeds only."""
     o, s = config.optim, dataclasses.replace(config.system, seed=0)
     return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
 
@@ -119,8 +119,8 @@ def kind(config: TrainConfig) -> str:
 def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.0) -> str:
     """How long ``works`` take, in a sentence; ``jobs`` of them run at a time.
 
-    Kinds of runs are measured until ``budget`` seconds are over, those left are guessed from the nearest. Raises
-    Refused for a network or a size that cannot be.
+    Kinds of runs are measured until ``budget`` seconds are over; the others are guessed from the nearest kind. Raises
+    Refused where no network or size of ``works`` is possible.
     """
     paces: dict[str, tuple[TrainConfig, Pace]] = {}
     impossible: dict[str, Refused] = {}
@@ -155,7 +155,7 @@ def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.
 
 
 def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: Index) -> None:
-    """Adds to ``shared`` the seconds of decoding and of features that ``work`` needs and no earlier run paid."""
+    """Adds to ``shared`` the seconds of decoding and features that ``work`` needs and no earlier run has computed."""
     model, images = work.config.model, work.images
     built = _shape(work.config)
     key = f"decode {built.cache_size} {built.interpolation}"
@@ -204,7 +204,7 @@ def decode_seconds(index: Index, shape: Preprocessing) -> float:
 
 
 class Noise:
-    """Pixels of no image, in the place of ``cache.Images``: what a step takes does not depend on what they show."""
+    """Noise in the place of ``cache.Images``: the time of a step does not depend on what the pixels show."""
 
     def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing, self.key = tuple(paths), preprocessing, ""
@@ -258,7 +258,7 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
 
 
 def _job(config: TrainConfig, built: Built, world: World, images: int, classes: int, teachers: Teachers | None) -> Job:
-    """A job on ``images`` training and as many validation images that do not exist."""
+    """A job on ``images`` training images of noise, and as many validation images."""
     names = [f"c{i}" for i in range(classes)]
     subsets = {
         part: tuple(f"{names[i % classes]}/{part}{i}.jpg" for i in range(images)) for part in ("train", "val")
@@ -273,7 +273,7 @@ def _job(config: TrainConfig, built: Built, world: World, images: int, classes: 
 
 
 def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int | None, float], dict[str, Any]]:
-    """Seconds of an image by its size, the first step left out, and the last record."""
+    """Seconds of the training step per image, by size, without the first step; and the last record."""
     config, per_image, record = job.config, dict[int | None, float](), dict[str, Any]()
     epochs = config.optim.epochs
     sizes = {config.augment.size_at(epoch, epochs): epoch for epoch in range(epochs, 0, -1)}
@@ -295,7 +295,7 @@ def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int 
 
 
 def _forward(job: Job) -> float:
-    """Seconds of a validation image, the better of two tries."""
+    """Seconds of validation per image, the better of two tries."""
     model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
     source, tries = ImageBatches(job, *job.trained_on), []
     for _ in range(2):
@@ -306,7 +306,7 @@ def _forward(job: Job) -> float:
 
 
 def _features(job: Job) -> float:
-    """Seconds of an image whose features are computed, without what comes once."""
+    """Seconds of frozen features per image, without the cost of the start."""
     paths, took = job.manifest.subsets["train"], []
     without_cache: Any = Noise(job.images.paths, job.images.preprocessing)
     without_cache.pixels = None  # so that nothing is kept of them
@@ -318,7 +318,7 @@ def _features(job: Job) -> float:
 
 
 def _solution(job: Job, features: float, classes: int) -> float:
-    """Seconds that solving the output layer takes for each image."""
+    """Seconds of solving the output layer, per image."""
     width = getattr(job.built.output_layer, "in_features", 1024)
     x, y = torch.randn(512, width), torch.arange(512) % classes
     probe.solve(x, y, classes, 0.01, steps=1)
@@ -329,7 +329,7 @@ def _solution(job: Job, features: float, classes: int) -> float:
 
 
 def _nearest(config: TrainConfig, measured: Sequence[tuple[TrainConfig, Pace]]) -> Pace:
-    """A guess for ``config`` from runs that were measured: of the same network where there is one, by the pixels."""
+    """A guess for ``config`` from ``measured`` runs, in proportion to the pixels; of the same network if possible."""
     own = [pair for pair in measured if pair[0].model.name == config.model.name] or list(measured)
     like, pace = own[0]
     mean = statistics.mean(pace.step.values()) if pace.step else pace.forward
@@ -345,7 +345,7 @@ def _nearest(config: TrainConfig, measured: Sequence[tuple[TrainConfig, Pace]]) 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts back the random numbers and the number of threads of PyTorch, which measuring changes."""
+    """Restores PyTorch's random state and number of threads after the block."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
         yield
@@ -356,7 +356,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Lets the block read the cache folder and write into a copy that is gone afterwards."""
+    """In the block the cache folder is a copy (by links), which is removed afterwards."""
     real, before = cache_dir(), os.environ.get("FINETUNE101_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         for file in real.iterdir() if real.is_dir() else ():

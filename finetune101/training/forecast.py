@@ -1,4 +1,4 @@
-"""How long a training that has just begun will take, known from its own first steps."""
+"""How long the rest of a training will take, forecast from its first steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from finetune101.training.loop import Trainer
 
-STEPS = 20  # after which the forecast is printed, or sooner where there are fewer
+STEPS = 20  # after which the forecast is printed, or after all steps where there are fewer
 WRITTEN = 3e8  # bytes per second of checkpoints, safely on a disk
 
 
@@ -54,7 +54,7 @@ class Forecast:
         return per_epoch * passes + validations * images * forward[own] + len(sizes) * copies * weights / WRITTEN
 
     def _forward(self, trainer: Trainer, sizes: set[int]) -> dict[int, float]:
-        """Seconds of the forward pass of one image, by size; nothing of the training changes by it."""
+        """Seconds of the forward pass per image, by size; the training is not changed."""
         job = trainer.job
         if job.config.model.cached_features:  # a step sees features, and sizes change nothing
             return dict.fromkeys(sizes, 1e-6)

@@ -30,7 +30,7 @@ def essence(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(recorded: TrainConfig, config: TrainConfig) -> list[str]:
-    """The settings, as ``part.name``, in which the two differ, without those that change no number."""
+    """The settings, as ``part.name``, in which the two differ; settings that change no number are left out."""
     old, new = essence(recorded), essence(config)
     return [f"{part}.{name}" for part in new for name in new[part] if old[part][name] != new[part][name]]
 
