@@ -106,9 +106,9 @@ def world_of(recorded: Machine | Mapping[str, Any]) -> World:
 
 def open_network(run: Run, file: Path | None = None) -> TrainedNetwork:
     """The best checkpoint of ``run``, or its ``file``, ready for images. Raises Refused as ``load_file`` does."""
-    network = _open(file or run.best, world_of(run.read_json("env.json")["world"]), str(run.path))
-    config = run.config()
-    network = dataclasses.replace(network, fast_kernels=config.system.fast_kernels)
+    network = _open(file or run.best, str(run.path))
+    world, config = world_of(run.read_json("env.json")["world"]), run.config()
+    network = dataclasses.replace(network, world=world, fast_kernels=config.system.fast_kernels)
     if network.temperature is None:
         reason = "evaluate the run first"
         if config.data.fit_on == "train+val":
@@ -124,10 +124,10 @@ def open_file(file: Path) -> TrainedNetwork:
     run = Run(file.parent)
     if run.has("config.json") and run.has("env.json"):
         return open_network(run, file)
-    return _open(file, detect(SystemConfig()), str(file))
+    return _open(file, str(file))
 
 
-def _open(file: Path, world: World, name: str) -> TrainedNetwork:
+def _open(file: Path, name: str) -> TrainedNetwork:
     model, info, checkpoint_hash = load_hashed(file)
     temperature, reason = info.temperature, info.temperature_reason
     if temperature is None:
@@ -136,7 +136,7 @@ def _open(file: Path, world: World, name: str) -> TrainedNetwork:
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),
-        world=world,
+        world=detect(SystemConfig()),
         temperature=temperature,
         temperature_reason=reason,
         epoch=info.epoch,
