@@ -29,11 +29,11 @@ NAMES = [
 
 @given(st.text(st.characters(exclude_categories=[])) | st.sampled_from(NAMES))
 def test_every_name_comes_back(name: str) -> None:
-    shown = cell(name)
-    assert name_in_cell(shown) == name
-    assert shown[:1] not in ("=", "+", "-", "@") or not shown
-    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in shown)
-    shown.encode("utf-8")
+    text = cell(name)
+    assert name_in_cell(text) == name
+    assert text[:1] not in ("=", "+", "-", "@") or not text
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
+    text.encode("utf-8")
 
 
 def test_files_of_before_are_read_as_they_are() -> None:

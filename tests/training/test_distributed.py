@@ -106,12 +106,12 @@ def test_batch_norm_and_the_probe_in_two_processes(tiny_data: Path, tmp_path: Pa
 
 def processes_of(parent: int) -> list[int]:
     """The children of the process ``parent``."""
-    found = []
+    children = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             words = file.read_text().rsplit(")", 1)[1].split()
-            found += [int(file.parent.name)] if int(words[1]) == parent and words[0] != "Z" else []
-    return sorted(found)
+            children += [int(file.parent.name)] if int(words[1]) == parent and words[0] != "Z" else []
+    return sorted(children)
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 180) -> None:

@@ -80,8 +80,8 @@ def test_a_run_at_work_is_left_alone(small: TrainConfig, how: dict[str, bool]) -
         prepare(change(small, "system", seed=3) if not how.get("resume") else small, **how)
     assert files(Path(small.runs) / "small") == before
     list(epochs)
-    ours, theirs = (Run(Path(small.runs) / name).metrics() for name in ("small", "alone"))
-    assert [r["train_loss"] for r in ours] == [r["train_loss"] for r in theirs]
+    records, expected = (Run(Path(small.runs) / name).metrics() for name in ("small", "alone"))
+    assert [r["train_loss"] for r in records] == [r["train_loss"] for r in expected]
     assert not (Path(small.runs) / "small" / LOCK).exists() and alone.last.is_file()
     list(fit(prepare(small, resume=True), quiet=True))  # and now it is free
 
@@ -158,8 +158,8 @@ def test_a_renamed_and_moved_run_goes_on(small: TrainConfig, tmp_path: Path, mon
     assert "--exp new --runs" in Run(tmp_path / "elsewhere/new").stopped()
     words = ["train", "--exp", "new", "--runs", "elsewhere", "--data", "photos", "--resume"]
     assert main(words) == 0
-    ours, theirs = Run(tmp_path / "elsewhere/new").metrics(), whole.metrics()
-    assert [r["train_loss"] for r in ours] == [r["train_loss"] for r in theirs]
+    records, expected = Run(tmp_path / "elsewhere/new").metrics(), whole.metrics()
+    assert [r["train_loss"] for r in records] == [r["train_loss"] for r in expected]
 
 
 def test_what_makes_two_runs_the_same(small: TrainConfig) -> None:
@@ -290,9 +290,9 @@ def test_a_run_goes_on_without_the_kernels_it_began_with(run: Run, capsys: pytes
     prepare(moved(run), resume=True)
     assert capsys.readouterr().err == ""
     run.write_json("env.json", {**recorded, "machine": {**recorded["machine"], "kernels": not kernels}})
-    for told in (1, 0):
+    for lines in (1, 0):
         prepare(moved(run), resume=True)
-        assert len(capsys.readouterr().err.splitlines()) == told
+        assert len(capsys.readouterr().err.splitlines()) == lines
     assert run.read_json("env.json")["machine"]["kernels"] == "in part"
 
 

@@ -61,10 +61,10 @@ def digest(file: Path) -> str:
 
 
 def assert_same_weights(a: Run, b: Run) -> None:
-    ours, theirs = load_file(a.best), load_file(b.best)
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    first, second = load_file(a.best), load_file(b.best)
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
 def test_validation_now_and_then(base: TrainConfig) -> None:
@@ -234,11 +234,11 @@ def test_overwrite_with_a_mistake_keeps_the_old_run(base: TrainConfig) -> None:
 
 
 def test_a_folder_that_is_no_run_keeps_its_files(base: TrainConfig) -> None:
-    mine = Path(base.runs) / base.exp / "mine.json"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("{}")
+    file = Path(base.runs) / base.exp / "file.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
     prepare(base)
-    assert mine.read_text() == "{}"
+    assert file.read_text() == "{}"
 
 
 def test_train_and_val_together_keep_the_last_epoch(base: TrainConfig) -> None:
