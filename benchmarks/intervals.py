@@ -22,7 +22,7 @@ from scipy import stats
 
 from finetune101.evaluation import metrics
 from finetune101.files import write_json
-from finetune101.report.compare import over_splits
+from finetune101.reports.compare import over_splits
 
 IMAGES = 1770  # the reference split's test images
 ALL, STANDARD = 8677, (3030, 2945)  # all images; the standard split's for training and, 50 per class, for the test

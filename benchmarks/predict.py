@@ -25,7 +25,7 @@ from torchvision import transforms
 from finetune101.config import Preprocessing
 from finetune101.data.images import index_images
 from finetune101.deploy.predict import predict_files
-from finetune101.evaluation.checkpoint import load_model, open_network
+from finetune101.evaluation.checkpoint import load_file, open_network
 from finetune101.run import Run
 
 RESULTS = Path(__file__).resolve().parent.parent / "results/speed"
@@ -48,8 +48,8 @@ def plain(model: torch.nn.Module, preprocessing: Preprocessing, files: list[Path
 
 def plain_rate(run: Path, files: list[Path]) -> float:
     """Images/s of the plain loop over ``files``, after a warm-up."""
-    model, preprocessing, _ = load_model(Run(run))
-    model = model.float().to(memory_format=torch.contiguous_format)
+    model, info = load_file(Run(run).best)
+    preprocessing, model = info.preprocessing, model.float().to(memory_format=torch.contiguous_format)
     plain(model, preprocessing, files[:BATCH])
     return plain(model, preprocessing, files)
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from finetune101.files import write_json
-from finetune101.report.pages import write_report
+from finetune101.reports.pages import write_report
 
 OUT = Path(__file__).parents[1] / "results" / "report" / "report.json"
 REPEATS = 5

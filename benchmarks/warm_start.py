@@ -42,7 +42,7 @@ config = training_settings(sys.argv[1:])
 trainer = loop.Trainer(prepare(config))
 trainer.wrapped = Model(trainer.model)
 try:
-    trainer.train_epoch(1, trainer.batches([1]), Bar())
+    trainer.train_epoch(1, trainer.source.train([1]), Bar())
 except Stepped:
     print(trainer.wrapped.called - started, time.perf_counter() - started)
 """

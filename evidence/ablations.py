@@ -23,8 +23,7 @@ from publish import RESULTS, keep_config
 
 from finetune101.cli.one_run import training_settings
 from finetune101.run import Run
-from finetune101.training.job import check_same
-from finetune101.training.resume import as_started
+from finetune101.training.resume import as_started, check_same
 
 RUNS, SEEDS = Path("runs") / "ablations", (0, 1, 2)
 KEPT = ("config.json", "metrics.jsonl")

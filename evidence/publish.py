@@ -17,7 +17,7 @@ from typing import Any
 from claims import kind_of
 
 from finetune101.files import write_json
-from finetune101.report.groups import mean_sd
+from finetune101.reports.groups import mean_sd
 from finetune101.run import Run
 
 KEPT = ("metrics.jsonl", "predictions.csv", "curves.png")

@@ -13,7 +13,7 @@ from pathlib import Path
 from publish import RESULTS, keep_split
 
 from finetune101.files import write_json
-from finetune101.report.search_page import write_search_report
+from finetune101.reports.search_page import write_search_report
 from finetune101.run import Run
 
 

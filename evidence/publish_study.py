@@ -21,9 +21,9 @@ from finetune101.evaluation.tested import read_manifest
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.study import split_file
 from finetune101.files import write_json
-from finetune101.report.compare import Comparison, over_splits
-from finetune101.report.groups import Group, mean_sd
-from finetune101.report.pages import draw_study, study_groups, write_report
+from finetune101.reports.compare import Comparison, over_splits
+from finetune101.reports.groups import Group, mean_sd
+from finetune101.reports.pages import draw_study, study_groups, write_report
 from finetune101.run import Run
 
 

@@ -13,7 +13,7 @@ from finetune101.deploy.released import FOLDER, RELEASED, score_released
 from finetune101.evaluation.checkpoint import read_checkpoint
 from finetune101.evaluation.tested import read_answers
 from finetune101.files import atomic
-from finetune101.report.mistakes import confused_pairs
+from finetune101.reports.mistakes import confused_pairs
 from finetune101.run import Run, save_checkpoint
 
 ARMS = {

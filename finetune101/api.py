@@ -32,8 +32,8 @@ from finetune101.training.loop import fit
 if TYPE_CHECKING:
     from finetune101.experiments.settings import SearchOptions, StudyConfig
     from finetune101.experiments.space import Space
-    from finetune101.report.compare import Comparison
-    from finetune101.report.groups import Group
+    from finetune101.reports.compare import Comparison
+    from finetune101.reports.groups import Group
 
 Subset = Literal["test", "val", "train"]
 
@@ -117,7 +117,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 
 def _draw_curves(run: Run) -> None:
     """Draws the curves of ``run`` and says which epoch is the best."""
-    from finetune101.report.figures import draw_curves
+    from finetune101.reports.figures import draw_curves
 
     records = run.metrics()
     draw_curves(records, run.path / "curves.png", run.name)
@@ -230,7 +230,7 @@ def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> di
     from finetune101.data.images import index_images, index_notes
     from finetune101.experiments import study as studies
     from finetune101.experiments.processes import check_kind
-    from finetune101.report.pages import draw_study
+    from finetune101.reports.pages import draw_study
     from finetune101.training.duration import nothing_kept
 
     if jobs < 1:
@@ -268,7 +268,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
     """
     from finetune101.experiments import queue, search
     from finetune101.experiments.processes import check_kind
-    from finetune101.report.figures import draw_curves
+    from finetune101.reports.figures import draw_curves
 
     plan = queue.Plan(
         base=config,
@@ -301,7 +301,7 @@ def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None
     Returns the paired difference in percentage points (first minus second) with its interval. Raises Refused when a
     run is not tested, or the runs have different test images.
     """
-    from finetune101.report.groups import open_group
+    from finetune101.reports.groups import open_group
 
     named = [open_group(one.path.as_posix() if isinstance(one, Run) else str(one), runs) for one in groups]
     return run_comparison(named, None if out is None else Path(out))
@@ -313,9 +313,9 @@ def run_comparison(groups: Sequence[Group], out: Path | None) -> Comparison:
     Returns the first comparison.
     """
     from finetune101.files import write_json
-    from finetune101.report import compare as comparing
-    from finetune101.report.compare_text import comparison_text
-    from finetune101.report.pages import draw_groups
+    from finetune101.reports import compare as comparing
+    from finetune101.reports.compare_text import comparison_text
+    from finetune101.reports.pages import draw_groups
 
     comparisons = comparing.all_pairs(groups)
     print("\n\n".join(comparison_text(one) for one in comparisons))
@@ -350,10 +350,10 @@ def report(
     name = target.path.as_posix() if isinstance(target, Run) else str(target)
     search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
     if search:
-        from finetune101.report.search_page import write_search_report
+        from finetune101.reports.search_page import write_search_report
 
         return write_search_report(search, out=Path(out), lang=lang)
-    from finetune101.report.pages import write_report
+    from finetune101.reports.pages import write_report
 
     return write_report(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data))
 

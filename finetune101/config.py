@@ -183,7 +183,7 @@ class SystemConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32."""
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    """auto: channels_last with bf16 or fp16."""
+    """auto: channels_last on a CPU; on other devices with bf16 or fp16 only."""
     threads: Threads | None = None
     """CPU threads; on a GPU also the processes that prepare its images. Default: all cores."""
     fast_kernels: bool = True

@@ -32,7 +32,7 @@ MOST_BYTES = 256 * 2**20  # of a JSON file: the split of a million images fits
 MOST_SETTINGS = 2**17  # bytes of a file that people write
 DEEPEST = 50  # levels of tables and lists in a file
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
-ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine is nobody's any more
+ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine counts as abandoned
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def claim(lock: Path) -> Iterator[bool]:
             signed.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield True
     finally:
-        with contextlib.suppress(OSError):  # while the lock is held: afterwards it is the next owner's
+        with contextlib.suppress(OSError):  # while the lock is claimed: afterwards the file is the next owner's
             signed.unlink()
         with contextlib.suppress(OSError):  # the process is done with it all the same
             keeper.release()
@@ -141,12 +141,12 @@ def claimed_by(lock: Path) -> str:
 
 def cache_dir() -> Path:
     """$FINETUNE101_CACHE, else ~/.cache/finetune101, else a private folder for temporary files."""
-    given = os.environ.get("FINETUNE101_CACHE")
+    folder = os.environ.get("FINETUNE101_CACHE")
     try:
-        return Path(given).expanduser() if given else Path.home() / ".cache" / "finetune101"
+        return Path(folder).expanduser() if folder else Path.home() / ".cache" / "finetune101"
     except RuntimeError as error:  # a user without a home, or ~name of nobody
-        if given:
-            raise Refused(f"FINETUNE101_CACHE is {given}, and there is no such user; name a folder") from error
+        if folder:
+            raise Refused(f"FINETUNE101_CACHE is {folder}, and there is no such user; name a folder") from error
         return _private_folder()
 
 
@@ -381,12 +381,12 @@ def typed(hint: Any, value: Any, what: str) -> Any:
 
     Raises Refused, in a sentence that begins with ``what``, for a value that the type cannot have.
     """
-    kind, given = bare(hint), value
+    kind, plain = bare(hint), value
     if get_origin(kind) is tuple and not isinstance(value, list | tuple):
-        given = [value]
+        plain = [value]
     elif kind is bool and isinstance(value, str):
-        given = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+        plain = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     try:
-        return msgspec.convert(given, hint, strict=False)
+        return msgspec.convert(plain, hint, strict=False)
     except (ValueError, RecursionError, OverflowError) as error:  # msgspec's, also of surrogates and long numbers
         raise Refused(f"{what} {shown(value)}; give {must_be(hint)}") from error

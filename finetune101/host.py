@@ -1,4 +1,4 @@
-"""What this machine lends to the process; asking changes nothing."""
+"""Cores, place among the processes of torchrun, and GPU of this process; asking changes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the process stands among those that torchrun started: of all of them, and of those on this machine."""
+    """Rank and number of the processes that torchrun started: all of them, and the ones on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -42,7 +42,7 @@ class Place:
 
 
 def place() -> Place:
-    """The process's place by the variables that torchrun sets. Raises Refused for some that are wrong or missing."""
+    """The place of this process by the variables that torchrun sets. Raises Refused where one is wrong or missing."""
     size = _variable("WORLD_SIZE", 1)
     if size < 2:
         return Place()
@@ -63,18 +63,18 @@ def _variable(name: str, default: int) -> int:
 
 
 def _whole(name: str) -> int | None:
-    """The variable ``name`` of the environment where it is a number above 0; OMP_NUM_THREADS may be a list."""
+    """The environment variable ``name`` as a number above 0, else None; OMP_NUM_THREADS may be a list."""
     word = os.environ.get(name, "").split(",")[0].strip()
     return int(word) if word.isdecimal() and int(word) else None
 
 
 def _quota() -> int | None:
-    """Cores that the cgroup's quota of processor time is worth, rounded up; None without one."""
+    """The cgroup's quota of processor time in cores, rounded up; None without a quota."""
     try:
         own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         path = next((line.split("::", 1)[1].strip("/") for line in own if line.startswith("0::")), "")
         folders = [CGROUP / path, *(CGROUP / path).parents]
-        found = []
+        quotas = []
         for folder in folders:
             if folder == CGROUP.parent:
                 break
@@ -82,12 +82,12 @@ def _quota() -> int | None:
             if file.is_file():
                 quota, period = file.read_text(encoding="utf-8").split()
                 if quota != "max":
-                    found.append(math.ceil(int(quota) / int(period)))
+                    quotas.append(math.ceil(int(quota) / int(period)))
         first = CGROUP / "cpu" / "cpu.cfs_quota_us"  # cgroup 1
         if first.is_file() and (quota_us := int(first.read_text(encoding="utf-8"))) > 0:
             period_us = int((CGROUP / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8"))
-            found.append(math.ceil(quota_us / period_us))
-        return min(found, default=None)
+            quotas.append(math.ceil(quota_us / period_us))
+        return min(quotas, default=None)
     except (OSError, ValueError, ZeroDivisionError):  # not there, or not as Linux writes it
         return None
 

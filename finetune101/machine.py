@@ -10,10 +10,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,10 @@ from finetune101.config import SystemConfig
 from finetune101.errors import Refused
 from finetune101.host import place, usable_cores
 
+Value = TypeVar("Value")
 SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
 PATIENCE = timedelta(days=2)  # for what rank 0 does while the others wait, such as decoding a million images
-_patient: Any = None  # the group of processes that waits so long
+_patient: Any = None  # the group of processes that waits for ``PATIENCE``
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,40 @@ class World:
 
     @contextlib.contextmanager
     def first(self) -> Iterator[None]:
-        """Rank 0 enters the block before the others, for example to build a cache that they then read."""
-        if self.size > 1 and not self.writes:
-            dist.barrier(_patient)
-        yield
-        if self.size > 1 and self.writes:
-            dist.barrier(_patient)
+        """Rank 0 enters the block before the others, for example to build a cache that they then read.
+
+        Rank 0 alone prints: what Python code prints on the others in the block is lost.
+        """
+        if self.writes:
+            yield
+            if self.size > 1:
+                dist.barrier(_patient)
+            return
+        dist.barrier(_patient)
+        with contextlib.ExitStack() as silence:
+            nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    def from_first(self, make: Callable[[], Value]) -> Value:
+        """What ``make`` returns on rank 0, on every process; the others do not call it, and wait as long as it takes.
+
+        The value travels as a pickle, between these processes only.
+        """
+        if self.size == 1:
+            return make()
+        values = [make() if self.writes else None]
+        dist.broadcast_object_list(values, 0, group=_patient)
+        return values[0]  # type: ignore[return-value]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """The ``value`` of every process by rank, on rank 0; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.writes else None
+        dist.gather_object(value, values, 0, group=_patient)
+        return values or []
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -188,7 +217,7 @@ def _threads(threads: int | None) -> int:
 
 
 def _end_with_torchrun() -> None:
-    """A process whose torchrun was killed ends as well: whoever resumes the run would train beside it."""
+    """Ends this process when its torchrun is killed: a resumed run would otherwise train beside it."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -207,7 +236,7 @@ def has_precision(device: torch.device, precision: str) -> bool:
 
 
 def _check_recorded(device: torch.device, precision: str, wished: str) -> None:
-    """Raises Refused for a run that cannot go on here as it began; who asked for emulated bf16 gets it."""
+    """Raises Refused for a run that cannot go on here as it began; emulated bf16 is allowed where it was asked for."""
     emulated = precision == wished == "bf16" and device.type == "cpu"
     if not has_precision(device, precision) and not emulated:
         raise Refused(

@@ -1,4 +1,4 @@
-"""What is told and kept of a command and its errors: no secret of it, and every traceback."""
+"""Commands and errors as they may be printed and kept: without secrets, with every traceback."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def command(argv: Sequence[str]) -> str:
     words = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
     flag = ""
     for word in argv[1:]:
-        given, sign, value = word.partition("=")
+        name_of_flag, sign, value = word.partition("=")
         if flag == "--storage":
             words.append(storage_shown(word))
-        elif sign and given == "--storage":
-            words.append(f"{given}={storage_shown(value)}")
+        elif sign and name_of_flag == "--storage":
+            words.append(f"{name_of_flag}={storage_shown(value)}")
         elif flag.startswith("--") and _SECRET_NAME.search(flag) and not word.startswith("--"):
             words.append(HIDDEN)
         else:

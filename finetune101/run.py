@@ -112,7 +112,7 @@ class Run:
     def resume_command(self) -> str:
         """What continues the run, wherever its folder is now."""
         exp, path = self.config().exp, self.path
-        # by its name below RUNS, as study and search name theirs; by its folder where it was renamed or moved
+        # by its name below RUNS, as study and search name runs; by its folder where it was renamed or moved
         runs = next((folder for folder in path.parents if folder / exp == path), path.parent)
         where = [] if runs == Path("runs") else ["--runs", str(runs)]
         return shlex.join(["finetune101", "train", "--exp", path.relative_to(runs).as_posix(), *where, "--resume"])
@@ -165,22 +165,22 @@ def is_run(folder: Path) -> bool:
         return False
     try:
         values = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < MOST_CONFIG else None
-    except (OSError, ValueError, RecursionError):  # to be told when it is read
+    except (OSError, ValueError, RecursionError):  # refused when it is read
         return True
     return not isinstance(values, dict) or bool({"exp", "recipe", "optim", "format"} & values.keys())
 
 
 def runs_below(folder: Path) -> list[Path]:
     """The folders of the runs in ``folder``, itself among them, sorted; trials of a search are none."""
-    found = []
+    folders = []
     for path, names, _ in os.walk(folder):
         names.sort()
         kind = kind_of(Path(path))
         if kind == "run":
-            found.append(Path(path))
+            folders.append(Path(path))
         if kind in ("run", "search"):
             names.clear()
-    return found
+    return folders
 
 
 def file_name(exp: str) -> str:
@@ -205,7 +205,7 @@ def open_run(name: str, runs: str = "runs", anywhere: bool = True) -> Run:
     if run := find_run(name, runs) if anywhere else (Run(below) if is_run(below) else None):
         return run
     names = [path.relative_to(runs).as_posix() for path in runs_below(Path(runs))]
-    known = sorted(names, key=lambda name: (name.count("/"), name))
+    existing = sorted(names, key=lambda name: (name.count("/"), name))
     if folder := next((path for path in (Path(name), below)[not anywhere :] if path.is_dir()), None):
         if (kind := kind_of(folder)) == "search":
             raise Refused(f"{folder} is a search, not a run; {winner_command(folder)}")
@@ -213,10 +213,11 @@ def open_run(name: str, runs: str = "runs", anywhere: bool = True) -> Run:
         within = [path.relative_to(folder).as_posix() for path in runs_below(folder)[:3]]
         near = f"; in it there are {', '.join(within)}" if within else ""
         raise Refused(f"{folder} is {what}{near}; name a run, or train one first")
-    if close := difflib.get_close_matches(name, known, n=3):
+    if close := difflib.get_close_matches(name, existing, n=3):
         raise Refused(f"no run named {name}; did you mean {' or '.join(close)}?")
-    more = ", …" if len(known) > 10 else ""
-    hint = f"there are: {', '.join(known[:10])}{more}" if known else f"there is none yet in {runs}; train one first"
+    hint = f"there is none yet in {runs}; train one first"
+    if existing:
+        hint = f"there are: {', '.join(existing[:10])}" + ", …" * (len(existing) > 10)
     raise Refused(f"no run named {name}; {hint}")
 
 

@@ -36,6 +36,8 @@ class Environment(TypedDict):
 
     world: Machine
     model: Start
+    teachers: NotRequired[list[str]]
+    """"sha256:..." of the checkpoint of each teacher, in the order of ``optim.teacher``."""
     command: NotRequired[str]
     versions: NotRequired[dict[str, str]]
     machine: NotRequired[dict[str, str | bool | int | float | None]]

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from finetune101.cli.main import main
-from finetune101.report.mistakes import thumbnail
+from finetune101.reports.mistakes import thumbnail
 
 TINY = ["--no-pretrain", "--recipe", "original", "--model", "squeezenet1_1", "--size", "32", "--batch-size", "8"]
 TINY += ["--threads", "1", "--epochs", "1"]

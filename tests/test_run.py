@@ -184,8 +184,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 @pytest.mark.parametrize("name", [*SCHEMAS, "metrics.jsonl", "winner.yaml", "splits"])
 def test_published_evidence_is_still_read(name: str) -> None:
     """Files of 0.1.0, which hold no version."""
-    found = sorted(RESULTS.glob("splits/*.json") if name == "splits" else RESULTS.rglob(name))
-    for file in found:
+    files = sorted(RESULTS.glob("splits/*.json") if name == "splits" else RESULTS.rglob(name))
+    for file in files:
         run = Run(file.parent)
         if name == "metrics.jsonl":
             assert run.metrics()
@@ -197,7 +197,7 @@ def test_published_evidence_is_still_read(name: str) -> None:
             assert run.config().exp
         else:
             assert run.read_json(name)
-    assert found or name in ("split.json", "test.json")
+    assert files or name in ("split.json", "test.json")
 
 
 @pytest.mark.slow

@@ -49,9 +49,9 @@ def outcome(argv: Sequence[str]) -> tuple[int, str]:
     took = time.process_time() - began
     assert took < LIMIT, f"{argv} took {took:.0f} s"
     assert code in (0, 1, 2), code
-    told = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
-    assert len(told) == (code == 2), said.getvalue()
-    assert all(letter.isprintable() for line in told for letter in line.encode("utf-8", "replace").decode()), told
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
+    assert len(lines) == (code == 2), said.getvalue()
+    assert all(letter.isprintable() for line in lines for letter in line.encode("utf-8", "replace").decode()), lines
     return code, said.getvalue()
 
 

@@ -57,8 +57,8 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
         runs: Folder of all runs.
     """
     from finetune101 import api
-    from finetune101.report.groups import open_group
-    from finetune101.report.pages import study_folder, study_groups
+    from finetune101.reports.groups import open_group
+    from finetune101.reports.pages import study_folder, study_groups
     from finetune101.run import check_folder
 
     check_folder(Path(out))
@@ -72,7 +72,7 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
 
 def _print_study(folder: Path) -> None:
     """Says which part of a study is compared, and what of it is not done or failed."""
-    from finetune101.report.pages import failures_of, finished_cells, progress_of
+    from finetune101.reports.pages import failures_of, finished_cells, progress_of
 
     cells, (done, planned) = finished_cells(folder), progress_of(folder)
     network, *others = dict.fromkeys(cell["model"] for cell in cells)
@@ -170,7 +170,7 @@ def search_report(folder: tyro.conf.Positional[str], *, pair: tyro.conf.UseAppen
         folder: Folder of the search: RUNS/EXP.
         pair: NAME,NAME: a heat map of these two. Repeat it. Default: learning rate and batch size.
     """
-    from finetune101.report.search_page import write_search_report
+    from finetune101.reports.search_page import write_search_report
 
     print(f"Page: {write_search_report(Path(folder), [tuple(names.split(',')) for names in pair])}")
     return 0

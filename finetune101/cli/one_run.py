@@ -149,7 +149,7 @@ def predict(
     if not chosen.named:
         print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
     if chosen.network.temperature is None:
-        print("Probabilities are not calibrated: evaluate the run first", file=sys.stderr)
+        print(f"Probabilities are not calibrated: {chosen.network.temperature_reason}", file=sys.stderr)
     if chosen.network.frozen_backbone:
         print(FROZEN, file=sys.stderr)
     rows, failed = predict_files(chosen.network, chosen.inputs, top_k=top_k, batch_size=batch_size)
@@ -183,7 +183,7 @@ def lr_find(
     from tempfile import TemporaryDirectory
 
     from finetune101.api import ensure_data
-    from finetune101.report.figures import draw_range_test as draw
+    from finetune101.reports.figures import draw_range_test as draw
     from finetune101.training.job import elsewhere, prepare
     from finetune101.training.lr_find import range_test
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +12,22 @@ from typing import Annotated, Any, Literal
 
 import torch
 from msgspec import Meta
-from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from finetune101.config import Preprocessing, SystemConfig, TrainConfig
 from finetune101.errors import Refused, shortened
 from finetune101.evaluation.forward import Forward
 from finetune101.evaluation.metrics import Calibrated
-from finetune101.files import checked, parse_json, read_json, sha256
+from finetune101.files import checked, parse_json, read_json
 from finetune101.machine import World, detect
 from finetune101.models.build import build
 from finetune101.run import Run
 from finetune101.schemas import Machine
 
-TEXTS = ("model", "part", "exp")  # of the metadata, where all else is JSON
+TEXTS = ("model", "part", "exp", "temperature_reason")  # of the metadata, where all else is JSON
 TEMPERATURE = "temperature.json"
-"""In a run, of a checkpoint that holds no temperature: what ``calibrated`` reads."""
+"""In a run whose checkpoint holds no temperature: the one that ``evaluate`` found."""
 Temperature = Annotated[float, Meta(gt=0, le=1e3)]
 
 
@@ -48,6 +50,7 @@ class Info:
     preprocessing: Preprocessing
     epoch: Annotated[int, Meta(ge=0, le=10**6)] | None = None
     temperature: Temperature | None = None
+    temperature_reason: Annotated[str, Meta(max_length=1000)] = ""
     part: Literal["head"] | None = None
     split: SplitOf | None = None
 
@@ -66,7 +69,8 @@ class Fitted:
 class TrainedNetwork:
     """A trained network, and what its use needs: the machine, and the temperature that its logits are divided by.
 
-    ``temperature`` is None where nobody has looked for one; its outputs are then taken as they are.
+    ``temperature`` is None where none is known; outputs are then taken as they are. ``temperature_reason`` says why it
+    is None or 1. ``checkpoint_hash`` is the sha256 (hex) of the checkpoint's bytes, "" for a network of no checkpoint.
     """
 
     model: nn.Module
@@ -75,10 +79,12 @@ class TrainedNetwork:
     world: World
     fast_kernels: bool = True
     temperature: float | None = None
+    temperature_reason: str = ""
     epoch: int | None = None
     name: str = ""
     frozen_backbone: bool = False
     """See ``has_frozen_backbone``."""
+    checkpoint_hash: str = ""
 
     def forward(self, mirror: bool = False) -> Forward:
         """Its only forward pass."""
@@ -114,20 +120,22 @@ def world_of(recorded: Machine | Mapping[str, Any]) -> World:
 
 def open_network(run: Run, file: Path | None = None) -> TrainedNetwork:
     """The best checkpoint of ``run``, or its ``file``, ready for images. Raises Refused as ``load_file`` does."""
-    file = file or run.best
-    model, info = load_file(file)
-    config = run.config()
-    return TrainedNetwork(
-        model=model,
-        preprocessing=info.preprocessing,
-        classes=list(info.classes),
-        world=world_of(run.read_json("env.json")["world"]),
+    network = _open(file or run.best, str(run.path))
+    world, config = world_of(run.read_json("env.json")["world"]), run.config()
+    network = dataclasses.replace(
+        network,
+        world=world,
         fast_kernels=config.system.fast_kernels,
-        temperature=calibrated(file, info),
-        epoch=info.epoch,
-        name=str(run.path),
-        frozen_backbone=has_frozen_backbone(config, info.epoch),
+        frozen_backbone=has_frozen_backbone(config, network.epoch),
     )
+    if network.temperature is None:
+        reason = "evaluate the run first"
+        if config.data.fit_on == "train+val":
+            reason = "this run was trained on its validation images too, so that none are left to find a temperature"
+        elif run.has("split.json") and not run.read_json("split.json")["subsets"]["val"]:
+            reason = "the split of this run has no validation images to find a temperature"
+        network = dataclasses.replace(network, temperature_reason=reason)
+    return network
 
 
 def open_file(file: Path) -> TrainedNetwork:
@@ -135,42 +143,45 @@ def open_file(file: Path) -> TrainedNetwork:
     run = Run(file.parent)
     if run.has("config.json") and run.has("env.json"):
         return open_network(run, file)
-    model, info = load_file(file)
+    return _open(file, str(file))
+
+
+def _open(file: Path, name: str) -> TrainedNetwork:
+    model, info, checkpoint_hash = load_hashed(file)
+    temperature, reason = info.temperature, info.temperature_reason
+    if temperature is None:
+        temperature, reason = _temperature_beside(file, checkpoint_hash)
     return TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),
         world=detect(SystemConfig()),
-        temperature=calibrated(file, info),
+        temperature=temperature,
+        temperature_reason=reason,
         epoch=info.epoch,
-        name=str(file),
+        name=name,
         frozen_backbone=info.part == "head" or info.epoch == 0,
+        checkpoint_hash=checkpoint_hash,
     )
 
 
-def calibrated(file: Path, info: Info) -> float | None:
-    """The temperature of the checkpoint ``file``: its own, else the one beside it that was found for these weights."""
-    if info.temperature is not None:
-        return info.temperature
+def _temperature_beside(file: Path, checkpoint_hash: str) -> tuple[float | None, str]:
+    """The temperature, and why it is 1 or None, that was kept for the checkpoint ``file`` with this hash."""
     beside = file.parent / TEMPERATURE
     if not beside.is_file():
-        return None
-    found: Fitted = read_json(beside, Fitted, remedy="remove it, and evaluate the run again")
-    return found.temperature if found.weights == sha256(file) else None
+        return None, "its checkpoint holds no temperature"
+    kept: Fitted = read_json(beside, Fitted, remedy="remove it, and evaluate the run again")
+    if kept.weights == checkpoint_hash:
+        return kept.temperature, kept.reason
+    return None, "its temperature is of other weights"
 
 
-def keep_temperature(run: Run, found: Calibrated) -> None:
-    """Writes what ``metrics.calibrate`` gave for the best checkpoint of ``run``."""
-    run.write_json(TEMPERATURE, {"weights": sha256(run.best), **dataclasses.asdict(found)})
+def keep_temperature(run: Run, network: TrainedNetwork, result: Calibrated) -> None:
+    """Writes what ``metrics.calibrate`` gave for ``network``, a checkpoint of ``run``.
 
-
-def load_model(run: Run) -> tuple[nn.Module, Preprocessing, list[str]]:
-    """The best checkpoint of ``run``: (model in evaluation mode, its preprocessing, class names).
-
-    Raises Refused when the checkpoint is missing, damaged, or of another class count than the run's split.
+    The hash is that of the checkpoint that was scored, whatever another process has written there since.
     """
-    model, info = load_file(run.best)
-    return model, info.preprocessing, list(info.classes)
+    run.write_json(TEMPERATURE, {"weights": network.checkpoint_hash, **dataclasses.asdict(result)})
 
 
 def load_file(file: Path) -> tuple[nn.Module, Info]:
@@ -179,7 +190,14 @@ def load_file(file: Path) -> tuple[nn.Module, Info]:
     One that holds the output layer only stands on the ImageNet weights of its network. Raises Refused when it is
     missing, damaged, not finite, or fits no network of its name and number of classes.
     """
-    state, metadata = read_checkpoint(file)
+    model, info, _ = load_hashed(file)
+    return model, info
+
+
+def load_hashed(file: Path) -> tuple[nn.Module, Info, str]:
+    """As ``load_file``, and the sha256 (hex) of the very bytes that were read: another process may replace the file."""
+    content = _content(file)
+    state, metadata = _parsed(content, file)
     info = described(metadata, file)
     count, head = len(info.classes), info.part == "head"
     fit = f"{info.model} with {count} classes"
@@ -195,16 +213,29 @@ def load_file(file: Path) -> tuple[nn.Module, Info]:
         built.model.load_state_dict(state)
     except RuntimeError as error:
         raise Refused(f"{file} does not fit {fit}; train the run again") from error
-    return built.model.eval(), info
+    return built.model.eval(), info, hashlib.sha256(content).hexdigest()
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a checkpoint. Raises Refused when it is missing or damaged."""
+    return _parsed(_content(file), file)
+
+
+def _content(file: Path) -> bytes:
     if not file.is_file():
         raise Refused(f"{file} is missing: no epoch of this run has finished yet; continue it with --resume")
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        return file.read_bytes()
+    except OSError as error:
+        raise Refused(f"{file} cannot be read ({error.strerror}); repair it, or train the run again") from error
+
+
+def _parsed(content: bytes, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of ``content``: eight bytes of a length, a JSON header of that length, the tensors."""
+    try:
+        tensors = load_tensors(content)  # checks the header as well
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, header.get("__metadata__") or {}
     except Exception as error:  # a damaged file can raise nearly anything
         raise Refused(f"{file} is damaged ({shortened(str(error))}); train the run again") from error
 
@@ -217,11 +248,11 @@ def described(metadata: Mapping[str, str], file: Path) -> Info:
         metadata = inside if isinstance(inside, dict) else {}
     if not {"model", "classes", "preprocessing"} <= metadata.keys():
         raise Refused(f"{file} does not say of which network and classes its weights are; {remedy}")
-    known = [field.name for field in dataclasses.fields(Info)]
+    fields = [field.name for field in dataclasses.fields(Info)]
     values = {
         key: parse_json(value, f"{key} in {file}", remedy) if isinstance(value, str) and key not in TEXTS else value
         for key, value in metadata.items()
-        if key in known
+        if key in fields
     }
     info: Info = checked(values, Info, f"{file}", remedy=remedy)
     if len(set(info.classes)) < len(info.classes):

@@ -17,7 +17,7 @@ from finetune101.evaluation.evaluate import (
     check_batch_size,
     check_not_trained,
     open_scored,
-    rows,
+    prediction_rows,
     scores,
     times_scored,
 )
@@ -73,13 +73,14 @@ def ensemble(
         result["protocol"] = first.manifest.protocol
         chosen = all(member.chosen_on_val for member in members)
         reason = "a member was trained on the validation images, or there are none"
-        found = metrics.calibrate(*outputs("val")) if chosen else Calibrated(temperature=1.0, reason=reason)
-        result |= calibrations(output, labels, found, chosen)
+        calibrated = metrics.calibrate(*outputs("val")) if chosen else Calibrated(temperature=1.0, reason=reason)
+        result |= calibrations(output, labels, calibrated, chosen)
         for run in runs:
             if run.has("test.json"):
                 run.write_json("test.json", {**run.read_json("test.json"), "times_scored": times_scored(run) + 1})
         result["times_scored"] = times_scored(Run(out)) + 1
-        write_pair(out, "", {"format": FORMAT, **result}, rows(first.manifest, output, found.temperature))
+        rows = prediction_rows(first.manifest, output, calibrated.temperature)
+        write_pair(out, "", {"format": FORMAT, **result}, rows)
     return result
 
 

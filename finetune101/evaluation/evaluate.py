@@ -1,4 +1,4 @@
-"""A finished run -> test.json and predictions.csv: the only place where the test set is scored."""
+"""A finished run -> test.json and predictions.csv: the only place where the test set of a run is scored."""
 
 from __future__ import annotations
 
@@ -68,17 +68,23 @@ class Opened:
     @property
     def chosen_on_val(self) -> bool:
         """Whether there are validation images that were not trained on."""
-        return bool(self.manifest.subsets["val"]) and self.config.fit_on == "train"
+        return validates(self.manifest, self.config)
 
     def calibrated(self, batch_size: int) -> Calibrated:
         """The temperature of the network, found on its validation images where none is stored with its weights."""
         stored = self.network.temperature
         if stored is not None and not self.mirror:
-            reason = "no temperature helped on the validation images" if stored == 1 else ""
-            return Calibrated(temperature=stored, reason=reason)
+            return Calibrated(temperature=stored, reason=self._stored_reason() if stored == 1 else "")
         if not self.chosen_on_val:
             return Calibrated(temperature=1.0, reason="no validation images were kept from training")
         return metrics.calibrate(*self.logits("val", batch_size))
+
+    def _stored_reason(self) -> str:
+        """Why the stored temperature is 1; older checkpoints do not say it."""
+        if self.network.temperature_reason:
+            return self.network.temperature_reason
+        few = metrics.too_few(len(self.manifest.subsets["val"])) if self.chosen_on_val else ""
+        return few or "no temperature helped on the validation images"
 
 
 def _instead(subset: str) -> str:
@@ -90,8 +96,8 @@ def _instead(subset: str) -> str:
     )
 
 
-def open_scored(run: Run, data: str | None = None, known: Index | None = None, mirror: bool = False) -> Opened:
-    """``run`` with its images, from ``data`` where that is given; ``known`` saves reading them again where it fits.
+def open_scored(run: Run, data: str | None = None, index: Index | None = None, mirror: bool = False) -> Opened:
+    """``run`` with its images, from ``data`` where that is given; ``index`` saves reading them again where it fits.
 
     Raises Refused when the images are not those of the split.
     """
@@ -103,7 +109,8 @@ def open_scored(run: Run, data: str | None = None, known: Index | None = None, m
         raise Refused(f"{run.best} knows other classes than the split of {run.path}; train the run again")
     root = find_data(config.root)
     layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
-    index = known if known and known.root == root else index_images(root, layout)
+    if index is None or index.root != root:
+        index = index_images(root, layout)
     splits.check_split(manifest, index)
     return Opened(network, manifest, index, config, mirror)
 
@@ -125,7 +132,7 @@ def evaluate(
     if opened.network.frozen_backbone:
         result["frozen_backbone"] = True
     if subset == "test":
-        found = opened.calibrated(batch_size)
+        calibrated = opened.calibrated(batch_size)
         result |= {
             "manifest_hash": opened.manifest.hash(),
             "protocol": opened.manifest.protocol,
@@ -134,11 +141,12 @@ def evaluate(
             "mirror": mirror,
             "world": opened.network.world.describe(),
         }
-        result |= calibrations(output, labels, found, opened.chosen_on_val)
+        result |= calibrations(output, labels, calibrated, opened.chosen_on_val)
         result["without_duplicates"] = _without_duplicates(opened, output.argmax(1) == labels)
         if opened.network.temperature is None and opened.chosen_on_val and not mirror:
-            keep_temperature(run, found)
-        write_pair(run.path, "", {"format": FORMAT, **result}, rows(opened.manifest, output, found.temperature))
+            keep_temperature(run, opened.network, calibrated)
+        rows = prediction_rows(opened.manifest, output, calibrated.temperature)
+        write_pair(run.path, "", {"format": FORMAT, **result}, rows)
     return result
 
 
@@ -165,22 +173,31 @@ def times_scored(run: Run) -> int:
 def _without_duplicates(opened: Opened, correct: Tensor) -> dict[str, Any]:
     """Top-1 (percent) on the test images of which no near-duplicate was trained on, and how many those are."""
     test = opened.manifest.subsets["test"]
-    known = duplicates.with_duplicate(opened.index, test, trained_on(opened.manifest, opened.config))
-    alone = torch.tensor([path not in known for path in test])
+    doubled = duplicates.with_duplicate(opened.index, test, trained_on(opened.manifest, opened.config))
+    alone = torch.tensor([path not in doubled for path in test])
     n = int(alone.sum())
     return {"n": n, "top1": 100 * int(correct[alone].sum()) / n if n else None}
 
 
+def trained_subsets(config: DataConfig) -> tuple[str, ...]:
+    """The subsets of the split that a run with these settings trains on."""
+    return ("train", "val") if config.fit_on == "train+val" else ("train",)
+
+
 def trained_on(manifest: splits.Manifest, config: DataConfig) -> list[str]:
-    """Paths of the images that a run with these settings trained on."""
-    held = ("train", "val") if config.fit_on == "train+val" else ("train",)
-    return [path for part in held for path in manifest.subsets[part]]
+    """Paths of the images that a run with these settings trains on."""
+    return [path for subset in trained_subsets(config) for path in manifest.subsets[subset]]
 
 
-def calibrations(output: Tensor, labels: Tensor, found: Calibrated, scaled: bool = True) -> dict[str, Any]:
+def validates(manifest: splits.Manifest, config: DataConfig) -> bool:
+    """Whether there are validation images that a run with these settings does not train on."""
+    return bool(manifest.subsets["val"]) and config.fit_on == "train"
+
+
+def calibrations(output: Tensor, labels: Tensor, calibrated: Calibrated, scaled: bool = True) -> dict[str, Any]:
     """The temperature and why it is 1 where it is; calibration of logits as they are and, ``scaled``, by it."""
-    t = found.temperature
-    result: dict[str, Any] = {"temperature": t} | ({"temperature_reason": found.reason} if found.reason else {})
+    t, reason = calibrated.temperature, calibrated.reason
+    result: dict[str, Any] = {"temperature": t} | ({"temperature_reason": reason} if reason else {})
     result["calibration"] = calibration(output, labels)
     if scaled:
         result["calibration_scaled"] = {"temperature": t, **calibration(output, labels, t)}
@@ -193,7 +210,7 @@ def calibration(output: Tensor, labels: Tensor, temperature: float = 1.0) -> dic
     return {"ece": metrics.ece(bins), "bins": bins}
 
 
-def rows(manifest: splits.Manifest, output: Tensor, temperature: float) -> list[tuple[str, str, str, float]]:
+def prediction_rows(manifest: splits.Manifest, output: Tensor, temperature: float) -> list[tuple[str, str, str, float]]:
     """The rows of predictions.csv for the logits (N, classes) of the test images; the confidence is calibrated."""
     confidence, prediction = metrics.probabilities(output, temperature).max(1)
     columns = zip(manifest.subsets["test"], prediction.tolist(), confidence.tolist(), strict=True)

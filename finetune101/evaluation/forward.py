@@ -1,4 +1,4 @@
-"""The only forward pass of whoever does not train: evaluation, validation, predictions, features, teachers."""
+"""The only forward pass outside of the training step: evaluation, validation, predictions, features, teachers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ OTHER_CHUNK = 32
 
 
 class Forward:
-    """The output of a network in evaluation mode, the same for an image whatever images it is asked about with.
+    """The output of a network in evaluation mode. It is the same for an image whatever other images are in the batch.
 
-    In the number format of ``world``, with ``CHUNK`` images at a time, the last ones filled up. ``fast`` allows the
-    fused layers of ``fused`` on a CPU; ``mirror`` takes the mean output of an image and of its mirror image
+    Computed in the number format of ``world``, ``CHUNK`` images at a time; the last chunk is filled up. ``fast`` allows
+    fused layers (``fast.fused_copy``) on a CPU. ``mirror`` takes the mean output of an image and of its mirror image
     (Krizhevsky et al., 2012).
     """
 

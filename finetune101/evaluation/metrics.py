@@ -135,7 +135,7 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
         none = {"df": len(gain) - 1.0, "images_sd": 0.0, "runs_sd": 0.0}
         return Crossed(difference=value, interval=(value, value), p=float(value == 0), **none)
     weights = images**2 / (len(gain) - 1)
-    weights += sum(seen**2 / (len(arm) - 1) for (_, seen), arm in zip(parts, arms, strict=True))
+    weights += sum(raw**2 / (len(arm) - 1) for (_, raw), arm in zip(parts, arms, strict=True))
     df, difference = variance**2 / weights, float(gain.mean())
     half = float(stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance))
     return Crossed(
@@ -149,16 +149,16 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
 
 
 def _between_runs(correct: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Variance of the mean accuracy (points squared) that comes from the runs themselves, at least 0, and as seen.
+    """Variance of the mean accuracy (points squared): the part of the runs themselves, at least 0, and the raw one.
 
-    What is seen holds the images' share too; Hillis takes it for the degrees of freedom.
+    The raw variance between runs holds a part of the images too; Hillis takes it for the degrees of freedom.
     """
     runs, images = correct.shape
     by_run = 100.0 * correct.mean(1)
     rest = 100.0 * (correct - correct.mean(1, keepdims=True) - correct.mean(0) + correct.mean())
     interaction = float((rest**2).sum()) / ((runs - 1) * (images - 1)) if images > 1 else 0.0
-    seen = float(by_run.var(ddof=1))
-    return max(0.0, seen - interaction / images) / runs, seen / runs
+    raw = float(by_run.var(ddof=1))
+    return max(0.0, raw - interaction / images) / runs, raw / runs
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
@@ -167,10 +167,10 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
     Fitted on validation images; no prediction changes. Source: C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On
     calibration of modern neural networks", ICML (2017).
     """
-    found = optimize.minimize_scalar(  # over the logarithm: the minimum is one, and the scale unknown
+    best = optimize.minimize_scalar(  # over the logarithm: the minimum is one, and the scale unknown
         lambda log: cross_entropy(logits / float(np.exp(log)), labels), bounds=np.log(TEMPERATURES), method="bounded"
     )
-    return float(np.exp(found.x))
+    return float(np.exp(best.x))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +187,13 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibrated:
     It helps where it lowers the cross-entropy of images that it was not fitted on (every fifth in turn), does not
     raise the calibration error, and lies within its bounds: at chance level there is no best one.
     """
-    if len(labels) < FEWEST:
-        return Calibrated(temperature=1.0, reason=f"{len(labels)} validation images are too few to find a temperature")
+    if reason := too_few(len(labels)):
+        return Calibrated(temperature=1.0, reason=reason)
     if bool((logits.argmax(1) == labels).all()):  # the lower the better then
         return Calibrated(temperature=1.0, reason="every validation image is right, so that no temperature is too low")
-    found = round(temperature(logits, labels), 6)
+    fitted = round(temperature(logits, labels), 6)
     low, high = TEMPERATURES
-    if not low * 1.01 < found < high / 1.01:
+    if not low * 1.01 < fitted < high / 1.01:
         return Calibrated(temperature=1.0, reason="the validation images give no best temperature, as at chance level")
     held = torch.arange(len(labels)) % 5
     each = [(logits[held == k], labels[held == k], logits[held != k], labels[held != k]) for k in range(5)]
@@ -202,12 +202,17 @@ def calibrate(logits: Tensor, labels: Tensor) -> Calibrated:
         return Calibrated(
             temperature=1.0, reason="no temperature lowers the loss of validation images that it has not seen"
         )
-    before, after = (ece(reliability(*confidences(logits, t, labels))) for t in (1.0, found))
+    before, after = (ece(reliability(*confidences(logits, t, labels))) for t in (1.0, fitted))
     if after > before:
         return Calibrated(
-            temperature=1.0, reason=f"temperature {found:.2f} makes calibration worse on the validation images"
+            temperature=1.0, reason=f"temperature {fitted:.2f} makes calibration worse on the validation images"
         )
-    return Calibrated(temperature=found)
+    return Calibrated(temperature=fitted)
+
+
+def too_few(images: int) -> str:
+    """Why so many validation images give no temperature; "" where they are enough."""
+    return f"{images} validation images are too few to find a temperature" if images < FEWEST else ""
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -235,13 +240,13 @@ def reliability(confidence: npt.ArrayLike, correct: Booleans, bins: int = BINS) 
     ]
 
 
-def ece(found: list[dict[str, Any]]) -> float:
+def ece(bins: list[dict[str, Any]]) -> float:
     """Expected calibration error, a share: mean distance of confidence and accuracy over the bins of ``reliability``.
 
     Source: M. Naeini, G. Cooper, M. Hauskrecht, AAAI (2015); as used by Guo et al. (2017).
     """
-    n = sum(one["n"] for one in found)
-    return float(sum(one["n"] * abs(one["confidence"] - one["top1"]) for one in found if one["n"]) / n / 100)
+    n = sum(one["n"] for one in bins)
+    return float(sum(one["n"] * abs(one["confidence"] - one["top1"]) for one in bins if one["n"]) / n / 100)
 
 
 def _same_images(a: int, b: int) -> None:

@@ -18,17 +18,18 @@ _ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 
 
 def cell(name: str) -> str:
-    """``name`` for a CSV file: no formula, no control character, only characters that UTF-8 has; ``named`` undoes it.
+    """``name`` for a CSV file: no formula, no control character, only characters that UTF-8 has.
 
     A formula begins with ', other characters are \\uNNNN, as is a backslash before what looks like one.
+    ``name_in_cell`` undoes it.
     """
-    shown = _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", name)
-    return f"'{shown}" if _FORMULA.match(shown) else shown
+    escaped = _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", name)
+    return f"'{escaped}" if _FORMULA.match(escaped) else escaped
 
 
-def named(shown: str) -> str:
-    """The name that ``cell`` made ``shown`` of."""
-    plain = shown[1:] if _GUARDED.match(shown) else shown
+def name_in_cell(text: str) -> str:
+    """The name that ``cell`` made ``text`` of."""
+    plain = text[1:] if _GUARDED.match(text) else text
     return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), plain)
 
 
@@ -36,7 +37,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     """The rows of ``file``, names as they are. Raises csv.Error, TypeError or ValueError for a damaged one."""
     with open(file, newline="", encoding="utf-8") as opened:
         rows = list(csv.DictReader(opened, strict=True))
-    return [{key: value if key == "confidence" else named(value) for key, value in row.items()} for row in rows]
+    return [{key: value if key == "confidence" else name_in_cell(value) for key, value in row.items()} for row in rows]
 
 
 def write_pair(folder: Path, ending: str, result: dict[str, Any], rows: Iterable[tuple[str, str, str, float]]) -> None:

@@ -50,10 +50,10 @@ from finetune101.redaction import LOG
 from finetune101.run import Run
 from finetune101.training import duration
 from finetune101.training.duration import Counts, Work
-from finetune101.training.job import check_same, make_manifest, prepare, sharing
+from finetune101.training.job import make_manifest, prepare, sharing
 from finetune101.training.log import log
 from finetune101.training.loop import fit
-from finetune101.training.resume import as_started
+from finetune101.training.resume import as_started, check_same
 
 
 @dataclass(frozen=True, kw_only=True)

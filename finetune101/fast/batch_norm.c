@@ -1,7 +1,7 @@
 /* Batch norm with a clamp (ReLU, ReLU6 or none) in one pass, forward and backward, compiled for bf16 and fp32.
  *
  * x, g, y, dx: (rows, c), rows = N*H*W of a channels_last batch. All sums are fp32 within a block and double
- * beyond it, in an order that does not depend on the number of threads. Built and called by cpu_norm.py.
+ * beyond it, in an order that does not depend on the number of threads. Built and called by norm.py.
  */
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* Gradients of a depthwise convolution in channels_last memory, compiled for bf16 and for fp32; called by cpu.py.
+/* Gradients of a depthwise convolution in channels_last memory, compiled for bf16 and for fp32; called by depthwise.py.
  *
  * x, dx: (n, h, w, c), g: (n, oh, ow, c), weights (k*k, c) fp32; c a multiple of 16, k 3 or 5, zero padding of top rows
  * and left columns. Sums are fp32 within two images and double beyond them, in an order that does not depend on threads.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from finetune101.fast.kernels import SUFFIXES, compiled, kernel
-from finetune101.fast.norm import fast_norm
 
 Pair = tuple[int, ...]  # height, width
 
@@ -36,12 +35,6 @@ def tune_allocator() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(name, value) == 1 for name, value in _MALLOPT.values())
-
-
-def fast_layers(model: nn.Module) -> None:
-    """Everything below and in ``cpu_norm`` that makes the layers of ``model`` train faster, in place."""
-    fast_depthwise(model)
-    fast_norm(model)
 
 
 def fast_depthwise(model: nn.Module) -> int:

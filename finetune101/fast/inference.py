@@ -153,22 +153,22 @@ def _activations(
     model: nn.Module, pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]]
 ) -> dict[nn.Module, tuple[type[nn.Module], list[nn.Module]]]:
     """For a convolution the kind of activation that follows it, and the modules that then have nothing left to do."""
-    found: dict[nn.Module, tuple[type[nn.Module], list[nn.Module]]] = {}
+    activations: dict[nn.Module, tuple[type[nn.Module], list[nn.Module]]] = {}
     after = followers(model)
     for conv, norm in pairs:
         act = after.get(norm)
         if isinstance(norm, BatchNormAct2d):
             inside = _kind(norm.act) if isinstance(norm.drop, nn.Identity) else None
             if inside in _ACTS:
-                found[conv] = (inside, [norm])
+                activations[conv] = (inside, [norm])
         elif (kind := _kind(act)) in _ACTS and act is not None:
-            found[conv] = (kind, [norm, act])
+            activations[conv] = (kind, [norm, act])
         else:
-            found[conv] = (nn.Identity, [norm])
+            activations[conv] = (nn.Identity, [norm])
     for module, act in after.items():
-        if isinstance(module, nn.Conv2d) and module not in found and (kind := _kind(act)) in _ACTS:
-            found[module] = (kind, [act])
-    return found
+        if isinstance(module, nn.Conv2d) and module not in activations and (kind := _kind(act)) in _ACTS:
+            activations[module] = (kind, [act])
+    return activations
 
 
 def followers(model: nn.Module) -> dict[nn.Module, nn.Module]:

@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from finetune101.config import Preprocessing
+from finetune101.config import ModelConfig, Preprocessing
 from finetune101.errors import Refused
 from finetune101.files import sha256
 from finetune101.models.table import Entry, Package, Torchvision, lookup, names
@@ -84,6 +84,19 @@ def build(
     )
 
 
+def build_network(settings: ModelConfig, num_classes: int, seed: int) -> Built:
+    """``build`` by the settings of a run: the network before its first step. Raises Refused as ``build`` does."""
+    return build(
+        settings.name,
+        num_classes,
+        pretrain=settings.pretrain,
+        weights=settings.weights,
+        size=settings.size,
+        cache_size=settings.cache_size,
+        seed=seed,
+    )
+
+
 def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, int]:
     """A whole trained network ``name``, head included, from a plain state dict, and its number of classes.
 
@@ -145,12 +158,12 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: s
         kept = (key for key in tensors if not key.startswith(skip) and not key.endswith(COUNTER))
         return {key: tuple(tensors[key].shape) for key in kept}
 
-    ours, theirs = shapes(model.state_dict()), shapes(state)
-    wrong = [f"{key} is missing" for key in ours if key not in theirs]
+    wanted, held = shapes(model.state_dict()), shapes(state)
+    wrong = [f"{key} is missing" for key in wanted if key not in held]
     wrong += [
-        f"{key} is {theirs[key]} instead of {ours[key]}" for key in ours if theirs.get(key, ours[key]) != ours[key]
+        f"{key} is {held[key]} instead of {shape}" for key, shape in wanted.items() if held.get(key, shape) != shape
     ]
-    wrong += [f"{key} is unknown" for key in theirs if key not in ours]
+    wrong += [f"{key} is unknown" for key in held if key not in wanted]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise Refused(
@@ -211,17 +224,17 @@ def norms_single_values(model: nn.Module, size: int) -> bool:
     return min(values, default=2) < 2
 
 
-def _find_weights(entry: Entry, given: str | None) -> tuple[dict[str, Tensor], str]:
+def _find_weights(entry: Entry, file: str | None) -> tuple[dict[str, Tensor], str]:
     """ImageNet weights of a network under its own names, and where they come from."""
-    if given is not None:
-        return _from_file(entry, Path(given))
+    if file is not None:
+        return _from_file(entry, Path(file))
     if isinstance(entry.weights, tuple):
         return _from_parts(entry.weights)
     folder = os.environ.get("FINETUNE101_WEIGHTS")
     if folder:
-        file = Path(folder) / f"{entry.name.replace(':', '_')}_imagenet.safetensors"
-        if file.is_file():
-            return _from_file(entry, file)
+        prepared = Path(folder) / f"{entry.name.replace(':', '_')}_imagenet.safetensors"
+        if prepared.is_file():
+            return _from_file(entry, prepared)
     if isinstance(entry.weights, Package):
         return _from_package(entry, entry.weights)
     try:
@@ -237,8 +250,8 @@ def _from_parts(names: tuple[str, ...]) -> tuple[dict[str, Tensor], str]:
     state: dict[str, Tensor] = {}
     sources = []
     for i, part in enumerate(map(lookup, names)):
-        found, source = _find_weights(part, None)
-        state |= {f"parts.{i}.{key}": value for key, value in found.items() if not key.startswith(part.head)}
+        tensors, source = _find_weights(part, None)
+        state |= {f"parts.{i}.{key}": value for key, value in tensors.items() if not key.startswith(part.head)}
         sources.append(source)
     return state, "; ".join(sources)
 
@@ -266,7 +279,7 @@ def _from_package(entry: Entry, package: Package) -> tuple[dict[str, Tensor], st
 
 
 def _package_file(package: Package) -> Path | None:
-    """The weights file of an installed package, found without importing it."""
+    """The weights file of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -302,15 +315,15 @@ def _from_torchvision(name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def _from_timm(name: str) -> tuple[dict[str, Tensor], str]:
-    import timm  # here, as in zoo.py
+    import timm  # here, as in table.py
 
-    known = timm.get_pretrained_cfg(name)
-    assert known is not None, name  # lookup has found it
-    if known.hf_hub_id:
-        source = str(known.hf_hub_id)
+    published = timm.get_pretrained_cfg(name)
+    assert published is not None, name  # as lookup has checked
+    if published.hf_hub_id:
+        source = str(published.hf_hub_id)
         state = safetensors.torch.load_file(_from_hub(source, "model.safetensors"))
-    elif known.url:
-        source = str(known.url)
+    elif published.url:
+        source = str(published.url)
         state = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
     else:
         raise LookupError("timm names no place that has them")
@@ -337,7 +350,7 @@ def _from_hub(repository: str, file: str) -> str:
 
 @contextmanager
 def _socket_timeout() -> Iterator[None]:
-    """Downloads of torch.hub, which has no such option, give up when the other side says nothing."""
+    """In the block, downloads give up after ``_TIMEOUT`` seconds of silence: torch.hub has no option for it."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_TIMEOUT)
     try:

@@ -126,11 +126,11 @@ class SideBySide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, size, size) -> (N, classes); the largest part takes the images as they are."""
-        seen = []
+        features = []
         for part, own in zip(self.parts, self.sizes, strict=True):
             size = round(own * x.shape[-1] / max(self.sizes))
-            seen.append(part(x if size == x.shape[-1] else self._shrink(x, size)))
-        return self.classifier(torch.cat(seen, 1))
+            features.append(part(x if size == x.shape[-1] else self._shrink(x, size)))
+        return self.classifier(torch.cat(features, 1))
 
     @staticmethod
     def _shrink(x: Tensor, size: int) -> Tensor:
@@ -200,23 +200,23 @@ def _lookup_timm(name: str) -> Entry:
 
     wanted = name.removeprefix("timm:")
     try:
-        known = timm.get_pretrained_cfg(wanted) if timm.is_model(wanted) else None
+        published = timm.get_pretrained_cfg(wanted) if timm.is_model(wanted) else None
     except RuntimeError as error:  # a tag that the architecture does not have
         raise Refused(f"timm has no {wanted!r}: {str(error).rstrip('.')}; leave out what follows the dot") from error
-    if known is None:
+    if published is None:
         close = difflib.get_close_matches(wanted.lower(), timm.list_models(), n=1)
         hint = f"did you mean timm:{close[0]}?" if close else "timm.list_models() lists what there is"
         raise Refused(f"timm has no model {wanted!r}; {hint}")
-    data: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+    data: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=published.to_dict())
     channels, height, width = data["input_size"]
-    if not isinstance(known.classifier, str) or channels != 3 or height != width:
+    if not isinstance(published.classifier, str) or channels != 3 or height != width:
         raise Refused(f"{name} cannot be used here (one output layer and square RGB input are needed); choose another")
     interpolation: Literal["bilinear", "bicubic"] = "bilinear" if data["interpolation"] == "bilinear" else "bicubic"
     return Entry(
         name=name,
         build=partial(_build_timm, wanted),
-        head=known.classifier + ".",
+        head=published.classifier + ".",
         preprocessing=_preprocessing(height, interpolation, mean=tuple(data["mean"]), std=tuple(data["std"])),
         weights=Timm(name=wanted),
-        fixed_size=known.fixed_input_size,
+        fixed_size=published.fixed_input_size,
     )

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from finetune101.config import Preprocessing, TrainConfig
 from finetune101.data import splits
-from finetune101.data.splits import Manifest
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import load_model
+from finetune101.evaluation.checkpoint import load_hashed
+from finetune101.evaluation.evaluate import validates
 from finetune101.evaluation.forward import Forward
+from finetune101.files import sha256
 from finetune101.machine import World
 from finetune101.run import open_run
 
@@ -26,54 +27,72 @@ class Teachers:
     networks: Sequence[tuple[Forward, Preprocessing]]
     student: Preprocessing
     world: World
+    hashes: Sequence[str] = ()
+    """"sha256:..." of the checkpoint of each network."""
 
     def probabilities(self, x: Tensor) -> Tensor:
         """Mean probabilities (N, classes) of the networks for the student's standardised input (N, 3, h, w)."""
-        found = []
         with torch.no_grad():
-            for network, theirs in self.networks:
-                mine = x
-                if (theirs.mean, theirs.std) != (self.student.mean, self.student.std):
-                    mean, std, other_mean, other_std = (
-                        torch.tensor(values, device=x.device).view(3, 1, 1)
-                        for values in (self.student.mean, self.student.std, theirs.mean, theirs.std)
-                    )
-                    mine = (mine * std + mean - other_mean) / other_std
-                if mine.shape[-1] != theirs.size:
-                    mine = F.interpolate(mine, theirs.size, mode="bilinear", antialias=True)
-                found.append(network(mine).softmax(1))
-        return torch.stack(found).mean(0)
+            each = [network(self._input_of(expected, x)).softmax(1) for network, expected in self.networks]
+        return torch.stack(each).mean(0)
+
+    def _input_of(self, expected: Preprocessing, x: Tensor) -> Tensor:
+        """The student's standardised input as a teacher expects it: by its mean and deviation, at its size."""
+        if (expected.mean, expected.std) != (self.student.mean, self.student.std):
+            mean, std, other_mean, other_std = (
+                torch.tensor(values, device=x.device).view(3, 1, 1)
+                for values in (self.student.mean, self.student.std, expected.mean, expected.std)
+            )
+            x = (x * std + mean - other_mean) / other_std
+        if x.shape[-1] != expected.size:
+            x = F.interpolate(x, expected.size, mode="bilinear", antialias=True)
+        return x
 
     def targets(self, x: Tensor, target: Tensor, share: float) -> Tensor:
         """``target``, int64 (N,) or shares (N, classes), mixed with ``share`` of the networks' probabilities.
 
-        They see the very images of the student: Beyer et al., "Knowledge distillation: a good teacher is patient and
-        consistent" (2022), after Hinton et al. (2015).
+        The teachers see the very images of the student: Beyer et al., "Knowledge distillation: a good teacher is
+        patient and consistent" (2022), after Hinton et al. (2015).
         """
-        theirs = self.probabilities(x)
-        own = target if target.dim() > 1 else F.one_hot(target, theirs.shape[1]).float()
-        return (1 - share) * own + share * theirs
+        taught = self.probabilities(x)
+        labels = target if target.dim() > 1 else F.one_hot(target, taught.shape[1]).float()
+        return (1 - share) * labels + share * taught
 
 
-def open_teachers(config: TrainConfig, manifest: Manifest, student: Preprocessing, world: World) -> Teachers | None:
-    """The networks of ``config.optim.teacher``, ready for batches of the student; None without any.
+def check_teachers(config: TrainConfig, manifest: splits.Manifest) -> None:
+    """Raises Refused for a teacher that may have seen test images, or validation images of a run that validates.
 
-    Raises Refused for a teacher that may have seen this run's test images (another split) or that was trained on its
-    validation images, and for one that began from ImageNet weights where the student's start is to be random.
+    Such teachers were trained on another split or with --fit-on train+val. A teacher that began from ImageNet weights
+    is refused where the student's start is to be random.
     """
-    networks: list[tuple[Forward, Preprocessing]] = []
     for name in config.optim.teacher:
         run = open_run(name, config.runs)
         if run.config().model.pretrain and not config.model.pretrain:
             raise Refused(f"the teacher {name} began from ImageNet weights, so --no-pretrain would not be honest")
         if splits.from_json(run.read_json("split.json")).hash() != manifest.hash():
             raise Refused(f"the teacher {name} was trained on another split; train it on this one")
-        validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
-        if validates and run.config().data.fit_on == "train+val":
+        if validates(manifest, config.data) and run.config().data.fit_on == "train+val":
             raise Refused(
                 f"the teacher {name} was trained on the validation images (--fit-on train+val), which then choose"
                 " nothing; train one with --fit-on train, or this run with --fit-on train+val"
             )
-        model, theirs, _ = load_model(run)
-        networks.append((Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels), theirs))
-    return Teachers(networks, student, world) if networks else None
+
+
+def open_teachers(config: TrainConfig, student: Preprocessing, world: World) -> Teachers | None:
+    """The networks of ``config.optim.teacher``, ready for batches of the student; None without any.
+
+    Raises Refused for a run that does not exist or whose checkpoint cannot be read.
+    """
+    networks: list[tuple[Forward, Preprocessing]] = []
+    hashes = []
+    for name in config.optim.teacher:
+        model, info, checkpoint_hash = load_hashed(open_run(name, config.runs).best)
+        network = Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels)
+        networks.append((network, info.preprocessing))
+        hashes.append(f"sha256:{checkpoint_hash}")
+    return Teachers(networks, student, world, hashes) if networks else None
+
+
+def teacher_hashes(config: TrainConfig) -> list[str]:
+    """ "sha256:..." of the checkpoint of each of ``config.optim.teacher``. Raises Refused without one."""
+    return [f"sha256:{sha256(open_run(name, config.runs).best)}" for name in config.optim.teacher]

@@ -1,4 +1,4 @@
-"""How long trainings will take on this machine, known from a few real steps on noise; writes nothing that stays."""
+"""How long trainings will take on this machine: measured by a few real steps on noise, of which no file stays."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from finetune101.data import cache, splits
 from finetune101.data.decode import decode, in_threads
 from finetune101.data.images import Index
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import load_model
-from finetune101.evaluation.forward import Forward
 from finetune101.fast import tune_allocator
 from finetune101.files import cache_dir
 from finetune101.host import usable_cores
 from finetune101.machine import World, detect, use_cores
 from finetune101.models.build import Built, build, freeze
-from finetune101.run import Run, open_run
+from finetune101.run import Run
 from finetune101.training import probe
-from finetune101.training.distill import Teachers
+from finetune101.training.distill import Teachers, open_teachers
 from finetune101.training.forecast import in_words
-from finetune101.training.loop import HeadTrainer, Job, Trainer
+from finetune101.training.job import Job
+from finetune101.training.loop import Trainer
+from finetune101.training.sources import ImageBatches
 
 SAMPLE = 24  # images whose decoding is timed
 SOLUTIONS = 15  # evaluations of the loss, for each penalty, that solve the output layer
@@ -70,23 +70,23 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Seconds that the parts of one kind of run take here."""
+    """Seconds that the parts of one kind of run take on this machine."""
 
     start: float
-    """Until the first step, without decoding, and after the last one."""
+    """Before the first step and after the last one, without decoding."""
     step: dict[int | None, float]
-    """An image that is trained on, by its size."""
+    """The training step, per image, by the size of the images; None is the size of the network."""
     forward: float
-    """An image that is validated or tested."""
+    """Validation or test, per image."""
     features: float
-    """An image whose frozen features are computed."""
+    """Computing frozen features, per image."""
     solution: float
-    """The solved output layer, for each of its images."""
+    """Solving the output layer, per image."""
     epoch: float
-    """What an epoch writes."""
+    """Writing the checkpoints of an epoch."""
 
     def of(self, work: Work) -> float:
-        """Seconds of a run, without what it shares with others: decoded images and frozen features."""
+        """Seconds of a run, without decoding and frozen features, which runs share."""
         config, images = work.config, work.images
         epochs, every = config.optim.epochs, config.optim.val_every
         scored = config.data.fit_on == "train"
@@ -102,7 +102,7 @@ class Pace:
 
 
 def count(index: Index, data: DataConfig) -> Counts:
-    """The images of the split that ``data`` makes of ``index``, near enough: near-duplicates are not looked for.
+    """The sizes of the split that ``data`` makes of ``index``; about, as near-duplicates are not looked for.
 
     Raises Refused as ``splits.make_split`` does.
     """
@@ -111,7 +111,7 @@ def count(index: Index, data: DataConfig) -> Counts:
 
 
 def kind(config: TrainConfig) -> str:
-    """What decides the pace of a run: equal for runs that differ in rates, seeds and the like only."""
+    """A key of what decides the pace of a run: equal for runs that differ in rates and seeds only."""
     o, s = config.optim, dataclasses.replace(config.system, seed=0)
     return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
 
@@ -119,16 +119,16 @@ def kind(config: TrainConfig) -> str:
 def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.0) -> str:
     """How long ``works`` take, in a sentence; ``jobs`` of them run at a time.
 
-    Kinds of runs are measured until ``budget`` seconds are over, those left are guessed from the nearest. Raises
-    Refused for a network or a size that cannot be.
+    Kinds of runs are measured until ``budget`` seconds are over; the others are guessed from the nearest kind. Raises
+    Refused where no network or size of ``works`` is possible.
     """
     paces: dict[str, tuple[TrainConfig, Pace]] = {}
     impossible: dict[str, Refused] = {}
     started, guessed, total = time.perf_counter(), 0, 0.0
     shared: dict[str, float] = {}  # what the first of several runs does for all
-    seen: Counter[str] = Counter()  # images that each kind trains on, an image as often as it is trained on
+    trained: Counter[str] = Counter()  # images of each kind, an image as often as it is trained on
     for work in works:
-        seen[kind(work.config)] += work.images.train * work.config.optim.epochs
+        trained[kind(work.config)] += work.images.train * work.config.optim.epochs
     with _undisturbed():
         for work in works:
             key = kind(work.config)
@@ -136,9 +136,9 @@ def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.
                 late = bool(paces) and time.perf_counter() - started > budget
                 try:
                     guess = _nearest(work.config, list(paces.values())) if late else None
-                    paces[key] = work.config, guess or measure(work.config, len(index.classes), seen[key])
+                    paces[key] = work.config, guess or measure(work.config, len(index.classes), trained[key])
                     guessed += late
-                except Refused as error:  # told when its turn comes
+                except Refused as error:  # said below, and when its turn comes
                     impossible[key] = error
             if key in paces:
                 total += paces[key][1].of(work)
@@ -155,13 +155,13 @@ def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.
 
 
 def _add_shared(shared: dict[str, float], work: Work, pace: Pace, index: Index) -> None:
-    """Adds to ``shared`` the seconds of decoding and of features that ``work`` needs and no earlier run paid."""
+    """Adds to ``shared`` the seconds of decoding and features that ``work`` needs and no earlier run has computed."""
     model, images = work.config.model, work.images
     built = _shape(work.config)
     key = f"decode {built.cache_size} {built.interpolation}"
     if key not in shared and work.config.data.cache == "auto":
-        known = _is_decoded(built.cache_size, len(index.paths), images.all)
-        shared[key] = 0.0 if known else decode_seconds(index, built) * images.all
+        is_decoded = _is_decoded(built.cache_size, len(index.paths), images.all)
+        shared[key] = 0.0 if is_decoded else decode_seconds(index, built) * images.all
     compared = work.tested or (work.config.data.protocol == "standard" and work.config.data.group_duplicates)
     if compared and "duplicates" not in shared and not list(cache_dir().glob("thumbnails_*")):
         shared["duplicates"] = decode_seconds(index, built) * len(index.paths)
@@ -182,7 +182,7 @@ def _shape(config: TrainConfig) -> Preprocessing:
 
 
 def _is_decoded(size: int, *counts: int) -> bool:
-    """Whether the cache folder holds as many decoded images of this size: seen by its bytes, without a hash."""
+    """Whether the cache folder holds as many decoded images of this size: judged by its bytes, without a hash."""
     wanted = [count * size * size * 3 for count in counts]
     files = [file.stat().st_size for file in cache_dir().glob(f"*{size}px*")]
     return any(0 <= have - need < 2**16 for have in files for need in wanted)
@@ -204,7 +204,7 @@ def decode_seconds(index: Index, shape: Preprocessing) -> float:
 
 
 class Noise:
-    """Pixels of no image, in the place of ``cache.Images``: what a step takes does not depend on what they show."""
+    """Noise in the place of ``cache.Images``: the time of a step does not depend on what the pixels show."""
 
     def __init__(self, paths: Sequence[str], preprocessing: Preprocessing) -> None:
         self.paths, self.preprocessing, self.key = tuple(paths), preprocessing, ""
@@ -240,7 +240,7 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
     ready = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         trial = dataclasses.replace(config, exp="pace", runs=folder, optim=optim, data=data)
-        teachers = _teachers(config, built, world)
+        teachers = open_teachers(config, built.preprocessing, world)  # whatever their split
         job = _job(trial, built, world, batch, classes, teachers)
         forward = _forward(job)
         features = _features(job) if m.cached_features or m.head == "probe" else 0.0
@@ -248,7 +248,8 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
         step, record = _steps(job, batch, classes, images)
         began = time.perf_counter()
         if record:
-            trainer = Trainer(job)
+            model = dataclasses.replace(trial.model, cached_features=False)  # writing needs no features
+            trainer = Trainer(dataclasses.replace(job, config=dataclasses.replace(trial, model=model)))
             trainer.finish_epoch(record | {"val_loss": 1.0, "val_top1": 1.0, "val_seconds": 0.0})
         wrote = time.perf_counter() - began
     return Pace(
@@ -257,7 +258,7 @@ def measure(config: TrainConfig, classes: int, images: float = math.inf) -> Pace
 
 
 def _job(config: TrainConfig, built: Built, world: World, images: int, classes: int, teachers: Teachers | None) -> Job:
-    """A job on ``images`` training and as many validation images that do not exist."""
+    """A job on ``images`` training images of noise, and as many validation images."""
     names = [f"c{i}" for i in range(classes)]
     subsets = {
         part: tuple(f"{names[i % classes]}/{part}{i}.jpg" for i in range(images)) for part in ("train", "val")
@@ -272,39 +273,40 @@ def _job(config: TrainConfig, built: Built, world: World, images: int, classes: 
 
 
 def _steps(job: Job, batch: int, classes: int, images: float) -> tuple[dict[int | None, float], dict[str, Any]]:
-    """Seconds of an image by its size, the first step left out, and the last record."""
-    config, found, record = job.config, dict[int | None, float](), dict[str, Any]()
+    """Seconds of the training step per image, by size, without the first step; and the last record."""
+    config, per_image, record = job.config, dict[int | None, float](), dict[str, Any]()
     epochs = config.optim.epochs
     sizes = {config.augment.size_at(epoch, epochs): epoch for epoch in range(epochs, 0, -1)}
     for size, epoch in sizes.items():
         steps = 1
         for number in range(3):  # to warm up, to know the pace, and long enough
             longer = _job(config, job.built, job.world, steps * batch, classes, job.teachers)
-            trainer = HeadTrainer(longer) if config.model.cached_features else Trainer(longer)
+            trainer = Trainer(longer)
             trainer.wrap()
             with contextlib.suppress(Refused), tqdm(disable=True) as bar:  # noise may diverge
-                record = trainer.train_epoch(epoch, trainer.batches([epoch]), bar)
+                record = trainer.train_epoch(epoch, trainer.source.train([epoch]), bar)
             seconds = float(record.get("seconds", 0.0))
-            found[size] = seconds / (steps * batch)
-            enough = min(LONG_ENOUGH, 0.05 * found[size] * images)
+            per_image[size] = seconds / (steps * batch)
+            enough = min(LONG_ENOUGH, 0.05 * per_image[size] * images)
             if number and seconds >= enough:
                 break
             steps = min(64, math.ceil(enough / max(seconds / steps, 1e-3))) if number else 1 + 2 * (seconds < 3)
-    return found, record
+    return per_image, record
 
 
 def _forward(job: Job) -> float:
-    """Seconds of a validation image, the better of two tries."""
-    trainer, tries = Trainer(job), []
+    """Seconds of validation per image, the better of two tries."""
+    model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
+    source, tries = ImageBatches(job, *job.trained_on), []
     for _ in range(2):
         started = time.perf_counter()
-        trainer.val_logits()
+        source.val_logits(model)
         tries.append(time.perf_counter() - started)
     return min(tries) / len(job.manifest.subsets["val"])
 
 
 def _features(job: Job) -> float:
-    """Seconds of an image whose features are computed, without what comes once."""
+    """Seconds of frozen features per image, without the cost of the start."""
     paths, took = job.manifest.subsets["train"], []
     without_cache: Any = Noise(job.images.paths, job.images.preprocessing)
     without_cache.pixels = None  # so that nothing is kept of them
@@ -316,7 +318,7 @@ def _features(job: Job) -> float:
 
 
 def _solution(job: Job, features: float, classes: int) -> float:
-    """Seconds that solving the output layer takes for each image."""
+    """Seconds of solving the output layer, per image."""
     width = getattr(job.built.output_layer, "in_features", 1024)
     x, y = torch.randn(512, width), torch.arange(512) % classes
     probe.solve(x, y, classes, 0.01, steps=1)
@@ -326,19 +328,9 @@ def _solution(job: Job, features: float, classes: int) -> float:
     return SOLUTIONS * len(job.config.model.probe_l2) * evaluation / 512
 
 
-def _teachers(config: TrainConfig, built: Built, world: World) -> Teachers | None:
-    """The teachers of ``config``, whatever their split."""
-    networks: list[Any] = []
-    for name in config.optim.teacher:
-        model, preprocessing, _ = load_model(open_run(name, config.runs))
-        network = Forward(model.requires_grad_(False), world, fast=config.system.fast_kernels)
-        networks.append((network, preprocessing))
-    return Teachers(networks, built.preprocessing, world) if networks else None
-
-
-def _nearest(config: TrainConfig, known: Sequence[tuple[TrainConfig, Pace]]) -> Pace:
-    """A guess for ``config`` from runs that were measured: of the same network where there is one, by the pixels."""
-    own = [pair for pair in known if pair[0].model.name == config.model.name] or list(known)
+def _nearest(config: TrainConfig, measured: Sequence[tuple[TrainConfig, Pace]]) -> Pace:
+    """A guess for ``config`` from ``measured`` runs, in proportion to the pixels; of the same network if possible."""
+    own = [pair for pair in measured if pair[0].model.name == config.model.name] or list(measured)
     like, pace = own[0]
     mean = statistics.mean(pace.step.values()) if pace.step else pace.forward
     scale = (_shape(config).size / _shape(like).size) ** 2
@@ -353,7 +345,7 @@ def _nearest(config: TrainConfig, known: Sequence[tuple[TrainConfig, Pace]]) -> 
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Puts back the random numbers and the number of threads of PyTorch, which measuring changes."""
+    """Restores PyTorch's random state and number of threads after the block."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
         yield
@@ -364,7 +356,7 @@ def _undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
-    """Lets the block read the cache folder and write into a copy that is gone afterwards."""
+    """In the block the cache folder is a copy (by links), which is removed afterwards."""
     real, before = cache_dir(), os.environ.get("FINETUNE101_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         for file in real.iterdir() if real.is_dir() else ():

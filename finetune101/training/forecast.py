@@ -1,4 +1,4 @@
-"""How long a training that has just begun will take, known from its own first steps."""
+"""How long the rest of a training will take, forecast from its first steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from finetune101.training.loop import Trainer
 
-STEPS = 20  # after which it is told, or sooner where there are fewer
+STEPS = 20  # after which the forecast is printed, or after all steps where there are fewer
 WRITTEN = 3e8  # bytes per second of checkpoints, safely on a disk
 
 
@@ -36,7 +36,7 @@ class Forecast:
         self.last = now
         if left and len(self.took) == min(STEPS, max(steps, 2)):
             bar.write(f"About {in_words(self.seconds(trainer, epoch, step))} to go, by the first steps")
-            self.took += [0.0] * STEPS  # told
+            self.took += [0.0] * STEPS  # so that it is printed once
 
     def seconds(self, trainer: Trainer, epoch: int, step: int) -> float:
         """Seconds that are left after ``step`` of ``epoch``."""
@@ -46,7 +46,7 @@ class Forecast:
         sizes = [job.config.augment.size_at(e, o.epochs) or own for e in range(epoch, o.epochs + 1)]
         forward = self._forward(trainer, {*sizes, own})
         passes = sum(forward[size] / forward[sizes[0]] for size in sizes) - step / trainer.steps_per_epoch
-        due = range(epoch, o.epochs + 1) if trainer.validates else ()
+        due = range(epoch, o.epochs + 1) if job.validates else ()
         validations = sum(e % o.val_every == 0 or e == o.epochs for e in due)
         images = len(job.manifest.subsets["val"])
         weights = sum(t.numel() * t.element_size() for t in trainer.model.state_dict().values())
@@ -54,11 +54,11 @@ class Forecast:
         return per_epoch * passes + validations * images * forward[own] + len(sizes) * copies * weights / WRITTEN
 
     def _forward(self, trainer: Trainer, sizes: set[int]) -> dict[int, float]:
-        """Seconds of the forward pass of one image, by size; nothing of the training changes by it."""
+        """Seconds of the forward pass per image, by size; the training is not changed."""
         job = trainer.job
         if job.config.model.cached_features:  # a step sees features, and sizes change nothing
             return dict.fromkeys(sizes, 1e-6)
-        found, n = {}, min(job.config.optim.batch_size, 32)
+        seconds, n = {}, min(job.config.optim.batch_size, 32)
         trainer.model.eval()
         with torch.no_grad(), job.world.autocast():
             for size in sizes:
@@ -67,9 +67,9 @@ class Forecast:
                 for _ in range(2):  # the first one prepares what the size needs
                     started = time.perf_counter()
                     trainer.model(x).sum().item()
-                    found[size] = (time.perf_counter() - started) / n
+                    seconds[size] = (time.perf_counter() - started) / n
         trainer.train_mode()
-        return found
+        return seconds
 
 
 def in_words(seconds: float) -> str:

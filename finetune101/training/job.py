@@ -1,4 +1,4 @@
-"""From a configuration to a job: images, split, machine and model, checked before anything is written."""
+"""Settings -> a job: images, split, machine and network, checked before anything is written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,48 @@ from finetune101.config import DataConfig, TrainConfig, to_dict, validate
 from finetune101.data import cache, splits
 from finetune101.data.images import Index, as_found, find_data, index_images, index_notes
 from finetune101.errors import Refused, escaped
+from finetune101.evaluation.evaluate import trained_subsets, validates
 from finetune101.fast import compiled, tune_allocator
 from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
 from finetune101.host import place, usable_cores
 from finetune101.machine import World, join
-from finetune101.models.build import Built, build, check_size, freeze, norms_single_values
+from finetune101.models.build import Built, build_network, check_size, freeze, norms_single_values
 from finetune101.redaction import command
 from finetune101.run import Run, create_run, open_run
 from finetune101.training import probe
-from finetune101.training.distill import open_teachers
-from finetune101.training.loop import Job
-from finetune101.training.resume import differences, split_of
+from finetune101.training.distill import Teachers, check_teachers, open_teachers
+from finetune101.training.resume import check_same, check_teachers_unchanged
 
 LOCK = "train.lock"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one training needs, put together by ``prepare``."""
+
+    config: TrainConfig
+    run: Run
+    world: World
+    manifest: splits.Manifest
+    images: cache.Images
+    built: Built
+    teachers: Teachers | None = None
+    notes: tuple[str, ...] = ()
+    """Lines about the images for the user: which layout they have, and which are left out."""
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Keeps other processes out of the run; ``fit`` closes it at its end."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation images that are not trained on."""
+        return validates(self.manifest, self.config.data)
+
+    @property
+    def trained_on(self) -> tuple[list[str], list[int]]:
+        """Paths and labels of the images that are trained on."""
+        subsets = trained_subsets(self.config.data)
+        paths = [path for subset in subsets for path in self.manifest.subsets[subset]]
+        return paths, [label for subset in subsets for label in self.manifest.labels(subset)]
 
 
 def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Job:
@@ -45,7 +75,7 @@ def prepare(config: TrainConfig, *, resume: bool = False, overwrite: bool = Fals
     with contextlib.ExitStack() as undo:
         lock = undo.enter_context(contextlib.ExitStack())
         exists = run.has("config.json") or run.has(LOCK)
-        if exists and place().rank == 0:  # told at once, not after decoding
+        if exists and place().rank == 0:  # refused at once, not after decoding
             lock.enter_context(_alone(run))
         if resume:
             check_same(run, config)
@@ -82,9 +112,9 @@ def _joined(config: TrainConfig, recorded: dict[str, Any] | None) -> World:
 def _alone(run: Run) -> Iterator[None]:
     """This process alone trains ``run``. Raises Refused naming the one that does already."""
     lock = run.path / LOCK
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as claims:
         try:
-            claimed = held.enter_context(claim(lock))
+            claimed = claims.enter_context(claim(lock))
         except OSError as error:
             raise Refused(f"cannot write {lock}: {error.strerror}; choose another --runs or --exp") from error
         if not claimed:
@@ -94,35 +124,37 @@ def _alone(run: Run) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                lock.unlink()  # still held: who opened it meanwhile sees that it is gone
+                lock.unlink()  # still claimed: a process that opened it meanwhile sees that it is gone
 
 
 def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, lock: contextlib.ExitStack) -> Job:
-    index = index_images(find_data(config.data.root), ours=[config.runs])
-    manifest = splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
+    """The job of ``config``. Rank 0 reads, downloads, decodes and compiles; the other processes find its caches."""
+    with world.first():
+        index = index_images(find_data(config.data.root), ours=[config.runs])
+
+    def split() -> splits.Manifest:
+        return splits.from_json(run.read_json("split.json")) if resume else make_manifest(index, config.data)
+
+    manifest = world.from_first(split)
     splits.check_split(manifest, index)
     by_folders = splits.is_by_folders(manifest, index)
     notes = index_notes(index, split_by_folders=by_folders)
     if not by_folders:
         notes += splits.split_remarks(manifest, config.data.fit_on)
-    built = build(
-        config.model.name,
-        len(manifest.classes),
-        pretrain=config.model.pretrain,
-        weights=config.model.weights,
-        size=config.model.size,
-        cache_size=config.model.cache_size,
-        seed=config.system.seed,
-    )
-    check_network(config, manifest, built)
-    if config.model.cached_features and world.size > 1:
-        raise Refused("--cached-features trains in one process; start it without torchrun")
-    teachers = open_teachers(config, manifest, built.preprocessing, world)
-    if config.model.freeze:
-        freeze(built.model, built.head)
-    with world.first():  # the others find the cache that rank 0 builds
+    with world.first():
+        built = build_network(config.model, len(manifest.classes), config.system.seed)
+        check_network(config, manifest, built)
+        if config.model.cached_features and world.size > 1:
+            raise Refused("--cached-features trains in one process; start it without torchrun")
+        check_teachers(config, manifest)
+        teachers = open_teachers(config, built.preprocessing, world)
+        if teachers and resume:
+            check_teachers_unchanged(run, teachers.hashes)
+        if config.model.freeze:
+            freeze(built.model, built.head)
         if world.writes and config.data.cache != "off":
             remove_abandoned(cache_dir())
+        _uses_kernels(config, world)  # compiles them
         wanted = (path for paths in manifest.subsets.values() for path in paths)
         images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.skipped, wanted)
     return Job(
@@ -136,11 +168,10 @@ def check_network(config: TrainConfig, manifest: splits.Manifest, built: Built) 
     for size in sorted(set(config.augment.train_sizes)):
         check_size(config.model.name, built.model, size)
     if config.model.cached_features:
-        probe.check(built, (), validates=True)
-    validates = config.data.fit_on == "train" and bool(manifest.subsets["val"])
+        probe.check_linear(built, (), validates=True)
     if config.model.head == "probe":
-        probe.check(built, config.model.probe_l2, validates)
-    images = len(manifest.subsets["train"]) + (config.data.fit_on == "train+val") * len(manifest.subsets["val"])
+        probe.check_linear(built, config.model.probe_l2, validates(manifest, config.data))
+    images = sum(len(manifest.subsets[subset]) for subset in trained_subsets(config.data))
     trains_norms = config.optim.epochs and not (config.model.freeze or config.model.freeze_norm)
     smallest = min(config.augment.train_sizes, default=built.preprocessing.size)
     if trains_norms and min(config.optim.batch_size, images) == 1 and norms_single_values(built.model, smallest):
@@ -167,13 +198,15 @@ def _write(job: Job, resume: bool, overwrite: bool) -> None:
     if overwrite:
         run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
     run.write_json("split.json", job.manifest.to_json())
-    model = {"init_source": job.built.init_source, "init_hash": job.built.init_hash}
-    run.write_json("env.json", {"world": job.world.describe(), "model": model, **environment(kernels, job.world)})
+    start: dict[str, Any] = {"model": {"init_source": job.built.init_source, "init_hash": job.built.init_hash}}
+    if job.teachers:
+        start["teachers"] = list(job.teachers.hashes)
+    run.write_json("env.json", {"world": job.world.describe(), **start, **environment(kernels, job.world)})
     run.write_json("config.json", to_dict(job.config))
 
 
 def elsewhere(config: TrainConfig, runs: str) -> TrainConfig:
-    """``config`` with its run below ``runs``, such as a temporary folder; its teachers are found where they are."""
+    """``config`` with its run below ``runs``, such as a temporary folder; its teachers stay where they are."""
     teachers = tuple(str(open_run(name, config.runs).path.resolve()) for name in config.optim.teacher)
     return dataclasses.replace(config, runs=runs, optim=dataclasses.replace(config.optim, teacher=teachers))
 
@@ -189,8 +222,8 @@ def make_manifest(index: Index, config: DataConfig) -> splits.Manifest:
     skipped = cache.unreadable(index.root, index.paths) if config.skip_bad_images else {}
     if config.split:
         manifest = splits.read_split(Path(config.split))
-        held = {path for paths in manifest.subsets.values() for path in paths}
-        if bad := sorted(held & set(skipped)):
+        used = {path for paths in manifest.subsets.values() for path in paths}
+        if bad := sorted(used & set(skipped)):
             raise Refused(
                 f"{config.split} holds the unreadable image {escaped(bad[0])}; repair it or leave --split out"
             )
@@ -207,19 +240,6 @@ def make_manifest(index: Index, config: DataConfig) -> splits.Manifest:
         print(f"Left out {len(skipped)} unreadable image(s), recorded in split.json: {names}")
         manifest = dataclasses.replace(manifest, options={**manifest.options, "skipped": sorted(skipped)})
     return manifest
-
-
-def check_same(run: Run, config: TrainConfig) -> None:
-    """Raises Refused naming the settings of ``config`` that would change the numbers of ``run``; names are none."""
-    recorded = run.config()
-    changed = differences(recorded, config)
-    if config.data.split and config.data.split != recorded.data.split:  # another file may hold the same split
-        changed += ["data.split"] if splits.read_split(Path(config.data.split)).hash() != split_of(run) else []
-    if changed:
-        raise Refused(
-            f"--resume cannot change {', '.join(changed)} of {config.exp}; "
-            "leave these flags out, or train under another --exp"
-        )
 
 
 def _uses_kernels(config: TrainConfig, world: World) -> bool:

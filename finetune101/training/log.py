@@ -1,4 +1,4 @@
-"""Epoch records into TensorBoard events, beside everything else that a run writes."""
+"""Records of epochs -> TensorBoard events in the folder of the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TAGS = {
 def log(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Passes ``records`` on, each written to the run's TensorBoard events, by epoch.
 
-    Where events cannot be written, one line says so and the training goes on: they hold nothing that is not elsewhere.
+    Where events cannot be written, one line says so and the training goes on: metrics.jsonl holds the same numbers.
     """
     writer: SummaryWriter | None = None
     left = iter(records)

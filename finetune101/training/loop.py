@@ -1,59 +1,34 @@
-"""Training: ``fit`` takes a job from ``prepare`` and yields one record per epoch."""
+"""Training: ``fit`` takes a job of ``training.job`` and yields one record per epoch."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from finetune101.config import TrainConfig, to_dict
-from finetune101.data.batches import batches_of, epoch_order, eval_batches, mix, step_count, train_batches
-from finetune101.data.cache import Images
-from finetune101.data.splits import Manifest
+from finetune101.config import to_dict
+from finetune101.data.batches import mix, step_count
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import read_checkpoint
-from finetune101.evaluation.forward import logits
 from finetune101.evaluation.metrics import calibrate
 from finetune101.fast import fast_layers
 from finetune101.files import checked, parse_json
-from finetune101.machine import World
-from finetune101.models.build import Built
 from finetune101.models.weights import read_by_torch
-from finetune101.run import Run, save_checkpoint, save_state
+from finetune101.run import save_checkpoint, save_state
 from finetune101.schemas import Record
-from finetune101.training import probe
-from finetune101.training.distill import Teachers
 from finetune101.training.forecast import Forecast
+from finetune101.training.job import Job
 from finetune101.training.optim import factor, optimizer, set_rates
-
-Batches = Iterator[tuple[torch.Tensor, torch.Tensor, int]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that one training needs, put together by ``training.prepare``."""
-
-    config: TrainConfig
-    run: Run
-    world: World
-    manifest: Manifest
-    images: Images
-    built: Built
-    teachers: Teachers | None = None
-    notes: tuple[str, ...] = ()
-    """Lines on the images for the user: what was found, what is left out."""
-    lock: ExitStack = field(default_factory=ExitStack)
-    """Keeps other processes out of the run; ``fit`` closes it at its end."""
+from finetune101.training.probe import fit_head
+from finetune101.training.sources import Batches, FeatureBatches, ImageBatches
 
 
 class Diverged(Refused):
@@ -70,71 +45,41 @@ class Trainer:
             fast_layers(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
         self.wrapped = self.model
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if job.config.optim.ema else None
+        self.average = ModelEmaV3(self.model).requires_grad_(False) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
-        self.validated: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None  # of the best epoch
+        self.val_outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logits and labels of the last validation
+        self.best_outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # those of the best epoch
         self.forecast = Forecast()
-        held = ("train", "val") if job.config.data.fit_on == "train+val" else ("train",)
-        self.paths = [path for subset in held for path in job.manifest.subsets[subset]]
-        self.labels = [label for subset in held for label in job.manifest.labels(subset)]
-        self.validates = len(held) == 1 and bool(job.manifest.subsets["val"])
+        self.paths, self.labels = job.trained_on
         self.steps_per_epoch = step_count(len(self.paths), job.config.optim.batch_size)
+        source = FeatureBatches if job.config.model.cached_features else ImageBatches
+        self.source = source(job, self.paths, self.labels)
 
     def probe(self) -> dict[str, Any]:
         """Sets the head to the best linear one on frozen features: the record of epoch 0."""
         started, job = time.perf_counter(), self.job
         train, penalties = (self.paths, self.labels), job.config.model.probe_l2
-        val = (job.manifest.subsets["val"], job.manifest.labels("val")) if self.validates else None
-        fast = job.config.system.fast_kernels
+        val = (job.manifest.subsets["val"], job.manifest.labels("val")) if job.validates else None
+        fast, result = job.config.system.fast_kernels, {}
         with job.world.first():  # it may take longer than a process may be silent
-            found = (
-                probe.fit_head(job.built, job.images, train, val, penalties, job.world, fast)
-                if job.world.writes
-                else {}
-            )
-        found = job.world.same_everywhere(self.model, found)
+            if job.world.writes:
+                result = fit_head(job.built, job.images, train, val, penalties, job.world, fast)
+        result = job.world.same_everywhere(self.model, result)
         if self.average:
-            self.average.load_state_dict(self.model.state_dict())
-        seconds = time.perf_counter() - started + found.pop("unpaid")
-        record = {"epoch": 0, "step": 0, **found, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
+            self.average.set(self.model)
+        seconds = time.perf_counter() - started + result.pop("unpaid")
+        record = {"epoch": 0, "step": 0, **result, "lr_head": 0.0, "lr_backbone": 0.0, "seconds": round(seconds, 3)}
         return record | {"images_per_s": round(len(self.paths) / seconds, 2)} | self.validate(epoch=0)
 
     @property
-    def shown(self) -> torch.nn.Module:
+    def saved_model(self) -> torch.nn.Module:
         """The model that is validated and saved: the average where there is one."""
-        return self.average or self.model
+        return self.average.module if self.average else self.model
 
     def wrap(self) -> None:
         """Makes all processes train one model, and gives every one the weights of the first."""
-        self.wrapped = self.job.world.wrap(self.model)
-
-    def batches(self, epochs: Iterable[int]) -> Batches:
-        """Inputs and labels of these epochs' steps, and the number of images that all processes have of each."""
-        config = self.job.config
-        return train_batches(
-            self.job.images,
-            self.paths,
-            self.labels,
-            batch_size=config.optim.batch_size,
-            config=config.augment,
-            world=self.job.world,
-            seed=config.system.seed,
-            epochs=((number, config.augment.size_at(number, config.optim.epochs)) for number in epochs),
-        )
-
-    def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of this process's share of the validation images."""
-        job = self.job
-        paths, labels = job.manifest.subsets["val"], job.manifest.labels("val")
-        share = job.world.share(len(paths))
-        if not paths[share]:  # more processes than images
-            return torch.empty(0, len(job.manifest.classes)), torch.empty(0, dtype=torch.int64)
-        batches = eval_batches(
-            job.images, paths[share], labels[share], batch_size=job.config.optim.batch_size, world=job.world
-        )
-        return logits(self.shown, batches, job.world, fast=job.config.system.fast_kernels)
+        self.wrapped = self.source.trained(self.model)
 
     def train_mode(self) -> None:
         """Dropout on, batch norms learning; frozen ones stay as they are."""
@@ -160,7 +105,7 @@ class Trainer:
             # ranks hold unequal parts of the last batch: weight the loss so that DDP's mean is the mean over images
             output, _ = self.step(x, target, own * world.size / total, max(own, 1))
             if self.average:
-                move_towards(self.average, self.model, o.ema, step)
+                self.average.apply_update_(self.model, average_decay(o.ema, step))
             step += 1
             counted = slice(max(own, 1))
             plain = F.cross_entropy(output[counted].float(), target[counted])  # not smoothed, as validation's
@@ -180,7 +125,7 @@ class Trainer:
             "train_top1": 100 * float(sums[1]) / len(self.paths),
             "lr_head": rates["lr_head"],
             "lr_backbone": rates.get("lr_backbone", 0.0),
-            "seconds": round(seconds, 3),
+            "seconds": round(seconds + (self.source.seconds if epoch == 1 else 0.0), 3),
             "images_per_s": round(len(self.paths) / seconds, 2),
         }
 
@@ -218,11 +163,11 @@ class Trainer:
     def validate(self, epoch: int) -> dict[str, Any]:
         """Loss and top-1 accuracy (percent) on the validation images; None without any, or where none is due."""
         o = self.job.config.optim
-        if not self.validates or (epoch % o.val_every and epoch < o.epochs):
+        if not self.job.validates or (epoch % o.val_every and epoch < o.epochs):
             return {"val_loss": None, "val_top1": None, "val_seconds": 0.0}
         job, world, started = self.job, self.job.world, time.perf_counter()
-        world.same_buffers(self.shown)
-        self.validated = output, target = self.val_logits()
+        world.same_buffers(self.saved_model)
+        self.val_outputs = output, target = self.source.val_logits(self.saved_model)
         sums = torch.stack(
             [
                 F.cross_entropy(output, target, reduction="sum").double(),
@@ -243,13 +188,15 @@ class Trainer:
         """Adds the record, saves the best weights when they are, then the state to resume from."""
         earlier = [_score(r) for r in self.records if r["val_top1"] is not None]
         scored = record["val_top1"] is not None
-        record["best"] = not self.validates or (scored and all(_score(record) > score for score in earlier))
-        if not self.validates:
+        record["best"] = not self.job.validates or (scored and all(_score(record) > score for score in earlier))
+        if not self.job.validates:
             if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters()):
                 raise _not_finite("the weights are not finite after step", record["step"])
             for older in self.records:
                 older["best"] = False
         self.records.append(record)
+        if record["best"]:
+            self.best_outputs = self.val_outputs
         if not self.job.world.writes:
             return record
         if not self.job.run.has("config.json"):
@@ -270,18 +217,25 @@ class Trainer:
             "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
             "epoch": str(record["epoch"]),
         }
-        self.kept = self.validated
-        save_checkpoint(self.job.run.best, self.shown.state_dict(), info)
+        save_checkpoint(self.job.run.best, self.saved_model.state_dict(), info)
 
     def calibrate(self) -> None:
-        """Adds to the best weights the temperature that the validation images have; else ``evaluate`` finds it.
+        """Adds the temperature of the validation images (``metrics.calibrate``) to the best weights.
 
-        Of a resumed run whose best epoch was earlier, and of several processes, no process has all outputs.
+        Nothing is added where this training has not validated the best epoch: without validation images, and where a
+        resumed run had its best epoch before. ``evaluate`` then looks for the temperature.
         """
-        if self.kept is not None and self.job.world.size == 1:
-            tensors, info = read_checkpoint(self.job.run.best)
-            temperature = calibrate(*self.kept).temperature
-            save_checkpoint(self.job.run.best, tensors, {**info, "temperature": f"{temperature:.6f}"})
+        if self.best_outputs is None:
+            return
+        job, (output, target) = self.job, self.best_outputs
+        shares = job.world.gathered((output, target))
+        if not job.world.writes:
+            return
+        outputs, labels = (interleaved([share[part] for share in shares]) for part in (0, 1))
+        result = calibrate(outputs, labels)
+        tensors, info = read_checkpoint(job.run.best)
+        info["temperature"] = f"{result.temperature:.6f}"
+        save_checkpoint(job.run.best, tensors, info | ({"temperature_reason": result.reason} if result.reason else {}))
 
     def _save_last(self, epoch: int) -> None:
         state = {
@@ -289,7 +243,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
+            "average": self.average.module.state_dict() if self.average else None,
             "records": json.dumps(self.records),
         }
         save_state(self.job.run.last, state)
@@ -313,7 +267,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if self.average:
-                self.average.load_state_dict(state["average"])
+                self.average.module.load_state_dict(state["average"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise Refused(f"cannot resume from {file} (it does not hold what this run needs); {remedy}") from error
         self.records = records
@@ -322,53 +276,20 @@ class Trainer:
         return epoch
 
 
-def move_towards(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
-    """Makes ``average`` the exponential moving average of the weights and buffers of ``model`` after ``step`` (from 0).
+def average_decay(decay: float, step: int) -> float:
+    """The share of the old average that ``step`` (from 0) keeps: ``decay``, but less at the start.
 
-    The start is forgotten sooner: the decay grows from 1/10 as (1 + step) / (10 + step).
+    It grows from 1/10 as (1 + step) / (10 + step), so that the random start is forgotten sooner.
     """
-    ours, theirs = (list(module.state_dict().values()) for module in (average, model))
-    floats = [[tensor for tensor in side if tensor.is_floating_point()] for side in (ours, theirs)]
-    torch._foreach_lerp_(floats[0], floats[1], 1 - min(decay, (1 + step) / (10 + step)))
-    for old, new in zip(ours, theirs, strict=True):
-        if not old.is_floating_point():
-            old.copy_(new)
+    return min(decay, (1 + step) / (10 + step))
 
 
-class HeadTrainer(Trainer):
-    """Trains the output layer on features that were computed once: 10 epochs of 6,000 images take a second."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        held = [*self.paths, *(job.manifest.subsets["val"] if self.validates else ())]
-        started = time.perf_counter()
-        x, unpaid = probe.features(job.built, job.images, held, job.world, job.config.system.fast_kernels)
-        self.feature_seconds = time.perf_counter() - started + unpaid
-        self.x, self.x_val = x.to(job.world.device).split([len(self.paths), len(held) - len(self.paths)])
-        self.y = torch.tensor(self.labels, device=job.world.device)
-
-    def train_epoch(self, epoch: int, batches: Batches, bar: tqdm[Any]) -> dict[str, Any]:
-        """One pass over the features; computing them is a part of what the first one costs."""
-        record = super().train_epoch(epoch, batches, bar)
-        if epoch == 1:
-            record["seconds"] = round(record["seconds"] + self.feature_seconds, 3)
-        return record
-
-    def wrap(self) -> None:
-        """The output layer alone sees features."""
-        self.wrapped = self.job.built.output_layer
-
-    def batches(self, epochs: Iterable[int]) -> Batches:
-        """Features in the order that the images would have."""
-        for epoch in epochs:
-            order, _ = epoch_order(len(self.x), self.job.config.system.seed, epoch)
-            for chosen in batches_of(order.to(self.x.device), self.job.config.optim.batch_size):
-                yield self.x[chosen], self.y[chosen], len(chosen)
-
-    def val_logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of the validation images."""
-        head = self.shown.get_submodule(self.job.built.head.rstrip("."))
-        return logits(head, [(self.x_val, torch.tensor(self.job.manifest.labels("val")))], self.job.world)
+def interleaved(shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows (N, ...) of which ``World.share`` gave every process its part: ``shares``, by rank."""
+    whole = shares[0].new_empty(sum(map(len, shares)), *shares[0].shape[1:])
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole
 
 
 def _score(record: dict[str, Any]) -> tuple[float, float]:
@@ -381,7 +302,7 @@ def _not_finite(what: str, step: int) -> Diverged:
 
 
 def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
-    """Trains ``job`` from where its run stands to the last epoch; yields the record of each epoch (see ``runs``).
+    """Trains ``job`` from where its run stands to the last epoch; yields a ``schemas.Record`` per epoch.
 
     Raises Diverged when the loss is no longer finite, Refused when a checkpoint cannot be written, the run's folder is
     gone or another process is lost; what was saved before stays. Other processes may work on the run afterwards.
@@ -393,7 +314,7 @@ def fit(job: Job, *, quiet: bool = False) -> Iterator[dict[str, Any]]:
 def _epochs(job: Job, quiet: bool) -> Iterator[dict[str, Any]]:
     if job.world.device.type == "cuda":
         torch.backends.cudnn.deterministic = True
-    trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)
+    trainer = Trainer(job)
     done, epochs = trainer.load_last(), job.config.optim.epochs
     if job.config.model.head == "probe" and not trainer.records:
         yield trainer.finish_epoch(trainer.probe())
@@ -406,11 +327,11 @@ def _epochs(job: Job, quiet: bool) -> Iterator[dict[str, Any]]:
         disable=quiet or not job.world.writes,
         dynamic_ncols=True,
     ) as bar:
-        batches = trainer.batches(range(done + 1, epochs + 1))
+        batches = trainer.source.train(range(done + 1, epochs + 1))
         for epoch in range(done + 1, epochs + 1):
             record = trainer.train_epoch(epoch, batches, bar)
             record = trainer.finish_epoch(record | trainer.validate(epoch))
             bar.set_postfix_str(f"epoch {epoch}/{epochs}")
             yield record
-        if not quiet and job.world.writes:  # searches need none, and a study's test finds it
+        if not quiet:  # a search needs no temperature, and the test of a study's run finds it
             trainer.calibrate()

@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from finetune101.errors import Refused
-from finetune101.training.loop import HeadTrainer, Job, Trainer
+from finetune101.training.job import Job
+from finetune101.training.loop import Trainer
 from finetune101.training.optim import set_rates
 
 SMOOTHING = 0.9  # of the loss that is judged: about the last ten steps
@@ -49,22 +50,22 @@ def range_test(job: Job, low: float = 1e-5, high: float = 10.0, steps: int = 100
         rates, losses = _curve(job, low, high, steps)
     result = judge(rates, losses, stopped=len(rates) < steps)
     if job.config.model.head == "probe":
-        told = "; found from a random output layer, as the probe's leaves no loss to fall"
-        result = dataclasses.replace(result, reason=result.reason + told)
+        note = "; found from a random output layer, as the probe's leaves no loss to fall"
+        result = dataclasses.replace(result, reason=result.reason + note)
     return result
 
 
 def _curve(job: Job, low: float, high: float, steps: int) -> tuple[list[float], list[float]]:
     """Rates of the output layer and smoothed losses at them, up to where the loss explodes."""
     o = job.config.optim
-    trainer = HeadTrainer(job) if job.config.model.cached_features else Trainer(job)
+    trainer = Trainer(job)
     trainer.wrap()
     torch.manual_seed(job.config.system.seed)  # dropout
     trainer.train_mode()
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0
-    batches = trainer.batches(1 + n % o.epochs for n in itertools.count())
+    batches = trainer.source.train(1 + n % o.epochs for n in itertools.count())
     for step, (x, y, _) in enumerate(tqdm(itertools.islice(batches, steps), total=steps, unit="step", desc="lr-find")):
         rate = low * (high / low) ** (step / (steps - 1))
         set_rates(trainer.optimizer, rate / o.lr)

@@ -24,12 +24,12 @@ from finetune101.machine import World
 from finetune101.models.build import Built, state_hash
 
 BATCH = 64  # images per forward pass
-FUSED = "fused 4"  # the version of evaluation/fused, whose features differ by rounding
+FUSED = "fused 4"  # the version of fast/inference.py, whose features differ by rounding
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
 
-def check(built: Built, penalties: Sequence[float], validates: bool) -> None:
+def check_linear(built: Built, penalties: Sequence[float], validates: bool) -> None:
     """Raises Refused when the network does not end in a linear layer, or nothing can choose between penalties."""
     if not isinstance(built.output_layer, nn.Linear):
         raise Refused("this network does not end in a linear layer; take --head random or another --model")
@@ -51,16 +51,16 @@ def fit_head(
     Multinomial logistic regression on standardised features of whole images, by L-BFGS (Liu & Nocedal, 1989), for each
     of the L2 ``penalties``; the one with the highest validation accuracy is kept, of equals the one with the lowest
     validation loss. Returns what the record of the run shows, and ``unpaid`` (see ``Features``), which is for its
-    seconds. ``check`` says what it cannot work with.
+    seconds. ``check_linear`` refuses the networks that this cannot work with.
     """
     head = built.output_layer
     assert isinstance(head, nn.Linear)
-    shown = [*train[0], *(val[0] if val else ())]
-    both, unpaid = features(built, images, shown, world, fast)
-    x, x_val = both.split([len(train[0]), len(shown) - len(train[0])])
+    paths = [*train[0], *(val[0] if val else ())]
+    both, unpaid = features(built, images, paths, world, fast)
+    x, x_val = both.split([len(train[0]), len(paths) - len(train[0])])
     y = torch.tensor(train[1])
     mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    found, solution = [], None
+    heads, solution = [], None
     standard = (x - mean) / std
     for l2 in sorted(penalties, reverse=True):  # from strong to weak, each from the solution before
         solution = solve(standard, y, head.out_features, l2, solution)
@@ -70,8 +70,8 @@ def fit_head(
         if val:
             output, target = F.linear(x_val, weight, bias), torch.tensor(val[1])
             score = float((output.argmax(1) == target).float().mean()), -float(F.cross_entropy(output, target))
-        found.append((score, l2, weight, bias))
-    _, l2, weight, bias = max(found, key=lambda one: one[0])
+        heads.append((score, l2, weight, bias))
+    _, l2, weight, bias = max(heads, key=lambda head: head[0])
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
@@ -113,7 +113,7 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     """What the head of ``built.model`` sees of the whole images ``paths``, kept in the cache folder.
 
     The seconds that computing took are kept beside them: a run that finds them has the same cost as the run that
-    computed them, whether it read them in a moment or waited for another process. ``fast`` allows ``evaluation.fused``.
+    computed them, whether it read them in a moment or waited for another process. ``fast`` allows fused layers.
     """
     started = time.perf_counter()
     model = copy.deepcopy(built.model).eval()

@@ -18,7 +18,7 @@ from finetune101.data.batches import to_input
 from finetune101.data.decode import decode
 from finetune101.deploy import predict
 from finetune101.evaluation.checkpoint import FROZEN, open_network
-from finetune101.evaluation.predictions import named
+from finetune101.evaluation.predictions import name_in_cell
 from finetune101.machine import World
 from finetune101.models.build import build
 from finetune101.run import Run
@@ -211,8 +211,8 @@ def test_names_are_printed_without_control_characters_or_bytes():
     table = predict.as_csv(STRANGE)
     assert "\x1b" not in table and table.encode("utf-8")
     row = next(csv.DictReader(io.StringIO(table)))
-    assert row["class_1"].startswith("'=") and named(row["class_1"]) == STRANGE[0]["predictions"][0][0]
-    assert named(row["path"]) == STRANGE[0]["path"]
+    assert row["class_1"].startswith("'=") and name_in_cell(row["class_1"]) == STRANGE[0]["predictions"][0][0]
+    assert name_in_cell(row["path"]) == STRANGE[0]["path"]
     assert json.loads(predict.as_json(STRANGE, []))["predictions"][0]["path"] == STRANGE[0]["path"]
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from finetune101.config import to_dict
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import calibrated, described, load_file, open_file
+from finetune101.evaluation.checkpoint import described, load_file, open_file
 from finetune101.files import sha256, write_json
 from finetune101.models.build import build
 from finetune101.models.table import lookup
@@ -112,14 +112,16 @@ def test_a_temperature_beside_the_checkpoint_counts_for_its_weights_only(
 ) -> None:
     file = tmp_path / "best.safetensors"
     save_file(state, file, metadata())
-    info = load_file(file)[1]
-    assert calibrated(file, info) is None
+    assert open_file(file).temperature is None and "holds no temperature" in open_file(file).temperature_reason
     write_json(tmp_path / "temperature.json", {"weights": sha256(file), "temperature": 1.5})
-    assert calibrated(file, info) == 1.5
+    assert open_file(file).temperature == 1.5 and open_file(file).checkpoint_hash == sha256(file)
     save_file(state, file, metadata(epoch="4"))
-    assert calibrated(file, info) is None
+    assert open_file(file).temperature is None and "other weights" in open_file(file).temperature_reason
     save_file(state, file, metadata(temperature="0.5"))
-    assert calibrated(file, load_file(file)[1]) == 0.5
+    assert open_file(file).temperature == 0.5
+    save_file(state, file, metadata(temperature="1", temperature_reason="9 are too few"))
+    assert (open_file(file).temperature, open_file(file).temperature_reason) == (1.0, "9 are too few")
+    save_file(state, file, metadata())
     (tmp_path / "temperature.json").write_text('{"weights": 1}')
     with pytest.raises(Refused):
-        calibrated(file, info)
+        open_file(file)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune101.cli.main import score_text
 from finetune101.config import TrainConfig
 from finetune101.errors import Refused
 from finetune101.evaluation.ensemble import ensemble, mean_log_probabilities
 from finetune101.evaluation.evaluate import evaluate
+from finetune101.evaluation.result import score_text
 from finetune101.run import Run
 from finetune101.training.job import prepare
 from finetune101.training.loop import fit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from finetune101.cli.main import main
 from finetune101.config import DataConfig, SystemConfig, TrainConfig
 from finetune101.data import splits
 from finetune101.errors import Refused
+from finetune101.evaluation import evaluate as evaluation
 from finetune101.evaluation.checkpoint import open_network, read_checkpoint, world_of
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.evaluation.forward import Forward
@@ -136,6 +138,56 @@ def test_a_run_of_before_gets_its_temperature_at_its_test(
     assert evaluate(run)["temperature"] == 2
     assert main(["predict", str(run.path), photo]) == 0
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fit_on", ["train", "train+val"])
+def test_what_is_said_of_a_temperature(small: TrainConfig, fit_on: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known when the training ends, with its reason where it is 1; never where nothing was kept from training."""
+    data = dataclasses.replace(small.data, fit_on=fit_on)
+    job = prepare(dataclasses.replace(small, data=data, optim=dataclasses.replace(small.optim, epochs=1)))
+    list(fit(job))
+    photo = str(next(Path(str(small.data.root)).glob("*/*.jpg")))
+    capsys.readouterr()
+    for _ in range(2):  # before and after the test
+        network = open_network(job.run)
+        assert main(["predict", str(job.run.path), photo]) == 0
+        errors = capsys.readouterr().err
+        if fit_on == "train":
+            assert network.temperature == 1 and not errors
+            assert evaluate(job.run)["temperature_reason"] == "6 validation images are too few to find a temperature"
+        else:
+            assert network.temperature is None and "trained on its validation images" in errors
+            assert "no validation images were kept" in evaluate(job.run)["temperature_reason"]
+    assert not job.run.has("temperature.json")
+
+
+def test_checkpoints_of_before_say_why_their_temperature_is_one(small: TrainConfig) -> None:
+    run = trained(small)
+    state, info = read_checkpoint(run.best)
+    save_file(state, run.best, {**info, "temperature": "1.000000"})  # without the reason
+    assert evaluate(run)["temperature_reason"] == "6 validation images are too few to find a temperature"
+
+
+def test_a_temperature_is_kept_for_the_weights_that_were_scored(
+    small: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process overwrites the run meanwhile."""
+    run = trained(small)
+    scored = run.best.read_bytes()
+    real = evaluation.scores
+
+    def overwrite(*arguments: object) -> object:
+        spoil(run, 7.0)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "scores", overwrite)
+        evaluate(run)
+    assert run.best.read_bytes() != scored
+    assert run.read_json("temperature.json")["weights"] == hashlib.sha256(scored).hexdigest()
+    assert open_network(run).temperature is None
+    run.best.write_bytes(scored)
+    assert open_network(run).temperature == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -92,28 +92,28 @@ def test_equal_networks_differ_by_nothing():
 def test_crossed_by_hand():
     # two runs x four images: the difference per image is 1/2, 1, 0, 1/2
     a, b = [[1, 1, 0, 1], [0, 1, 0, 1]], [[0, 0, 0, 1], [0, 0, 0, 0]]
-    found = metrics.crossed(a, b)
-    assert found.difference == pytest.approx(50)
-    assert found.images_sd**2 == pytest.approx(np.var([50, 100, 0, 50], ddof=1) / 4)
+    result = metrics.crossed(a, b)
+    assert result.difference == pytest.approx(50)
+    assert result.images_sd**2 == pytest.approx(np.var([50, 100, 0, 50], ddof=1) / 4)
     # each arm: runs 75 and 50 %, variance 312.5; residuals +-12.5 and +-37.5 points give 1250 / 3 x 1/1 ... / 4 images
     rest = 100**2 * (2 * (0.375**2) + 6 * 0.125**2) / 3
-    assert found.runs_sd**2 == pytest.approx(2 * max(0, 312.5 - rest / 4) / 2)
-    assert found.interval[0] < 50 < found.interval[1]
+    assert result.runs_sd**2 == pytest.approx(2 * max(0, 312.5 - rest / 4) / 2)
+    assert result.interval[0] < 50 < result.interval[1]
 
 
 def test_crossed_of_runs_that_differ_by_hand():
     # arm a: one run all right, the other all wrong, so images explain none of its variance; arm b never differs
     a, b = [[1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 1], [0, 0, 0, 1]]
-    found = metrics.crossed(a, b)
+    result = metrics.crossed(a, b)
     images, runs = np.var([50, 50, 50, -50], ddof=1) / 4, np.var([100, 0], ddof=1) / 2
-    assert found.difference == pytest.approx(25)
+    assert result.difference == pytest.approx(25)
     assert (images, runs) == (625, 2500)
-    assert (found.images_sd**2, found.runs_sd**2) == pytest.approx((images, runs))
+    assert (result.images_sd**2, result.runs_sd**2) == pytest.approx((images, runs))
     df = (images + runs) ** 2 / (images**2 / 3 + runs**2 / 1)
-    assert found.df == pytest.approx(df)
+    assert result.df == pytest.approx(df)
     half = stats.t.ppf(0.975, df) * (images + runs) ** 0.5
-    assert found.interval == pytest.approx((25 - half, 25 + half))
-    assert found.p == pytest.approx(2 * stats.t.sf(25 / (images + runs) ** 0.5, df))
+    assert result.interval == pytest.approx((25 - half, 25 + half))
+    assert result.p == pytest.approx(2 * stats.t.sf(25 / (images + runs) ** 0.5, df))
 
 
 def test_crossed_needs_two_runs_and_takes_equal_ones():
@@ -150,8 +150,8 @@ def drawn(images, scale, classes=5, seed=0):
 
 
 def test_calibration_is_kept_where_it_helps():
-    found = metrics.calibrate(*drawn(2000, 3.0))
-    assert found.temperature == pytest.approx(3, rel=0.1) and not found.reason
+    result = metrics.calibrate(*drawn(2000, 3.0))
+    assert result.temperature == pytest.approx(3, rel=0.1) and not result.reason
     assert metrics.calibrate(*drawn(2000, 0.5)).temperature == pytest.approx(0.5, rel=0.1)
 
 
@@ -165,21 +165,21 @@ def test_calibration_that_does_not_help_is_left_out():
         drawn(6, 3.0),  # too few
         (torch.zeros(50, 5), right),  # says nothing
     ):
-        found = metrics.calibrate(logits, labels)
-        assert found.temperature == 1 and found.reason
+        result = metrics.calibrate(logits, labels)
+        assert result.temperature == 1 and result.reason
 
 
 def test_a_temperature_never_makes_validation_worse():
     kept = 0
     for seed in range(40):
         logits, labels = drawn(60, 1.0 + seed % 4 / 4, seed=seed)
-        found = metrics.calibrate(logits, labels)
+        result = metrics.calibrate(logits, labels)
         errors = [
-            metrics.ece(metrics.reliability(*metrics.confidences(logits, t, labels))) for t in (1, found.temperature)
+            metrics.ece(metrics.reliability(*metrics.confidences(logits, t, labels))) for t in (1, result.temperature)
         ]
-        losses = [metrics.cross_entropy(logits / t, labels) for t in (1, found.temperature)]
-        assert errors[1] <= errors[0] and losses[1] <= losses[0] and 0.1 < found.temperature < 10
-        kept += found.temperature != 1
+        losses = [metrics.cross_entropy(logits / t, labels) for t in (1, result.temperature)]
+        assert errors[1] <= errors[0] and losses[1] <= losses[0] and 0.1 < result.temperature < 10
+        kept += result.temperature != 1
     assert 0 < kept < 40
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune101.evaluation.predictions import cell, named, read_rows, write_pair
+from finetune101.evaluation.predictions import cell, name_in_cell, read_rows, write_pair
 
 NAMES = [
     "=cmd|' /C calc'!A1",
@@ -29,16 +29,16 @@ NAMES = [
 
 @given(st.text(st.characters(exclude_categories=[])) | st.sampled_from(NAMES))
 def test_every_name_comes_back(name: str) -> None:
-    shown = cell(name)
-    assert named(shown) == name
-    assert shown[:1] not in ("=", "+", "-", "@") or not shown
-    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in shown)
-    shown.encode("utf-8")
+    text = cell(name)
+    assert name_in_cell(text) == name
+    assert text[:1] not in ("=", "+", "-", "@") or not text
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
+    text.encode("utf-8")
 
 
 def test_files_of_before_are_read_as_they_are() -> None:
     for name in ("BACKGROUND/image_0001.jpg", "-x/1.jpg", "'s/1.jpg", "a b/ü.jpg"):
-        assert named(name) == name
+        assert name_in_cell(name) == name
 
 
 def test_a_table_comes_back(tmp_path: Path) -> None:

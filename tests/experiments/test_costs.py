@@ -10,11 +10,11 @@ from written_runs import as_by_the_first_version, write_run
 from finetune101.experiments import costs
 from finetune101.experiments.costs import features_cached
 from finetune101.recipes import RECIPES
-from finetune101.report import compare
-from finetune101.report.compare_text import comparison_text
-from finetune101.report.groups import open_group
-from finetune101.report.page import Page
-from finetune101.report.pages import _compared
+from finetune101.reports import compare
+from finetune101.reports.compare_text import comparison_text
+from finetune101.reports.groups import open_group
+from finetune101.reports.page import Page
+from finetune101.reports.pages import _compared
 from finetune101.run import Run
 
 GAIN = Path(__file__).parents[2] / "results" / "study_gain" / "efficientnet_lite0"

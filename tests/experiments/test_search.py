@@ -15,7 +15,7 @@ from finetune101.experiments import space
 from finetune101.experiments.queue import Plan
 from finetune101.experiments.search import dry_run, picture_name, run_search
 from finetune101.experiments.trials import read_trials
-from finetune101.report.figures import draw_curves
+from finetune101.reports.figures import draw_curves
 from finetune101.run import Run
 from finetune101.training.job import prepare
 from finetune101.training.loop import fit

@@ -25,7 +25,7 @@ from finetune101.evaluation.evaluate import evaluate
 from finetune101.experiments import study as experiment
 from finetune101.experiments.settings import StudyConfig
 from finetune101.recipes import scratch
-from finetune101.report import groups, pages
+from finetune101.reports import groups, pages
 from finetune101.run import Run
 from finetune101.training.job import prepare
 from finetune101.training.loop import fit

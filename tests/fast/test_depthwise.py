@@ -14,8 +14,8 @@ import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from finetune101.fast.depthwise import Depthwise, fast_depthwise, tune_allocator
-from finetune101.fast.kernels import compiled
+from finetune101.fast import compiled, tune_allocator
+from finetune101.fast.depthwise import Depthwise, fast_depthwise
 
 CHANNELS = 8  # too narrow for the kernels; WIDE suits them
 WIDE = 32
@@ -179,7 +179,7 @@ def test_allocator_is_tuned_on_glibc_only() -> None:
     """In a process of its own, as the setting lasts; large tensors still come and go, in threads as well."""
     code = (
         "import torch, concurrent.futures as f\n"
-        "from finetune101.fast.depthwise import tune_allocator\n"
+        "from finetune101.fast import tune_allocator\n"
         "done = tune_allocator()\n"
         "pool = f.ThreadPoolExecutor(2)\n"
         "total = sum(pool.map(lambda n: torch.ones(n, 2**20).sum().item(), [1, 40, 2, 40]))\n"

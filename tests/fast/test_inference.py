@@ -13,8 +13,8 @@ from torch import nn
 
 from finetune101.config import SystemConfig
 from finetune101.evaluation.forward import Forward
-from finetune101.fast.depthwise import fast_layers
-from finetune101.fast.inference import FusedConv2d, fold_batch_norm, fuse, fused_copy
+from finetune101.fast import fast_layers, fused_copy
+from finetune101.fast.inference import FusedConv2d, fold_batch_norm, fuse
 from finetune101.machine import detect
 
 IMAGES = torch.randn(5, 3, 75, 64, generator=torch.Generator().manual_seed(0))

@@ -282,10 +282,10 @@ def test_size_moves_both_sizes_and_refuses_what_cannot_work() -> None:
 
 
 def test_foreign_checkpoint_keeps_its_head(tmp_path: Path) -> None:
-    theirs = torchvision.models.resnet18(num_classes=5)
-    torch.save(theirs.state_dict(), tmp_path / "x_best.pth")
+    original = torchvision.models.resnet18(num_classes=5)
+    torch.save(original.state_dict(), tmp_path / "x_best.pth")
     model, num_classes = load_foreign(tmp_path / "x_best.pth")
-    assert num_classes == 5 and state_hash(model) == state_hash(theirs)
+    assert num_classes == 5 and state_hash(model) == state_hash(original)
     with pytest.raises(ValueError, match=r"does not fit squeezenet1_1: classifier\.1\.bias is missing"):
         load_foreign(tmp_path / "x_best.pth", "squeezenet1_1")
 

@@ -44,10 +44,10 @@ def test_preprocessing_is_that_of_the_weights(name: str) -> None:
     assert isinstance(entry.weights, table.Torchvision)
     weights = torchvision.models.get_weight(entry.weights.name)
     assert weights in torchvision.models.get_model_weights(name)
-    theirs, ours = weights.transforms(), entry.preprocessing
-    assert theirs.crop_size == [ours.size] and ours.cache_size == ours.size
-    assert (tuple(theirs.mean), tuple(theirs.std)) == (ours.mean, ours.std)
-    assert theirs.interpolation.value == ours.interpolation
+    published, own = weights.transforms(), entry.preprocessing
+    assert published.crop_size == [own.size] and own.cache_size == own.size
+    assert (tuple(published.mean), tuple(published.std)) == (own.mean, own.std)
+    assert published.interpolation.value == own.interpolation
 
 
 @pytest.mark.parametrize(("name", "size"), [("efficientnet_lite0", 224), ("efficientnet_lite2", 260)])

@@ -68,8 +68,8 @@ def test_wrappers_come_off(kind: str, state: State, tmp_path: Path, capsys: pyte
     model = build("squeezenet1_1", 7, weights=str(file)).model.state_dict()
     for key, value in model.items():
         assert key.startswith("classifier.1.") or torch.equal(value, state[key])
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) <= 2 and all("wrapped.pth" in line for line in told) and (told or kind == "state_dict")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 2 and all("wrapped.pth" in line for line in lines) and (lines or kind == "state_dict")
     whole, classes = load_foreign(file, "squeezenet1_1")
     assert classes == 1000 and all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from finetune101.cli.main import main
+from finetune101.evaluation.checkpoint import open_network
 from finetune101.run import Run
 from finetune101.training.job import prepare
 from finetune101.training.loop import Trainer
@@ -38,7 +40,8 @@ def command(data: Path, folder: Path, processes: int, *more: str) -> list[str]:
 
 def train(data: Path, folder: Path, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
     words = command(data, folder, processes, *FLAGS.split(), *more)
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    environment = ENVIRONMENT | {"FINETUNE101_CACHE": str(folder / "cache")}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -47,13 +50,22 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_numbers(tiny_data: Path, tmp_path: Path) -> None:
-    """Without batch norm, on a number of images that 3 processes cannot share evenly."""
-    runs = {}
+    """Without batch norm, on a number of images that 3 processes cannot share evenly, one of them unreadable.
+
+    The first process alone decodes and prints; the temperature is that of all validation images.
+    """
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    (data / "ball/broken.jpg").write_bytes(b"no image")
+    runs, temperatures = {}, {}
     for processes in (1, 3):
-        done = train(tiny_data, tmp_path / str(processes), processes)
+        done = train(data, tmp_path / str(processes), processes, "--skip-bad-images")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("epoch   2/2") == 1  # one process speaks
+        for line in ("Left out 1 unreadable image", "Decoding 36 images once", "epoch   2/2"):
+            assert done.stdout.count(line) == 1, line
         runs[processes] = records(tmp_path / str(processes))
+        temperatures[processes] = open_network(Run(tmp_path / str(processes) / "run")).temperature
+    assert temperatures[1] is not None and temperatures[3] == pytest.approx(temperatures[1], rel=1e-2)
     for one, several in zip(runs[1], runs[3], strict=True):
         for key in ("train_loss", "train_top1", "val_loss", "val_top1"):
             assert several[key] == pytest.approx(one[key], rel=2e-4), key
@@ -94,12 +106,12 @@ def test_batch_norm_and_the_probe_in_two_processes(tiny_data: Path, tmp_path: Pa
 
 def processes_of(parent: int) -> list[int]:
     """The children of the process ``parent``."""
-    found = []
+    children = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             words = file.read_text().rsplit(")", 1)[1].split()
-            found += [int(file.parent.name)] if int(words[1]) == parent and words[0] != "Z" else []
-    return sorted(found)
+            children += [int(file.parent.name)] if int(words[1]) == parent and words[0] != "Z" else []
+    return sorted(children)
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 180) -> None:

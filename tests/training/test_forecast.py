@@ -23,12 +23,12 @@ def test_the_time_left_is_told_early_and_changes_no_number(
     silent = list(fit(prepare(config), quiet=True))
     assert "to go" not in capsys.readouterr().out
     epochs = fit(prepare(config, overwrite=True))
-    told = [next(epochs)]
+    loud = [next(epochs)]
     out = capsys.readouterr().out
-    told += list(epochs)
+    loud += list(epochs)
     assert len(re.findall(r"^About \d+ (seconds?|minutes) to go", out, flags=re.MULTILINE)) == 1
     assert "to go" not in capsys.readouterr().out  # once
-    for one, other in zip(silent, told, strict=True):
+    for one, other in zip(silent, loud, strict=True):
         assert {k: v for k, v in one.items() if k not in TIMES} == {k: v for k, v in other.items() if k not in TIMES}
 
 

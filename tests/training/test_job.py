@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -15,18 +16,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune101.cli.main import main
 from finetune101.config import TrainConfig
 from finetune101.demo.dataset import draw
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import read_checkpoint
 from finetune101.files import process_space
+from finetune101.models.build import build
 from finetune101.run import Run
 from finetune101.training import job as preparing
 from finetune101.training.job import LOCK, elsewhere, prepare
 from finetune101.training.log import log
 from finetune101.training.loop import Diverged, Trainer, fit
-from finetune101.training.resume import differences
+from finetune101.training.resume import changed_settings, check_same, differences, is_same, split_of
 
 
 def change(config: TrainConfig, part: str, **values: Any) -> TrainConfig:
@@ -77,8 +81,8 @@ def test_a_run_at_work_is_left_alone(small: TrainConfig, how: dict[str, bool]) -
         prepare(change(small, "system", seed=3) if not how.get("resume") else small, **how)
     assert files(Path(small.runs) / "small") == before
     list(epochs)
-    ours, theirs = (Run(Path(small.runs) / name).metrics() for name in ("small", "alone"))
-    assert [r["train_loss"] for r in ours] == [r["train_loss"] for r in theirs]
+    records, expected = (Run(Path(small.runs) / name).metrics() for name in ("small", "alone"))
+    assert [r["train_loss"] for r in records] == [r["train_loss"] for r in expected]
     assert not (Path(small.runs) / "small" / LOCK).exists() and alone.last.is_file()
     list(fit(prepare(small, resume=True), quiet=True))  # and now it is free
 
@@ -115,14 +119,14 @@ def test_a_dead_owner_is_taken_over_at_once(run: Run) -> None:
 
 def test_a_run_that_another_process_made_meanwhile(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both saw no run; the one that was slower finds the other's."""
-    build = preparing.build
+    build_network = preparing.build_network
 
     def slowly(*words: Any, **named: Any) -> Any:
-        monkeypatch.setattr(preparing, "build", build)
+        monkeypatch.setattr(preparing, "build_network", build_network)
         train(small)
-        return build(*words, **named)
+        return build_network(*words, **named)
 
-    monkeypatch.setattr(preparing, "build", slowly)
+    monkeypatch.setattr(preparing, "build_network", slowly)
     with pytest.raises(Refused, match="exists"):
         prepare(change(small, "system", seed=3))
     assert Run(Path(small.runs) / "small").config().system.seed == 0
@@ -155,8 +159,8 @@ def test_a_renamed_and_moved_run_goes_on(small: TrainConfig, tmp_path: Path, mon
     assert "--exp new --runs" in Run(tmp_path / "elsewhere/new").stopped()
     words = ["train", "--exp", "new", "--runs", "elsewhere", "--data", "photos", "--resume"]
     assert main(words) == 0
-    ours, theirs = Run(tmp_path / "elsewhere/new").metrics(), whole.metrics()
-    assert [r["train_loss"] for r in ours] == [r["train_loss"] for r in theirs]
+    records, expected = Run(tmp_path / "elsewhere/new").metrics(), whole.metrics()
+    assert [r["train_loss"] for r in records] == [r["train_loss"] for r in expected]
 
 
 def test_what_makes_two_runs_the_same(small: TrainConfig) -> None:
@@ -173,6 +177,41 @@ def test_the_file_of_another_split_is_refused(run: Run, tmp_path: Path) -> None:
     other = train(change(dataclasses.replace(moved(run), exp="other"), "data", split_seed=7))
     with pytest.raises(Refused, match="split"):
         prepare(change(moved(run), "data", split=str(other.path / "split.json")), resume=True)
+
+
+def test_weights_and_teachers_count_by_their_content(run: Run, small: TrainConfig, tmp_path: Path) -> None:
+    """Moved files make no other run, changed ones do."""
+    shutil.copytree(run.path, tmp_path / "moved/teacher")
+    weights = [tmp_path / name for name in ("first.pth", "second.safetensors", "other.pth")]
+    state = build("squeezenet1_1", 1000, pretrain=False, size=32).model.state_dict()
+    torch.save(state, weights[0])
+    save_file(state, weights[1])
+    torch.save({name: value + 1 for name, value in state.items()}, weights[2])
+    base = change(small, "model", pretrain=True, weights=str(weights[0]))
+    student = prepare(change(base, "optim", teacher=(str(run.path),))).run
+    teachers = student.read_json("env.json")["teachers"]
+    assert teachers == ["sha256:" + hashlib.sha256(run.best.read_bytes()).hexdigest()]
+
+    def again(start: Path, teacher: Path) -> TrainConfig:
+        return change(change(base, "model", weights=str(start)), "optim", teacher=(str(teacher),))
+
+    same = again(weights[1], tmp_path / "moved/teacher")
+    assert changed_settings(student, same) == [] and is_same(student, same, split_of(student))
+    assert prepare(same, resume=True).config == dataclasses.replace(same, data=student.config().data)
+    assert changed_settings(student, again(weights[2], run.path)) == ["model.weights"]
+    with pytest.raises(Refused, match="there is no weights file"):
+        check_same(student, again(tmp_path / "none.pth", run.path))
+    tensors, info = read_checkpoint(run.best)
+    save_file({name: value * 2 for name, value in tensors.items()}, tmp_path / "moved/teacher/best.safetensors", info)
+    with pytest.raises(Refused, match=r"--resume cannot change model\.weights, optim\.teacher of small"):
+        check_same(student, again(weights[2], tmp_path / "moved/teacher"))
+    shutil.copyfile(tmp_path / "moved/teacher/best.safetensors", run.best)
+    with pytest.raises(Refused, match=r"the weights of a teacher of .* have changed"):
+        prepare(again(weights[0], run.path), resume=True)
+    recorded = student.read_json("env.json")
+    student.write_json("env.json", {key: value for key, value in recorded.items() if key != "teachers"})
+    assert changed_settings(student, same) == ["optim.teacher"]  # runs of before: by the name
+    prepare(again(weights[0], run.path), resume=True)
 
 
 def test_a_run_elsewhere_finds_its_teachers(run: Run, tmp_path: Path) -> None:
@@ -252,17 +291,18 @@ def test_a_run_goes_on_without_the_kernels_it_began_with(run: Run, capsys: pytes
     prepare(moved(run), resume=True)
     assert capsys.readouterr().err == ""
     run.write_json("env.json", {**recorded, "machine": {**recorded["machine"], "kernels": not kernels}})
-    for told in (1, 0):
+    for lines in (1, 0):
         prepare(moved(run), resume=True)
-        assert len(capsys.readouterr().err.splitlines()) == told
+        assert len(capsys.readouterr().err.splitlines()) == lines
     assert run.read_json("env.json")["machine"]["kernels"] == "in part"
 
 
 def test_a_process_without_validation_images(small: TrainConfig) -> None:
     """6 images validate and the seventh process has none: it adds nothing to the sums, and waits for nobody."""
     job = prepare(small)
-    shares = [Trainer(dataclasses.replace(job, world=dataclasses.replace(job.world, rank=rank, size=8))).val_logits()
-              for rank in (0, 7)]  # fmt: skip
+    worlds = [dataclasses.replace(job.world, rank=rank, size=8) for rank in (0, 7)]
+    trainers = [Trainer(dataclasses.replace(job, world=world)) for world in worlds]
+    shares = [trainer.source.val_logits(trainer.model) for trainer in trainers]
     assert [(tuple(output.shape), tuple(labels.shape)) for output, labels in shares] == [((1, 3), (1,)), ((0, 3), (0,))]
     assert float(torch.nn.functional.cross_entropy(*shares[1], reduction="sum")) == 0
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 
 from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
 from finetune101.run import Run
 from finetune101.training.job import prepare
-from finetune101.training.loop import fit, move_towards
+from finetune101.training.loop import average_decay, fit, interleaved
 
 TIMING = ("seconds", "val_seconds", "images_per_s")
 
@@ -60,10 +61,10 @@ def digest(file: Path) -> str:
 
 
 def assert_same_weights(a: Run, b: Run) -> None:
-    ours, theirs = load_file(a.best), load_file(b.best)
-    assert ours.keys() == theirs.keys()
-    for key in ours:
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
+    first, second = load_file(a.best), load_file(b.best)
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
 def test_validation_now_and_then(base: TrainConfig) -> None:
@@ -142,8 +143,9 @@ def test_the_average_is_validated_and_kept(base: TrainConfig) -> None:
 
 
 def test_the_average_forgets_its_start_first_and_then_by_its_decay() -> None:
-    layer, averaged = torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1)
-    expected = averaged.weight.item()
+    layer = torch.nn.BatchNorm1d(1)
+    average = ModelEmaV3(layer)
+    averaged, expected = average.module, 1.0
     for n, value in enumerate([5.0, 3.0, 1.0, 4.0, 2.0] * 12):
         with torch.no_grad():
             layer.weight.fill_(value)
@@ -151,12 +153,18 @@ def test_the_average_forgets_its_start_first_and_then_by_its_decay() -> None:
         layer.num_batches_tracked.fill_(n)
         if n == 0:
             averaged.running_mean.fill_(-expected)
-        move_towards(averaged, layer, 0.8, n)
+        average.apply_update_(layer, average_decay(0.8, n))
         keep = min(0.8, (1 + n) / (10 + n))
         expected = keep * expected + (1 - keep) * value
         assert averaged.weight.item() == pytest.approx(expected, rel=1e-5)
         assert averaged.running_mean.item() == pytest.approx(-expected, rel=1e-5)
         assert averaged.num_batches_tracked.item() == n
+
+
+def test_the_shares_of_processes_are_put_together_in_order() -> None:
+    whole = torch.arange(14).view(7, 2)
+    assert torch.equal(interleaved([whole[rank::3] for rank in range(3)]), whole)
+    assert torch.equal(interleaved([whole[rank::9] for rank in range(9)]), whole)  # two processes have none
 
 
 def test_a_run_stopped_within_an_epoch_resumes_from_the_last_whole_one(base: TrainConfig) -> None:
@@ -226,11 +234,11 @@ def test_overwrite_with_a_mistake_keeps_the_old_run(base: TrainConfig) -> None:
 
 
 def test_a_folder_that_is_no_run_keeps_its_files(base: TrainConfig) -> None:
-    mine = Path(base.runs) / base.exp / "mine.json"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("{}")
+    file = Path(base.runs) / base.exp / "file.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
     prepare(base)
-    assert mine.read_text() == "{}"
+    assert file.read_text() == "{}"
 
 
 def test_train_and_val_together_keep_the_last_epoch(base: TrainConfig) -> None:

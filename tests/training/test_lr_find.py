@@ -19,12 +19,12 @@ from finetune101.training.lr_find import judge, range_test
 def test_rates_grow_evenly_on_a_log_scale_until_the_loss_explodes(small: TrainConfig) -> None:
     # without the dropout of SqueezeNet, whose noise hides on a few images that the loss falls
     model = dataclasses.replace(small.model, name="resnet18")
-    found = range_test(prepare(dataclasses.replace(small, model=model)), 1e-4, 100.0, 40)
-    ratios = [b / a for a, b in zip(found.rates, found.rates[1:], strict=False)]
+    test = range_test(prepare(dataclasses.replace(small, model=model)), 1e-4, 100.0, 40)
+    ratios = [b / a for a, b in zip(test.rates, test.rates[1:], strict=False)]
     assert ratios == pytest.approx([(1e6) ** (1 / 39)] * len(ratios))
-    assert found.rates[0] == pytest.approx(1e-4) and all(math.isfinite(loss) for loss in found.losses)
-    assert found.lowest == found.rates[found.losses.index(min(found.losses))]
-    assert found.suggestion == pytest.approx(found.lowest / 10) and f"{found.suggestion:.2g}" in found.reason
+    assert test.rates[0] == pytest.approx(1e-4) and all(math.isfinite(loss) for loss in test.losses)
+    assert test.lowest == test.rates[test.losses.index(min(test.losses))]
+    assert test.suggestion == pytest.approx(test.lowest / 10) and f"{test.suggestion:.2g}" in test.reason
 
 
 def test_the_same_job_gives_the_same_curve(small: TrainConfig) -> None:
@@ -37,8 +37,8 @@ def test_the_same_job_gives_the_same_curve(small: TrainConfig) -> None:
     [([4, 3, 2, 1, 2], False, "from there it grows"), ([5, 4, 3, 2], True, "grows"), ([4, 3, 2, 1], False, "too low")],
 )
 def test_what_a_curve_says(losses: list[float], stopped: bool, said: str) -> None:
-    found = judge([10.0**n for n in range(len(losses))], losses, stopped=stopped)
-    assert found.suggestion == 100.0 and said in found.reason
+    test = judge([10.0**n for n in range(len(losses))], losses, stopped=stopped)
+    assert test.suggestion == 100.0 and said in test.reason
 
 
 def test_it_starts_from_a_random_output_layer(small: TrainConfig) -> None:

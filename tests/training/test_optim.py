@@ -41,13 +41,13 @@ def rates(sgd: SGD) -> dict[str, float]:
 @pytest.mark.parametrize(("step_size", "gamma"), [(10, 0.5), (30, 0.1), (1, 0.9), (4, 1.0)])
 def test_step_is_torchs_steplr(step_size: int, gamma: float) -> None:
     settings = config(epochs=40, step_size=step_size, gamma=gamma, lr=0.01)
-    ours, theirs = optimizer(Net(), "fc.", settings), optimizer(Net(), "fc.", settings)
-    scheduler = StepLR(theirs, step_size=step_size, gamma=gamma)
+    own, reference = optimizer(Net(), "fc.", settings), optimizer(Net(), "fc.", settings)
+    scheduler = StepLR(reference, step_size=step_size, gamma=gamma)
     for epoch in range(settings.optim.epochs):
         for step in range(epoch * STEPS, (epoch + 1) * STEPS):
-            set_rates(ours, factor(settings.optim, step, STEPS))
-            assert rates(ours) == pytest.approx(rates(theirs), rel=1e-12)
-        theirs.step()  # as the original: once per epoch, after its steps
+            set_rates(own, factor(settings.optim, step, STEPS))
+            assert rates(own) == pytest.approx(rates(reference), rel=1e-12)
+        reference.step()  # as the original: once per epoch, after its steps
         scheduler.step()
 
 
@@ -86,22 +86,22 @@ def test_the_whole_step_is_that_of_the_original() -> None:
     """Ten steps as the original writes them, with torch's own scheduler, move the parameters to the same place."""
     torch.manual_seed(0)
     ours = Net()
-    theirs = Net()
-    theirs.load_state_dict(ours.state_dict())
+    expected = Net()
+    expected.load_state_dict(ours.state_dict())
     settings = config(epochs=10, step_size=3, gamma=0.5, lr=0.1, weight_decay=1e-2)
     sgd = optimizer(ours, "fc.", settings)
-    groups = [{"params": theirs.fc.parameters(), "lr": 0.1}, {"params": theirs.body.parameters(), "lr": 0.01}]
+    groups = [{"params": expected.fc.parameters(), "lr": 0.1}, {"params": expected.body.parameters(), "lr": 0.01}]
     reference = SGD(groups, momentum=0.9, weight_decay=1e-2)
     scheduler = StepLR(reference, step_size=3, gamma=0.5)
     x, y = torch.randn(8, 4), torch.randint(3, (8,))
     for step in range(10):
         set_rates(sgd, factor(settings.optim, step, 1))
-        for model, update in ((ours, sgd), (theirs, reference)):
+        for model, update in ((ours, sgd), (expected, reference)):
             update.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             update.step()
         scheduler.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for a, b in zip(ours.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 

@@ -19,7 +19,7 @@ from finetune101.data.decode import Unreadable, opened
 from finetune101.data.images import class_of, find_data
 from finetune101.errors import Refused
 from finetune101.evaluation.tested import Answer, is_inside
-from finetune101.report.groups import Tested
+from finetune101.reports.groups import Tested
 
 THUMBNAIL = 150  # px, the longer side of an example image
 EXAMPLES = 12  # images of a gallery

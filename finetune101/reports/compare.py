@@ -19,8 +19,8 @@ from scipy import stats
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.redaction import redacted
-from finetune101.report.figures import ARMS
-from finetune101.report.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, shortened, with_costs
+from finetune101.reports.figures import ARMS
+from finetune101.reports.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, shortened, with_costs
 from finetune101.run import Run
 
 

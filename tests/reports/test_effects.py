@@ -11,7 +11,7 @@ import pytest
 
 from finetune101.experiments.replay import Curve, dropped, replay
 from finetune101.experiments.trials import Trials
-from finetune101.report import effects
+from finetune101.reports import effects
 
 
 def made(noise: float = 0.0, interaction: float = 0.0) -> Trials:

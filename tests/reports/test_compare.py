@@ -7,8 +7,8 @@ import pytest
 from written_runs import write_run
 
 from finetune101.evaluation import metrics
-from finetune101.report import compare, groups
-from finetune101.report.compare_text import comparison_text
+from finetune101.reports import compare, groups
+from finetune101.reports.compare_text import comparison_text
 from finetune101.run import Run
 
 

@@ -15,11 +15,11 @@ from finetune101.evaluation import metrics
 from finetune101.evaluation.tested import evaluate_command, is_inside
 from finetune101.models.table import lookup
 from finetune101.redaction import redacted
-from finetune101.report import compare, figures, groups, mistakes
-from finetune101.report.compare import Arm, Comparison
-from finetune101.report.compare_text import arm_notes
-from finetune101.report.groups import Group, Tested
-from finetune101.report.page import Cell, Name, Page, file_stem, minutes, number, percent, spread, words
+from finetune101.reports import compare, figures, groups, mistakes
+from finetune101.reports.compare import Arm, Comparison
+from finetune101.reports.compare_text import arm_notes
+from finetune101.reports.groups import Group, Tested
+from finetune101.reports.page import Cell, Name, Page, file_stem, minutes, number, percent, spread, words
 from finetune101.run import Run, open_run
 
 Cells = Sequence[dict[str, Any]]  # of a study: one per network, arm and size

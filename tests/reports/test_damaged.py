@@ -13,8 +13,8 @@ import pytest
 from written_runs import write_run
 
 from finetune101.errors import Refused
-from finetune101.report import compare, pages
-from finetune101.report.compare_text import comparison_text
+from finetune101.reports import compare, pages
+from finetune101.reports.compare_text import comparison_text
 from finetune101.run import Run
 
 GONE = object()

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune101.errors import escaped
-from finetune101.report.compare import Arm, ClassGain, Comparison
-from finetune101.report.page import read_words
+from finetune101.reports.compare import Arm, ClassGain, Comparison
+from finetune101.reports.page import read_words
 
 
 def comparison_text(c: Comparison) -> str:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from finetune101.report import figures
-from finetune101.report.figures import BLUE, VERMILION
+from finetune101.reports import figures
+from finetune101.reports.figures import BLUE, VERMILION
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from finetune101.errors import Refused
 from finetune101.experiments.space import text
 from finetune101.experiments.trials import Trials, read_trials
-from finetune101.report import effects
-from finetune101.report.effects import EARLY, Variance
-from finetune101.report.figures import BLUE, GREY, VERMILION, plot_style, save_figure
-from finetune101.report.page import Name, Page, number, words
+from finetune101.reports import effects
+from finetune101.reports.effects import EARLY, Variance
+from finetune101.reports.figures import BLUE, GREY, VERMILION, plot_style, save_figure
+from finetune101.reports.page import Name, Page, number, words
 
 ACCURACY = "validation accuracy (%)"
 UNITS = {"lr": "lr (learning rate)", "batch_size": "batch_size (images)", "step_size": "step_size (epochs)"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from finetune101.report.search_page import write_search_report
+from finetune101.reports.search_page import write_search_report
 
 RECORD = {
     "train_loss": 1.0, "train_top1": 50.0, "lr_head": 0.01, "lr_backbone": 0.001, "images_per_s": 10.0,

@@ -16,9 +16,9 @@ from written_runs import write_run
 from finetune101.cli.main import main
 from finetune101.errors import Refused
 from finetune101.evaluation.tested import Answer
-from finetune101.report import groups, mistakes
-from finetune101.report.page import TEMPLATES, Name, Page, words
-from finetune101.report.pages import _details
+from finetune101.reports import groups, mistakes
+from finetune101.reports.page import TEMPLATES, Name, Page, words
+from finetune101.reports.pages import _details
 from finetune101.run import Run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
