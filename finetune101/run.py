@@ -41,6 +41,19 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def __repr__(self) -> str:
+        if not self.has("config.json"):
+            return f"Run({self.path}: not begun)"
+        settings, records = self.config(), self.metrics()
+        best = next((record for record in reversed(records) if record["best"]), None)
+        score = f", validation top-1 {best['val_top1']:.2f} %" if best and best["val_top1"] is not None else ""
+        epoch = f"best epoch {best['epoch']} of {settings.optim.epochs}" if best else "no epoch finished"
+        return f"Run({self.path}: {settings.model.name}, recipe {settings.recipe}, {epoch}{score})"
+
+    def _repr_png_(self) -> bytes | None:
+        """The curves of loss and accuracy, for notebooks."""
+        return (self.path / "curves.png").read_bytes() if self.has("curves.png") else None
+
     @property
     def name(self) -> str:
         """The run's name: its folder's."""

@@ -1,4 +1,4 @@
-"""The short help of a verb with many flags: the most used ones; ``--help-all`` lists every flag in groups."""
+"""The help of a verb: its most used flags; ``--help-all`` lists every flag in groups."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import dataclasses
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
 
 from finetune101.config import flag_of
 from finetune101.errors import bare
@@ -32,34 +34,59 @@ MOST_USED = {
 }  # fmt: skip
 """Verb -> the flags that its short help shows, the first ones first."""
 WIDTH = 100
+POSITIONAL = "positional"
+
+
+GROUPS = {
+    "": "Flags", "data": "Data", "augment": "Augmentation", "model": "Network", "optim": "Optimisation",
+    "system": "Machine",
+}  # fmt: skip
+"""Part of the settings -> the title of its flags in the long help."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FlagHelp:
-    """One flag of a verb: its name, what it takes, its default and what it does."""
+    """One flag of a verb: its name, what it takes, its default, what it does, and the part of the settings it is of."""
 
     name: str
     takes: str
     default: Any
     about: str
+    part: str = ""
 
 
-def short_help(verb: Callable[..., int], prog: str, defaults: dict[str, Any]) -> str:
-    """The usage of ``verb`` with its most used flags; "" for a verb that has few flags."""
-    names = MOST_USED.get(verb.__name__.removesuffix("_as_original"))
-    if names is None:
-        return ""
-    every = {flag.name: flag for flag in flags_with_help(verb, defaults)}
+def verb_help(verb: Callable[..., int], prog: str, defaults: dict[str, Any], *, every: bool) -> str:
+    """The help of ``verb``: its most used flags, or ``every`` flag in groups."""
+    flags = {flag.name: flag for flag in flags_with_help(verb, defaults)}
+    positional = [name for name, flag in flags.items() if flag.part == POSITIONAL]
+    usage = " ".join([prog, *(name.upper() for name in positional), "[FLAGS]"])
     about = inspect.getdoc(verb) or ""
-    lines = [f"usage: {prog} [FLAGS]", "", about.split("\n\nArgs:")[0], "", "The most used flags:"]
-    for flag in (every[name] for name in names):
-        word = f"--{flag.name.replace('_', '-')}" + (f" {flag.takes}" if flag.takes else "")
-        if flag.default is True:
-            word = f"--no-{flag.name.replace('_', '-')}"
-        plain = isinstance(flag.default, str | int | float | tuple) and flag.default not in (False, True, (), "")
-        ending = f" Default: {_as_typed(flag.default)}." if plain and "Default" not in flag.about else ""
-        lines += _entry(word, flag.about + ending)
-    return "\n".join([*lines, "", f"{prog} --help-all lists all {len(every)} flags."])
+    lines = [f"usage: {usage}", "", about.split("\n\nArgs:")[0]]
+    if positional:
+        lines += ["", *(line for name in positional for line in _entry(name.upper(), _about(flags[name])))]
+    names = MOST_USED.get(verb.__name__.removesuffix("_as_original"))
+    if names and not every:
+        lines += ["", "The most used flags:", *_listed(flags[name] for name in names)]
+        return "\n".join([*lines, "", f"{prog} --help-all lists all {len(flags)} flags."])
+    for part, title in GROUPS.items():
+        if own := [flag for flag in flags.values() if flag.part == part]:
+            lines += ["", f"{title}:", *_listed(own)]
+    return "\n".join(lines)
+
+
+def _listed(flags: Iterable[FlagHelp]) -> list[str]:
+    lines = []
+    for flag in flags:
+        name = flag.name.replace("_", "-")
+        word = f"--[no-]{name}" if flag.default is True else f"--{name} {flag.takes}".rstrip()
+        lines += _entry(word, _about(flag))
+    return lines
+
+
+def _about(flag: FlagHelp) -> str:
+    """What a flag does, and its default."""
+    plain = isinstance(flag.default, str | int | float | tuple) and flag.default not in (False, True, (), "")
+    return f"{flag.about} Default: {_as_typed(flag.default)}." if plain and "Default" not in flag.about else flag.about
 
 
 def _entry(word: str, about: str) -> list[str]:
@@ -70,28 +97,29 @@ def _entry(word: str, about: str) -> list[str]:
 
 
 def flags_with_help(verb: Callable[..., int], defaults: dict[str, Any]) -> Iterator[FlagHelp]:
-    """Every flag of ``verb``, those of its settings included."""
+    """Every flag of ``verb``, those of its settings included; arguments without a flag are of the part POSITIONAL."""
     texts = _argument_texts(inspect.getdoc(verb) or "")
     parameters = inspect.signature(verb).parameters
     for name, hint in get_type_hints(verb, include_extras=True).items():
-        if name == "return":
+        if name == "return" or tyro.conf.Suppress in getattr(hint, "__metadata__", ()):
             continue
         value = defaults.get(name, parameters[name].default)
         if dataclasses.is_dataclass(bare(hint)):
-            yield from _flags_of_settings(bare(hint), value)
+            yield from _flags_of_settings(bare(hint), value, "")
         else:
-            yield FlagHelp(flag_of(name, hint), _takes(hint), value, texts.get(name, ""))
+            is_flag = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            yield FlagHelp(flag_of(name, hint), _takes(hint), value, texts.get(name, ""), "" if is_flag else POSITIONAL)
 
 
-def _flags_of_settings(kind: Any, values: Any) -> Iterator[FlagHelp]:
+def _flags_of_settings(kind: Any, values: Any, part: str) -> Iterator[FlagHelp]:
     texts = _field_texts(kind)
     defaults = {field.name: field.default for field in dataclasses.fields(kind)}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         value = getattr(values, name, defaults[name])
         if dataclasses.is_dataclass(bare(hint)):
-            yield from _flags_of_settings(bare(hint), value)
+            yield from _flags_of_settings(bare(hint), value, name)
         else:
-            yield FlagHelp(flag_of(name, hint), _takes(hint), value, texts.get(name, ""))
+            yield FlagHelp(flag_of(name, hint), _takes(hint), value, texts.get(name, ""), part)
 
 
 def _takes(hint: Any) -> str:

@@ -48,7 +48,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   cache      list or clear the folder of decoded images and features
   demo       all of it on a small drawn data set
 
-finetune101 --version tells the version; --debug before a verb shows the traceback of every error.
+finetune101 --version tells the version; --debug before a verb shows the traceback of every error;
+source <(finetune101 --completion) completes verbs and flags in bash and, after bashcompinit, in zsh.
 """
 
 
@@ -62,6 +63,11 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0
     if words[0] == "--version":
         print(f"finetune101 {finetune101.__version__}")
+        return 0
+    if words[0] == "--completion":
+        from finetune101.cli.completion import completion_script
+
+        print(completion_script(VERBS, DATA_VERBS))
         return 0
     if words[0] not in verbs:
         near = difflib.get_close_matches(words[0], verbs, n=1)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
-from finetune101.cli.help import short_help
+from finetune101.cli.help import verb_help
 from finetune101.config import TrainConfig, check_name, fitted, flag_of, read_recipe
 from finetune101.errors import Refused, bare, shortened
 from finetune101.recipes import from_recipe, usual
@@ -45,12 +45,7 @@ class Beginning:
 def call(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") -> int:
     """Calls ``verb`` with the arguments that ``argv`` gives; ``model`` is the network of the original's scripts."""
     if asked := next((word for word in argv if word in HELP), None):
-        defaults = _defaults(verb, argv, model)
-        if asked != "--help-all" and (text := short_help(verb, prog, defaults)):
-            print(text)
-            return 0
-        with contextlib.suppress(SystemExit):  # tyro's way to end after its help
-            parse(verb, ["--help"], prog=prog, defaults=defaults)
+        print(verb_help(verb, prog, _defaults(verb, argv, model), every=asked == "--help-all"))
         return 0
     positional, named = arguments(verb, argv, prog=prog, model=model)
     return verb(*positional, **named)
@@ -115,7 +110,7 @@ def parse(
     flags = flags_of(verb)
     for word in argv:
         flag = word.split("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in flags and flag != "--help":
+        if flag.startswith("--") and flag not in flags:
             near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
             raise Refused(f"unknown argument {word}; {hint}")

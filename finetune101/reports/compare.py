@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy import stats
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.redaction import redacted
-from finetune101.reports.figures import ARMS
+from finetune101.reports.figures import ARMS, draw_comparison
 from finetune101.reports.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, shortened, with_costs
 from finetune101.run import Run
 
@@ -134,6 +135,21 @@ class Comparison:
     over_splits: tuple[float, float] | None
     mcnemar: tuple[Pair, ...]
     classes: tuple[ClassGain, ...]
+
+    def __repr__(self) -> str:
+        from finetune101.reports.compare_text import comparison_text
+
+        return comparison_text(self)
+
+    def _repr_png_(self) -> bytes:
+        """Test accuracy of both arms with intervals, for notebooks."""
+        arms = [
+            {"name": arm.name, "curve": [], "top1": arm.top1, "interval": arm.top1_interval,
+             "runs": [run.top1 for run in arm.runs]}
+            for arm in (self.a, self.b)
+        ]  # fmt: skip
+        with TemporaryDirectory() as folder:
+            return draw_comparison(arms, Path(folder) / "test.png", self.over).read_bytes()
 
     @property
     def interval(self) -> tuple[float, float]:

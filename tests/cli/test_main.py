@@ -16,6 +16,7 @@ import pytest
 import torchvision
 from safetensors.torch import load_file, save_file
 
+import finetune101
 from finetune101.cli.main import DATA_VERBS, VERBS, main
 from finetune101.recipes import usual_scratch
 from finetune101.run import Run
@@ -62,7 +63,7 @@ def test_the_short_help_has_the_most_used_flags_and_the_long_one_has_all(capsys:
     for flag in ("--help", "--help-all"):
         main(["train", flag])
         helps.append(capsys.readouterr().out)
-    assert all("--epochs" in text and "--no-pretrain" in text for text in helps)
+    assert all("--epochs" in text and "--[no-]pretrain" in text for text in helps)
     assert ["--gamma" in text for text in helps] == [False, True]
     assert len(helps[0].splitlines()) < 40
 
@@ -72,6 +73,28 @@ def test_the_list_of_verbs(words: list[str], capsys: pytest.CaptureFixture[str])
     assert main(words) == 0
     out = capsys.readouterr().out
     assert all(f"  {name}" in out for name in ("data", *VERBS))
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"finetune101 {finetune101.__version__}\n"
+
+
+def test_debug_shows_the_traceback_of_a_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["evaluate", str(tmp_path)]
+    assert main(words) == main(["--debug", *words]) == 2
+    assert capsys.readouterr().err.count("Traceback") == 1
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_verbs_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion"]) == 0
+    script = capsys.readouterr().out
+    wanted = {"tr": "train", "train --epo": "--epochs", "data ver": "verify", "data show --per": "--per-class"}
+    for words, completed in wanted.items():
+        ask = f"COMP_WORDS=(finetune101 {words}); COMP_CWORD={len(words.split())}; _finetune101; echo ${{COMPREPLY[@]}}"
+        shell = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
+        assert shell.stdout.split() == [completed]
 
 
 def test_train_writes_the_whole_run(runs: Path) -> None:

@@ -1,0 +1,139 @@
+"""The interface from Python: what its names do, and that a mistake is one sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import finetune101 as ft
+from finetune101.evaluation.predictions import read_rows
+from finetune101.run import Run
+
+TINY = {"epochs": 1, "batch_size": 8, "size": 64, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    runs = tmp_path_factory.mktemp("runs")
+    return ft.train(tiny_data, exp="mine", recipe="finetune_fast", runs=runs, **TINY)
+
+
+def test_the_interface_is_complete_and_light() -> None:
+    code = (
+        "import sys, finetune101 as ft; print(*(n for n in ft.__all__ if not hasattr(ft, n)), 'torch' in sys.modules)"
+    )
+    light = "import sys, finetune101; print('torch' in sys.modules, 'tyro' in sys.modules)"
+    outputs = [
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True) for c in (light, code)
+    ]
+    assert [one.stdout.split() for one in outputs] == [["False", "False"], ["True"]]
+    with pytest.raises(AttributeError, match="no attribute"):
+        ft.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_report_is_the_function_whatever_was_imported() -> None:
+    import finetune101.reports.pages  # noqa: F401
+
+    assert callable(ft.report)
+
+
+def test_train_evaluate_predict(trained: Run, tiny_data: Path) -> None:
+    assert trained.config().recipe == "finetune_fast" and trained.config().optim.epochs == 1
+    assert "mine" in repr(trained) and trained._repr_png_()[:4] == b"\x89PNG"  # type: ignore[index]
+    evaluation = ft.evaluate(trained)
+    assert evaluation.top1 == pytest.approx(100 * evaluation.correct / evaluation.n)
+    assert "Test accuracy" in repr(evaluation)
+    assert ft.evaluate(str(trained.path), subset="val").subset == "val"
+
+
+def test_every_way_to_name_a_network_gives_the_answers_of_predictions_csv(trained: Run, tiny_data: Path) -> None:
+    ft.evaluate(trained)
+    rows = read_rows(trained.path / "predictions.csv")
+    files = [tiny_data / row["path"] for row in rows]
+    for name in (trained, str(trained.path), trained.path, trained.best):
+        answers = ft.load(name).predict(files)
+        assert isinstance(answers, list)
+        assert [answer.label for answer in answers] == [row["prediction"] for row in rows]
+        shares = [float(row["confidence"]) for row in rows]
+        assert [answer.probability for answer in answers] == pytest.approx(shares, abs=1e-4)
+
+
+def test_files_images_and_arrays_are_one(trained: Run, tiny_data: Path, tmp_path: Path) -> None:
+    network = ft.load(trained)
+    source = Image.open(sorted(tiny_data.rglob("*.jpg"))[0]).convert("RGB")
+    upright, sideways = tmp_path / "a.png", tmp_path / "b.png"
+    source.save(upright)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns it by 90 degrees clockwise
+    source.transpose(Image.Transpose.ROTATE_90).save(sideways, exif=exif)
+    same = network.predict([upright, str(upright), source, np.asarray(source), sideways, Image.open(sideways)])
+    assert isinstance(same, list)
+    assert all(one.classes == same[0].classes for one in same)
+    one = network.predict(upright)
+    assert not isinstance(one, list) and one.source == str(upright) and "data:image/jpeg" in one._repr_html_()
+    assert one.classes == pytest.approx(same[0].classes) or one.label == same[0].label
+    grey = np.full((40, 30), 128, np.uint8)
+    assert ft.predict(network, grey, top_k=1).classes[0][0] in network.classes  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8), 7, "absent.jpg"]
+)
+def test_what_is_no_image_is_refused(trained: Run, image: object) -> None:
+    with pytest.raises(ft.Refused):
+        ft.load(trained).predict(image)  # type: ignore[arg-type]
+
+
+def test_compare_and_report(trained: Run, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ft.evaluate(trained)
+    other = ft.train(tiny_data, exp="other", pretrain=False, recipe="scratch_fast", runs=trained.path.parent, **TINY)
+    ft.evaluate(other)
+    comparison = ft.compare(trained, other, out=tmp_path / "comparison")
+    assert comparison.difference == pytest.approx(ft.evaluate(trained).top1 - ft.evaluate(other).top1)
+    assert repr(comparison) in capsys.readouterr().out and comparison._repr_png_()[:4] == b"\x89PNG"
+    assert ft.report(tmp_path / "comparison", tmp_path / "page").read_text(encoding="utf-8").startswith("<!doctype")
+    assert ft.report(trained, tmp_path / "one", gallery=False).is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"epochz": 1}, "epochs"), ({"lr": "fast"}, "lr"), ({"epochs": -1}, "epochs"), ({"recipe": "x"}, "recipe")],
+)
+def test_a_mistake_is_refused_before_anything_is_written(
+    settings: dict[str, object], word: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ft.Refused, match=word):
+        ft.train(tiny_data, exp="x", runs=tmp_path, **settings)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_name_resume_and_overwrite(trained: Run, tiny_data: Path) -> None:
+    runs = trained.path.parent
+    with pytest.raises(ft.Refused, match="overwrite"):
+        ft.train(tiny_data, exp="mine", runs=runs, **TINY)
+    with pytest.raises(ft.Refused):
+        ft.load("no such run", runs=str(runs))
+
+
+@pytest.mark.slow
+def test_the_example_in_a_notebook(tiny_data: Path, tmp_path: Path) -> None:
+    """Every output is there, and nothing is an error, in the kernel that people use."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    cells = [
+        "import finetune101 as ft",
+        f"run = ft.train({str(tiny_data)!r}, exp='mine', recipe='finetune_fast', epochs=1, size=64, threads=1)\nrun",
+        "ft.evaluate(run).top1",
+        f"ft.load(run).predict({str(sorted(tiny_data.rglob('*.jpg'))[0])!r})",
+        "other = ft.train(run.config().data.root, exp='other', pretrain=False, epochs=1, size=64, threads=1)\n"
+        "ft.evaluate(other)\nft.compare(run, other)",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    kinds = [{kind for output in cell.outputs for kind in output.get("data", {})} for cell in book.cells]
+    assert "image/png" in kinds[1] and "text/html" in kinds[3] and "image/png" in kinds[4]
+    assert 0 <= float(book.cells[2].outputs[-1]["data"]["text/plain"]) <= 100
