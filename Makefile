@@ -41,11 +41,12 @@ lint: env
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
+# a process for each core, each with one thread: two threads that compute wait for each other on a full machine
 test: lint
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
 
 fast: env
-	$(PYTHON) -m pytest -m "not slow and not caltech101"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile -m "not slow and not caltech101"
 
 stress: env
 	$(PYTHON) benchmarks/stress.py --kills 200

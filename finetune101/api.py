@@ -228,8 +228,10 @@ def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> di
     weights that cannot work.
     """
     from finetune101.data.images import index_images, index_notes
-    from finetune101.experiments import study as studies
+    from finetune101.experiments.plan import plan_study, scratch_recipe
     from finetune101.experiments.processes import check_kind
+    from finetune101.experiments.study import estimate, study_text
+    from finetune101.experiments.study import run_study as train_cells
     from finetune101.reports.pages import draw_study
     from finetune101.training.duration import nothing_kept
 
@@ -238,21 +240,21 @@ def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> di
     check_name(study.exp)
     folder = Path(study.runs) / study.exp
     check_kind(folder, "study")
-    study = dataclasses.replace(study, scratch_recipe=studies.scratch_recipe(study, folder))
+    study = dataclasses.replace(study, scratch_recipe=scratch_recipe(study, folder))
     ensure_data(TrainConfig(exp=study.exp, data=DataConfig(root=study.data)))
     layout: Literal["classes", "folders"] = "folders" if study.protocol == "folders" else "classes"
     with nothing_kept() if dry_run else contextlib.nullcontext():
         index = index_images(find_data(study.data), layout, ours=[study.runs])
         for line in index_notes(index):
             print(line)
-        cells = studies.plan(study, index)
-        print(studies.estimate(index, cells, jobs, 10 if dry_run else 15), flush=True)
+        cells = plan_study(study, index)
+        print(estimate(index, cells, jobs, 10 if dry_run else 15), flush=True)
     if "scratch" in study.arms and study.scratch_recipe:
         print(f"Arm scratch: recipe {recipe_line(study.scratch_recipe)}")
     if dry_run:
         return {"cells": []}
-    summary = studies.run(study, index, cells, jobs)
-    print(studies.text(summary))
+    summary = train_cells(study, index, cells, jobs)
+    print(study_text(summary))
     if any(cell["n"] for cell in summary["cells"]):
         for picture in draw_study(folder):
             print(f"Picture: {picture}")

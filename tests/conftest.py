@@ -16,6 +16,11 @@ TINY_CLASSES = ("ball", "box", "stripes")
 IMAGES_PER_CLASS = 12
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: a process for each core that the tests may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips the tests marked caltech101 where the real data set is not at hand."""
     if item.get_closest_marker("caltech101") and not os.environ.get("FINETUNE101_DATA"):

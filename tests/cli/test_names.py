@@ -182,8 +182,8 @@ def test_lists_of_a_study_may_have_commas_and_equals_signs() -> None:
 
 
 def test_a_study_keeps_the_scratch_recipe_it_began_with(here: Path) -> None:
+    from finetune101.experiments.plan import scratch_recipe
     from finetune101.experiments.settings import StudyConfig
-    from finetune101.experiments.study import scratch_recipe
 
     (here / "study.json").write_text(json.dumps({"settings": {"scratch_recipe": "scratch"}, "cells": []}))
     assert scratch_recipe(StudyConfig(exp="s"), here) == "scratch"

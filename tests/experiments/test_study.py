@@ -23,6 +23,7 @@ from finetune101.data.images import Index, index_images
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.experiments import study as experiment
+from finetune101.experiments.plan import plan_study, write_splits
 from finetune101.experiments.settings import StudyConfig
 from finetune101.recipes import scratch
 from finetune101.reports import groups, pages
@@ -55,7 +56,7 @@ def study(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyCon
 
 @pytest.fixture(scope="module")
 def folder(study: StudyConfig, index: Index) -> Path:
-    experiment.run(study, index, experiment.plan(study, index))
+    experiment.run_study(study, index, plan_study(study, index))
     return Path(study.runs) / "s"
 
 
@@ -72,7 +73,7 @@ def test_every_cell_is_trained_and_tested(folder: Path) -> None:
 
 
 def test_a_study_says_where_only_the_output_layer_was_trained(folder: Path) -> None:
-    table = experiment.text(json.loads((folder / "study.json").read_text())).splitlines()
+    table = experiment.study_text(json.loads((folder / "study.json").read_text())).splitlines()
     assert ["frozen backbone in 1" in line for line in table[1:5]] == [True, False, True, False]
     tested = Run(folder / "efficientnet_lite0" / "probe" / "2_per_class" / "split42_seed0").read_json("test.json")
     assert "frozen backbone" in experiment._told(tested)
@@ -92,19 +93,19 @@ def test_sizes_are_nested_and_share_test_images_and_steps(folder: Path) -> None:
 
 def test_a_second_call_trains_nothing(folder: Path, study: StudyConfig, index: Index) -> None:
     times = {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")}
-    cells = experiment.plan(study, index)
+    cells = plan_study(study, index)
     assert all(experiment.is_done(config) for cell in cells for config in cell.runs)
-    experiment.run(study, index, cells)
+    experiment.run_study(study, index, cells)
     assert times == {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")} and len(times) == 4
 
 
 def test_the_estimate_counts_every_run_that_is_left(
     folder: Path, study: StudyConfig, index: Index, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert experiment.estimate(index, experiment.plan(study, index)) == "4 runs, 0 to do."
+    assert experiment.estimate(index, plan_study(study, index)) == "4 runs, 0 to do."
     more = dataclasses.replace(study, seeds=3, models=(*study.models, "squeezenet1_1"), arms=("scratch",))
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    said = experiment.estimate(index, experiment.plan(more, index), budget=0)
+    said = experiment.estimate(index, plan_study(more, index), budget=0)
     assert said.startswith("12 runs, 10 to do. This takes about ") and said.endswith("1 more are guessed.")
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
@@ -112,7 +113,7 @@ def test_the_estimate_counts_every_run_that_is_left(
 def test_other_settings_are_another_study(folder: Path, study: StudyConfig, index: Index) -> None:
     other = dataclasses.replace(study, epochs=2)
     with pytest.raises(ValueError, match="give the study another --exp"):
-        experiment.run(other, index, experiment.plan(other, index))
+        experiment.run_study(other, index, plan_study(other, index))
 
 
 def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: Index) -> None:
@@ -131,7 +132,7 @@ def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: Index)
         ({"epochs": 0}, "--epochs is 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            experiment.plan(dataclasses.replace(study, **change), index)
+            plan_study(dataclasses.replace(study, **change), index)
 
 
 def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
@@ -140,16 +141,16 @@ def test_an_arm_may_take_a_recipe_file_or_a_recipe_with_sizes_of_its_own(
     file = tmp_path / "winner.yaml"
     file.write_text("optim: {epochs: 5, lr: 0.02}\nmodel: {name: alexnet, size: 64, pretrain: true}\n")
     own = dataclasses.replace(study, arms=("scratch",), size=None, epochs=None, train_per_class=())
-    found = experiment.plan(dataclasses.replace(own, scratch_recipe=str(file)), index)[0].runs[0]
+    found = plan_study(dataclasses.replace(own, scratch_recipe=str(file)), index)[0].runs[0]
     assert (found.model.name, found.model.size, found.model.pretrain) == ("efficientnet_lite0", 64, False)
     assert (found.optim.epochs, found.optim.lr) == (5, 0.02)
     recipe = dataclasses.replace(own, scratch_recipe="scratch")
-    found = experiment.plan(recipe, index)[0].runs[0]
+    found = plan_study(recipe, index)[0].runs[0]
     assert (found.model.size, found.augment.train_sizes) == (160, scratch("x").augment.train_sizes)
-    found = experiment.plan(dataclasses.replace(recipe, size=96), index)[0].runs[0]
+    found = plan_study(dataclasses.replace(recipe, size=96), index)[0].runs[0]
     assert (found.model.size, found.model.cache_size, max(found.augment.train_sizes)) == (96, None, 96)
     both = dataclasses.replace(own, arms=("finetune", "scratch"), epochs=3, scratch_epochs=7)
-    assert [cell.runs[0].optim.epochs for cell in experiment.plan(both, index)] == [3, 7]
+    assert [cell.runs[0].optim.epochs for cell in plan_study(both, index)] == [3, 7]
 
 
 def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_the_page_of_an_unfinished_study_says_so(
 ) -> None:
     copy = tmp_path / "s"
     shutil.copytree(folder, copy)
-    summary = experiment.summarise(study, experiment.plan(dataclasses.replace(study, seeds=2), index), {})
+    summary = experiment.summarise(study, plan_study(dataclasses.replace(study, seeds=2), index), {})
     Run(copy).write_json("study.json", summary)
     page = pages.write_report(str(copy), tmp_path / "report").read_text(encoding="utf-8")
     assert "4 of 8 runs are done. Training images per class: 4." in page and ">1 / 2</td>" in page
@@ -175,14 +176,14 @@ def test_the_page_of_an_unfinished_study_says_so(
 
 def test_a_run_that_is_tested_before_its_end_is_not_done(study: StudyConfig, index: Index, tmp_path: Path) -> None:
     own = dataclasses.replace(study, runs=str(tmp_path), arms=("scratch",), train_per_class=(), epochs=2)
-    cells = experiment.plan(own, index)
+    cells = plan_study(own, index)
     job = prepare(cells[0].runs[0])
     next(fit(job, quiet=True))
     with pytest.raises(ValueError, match=r"stands at epoch 1 of 2; go on with: finetune101 train --exp .* --resume"):
         groups.read_tested(job.run)
     evaluate(job.run)
     assert not experiment.is_done(cells[0].runs[0])
-    assert experiment.run(own, index, cells)["cells"][0]["n"] == 1
+    assert experiment.run_study(own, index, cells)["cells"][0]["n"] == 1
     assert experiment.is_done(cells[0].runs[0]) and job.run.stopped() == "" and len(job.run.metrics()) == 2
 
 
@@ -201,11 +202,11 @@ def test_the_page_of_several_networks_compares_the_arms_of_each(folder: Path, tm
 def test_sizes_that_would_change_the_test_images_are_refused(tmp_path: Path, study: StudyConfig) -> None:
     few = dataclasses.replace(study, runs=str(tmp_path))
     index = index_images(Path(str(study.data)))
-    experiment.write_splits(few, index)
+    write_splits(few, index)
     before = {file.name: file.read_bytes() for file in (tmp_path / "s" / "splits").iterdir()}
     more = dataclasses.replace(few, train_per_class=(2, 4, 6))
     with pytest.raises(ValueError, match="is another split than these sizes need; give the study another --exp"):
-        experiment.write_splits(more, index)
+        write_splits(more, index)
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "s" / "splits").iterdir()}
 
 
@@ -234,9 +235,9 @@ def test_a_study_is_published_and_put_back(
     assert not any(name.startswith("compare.gain") for name in found)  # no arm was fine-tuned
     assert claims.check_claims(tmp_path)[1] == []
     back = dataclasses.replace(study, runs=str(tmp_path / "runs"))
-    experiment.write_splits(back, index)
+    write_splits(back, index)
     publish_study.restore(tmp_path / "runs" / "s")
-    assert all(experiment.is_done(config) for cell in experiment.plan(back, index) for config in cell.runs)
+    assert all(experiment.is_done(config) for cell in plan_study(back, index) for config in cell.runs)
 
 
 def test_a_study_that_was_moved_or_named_by_an_absolute_path_goes_on(
@@ -246,9 +247,9 @@ def test_a_study_that_was_moved_or_named_by_an_absolute_path_goes_on(
     monkeypatch.chdir(tmp_path)
     for runs in ("new", str(tmp_path / "new")):
         moved = dataclasses.replace(study, exp="renamed", runs=runs)
-        cells = experiment.plan(moved, index)
+        cells = plan_study(moved, index)
         assert all(experiment.is_done(config) for cell in cells for config in cell.runs)
-        assert [cell["n"] for cell in experiment.run(moved, index, cells)["cells"]] == [1] * 4
+        assert [cell["n"] for cell in experiment.run_study(moved, index, cells)["cells"]] == [1] * 4
     other = tmp_path / "new/renamed/splits/split42_2_per_class.json"
     other.write_bytes((tmp_path / "new/renamed/splits/split42_4_per_class.json").read_bytes())
     with pytest.raises(Refused, match=r"data\.split"):
@@ -266,7 +267,7 @@ def short(study: StudyConfig, tmp_path: Path) -> StudyConfig:
 def test_a_run_that_dies_of_a_fault_is_kept_and_the_others_go_on(
     short: StudyConfig, index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    cells = experiment.plan(short, index)
+    cells = plan_study(short, index)
     first = cells[0].runs[0]
 
     def failing(job: Any, **how: Any) -> Any:
@@ -275,13 +276,13 @@ def test_a_run_that_dies_of_a_fault_is_kept_and_the_others_go_on(
         return fit(job, **how)
 
     monkeypatch.setattr(experiment, "fit", failing)
-    (cell,) = experiment.run(short, index, cells)["cells"]
+    (cell,) = experiment.run_study(short, index, cells)["cells"]
     assert cell["n"] == 1 and [(f["run"], f["type"]) for f in cell["failed"]] == [(first.exp, "MemoryError")]
     log = tmp_path / first.exp / "error.log"
     assert "Traceback" in log.read_text() and "MemoryError: no room" in cell["errors"][0]
     assert json.loads((tmp_path / "s" / "study.json").read_text())["cells"] == [cell]
     monkeypatch.undo()
-    (cell,) = experiment.run(short, index, cells)["cells"]  # the same command tries it again
+    (cell,) = experiment.run_study(short, index, cells)["cells"]  # the same command tries it again
     assert (cell["n"], cell["errors"], log.exists()) == (2, [], False)
 
 
@@ -290,7 +291,7 @@ def test_with_two_jobs_a_killed_worker_is_one_failed_run(
     short: StudyConfig, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixed = dataclasses.replace(short, models=("squeezenet1_1", "alexnet"), epochs=3)  # alexnet cannot take 32 px
-    cells = experiment.plan(mixed, index)
+    cells = plan_study(mixed, index)
     victims: list[int] = []
 
     def kill_one(process: Any) -> None:
@@ -301,14 +302,14 @@ def test_with_two_jobs_a_killed_worker_is_one_failed_run(
 
     real_start = BaseProcess.start
     monkeypatch.setattr(BaseProcess, "start", kill_one)
-    trained, impossible = experiment.run(mixed, index, cells, jobs=2)["cells"]
+    trained, impossible = experiment.run_study(mixed, index, cells, jobs=2)["cells"]
     assert (trained["n"], impossible["n"]) == (1, 0)
     assert [f["type"] for f in trained["failed"]] == ["Killed"] and "-9" in trained["errors"][0]
     assert [f["type"] for f in impossible["failed"]] == ["Refused"] * 2 and "32" in impossible["errors"][0]
     monkeypatch.undo()
     one = dataclasses.replace(short, exp="one", epochs=3, seeds=1)
-    experiment.run(one, index, experiment.plan(one, index))
-    assert experiment.run(mixed, index, cells, jobs=2)["cells"][0]["n"] == 2
+    experiment.run_study(one, index, plan_study(one, index))
+    assert experiment.run_study(mixed, index, cells, jobs=2)["cells"][0]["n"] == 2
     scores = [Run(tmp_path / exp / cells[0].folder / "split42_seed0").read_json("test.json") for exp in ("s", "one")]
     assert scores[0]["loss"] == scores[1]["loss"]
 
@@ -316,7 +317,7 @@ def test_with_two_jobs_a_killed_worker_is_one_failed_run(
 def test_a_study_of_which_nothing_can_begin_is_one_sentence(short: StudyConfig, index: Index) -> None:
     small = dataclasses.replace(short, models=("alexnet",))
     with pytest.raises(Refused, match="32"):
-        experiment.run(small, index, experiment.plan(small, index))
+        experiment.run_study(small, index, plan_study(small, index))
 
 
 def test_a_folder_of_something_else_is_refused(short: StudyConfig, index: Index, tmp_path: Path) -> None:
@@ -324,17 +325,17 @@ def test_a_folder_of_something_else_is_refused(short: StudyConfig, index: Index,
         (tmp_path / "s").mkdir(exist_ok=True)
         (tmp_path / "s" / name).write_text('{"optim": {}}')
         with pytest.raises(Refused, match="is the folder of a"):
-            experiment.plan(short, index)
+            plan_study(short, index)
         (tmp_path / "s" / name).unlink()
     (tmp_path / "file").write_text("")
     unwritable = dataclasses.replace(short, runs=str(tmp_path / "file"))
     with pytest.raises(Refused, match="--runs"):
-        experiment.run(unwritable, index, experiment.plan(unwritable, index))
+        experiment.run_study(unwritable, index, plan_study(unwritable, index))
 
 
 def test_what_is_listed_twice_is_trained_once(short: StudyConfig, index: Index) -> None:
     twice = dataclasses.replace(short, models=short.models * 2, arms=("scratch", "scratch"), train_per_class=(2, 2))
-    assert len(experiment.plan(twice, index)) == 1
+    assert len(plan_study(twice, index)) == 1
 
 
 def test_the_command_says_how_long_and_ends_with_1_where_a_run_failed(
