@@ -1,6 +1,6 @@
 """Does the default recipe of ``train`` fine-tune? Its best epochs over seeds, on several data sets.
 
-python evidence/default_recipe.py caltech101='runs/default_s*' drawn='runs/drawn_s*' --probe 'results/study_gain/*/probe/all/*'
+python evidence/default_recipe.py caltech101='runs/default_s*' ... --probe 'results/study_gain/*/probe/all/*'
 
 Writes results/default_recipe.json: for each set and seed the best epoch and the validation accuracy after every epoch
 (0 is the linear probe that the training starts from), and over the first five seeds of the first set how far validation

@@ -26,7 +26,7 @@ from finetune101.machine import leave
 from finetune101.recipes import from_recipe, usual
 from finetune101.run import Run, create_run, open_run
 from finetune101.training.job import prepare
-from finetune101.training.log import log
+from finetune101.training.log import log_records
 from finetune101.training.loop import fit
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def train(
     else:
         name = recipe or usual(str(settings.get("model", "")), str(settings.get("device", "auto")), pretrain=pretrain)
         config = from_recipe(name, exp, pretrain=pretrain)
-    given = settings if data is None else settings | {"data": data}
-    return run_training(fitted(change(config, given), given), resume=resume, overwrite=overwrite)
+    changes = settings if data is None else settings | {"data": data}
+    return run_training(fitted(change(config, changes), changes), resume=resume, overwrite=overwrite)
 
 
 def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
@@ -92,7 +92,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
     layout = ", channels_last" if job.world.channels_last else ""
     print(f"{job.world.device}, {job.world.precision}{layout} -> {job.run.path}")
-    for record in log(job.run, fit(job)):
+    for record in log_records(job.run, fit(job)):
         tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
     _draw_curves(job.run)
     leave()
@@ -282,7 +282,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
         jobs=options.jobs,
         storage=options.storage,
     )
-    queue.check(plan)
+    queue.check_plan(plan)
     check_kind(plan.folder, "search")
     ensure_data(config)
     if options.dry_run:

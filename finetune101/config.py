@@ -293,8 +293,8 @@ def from_dict(values: Any, source: str = "config.json") -> TrainConfig:
     """
     remedy = "train the run again, or with the version that wrote it"
     checked(values, dict[str, Any], source, remedy=remedy)
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    unknown = [key for key in values if key not in known and key != "format"]
+    own = {f.name for f in dataclasses.fields(TrainConfig)}
+    unknown = [key for key in values if key not in own and key != "format"]
     for part, kind in PARTS.items():
         if isinstance(values.get(part), dict):
             unknown += [f"{part}.{key}" for key in values[part].keys() - {f.name for f in dataclasses.fields(kind)}]
@@ -361,8 +361,8 @@ def check_bounds(settings: Any) -> None:
             msgspec.convert(value, hint)
         except msgspec.ValidationError as error:
             flag = flag_of(name, hint).replace("_", "-")
-            told = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise Refused(f"--{flag} is {told}; give {must_be(hint)}") from error
+            value_text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise Refused(f"--{flag} is {value_text}; give {must_be(hint)}") from error
 
 
 def check_name(exp: str) -> None:

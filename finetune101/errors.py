@@ -88,8 +88,8 @@ def must_be(hint: Any) -> str:
 
 def _limits(bounds: list[msgspec.Meta]) -> str:
     limits = {name: getattr(meta, name) for meta in bounds for name in ("ge", "gt", "le", "lt")}
-    told = {name: end for name, end in limits.items() if end is not None and abs(end) < 1e100}
-    ends = {name: str(end) if isinstance(end, int) else f"{end:g}" for name, end in told.items()}
+    finite = {name: end for name, end in limits.items() if end is not None and abs(end) < 1e100}
+    ends = {name: str(end) if isinstance(end, int) else f"{end:g}" for name, end in finite.items()}
     low = f"of at least {ends['ge']}" if "ge" in ends else f"above {ends['gt']}" if "gt" in ends else ""
     high = f"at most {ends['le']}" if "le" in ends else f"below {ends['lt']}" if "lt" in ends else ""
     return ", ".join(filter(None, (low, high)))

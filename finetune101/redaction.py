@@ -79,7 +79,7 @@ def _secrets(words: Iterable[str]) -> list[str]:
     return sorted(held, key=len, reverse=True)
 
 
-def command(argv: Sequence[str]) -> str:
+def command_line(argv: Sequence[str]) -> str:
     """The command line ``argv`` (with the program first) as a person types it, without secrets."""
     name = argv[0].replace("\\", "/").rsplit("/", 1)[-1] if argv else ""
     words = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
@@ -103,11 +103,12 @@ def traceback_of(error: BaseException) -> str:
     return redacted("".join(traceback.format_exception(error)))
 
 
-def keep(error: BaseException, folder: Path) -> Path | None:
+def keep_error(error: BaseException, folder: Path) -> Path | None:
     """Adds the traceback of ``error`` to error.log in ``folder``; None where there is no such folder or no room."""
     if not folder.is_dir():
         return None
-    text = f"{datetime.now().isoformat(timespec='seconds')}, Python {platform.python_version()}: {command(sys.argv)}\n"
+    when, version = datetime.now().isoformat(timespec="seconds"), platform.python_version()
+    text = f"{when}, Python {version}: {command_line(sys.argv)}\n"
     with contextlib.suppress(OSError):
         with open(folder / LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{text}{traceback_of(error)}\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.files import cache_dir
-from finetune101.redaction import keep, redacted, traceback_of
+from finetune101.redaction import keep_error, redacted, traceback_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff](?!\[A)")  # tqdm goes up by ESC [A
 OURS = (BlockingIOError, ChildProcessError, ProcessLookupError, InterruptedError)  # OSErrors that are bugs of ours
@@ -158,7 +158,7 @@ def watched(folder: Path, goes_on: Callable[[], str] = lambda: "") -> Iterator[N
                 stop.add_note(goes_on() or "nothing of it was begun")
         raise
     except Exception as error:
-        if file := keep(error, folder):
+        if file := keep_error(error, folder):
             error.add_note(f"This traceback is also in {file}")
         raise
 
@@ -202,10 +202,10 @@ def guarded(call: Callable[[], int], debug: bool = False) -> int:
                 raise
             return _told(_of_system(error) + _traceback_place(error))
         except (MemoryError, RuntimeError) as error:
-            if not (told := _of_machine(error)):
+            if not (sentence := _of_machine(error)):
                 _hide_secrets(error)
                 raise
-            return _told(told)
+            return _told(sentence)
         except Exception as error:
             _hide_secrets(error)
             raise
@@ -252,7 +252,7 @@ def _traceback_place(error: OSError) -> str:
     with contextlib.suppress(OSError, Refused):
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
-        if file := keep(error, folder):
+        if file := keep_error(error, folder):
             return f". The traceback is in {file}"
     return ""
 

@@ -131,8 +131,8 @@ def benchmark(
     from finetune101.data.images import find_data
     from finetune101.demo.dataset import draw
     from finetune101.files import write_json
-    from finetune101.training.benchmark import Workload, table
-    from finetune101.training.benchmark import benchmark as measure
+    from finetune101.training.benchmark import Workload, benchmark_table
+    from finetune101.training.benchmark import measure_machine as measure
 
     check_bounds(ModelConfig(size=size))
     for name, value in (("batch-size", batch_size), ("steps", steps), ("repeats", repeats)):
@@ -147,6 +147,6 @@ def benchmark(
             root = draw(Path(folder) / "data")
         work = Workload(size=size, batch_size=batch_size, steps=steps, repeats=repeats)
         result = measure(root, models, work, every)
-    print(table(result))
+    print(benchmark_table(result))
     write_json(Path(out), result)
     return 0

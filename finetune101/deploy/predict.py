@@ -61,11 +61,11 @@ def expand(inputs: Iterable[str]) -> tuple[list[str], list[Failure]]:
     """
     files: dict[str, None] = {}
     failed: list[Failure] = []
-    for given in inputs:
+    for source in inputs:
         try:
-            files |= dict.fromkeys(_images(given))
+            files |= dict.fromkeys(_images(source))
         except Refused as error:
-            failed.append((given, str(error)))
+            failed.append((source, str(error)))
     return list(files), failed
 
 
@@ -105,15 +105,15 @@ def as_json(rows: Iterable[Row], failed: Iterable[Failure]) -> str:
     return json.dumps(value, indent=1)
 
 
-def _images(given: str) -> list[str]:
+def _images(source: str) -> list[str]:
     """The images that one input names. Raises Refused when there are none."""
     try:
-        if os.path.isfile(given):  # also one whose own name looks like a pattern; its suffix does not matter
-            return [given]
-        if os.path.lexists(given) and not os.path.isdir(given):
-            dead = os.path.islink(given) and not os.path.exists(given)
+        if os.path.isfile(source):  # also one whose own name looks like a pattern; its suffix does not matter
+            return [source]
+        if os.path.lexists(source) and not os.path.isdir(source):
+            dead = os.path.islink(source) and not os.path.exists(source)
             raise Refused("a link to nothing" if dead else "a pipe or a device, not a file")
-        matches = [given] if os.path.isdir(given) else sorted(glob.glob(given, recursive=True))
+        matches = [source] if os.path.isdir(source) else sorted(glob.glob(source, recursive=True))
     except ValueError as error:  # a NUL in the name
         raise Refused("no such file or folder") from error
     if not matches:

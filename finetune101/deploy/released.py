@@ -120,8 +120,8 @@ def score_reference(
     index = index_images(find_data(data))
     manifest = splits.make_split(index, config)
     if len(network.classes) != len(manifest.classes):
-        known, found = len(network.classes), len(manifest.classes)
-        raise Refused(f"{name} knows {known} classes, the data set has {found}; give the --data it was trained on")
+        trained, present = len(network.classes), len(manifest.classes)
+        raise Refused(f"{name} knows {trained} classes, the data set has {present}; give the --data it was trained on")
     if split and manifest.hash() != split.hash:
         raise Refused(f"the images in {index.root} are not those that {name} was trained on; give them by --data")
     result = scores(*Opened(network, manifest, index, config).logits("test", batch_size))

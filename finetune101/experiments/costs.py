@@ -57,13 +57,13 @@ def read_from_cache(passes: Iterable[FirstPass | None]) -> frozenset[Path]:
 
     Only runs of the first version are judged: later ones add the seconds of the cached features to their own.
     """
-    known = [one for one in passes if one]
+    timed = [one for one in passes if one]
     slowest: dict[Any, float] = {}
-    for one in known:
+    for one in timed:
         slowest[one.kind] = max(one.seconds, slowest.get(one.kind, 0.0))
     return frozenset(
         one.path
-        for one in known
+        for one in timed
         if MUCH_FASTER * one.seconds < slowest[one.kind]
         or (one.per_validated is not None and (MUCH_FASTER + 1) * one.per_image < one.per_validated)
     )

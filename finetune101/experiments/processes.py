@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune101.errors import Refused
-from finetune101.redaction import keep, redacted
+from finetune101.redaction import keep_error, redacted
 from finetune101.run import kind_of
 
 
@@ -21,9 +21,9 @@ def context(module: str) -> Any:
     """How worker processes are born: from a server that has imported ``module``, where there is such a thing."""
     if "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
         return multiprocessing.get_context("spawn")
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload([module])
-    return found
+    births = multiprocessing.get_context("forkserver")
+    births.set_forkserver_preload([module])
+    return births
 
 
 def follow_parent() -> None:
@@ -60,7 +60,7 @@ def keep_trace(folder: Path, error: BaseException) -> str:
     """Adds the traceback of ``error`` to error.log in ``folder``, the run's; returns that file's name, if it could."""
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    return str(keep(error, folder) or "")
+    return str(keep_error(error, folder) or "")
 
 
 def open_folder(folder: Path, kind: str) -> None:

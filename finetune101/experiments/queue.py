@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from finetune101.config import TrainConfig, change
 from finetune101.errors import Refused
-from finetune101.experiments.space import Point, Range, Space, label, points
+from finetune101.experiments.space import Point, Range, Space, point_label, points
 from finetune101.experiments.trial import FINISHED, NotMine, Objective, OutOfTime, split_hash
 from finetune101.models.table import lookup
 from finetune101.redaction import storage_shown
@@ -71,14 +71,14 @@ class Plan:
             return list(self.only)
         if self.sampler != "grid":
             return [{}] * (self.trials or 0)
-        found = points(self.space)
+        grid = points(self.space)
         if self.trials or self.pruner != "none":  # a part of a grid in order would be a corner of it
-            order = np.random.default_rng(self.base.system.seed).permutation(len(found))
-            found = [found[i] for i in order]
-        return found[: self.trials]
+            order = np.random.default_rng(self.base.system.seed).permutation(len(grid))
+            grid = [grid[i] for i in order]
+        return grid[: self.trials]
 
 
-def check(plan: Plan) -> None:
+def check_plan(plan: Plan) -> None:
     """Raises Refused, in one sentence that says what to do, for a plan that cannot work."""
     rules = [
         (plan.trials is None or plan.trials >= 1, f"--trials is {plan.trials}; give at least 1"),
@@ -162,7 +162,7 @@ def open_storage(plan: Plan) -> BaseStorage:
     from sqlalchemy import NullPool
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-    url, shown = plan.storage, storage_shown(plan.storage)
+    url, address = plan.storage, storage_shown(plan.storage)
     if url.startswith(("postgresql://", "postgres://")):
         url = "postgresql+psycopg://" + url.partition("://")[2]  # psycopg 3, which this project locks
     for attempt in range(5):
@@ -176,8 +176,8 @@ def open_storage(plan: Plan) -> BaseStorage:
                     heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MAX_RETRIES),
                 )
         except (ArgumentError, NoSuchModuleError, OperationalError, ImportError) as error:
-            reason = str(error).splitlines()[0].replace(plan.storage, shown).replace(url, shown)
-            raise Refused(f"--storage {shown} cannot be used: {reason}") from None  # its notes hold the password
+            reason = str(error).splitlines()[0].replace(plan.storage, address).replace(url, address)
+            raise Refused(f"--storage {address} cannot be used: {reason}") from None  # its notes hold the password
         except SQLAlchemyError:  # another machine makes the same tables at this moment
             if attempt == 4:
                 raise
@@ -341,9 +341,13 @@ def results(plan: Plan, study: optuna.Study) -> list[dict[str, Any]]:
                 "run": str(plan.folder / attrs["run"]) if "run" in attrs else None,
             }
         )
-    first = {label(point): i for i, point in enumerate(plan.queue())}
+    first = {point_label(point): i for i, point in enumerate(plan.queue())}
     entries.sort(
-        key=lambda e: (e["error"] is not None, -(e["best_val_top1"] or 0), first.get(label(e["point"]), e["trial"]))
+        key=lambda e: (
+            e["error"] is not None,
+            -(e["best_val_top1"] or 0),
+            first.get(point_label(e["point"]), e["trial"]),
+        )
     )
     return entries
 
@@ -366,11 +370,11 @@ def averages(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The finalists by their mean over the seeds, best first."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
-        groups.setdefault(label({k: v for k, v in entry["point"].items() if k != "seed"}), []).append(entry)
-    found = []
+        groups.setdefault(point_label({k: v for k, v in entry["point"].items() if k != "seed"}), []).append(entry)
+    finalists = []
     for group in groups.values():
         scores = [entry["best_val_top1"] for entry in group if entry["state"] == "complete"]
-        found.append(
+        finalists.append(
             {
                 "point": {k: v for k, v in group[0]["point"].items() if k != "seed"},
                 "mean": float(np.mean(scores)) if scores else None,
@@ -382,7 +386,7 @@ def averages(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 ),
             }
         )
-    return sorted(found, key=lambda f: (f["failed"], -(f["mean"] or 0)))
+    return sorted(finalists, key=lambda f: (f["failed"], -(f["mean"] or 0)))
 
 
 def recipe(base: TrainConfig, point: Point) -> dict[str, Any]:

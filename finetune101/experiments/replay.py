@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 
 from finetune101.experiments.queue import Pruner, Sampler, make_pruner, make_sampler
-from finetune101.experiments.space import Point, label
+from finetune101.experiments.space import Point, point_label
 
 ORDERS = 40  # of the trials, in which a report asks whether a pruner drops the winner
 
@@ -47,7 +47,7 @@ def replay(curves: Sequence[Curve], sampler: Sampler, pruner: Pruner, seed: int)
     It ends when every point was tried, or after 50 draws for each.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    known = {label(curve.point): curve for curve in curves}
+    recorded = {point_label(curve.point): curve for curve in curves}
     choices = {name: list(dict.fromkeys(curve.point[name] for curve in curves)) for name in curves[0].point}
     study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner))
     if sampler == "grid":
@@ -57,12 +57,12 @@ def replay(curves: Sequence[Curve], sampler: Sampler, pruner: Pruner, seed: int)
     for _ in range(50 * len(curves)):
         trial = study.ask()
         point = {name: trial.suggest_categorical(name, values) for name, values in choices.items()}
-        name = label(point)
-        if name in tried or name not in known:  # a point that diverged has no curve
+        name = point_label(point)
+        if name in tried or name not in recorded:  # a point that diverged has no curve
             state = optuna.trial.TrialState.PRUNED if name in pruned else optuna.trial.TrialState.FAIL
             study.tell(trial, *([tried[name]] if name in tried and name not in pruned else [None, state]))
             continue
-        curve, before = known[name], spent
+        curve, before = recorded[name], spent
         for epoch, (score, steps) in enumerate(zip(curve.scores, curve.steps, strict=True), 1):
             spent = before + steps
             epochs.append((spent, score))
@@ -74,12 +74,12 @@ def replay(curves: Sequence[Curve], sampler: Sampler, pruner: Pruner, seed: int)
         else:
             study.tell(trial, curve.best)
         tried[name] = max(curve.scores[:epoch])
-        if len(tried) == len(known):
+        if len(tried) == len(recorded):
             break
     return Replayed(tuple(epochs), frozenset(pruned))
 
 
 def dropped(curves: Sequence[Curve], pruner: Pruner, orders: int = ORDERS) -> float:
     """Share of random orders of the trials in which ``pruner`` would have stopped the final winner early."""
-    winner = label(max(curves, key=lambda curve: curve.best).point)
+    winner = point_label(max(curves, key=lambda curve: curve.best).point)
     return sum(winner in replay(curves, "grid", pruner, seed).pruned for seed in range(orders)) / orders

@@ -21,9 +21,9 @@ from finetune101.errors import Refused, escaped, shortened
 from finetune101.experiments import queue as studies
 from finetune101.experiments.processes import check_kind
 from finetune101.experiments.queue import Plan
-from finetune101.experiments.space import SEARCHED, Point, label
+from finetune101.experiments.space import SEARCHED, Point, point_label
 from finetune101.experiments.trial import FINISHED, is_finished, split_hash
-from finetune101.experiments.workers import alone, run
+from finetune101.experiments.workers import alone, run_workers
 from finetune101.files import FORMAT, atomic, write_json
 from finetune101.run import Run, file_name
 from finetune101.training import duration
@@ -72,7 +72,7 @@ def run_search(plan: Plan, table: Path, plots: Path, draw: Draw, finalists: int 
     Returns 1 where a point failed by a fault of the program or the machine, else 0. Raises Refused for a plan, data or
     weights that cannot work.
     """
-    studies.check(plan)
+    studies.check_plan(plan)
     if finalists < 0 or seeds < 1:
         raise Refused(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
     with alone(plan):
@@ -92,9 +92,9 @@ def run_search(plan: Plan, table: Path, plots: Path, draw: Draw, finalists: int 
             if entries:
                 trained = _training_seconds(plan, study) - before
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
-                write(plan, entries, best, took, table)
+                write_search(plan, entries, best, took, table)
                 draw_curves(plan, entries, plots, draw)
-    tell(plan, entries, best, table, studies.unfinished(study))
+    print_ranking(plan, entries, best, table, studies.unfinished(study))
     return int(any(entry["trace"] is not None for entry in entries))
 
 
@@ -102,13 +102,13 @@ def _check_same(plan: Plan) -> None:
     """Raises Refused where the folder holds the results of a search with other settings beside the space."""
     if not (plan.folder / "search.json").is_file():
         return
-    file, known = plan.folder / "search.json", Run(plan.folder).read_json("search.json")
-    lists = [isinstance(known.get(name, []), list) for name in ("commands", "finalists")]
-    if "base" not in known or not all(lists):
+    file, saved = plan.folder / "search.json", Run(plan.folder).read_json("search.json")
+    lists = [isinstance(saved.get(name, []), list) for name in ("commands", "finalists")]
+    if "base" not in saved or not all(lists):
         what = "lacks base" if all(lists) else "has commands or finalists that are no list"
         raise Refused(f"{file} {what}; remove it and give the command again, it finds the runs")
-    before, now = essence(from_dict(known["base"], f"{file}, base,")), essence(plan.base)
-    searched = {SEARCHED[name][:2] for name in {*known["space"], *plan.space} if name in SEARCHED}
+    before, now = essence(from_dict(saved["base"], f"{file}, base,")), essence(plan.base)
+    searched = {SEARCHED[name][:2] for name in {*saved["space"], *plan.space} if name in SEARCHED}
     for part, fields in now.items():
         for name, value in fields.items():
             old = before[part][name]
@@ -116,7 +116,7 @@ def _check_same(plan: Plan) -> None:
                 raise Refused(
                     f"{plan.folder} holds a search with {name} {old}, not {value}; give this one another --exp"
                 )
-    split = known.get("split")
+    split = saved.get("split")
     if split and split != split_hash(plan.base.data):
         raise Refused(f"{plan.folder} holds a search on another split of the images; give this one another --exp")
 
@@ -124,7 +124,7 @@ def _check_same(plan: Plan) -> None:
 def _run(plan: Plan, words: str) -> optuna.Study:
     progress = Progress(plan, words)
     try:
-        return run(plan, progress)
+        return run_workers(plan, progress)
     finally:
         progress.bar.close()
 
@@ -133,7 +133,7 @@ def _training_seconds(plan: Plan, study: optuna.Study) -> float:
     return sum(float(trial.user_attrs.get("seconds", 0)) for trial in study.get_trials(deepcopy=False, states=FINISHED))
 
 
-def write(
+def write_search(
     plan: Plan,
     entries: list[dict[str, Any]],
     best: list[dict[str, Any]] | None,
@@ -142,9 +142,9 @@ def write(
 ) -> None:
     """Writes ``table``, search.json and the winner's recipe."""
     file = plan.folder / "search.json"
-    known = Run(plan.folder).read_json("search.json") if file.is_file() else {}
+    saved = Run(plan.folder).read_json("search.json") if file.is_file() else {}
     name = studies.study_name(plan)
-    commands = known.get("commands", []) if known.get("study") == name else []
+    commands = saved.get("commands", []) if saved.get("study") == name else []
     winner = next((e for e in best or entries if e.get("state") == "complete" or e.get("mean") is not None), None)
     value = {
         "study": name,
@@ -157,10 +157,10 @@ def write(
         "chosen_by": "mean validation accuracy over seeds" if best else "validation accuracy",
         "winner": winner and {"point": winner["point"], "run": winner["run"]},
         "results": entries,
-        "finalists": best or (known.get("finalists", []) if commands else []),
+        "finalists": best or (saved.get("finalists", []) if commands else []),
         "commands": [*commands, *([took] if took else [])],
     }
-    if json.loads(json.dumps(value)) != known:
+    if json.loads(json.dumps(value)) != saved:
         write_json(file, value)
     rows = [[entry["point"], entry["best_val_top1"]] for entry in entries]
     if not _holds(table, rows):
@@ -176,7 +176,7 @@ def draw_curves(plan: Plan, entries: list[dict[str, Any]], plots: Path, draw: Dr
         if source and source.has("metrics.jsonl"):
             out = plots / picture_name(plan, entry["point"], source)
             if not out.is_file() or out.stat().st_mtime < (source.path / "metrics.jsonl").stat().st_mtime:
-                draw(source.metrics(), out, shortened(label(entry["point"]), 90))
+                draw(source.metrics(), out, shortened(point_label(entry["point"]), 90))
 
 
 def _holds(file: Path, value: Any) -> bool:
@@ -189,7 +189,7 @@ def _holds(file: Path, value: Any) -> bool:
 
 def picture_name(plan: Plan, point: Point, run: Run) -> str:
     """The file name of the curves of ``run``: its settings where they are short, and its hash."""
-    settings = re.sub(r"[^A-Za-z0-9=.,+-]", "-", label(point))
+    settings = re.sub(r"[^A-Za-z0-9=.,+-]", "-", point_label(point))
     exp, middle = file_name(plan.base.exp)[:60], f"{settings}_" if len(settings) <= 100 else ""
     return f"{exp}_{middle}{run.name[:6] if middle else run.name}.png"
 
@@ -199,7 +199,7 @@ def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
     out = plan.folder / "winner.yaml"
     score = winner.get("mean", winner.get("best_val_top1"))
     text = (
-        f"# Found by a search of {plan.base.exp}: {escaped(label(winner['point']))}, "
+        f"# Found by a search of {plan.base.exp}: {escaped(point_label(winner['point']))}, "
         f"{score or 0:.2f} % on validation images.\n"
     )
     text += f"# {train_command(plan)}\n"
@@ -217,7 +217,9 @@ def train_command(plan: Plan) -> str:
     return f"finetune101 train --config {shlex.quote(str(plan.folder / 'winner.yaml'))} --exp NAME{where}"
 
 
-def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path, left: int) -> None:
+def print_ranking(
+    plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path, left: int
+) -> None:
     """Prints the ranking and where everything is."""
     if left:
         print(f"\n{left} of {len(plan.queue())} points are left; the same command goes on.")
@@ -233,7 +235,7 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
         sd = f" ± {entry['sd']:.2f}" if entry["sd"] is not None else ""
         failed = f", {entry['failed']} of them failed" if entry["failed"] else ""
         mean, seeds = entry["mean"] or 0, len(entry["seeds"])
-        print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {label(entry['point'])}")
+        print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {point_label(entry['point'])}")
     if any(entry["state"] == "complete" for entry in entries):
         print(f"Train the winner: {train_command(plan)}")
     print(f"What the search saw: {shlex.join(['finetune101', 'search', 'report', str(plan.folder)])}")
@@ -241,7 +243,7 @@ def tell(plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] |
 
 def dry_run(plan: Plan) -> str:
     """What ``plan`` would do, and about how long; a few steps on noise tell, and nothing is written."""
-    studies.check(plan)
+    studies.check_plan(plan)
     check_kind(plan.folder, "search")
     with duration.nothing_kept():
         _check_same(plan)
@@ -278,5 +280,5 @@ def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 15.
     epochs = sum(config.optim.epochs for config in left)
     return (
         f"{text}; {epochs} epochs of {images.train} training images are left. "
-        f"{duration.told(works, index, plan.jobs, budget)}{less}{drawn}"
+        f"{duration.duration_text(works, index, plan.jobs, budget)}{less}{drawn}"
     )

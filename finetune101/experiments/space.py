@@ -53,15 +53,15 @@ SEARCHED = _searched()
 DATA = {one.field for one in SETTINGS.values() if one.part == "data"} - {"root", "cache", "download"}  # not searched
 
 
-def make(given: Mapping[str, Any]) -> Space:
-    """``given`` (name -> list of values, or a range such as "1e-4..1e-1:log") with every value in its setting's type.
+def make_space(lists: Mapping[str, Any]) -> Space:
+    """``lists`` (name -> list of values, or a range such as "1e-4..1e-1:log") with every value in its setting's type.
 
     Raises Refused for an unknown name, an empty list, and a value that its setting cannot have.
     """
-    if not given:
+    if not lists:
         raise Refused("the space of the search is empty; give at least one --grid NAME=VALUE,VALUE")
     space: Space = {}
-    for flag, values in given.items():
+    for flag, values in lists.items():
         name = flag.replace("-", "_")
         if name in DATA:
             raise Refused(f"{name} changes the validation images, by which trials are compared; it is not searched")
@@ -79,40 +79,40 @@ def make(given: Mapping[str, Any]) -> Space:
     return space
 
 
-def parse(words: Iterable[str], file: str | None = None) -> Space:
+def parse_space(words: Iterable[str], file: str | None = None) -> Space:
     """The space in ``--space FILE`` (YAML or TOML: name -> list or range) with the ``--grid NAME=...`` of ``words``.
 
-    Without either it is the original's. Raises Refused as ``make`` does, and for a file that cannot be read.
+    Without either it is the original's. Raises Refused as ``make_space`` does, and for a file that cannot be read.
     """
-    given: dict[str, Any] = read_settings(Path(file)) if file else {}
-    seen: set[str] = set()
+    lists: dict[str, Any] = read_settings(Path(file)) if file else {}
+    named: set[str] = set()
     for word in words:
         name, equals, values = word.partition("=")
         if not equals or not name:
             raise Refused(f"--grid {word} names no values; write it as --grid lr=0.01,0.001 or lr=1e-4..1e-1:log")
-        if ".." in values or (name in seen and ".." in given[name]):
-            if name in seen:
+        if ".." in values or (name in named and ".." in lists[name]):
+            if name in named:
                 raise Refused(f"--grid {name} is given twice; write one range, or one list of values")
-            given[name] = values
+            lists[name] = values
         else:
             more = [value for value in values.split(",") if value.strip()]
-            given[name] = [*(given[name] if name in seen else []), *more]
-        seen.add(name)
-    return make(given or ORIGINAL)
+            lists[name] = [*(lists[name] if name in named else []), *more]
+        named.add(name)
+    return make_space(lists or ORIGINAL)
 
 
 def _range(name: str, text: str) -> Range:
     bounds, _, scale = text.partition(":")
     low, _, high = bounds.partition("..")
     try:
-        found = Range(_typed(name, low), _typed(name, high), scale == "log")
-        numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (found.low, found.high))
-        fine = numbers and scale in ("", "log") and found.low < found.high and (not found.log or found.low > 0)
+        span = Range(_typed(name, low), _typed(name, high), scale == "log")
+        numbers = all(isinstance(end, int | float) and math.isfinite(end) for end in (span.low, span.high))
+        fine = numbers and scale in ("", "log") and span.low < span.high and (not span.log or span.low > 0)
     except (Refused, TypeError, OverflowError):
         fine = False
     if not fine:
         raise Refused(f"{name}={text} is no range; write LOW..HIGH, or LOW..HIGH:log with LOW above 0")
-    return found
+    return span
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -131,7 +131,7 @@ def points(space: Space) -> list[Point]:
     return [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]  # type: ignore[arg-type]
 
 
-def check(base: TrainConfig, space: Space) -> None:
+def check_space(base: TrainConfig, space: Space) -> None:
     """Raises Refused for a value that cannot work, each tried alone; what two of them do together shows later."""
     for name, values in space.items():
         if base.model.cached_features and SEARCHED[name].part == "augment":
@@ -153,17 +153,17 @@ def planned_search(
     if options.stage == "probe":
         config = change(config, {"head": "random", "freeze": True, "cached_features": True})
     named = options.grid or options.space or not usual
-    space = parse(options.grid, options.space) if named else make(usual or {})
+    space = parse_space(options.grid, options.space) if named else make_space(usual or {})
     validate(config)
-    check(config, space)
+    check_space(config, space)
     return config, space
 
 
-def label(point: Point) -> str:
+def point_label(point: Point) -> str:
     """A point as text: ``lr=0.01,gamma=0.5``."""
-    return ",".join(f"{name}={text(value)}" for name, value in point.items())
+    return ",".join(f"{name}={value_text(value)}" for name, value in point.items())
 
 
-def text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as people write it."""
     return f"{value:g}" if isinstance(value, float) else str(value)

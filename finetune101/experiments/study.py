@@ -40,7 +40,7 @@ from finetune101.run import Run
 from finetune101.training import duration
 from finetune101.training.duration import Counts, Work
 from finetune101.training.job import prepare, sharing
-from finetune101.training.log import log
+from finetune101.training.log import log_records
 from finetune101.training.loop import fit
 from finetune101.training.resume import as_started, check_same
 
@@ -170,14 +170,14 @@ def _train(config: TrainConfig, claims: Path, quiet: bool) -> dict[str, Any] | F
         try:
             resume = run.has("config.json")
             job = prepare(as_started(config, run) if resume else config, resume=resume)
-            for _ in log(job.run, fit(job, quiet=quiet)):
+            for _ in log_records(job.run, fit(job, quiet=quiet)):
                 pass
             result = evaluate(job.run)
         except Refused as error:
             return Failure("Refused", str(error), run.has("config.json"))
         except Exception as error:  # out of memory, or a fault of ours: kept, and the others go on
-            told = f"{described(error)} (traceback: {keep_trace(run.path, error)})"
-            return Failure(type(error).__name__, told, run.has("config.json"))
+            text = f"{described(error)} (traceback: {keep_trace(run.path, error)})"
+            return Failure(type(error).__name__, text, run.has("config.json"))
         job.run.last.unlink(missing_ok=True)  # a tested run is not continued, and a study has many
         (run.path / LOG).unlink(missing_ok=True)  # of an earlier try
         return result
@@ -214,14 +214,14 @@ def estimate(index: Index, cells: Sequence[Cell], jobs: int = 1, budget: float =
     """
     runs = [config for cell in cells for config in cell.runs]
     left = [config for config in runs if not is_done(config)]
-    told = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(left)} to do"
+    text = f"{len(runs)} run{'s' * (len(runs) != 1)}, {len(left)} to do"
     if not left:
-        return f"{told}."
+        return f"{text}."
     sizes = {config.exp: cell.size for cell in cells for config in cell.runs}
     counts = {size: _counts(index, cell) for size, cell in {cell.size: cell for cell in cells}.items()}
     shared = [sharing(config, jobs) if jobs > 1 else config for config in left]
     works = [Work(config, counts[sizes[config.exp]], tested=True) for config in shared]
-    return f"{told}. {duration.told(works, index, jobs, budget)}"
+    return f"{text}. {duration.duration_text(works, index, jobs, budget)}"
 
 
 def _counts(index: Index, cell: Cell) -> Counts:
@@ -239,7 +239,7 @@ def study_text(summary: dict[str, Any]) -> str:
     """The cells as lines for a terminal."""
     lines = [f"{'network':22}{'arm':10}{'per class':>10}  {'top-1':17}{'mean per class':17}runs"]
     for c in summary["cells"]:
-        shown = [
+        scores = [
             "–"
             if c[key] is None
             else f"{c[key]:.2f}" + (f" ± {c[f'{key}_sd']:.2f}" if c[f"{key}_sd"] is not None else "")
@@ -248,7 +248,7 @@ def study_text(summary: dict[str, Any]) -> str:
         size = "all" if c["size"] is None else str(c["size"])
         frozen = f", frozen backbone in {c['frozen']}" if c.get("frozen") else ""
         runs = f"{c['n']} of {c['planned']}{frozen}"
-        lines.append(f"{c['model']:22}{c['arm']:10}{size:>10}  {shown[0]:17}{shown[1]:17}{runs}")
+        lines.append(f"{c['model']:22}{c['arm']:10}{size:>10}  {scores[0]:17}{scores[1]:17}{runs}")
     if any(c.get("frozen") for c in summary["cells"]):
         lines.append("frozen backbone: only the output layer of the tested weights was trained")
     return "\n".join(lines + [f"failed: {error}" for c in summary["cells"] for error in c["errors"]])

@@ -27,7 +27,7 @@ from finetune101.experiments.space import Point, Range, Space
 from finetune101.files import remove_abandoned
 from finetune101.run import Run
 from finetune101.training.job import make_manifest, prepare
-from finetune101.training.log import log
+from finetune101.training.log import log_records
 from finetune101.training.loop import Diverged, fit
 from finetune101.training.resume import as_started, essence, is_same
 
@@ -179,7 +179,7 @@ class Objective:
             raise
         with contextlib.ExitStack() as stack:
             epochs: Any = fit(job, quiet=True)
-            logged: Any = log(job.run, epochs)
+            logged: Any = log_records(job.run, epochs)
             for generator in (epochs, logged):  # a search stops in the middle of them
                 stack.callback(generator.close)
             for record in logged:

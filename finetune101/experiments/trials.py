@@ -61,7 +61,7 @@ class Trials:
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         distinct = sorted(set(values)) if numbers else list(dict.fromkeys(values))
         if not numbers or len(distinct) <= LEVELS:
-            return [space.text(value) for value in distinct], [distinct.index(value) for value in values]
+            return [space.value_text(value) for value in distinct], [distinct.index(value) for value in values]
         edges = np.quantile(values, [0.25, 0.5, 0.75])
         bins, number = np.unique(np.searchsorted(edges, values, side="right"), return_inverse=True)
         members = [[value for value, k in zip(values, number, strict=True) if k == bin] for bin in range(len(bins))]

@@ -49,7 +49,7 @@ def _mend(plan: Plan) -> None:
         os.truncate(journal, text.rfind(b"\n") + 1)
 
 
-def run(plan: Plan, watch: Watch) -> optuna.Study:
+def run_workers(plan: Plan, watch: Watch) -> optuna.Study:
     """Trains all of ``plan`` that is not finished; ``watch(study, epoch record or None)`` is called every so often.
 
     Raises Refused when settings, data or weights cannot work. Ctrl-C stops at once; the same plan then goes on.
@@ -123,14 +123,14 @@ class _Parent:
 
     def _start(self) -> None:
         births = context(__name__)
-        ours, theirs = births.Pipe(duplex=False)
+        parent_end, child_end = births.Pipe(duplex=False)
         plan = dataclasses.replace(self.plan, base=sharing(self.plan.base, self.plan.jobs))
         left = self.deadline - time.monotonic()
         self.started += 1
-        process = births.Process(target=_main, args=(plan, left, self.started, theirs), name="search-worker")
+        process = births.Process(target=_main, args=(plan, left, self.started, child_end), name="search-worker")
         process.start()
-        theirs.close()
-        self.workers.append(_Worker(process, ours))
+        child_end.close()
+        self.workers.append(_Worker(process, parent_end))
 
 
 def _main(plan: Plan, seconds: float, number: int, errors: Any) -> None:

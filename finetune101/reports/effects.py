@@ -212,7 +212,7 @@ def search_summary(trials: Trials, variance: Variance, change: RankChange | None
 def _winner_words(trials: Trials) -> list[str]:
     """What won, and how much of that is chance."""
     best = trials.best
-    at = ", ".join(f"{name} {space.text(value)}" for name, value in best.point.items())
+    at = ", ".join(f"{name} {space.value_text(value)}" for name, value in best.point.items())
     sentences = [
         f"Of {len(trials.curves)} trials, {trials.finalists} were trained again with several seeds. The best mean is "
         f"that of {at}, which reached {best.best:.2f} % of the validation images in the search."

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from finetune101.errors import Refused
-from finetune101.experiments.space import text
+from finetune101.experiments.space import value_text
 from finetune101.experiments.trials import Trials, read_trials
 from finetune101.reports import effects
 from finetune101.reports.effects import EARLY, Variance
@@ -45,7 +45,7 @@ def write_search_report(
     if lang == "en":  # the whole story is told in English only
         page.headline = effects.search_summary(trials, variance, change, effects.pruning(trials))
     else:
-        at = ", ".join(f"{name} {text(value)}" for name, value in trials.best.point.items())
+        at = ", ".join(f"{name} {value_text(value)}" for name, value in trials.best.point.items())
         page.headline = page.say("search_headline", trials=len(trials.curves), best=trials.best.best, at=at)
     _best_trials(page, trials)
 
@@ -75,7 +75,7 @@ def _best_trials(page: Page, trials: Trials) -> None:
         [
             number(rank, "d"),
             number(curve.best),
-            *(words(text(value)) for value in curve.point.values()),
+            *(words(value_text(value)) for value in curve.point.values()),
             number(len(curve.scores), "d"),
             number(curve.steps[-1], "d"),
             words(curve.state),

@@ -44,7 +44,7 @@ class Workload:
     repeats: int = 5
 
 
-def benchmark(root: Path, models: Sequence[str], work: Workload, every: bool = False) -> dict[str, Any]:
+def measure_machine(root: Path, models: Sequence[str], work: Workload, every: bool = False) -> dict[str, Any]:
     """Measures ``models`` on images of ``root``: medians of images/s.
 
     ``step`` is the bare step on batches in memory, ``data`` reading and augmentation alone, ``whole`` both; step and
@@ -138,7 +138,7 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def table(result: dict[str, Any]) -> str:
+def benchmark_table(result: dict[str, Any]) -> str:
     """The rows as text."""
     head = f"{'network':22s} {'px':>4s}  {'format':20s} {'step':>8s} {'data':>8s} {'whole':>8s}  whole/step"
     lines = [f"{result['machine']['processor']}, {result['machine']['cores']} cores; images/s", head]

@@ -116,7 +116,7 @@ def kind(config: TrainConfig) -> str:
     return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
 
 
-def told(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.0) -> str:
+def duration_text(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.0) -> str:
     """How long ``works`` take, in a sentence; ``jobs`` of them run at a time.
 
     Kinds of runs are measured until ``budget`` seconds are over; the others are guessed from the nearest kind. Raises

@@ -25,7 +25,7 @@ from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
 from finetune101.host import place, usable_cores
 from finetune101.machine import World, join
 from finetune101.models.build import Built, build_network, check_size, freeze, norms_single_values
-from finetune101.redaction import command
+from finetune101.redaction import command_line
 from finetune101.run import Run, create_run, open_run
 from finetune101.training import probe
 from finetune101.training.distill import Teachers, check_teachers, open_teachers
@@ -254,7 +254,7 @@ def environment(kernels: bool, world: World) -> dict[str, Any]:
     if world.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(world.device)
     return {
-        "command": command(sys.argv),
+        "command": command_line(sys.argv),
         "versions": {
             "finetune101": __version__,
             "python": platform.python_version(),

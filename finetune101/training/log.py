@@ -22,7 +22,7 @@ TAGS = {
 }
 
 
-def log(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def log_records(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Passes ``records`` on, each written to the run's TensorBoard events, by epoch.
 
     Where events cannot be written, one line says so and the training goes on: metrics.jsonl holds the same numbers.

@@ -130,15 +130,17 @@ SECRETS = {
 @pytest.mark.parametrize("name", SECRETS)
 def test_no_command_keeps_its_secret(name: str) -> None:
     argv = ["/bin/finetune101", "search", "--exp", "my run", *SECRETS[name]]
-    kept = redaction.command(argv)
+    kept = redaction.command_line(argv)
     assert "hunter22" not in kept and "***" in kept.replace("db/x", "***")
     assert kept.startswith("finetune101 search --exp 'my run' --")
 
 
 def test_commands_without_secrets_stay_as_they_are() -> None:
     words = ["train", "--exp", "token test", "--data", "my passwords/photos", "--lr", "0.01", "--grid", "lr=1e-3,1"]
-    assert redaction.command(["finetune101", *words]).startswith("finetune101 train --exp 'token test' --data 'my pass")
-    assert redaction.command(["x/__main__.py", "recipes"]) == "python -m finetune101 recipes"
+    assert redaction.command_line(["finetune101", *words]).startswith(
+        "finetune101 train --exp 'token test' --data 'my pass"
+    )
+    assert redaction.command_line(["x/__main__.py", "recipes"]) == "python -m finetune101 recipes"
 
 
 def test_messages_hide_secrets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

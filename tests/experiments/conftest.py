@@ -25,6 +25,6 @@ def plan(base: TrainConfig) -> Callable[..., Plan]:
     """Makes a plan over ``base``: plan(grid, jobs=2)."""
 
     def make(grid: dict[str, Any] = GRID, **options: Any) -> Plan:
-        return Plan(**{"base": base, "space": space.make(grid), **options})
+        return Plan(**{"base": base, "space": space.make_space(grid), **options})
 
     return make

@@ -15,7 +15,7 @@ import pytest
 from finetune101.errors import Refused
 from finetune101.experiments import queue
 from finetune101.experiments.queue import Plan
-from finetune101.experiments.workers import alone, run
+from finetune101.experiments.workers import alone, run_workers
 from finetune101.files import atomic
 from finetune101.training.loop import fit
 
@@ -25,7 +25,7 @@ MakePlan = Callable[..., Plan]
 def search(plan: Plan) -> optuna.Study:
     """The study of ``plan`` after it was run."""
     with alone(plan):
-        return run(plan, lambda study, record: None)
+        return run_workers(plan, lambda study, record: None)
 
 
 def test_a_fault_of_ours_is_kept_and_the_other_points_go_on(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:

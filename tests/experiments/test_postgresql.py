@@ -23,7 +23,7 @@ from finetune101.experiments.queue import Plan
 pytest.importorskip("psycopg", reason="needs psycopg: pip install 'finetune101[postgresql]'")
 COMMAND = """
 import pickle, sys
-from finetune101.experiments.workers import run
+from finetune101.experiments.workers import run_workers as run
 if __name__ == "__main__":
     plan = pickle.loads(bytes.fromhex(sys.argv[1]))
     print("ready", flush=True)

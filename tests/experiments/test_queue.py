@@ -15,7 +15,7 @@ from finetune101.config import OptimConfig, TrainConfig, change, from_dict, to_d
 from finetune101.experiments import queue, space, trial
 from finetune101.experiments.queue import Plan
 from finetune101.experiments.trial import identity
-from finetune101.experiments.workers import alone, run
+from finetune101.experiments.workers import alone, run_workers
 from finetune101.run import Run
 from finetune101.training.loop import Job
 
@@ -25,7 +25,7 @@ MakePlan = Callable[..., Plan]
 def search(plan: Plan, watch: Any = lambda study, record: None) -> optuna.Study:
     """The study of ``plan`` after it was run."""
     with alone(plan):
-        return run(plan, watch)
+        return run_workers(plan, watch)
 
 
 def stop_at(epochs: int) -> Any:
@@ -44,7 +44,7 @@ def told(plan: Plan, found: optuna.Study) -> list[tuple[Any, ...]]:
     """What is known of every point, apart from time and order."""
     entries = queue.results(plan, found)
     keys = ("state", "best_val_top1", "best_epoch", "epochs", "steps", "error")
-    return sorted((space.label(e["point"]), *(e[key] for key in keys)) for e in entries)
+    return sorted((space.point_label(e["point"]), *(e[key] for key in keys)) for e in entries)
 
 
 def trained(found: optuna.Study) -> int:
@@ -247,7 +247,7 @@ def test_a_second_search_in_the_folder_is_refused(plan: MakePlan) -> None:
 )
 def test_plans_that_cannot_work(options: dict[str, Any], message: str, plan: MakePlan) -> None:
     with pytest.raises(ValueError, match=message):
-        queue.check(plan(**options))
+        queue.check_plan(plan(**options))
 
 
 def test_a_database_that_is_not_there_is_one_sentence_without_the_password(plan: MakePlan) -> None:
@@ -317,7 +317,7 @@ def test_a_workers_mistake_is_the_searchs(plan: MakePlan) -> None:
 
 def test_settings_that_do_not_go_together_fail_alone(plan: MakePlan) -> None:
     with pytest.raises(ValueError, match="there is no model 'resnet17'"):
-        queue.check(plan({"model": ["resnet17"]}))
+        queue.check_plan(plan({"model": ["resnet17"]}))
     mixed = plan({"model": ["alexnet", "squeezenet1_1"]})  # at 32 px
     entries = queue.results(mixed, search(mixed))
     assert [(e["point"]["model"], e["state"]) for e in entries] == [

@@ -28,8 +28,8 @@ def search(plan: Plan, **how: Any) -> dict[str, Any]:
 
 def test_the_table_follows_the_search_and_the_winner_its_images(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
     short = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1))
-    two = Plan(base=short, space=space.make({"lr": [0.01, 0.02]}))
-    one = Plan(base=short, space=space.make({"lr": [0.02]}))
+    two = Plan(base=short, space=space.make_space({"lr": [0.01, 0.02]}))
+    one = Plan(base=short, space=space.make_space({"lr": [0.02]}))
     for plan, points in ((two, 2), (one, 1), (two, 2)):
         found = search(plan)
         rows = json.loads((plan.folder / "table.json").read_text())
@@ -40,19 +40,19 @@ def test_the_table_follows_the_search_and_the_winner_its_images(base: Any, capsy
     longer = dataclasses.replace(short, optim=dataclasses.replace(short.optim, epochs=2))
     with pytest.raises(ValueError, match="holds a search with epochs 1, not 2; give this one another --exp"):
         search(Plan(base=longer, space=two.space))
-    search(Plan(base=longer, space=space.make({"lr": [0.02], "epochs": [1]})))  # searched: no other base
+    search(Plan(base=longer, space=space.make_space({"lr": [0.02], "epochs": [1]})))  # searched: no other base
 
 
 def test_the_score_of_a_solved_output_layer_counts_with_the_first_epoch(base: Any) -> None:
     model = dataclasses.replace(base.model, name="resnet18", head="probe")
-    plan = Plan(base=dataclasses.replace(base, model=model), space=space.make({"lr": [0.01, 0.02]}))
+    plan = Plan(base=dataclasses.replace(base, model=model), space=space.make_space({"lr": [0.01, 0.02]}))
     saved, seen = search(plan), read_trials(plan.folder)
     assert [len(curve.scores) for curve in seen.curves] == [2, 2] and seen.curves[0].steps[0] > 0
     assert [curve.best for curve in seen.curves] == [entry["best_val_top1"] for entry in saved["results"]]
 
 
 def test_a_search_out_of_time_says_what_is_left(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan(base=base, space=space.make({"lr": [0.01, 0.02]}), timeout=1e-6)
+    plan = Plan(base=base, space=space.make_space({"lr": [0.01, 0.02]}), timeout=1e-6)
     run_search(plan, plan.folder / "table.json", plan.folder / "plots", draw_curves)
     assert "2 of 2 points are left; the same command goes on." in capsys.readouterr().out
     with pytest.raises(ValueError, match="has finished no trial yet; run its command again"):
@@ -63,7 +63,7 @@ def test_a_search_out_of_time_says_what_is_left(base: Any, capsys: pytest.Captur
 
 def test_a_dry_run_says_how_long_and_writes_nothing(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
-    plan = Plan(base=base, space=space.make({"lr": [0.01, 0.02], "model": ["squeezenet1_1", "alexnet"]}))
+    plan = Plan(base=base, space=space.make_space({"lr": [0.01, 0.02], "model": ["squeezenet1_1", "alexnet"]}))
     said = dry_run(plan)  # alexnet cannot take 32 px
     assert said.startswith("4 trials, 0 of them finished; 8 epochs") and "about" in said and "alexnet cannot" in said
     assert not plan.folder.exists() and not (tmp_path / "cache").exists()
@@ -71,10 +71,10 @@ def test_a_dry_run_says_how_long_and_writes_nothing(base: Any, tmp_path: Path, m
 
 def test_the_estimate_leaves_out_what_is_finished_and_a_teacher_is_found_below_runs(base: Any) -> None:
     short = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1))
-    plan = Plan(base=short, space=space.make({"lr": [0.01, 0.02]}))
-    search(Plan(base=short, space=space.make({"lr": [0.01]})))
+    plan = Plan(base=short, space=space.make_space({"lr": [0.01, 0.02]}))
+    search(Plan(base=short, space=space.make_space({"lr": [0.01]})))
     assert dry_run(plan).startswith("2 trials, 1 of them finished; 1 epochs")
-    assert dry_run(Plan(base=short, space=space.make({"lr": [0.01]}))).endswith("nothing to do.")
+    assert dry_run(Plan(base=short, space=space.make_space({"lr": [0.01]}))).endswith("nothing to do.")
     teacher = dataclasses.replace(short, exp="teacher")
     for _ in fit(prepare(teacher), quiet=True):
         pass
@@ -88,7 +88,7 @@ def test_many_settings_have_pictures_and_a_ranking(base: Any, capsys: pytest.Cap
         "label_smoothing=0.1 crop_scale=0.8 erasing=0.1 policy=trivial mix=0.2 ema=0.9 backbone_lr_ratio=0.5 "
         "norm_weight_decay=false freeze_norm=false flip=true seed=1"
     )
-    plan = Plan(base=dataclasses.replace(base, exp="e" * 190), space=space.parse(words.split()))
+    plan = Plan(base=dataclasses.replace(base, exp="e" * 190), space=space.parse_space(words.split()))
     search(plan)
     (picture,) = (plan.folder / "plots").iterdir()
     assert len(picture.name.encode()) < 255 and "Ranking of 1 point" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_many_settings_have_pictures_and_a_ranking(base: Any, capsys: pytest.Cap
 
 def test_a_damaged_search_json_is_one_sentence(base: Any) -> None:
     short = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=1))
-    plan = Plan(base=short, space=space.make({"lr": [0.01, 0.02]}))
+    plan = Plan(base=short, space=space.make_space({"lr": [0.01, 0.02]}))
     search(plan)
     file = plan.folder / "search.json"
     whole = json.loads(file.read_text())

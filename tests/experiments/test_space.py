@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from finetune101.config import ModelConfig, OptimConfig, TrainConfig, change
-from finetune101.experiments.space import ORIGINAL, Range, check, label, make, parse, points
+from finetune101.experiments.space import ORIGINAL, Range, check_space, make_space, parse_space, point_label, points
 from search import hyper_param_opts
 
 
 def test_words_become_values_of_the_settings_types() -> None:
     words = ["lr=1e-2,1e-3", "batch-size=64,128", "nesterov=true,false", "backbone_lr_ratio=none,0.1", "model=alexnet"]
-    found = parse(words)
+    found = parse_space(words)
     assert found == {
         "lr": [0.01, 0.001],
         "batch_size": [64, 128],
@@ -26,12 +26,12 @@ def test_words_become_values_of_the_settings_types() -> None:
 
 
 def test_ranges() -> None:
-    assert parse(["lr=1e-4..1e-1:log", "epochs=2..10"]) == {"lr": Range(1e-4, 0.1, True), "epochs": Range(2, 10)}
+    assert parse_space(["lr=1e-4..1e-1:log", "epochs=2..10"]) == {"lr": Range(1e-4, 0.1, True), "epochs": Range(2, 10)}
 
 
 def test_without_words_it_is_the_originals() -> None:
-    assert parse([]) == ORIGINAL == hyper_param_opts
-    assert len(points(parse([]))) == 72
+    assert parse_space([]) == ORIGINAL == hyper_param_opts
+    assert len(points(parse_space([]))) == 72
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,8 @@ def test_without_words_it_is_the_originals() -> None:
 )
 def test_files(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    assert parse([], str(tmp_path / name)) == {"lr": [0.01, 0.001], "weight_decay": Range(1e-6, 0.01, True)}
-    assert parse(["lr=0.5"], str(tmp_path / name))["lr"] == [0.5]  # the command line has the last word
+    assert parse_space([], str(tmp_path / name)) == {"lr": [0.01, 0.001], "weight_decay": Range(1e-6, 0.01, True)}
+    assert parse_space(["lr=0.5"], str(tmp_path / name))["lr"] == [0.5]  # the command line has the last word
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_files(name: str, content: str, tmp_path: Path) -> None:
 )
 def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse(words)
+        parse_space(words)
 
 
 @pytest.mark.parametrize(
@@ -85,17 +85,22 @@ def test_mistakes_in_files(name: str, content: str | None, message: str, tmp_pat
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        parse([], str(tmp_path / name))
+        parse_space([], str(tmp_path / name))
 
 
 def test_points_are_all_combinations_in_order_and_each_once() -> None:
-    found = points(make({"lr": [1, 2, 1.0], "gamma": [0.5, 0.1]}))
-    assert [label(point) for point in found] == ["lr=1,gamma=0.5", "lr=1,gamma=0.1", "lr=2,gamma=0.5", "lr=2,gamma=0.1"]
+    found = points(make_space({"lr": [1, 2, 1.0], "gamma": [0.5, 0.1]}))
+    assert [point_label(point) for point in found] == [
+        "lr=1,gamma=0.5",
+        "lr=1,gamma=0.1",
+        "lr=2,gamma=0.5",
+        "lr=2,gamma=0.1",
+    ]
 
 
 def test_a_grid_of_ranges_is_refused() -> None:
     with pytest.raises(ValueError, match="is a range, a grid needs a list; or add --sampler random"):
-        points(parse(["lr=1..2"]))
+        points(parse_space(["lr=1..2"]))
 
 
 def test_a_point_changes_its_settings_only() -> None:
@@ -108,27 +113,27 @@ def test_a_point_changes_its_settings_only() -> None:
 @pytest.mark.parametrize("grid", [{"lr": [0.1, -1]}, {"lr": "-1..1"}])
 def test_a_value_that_cannot_work_is_found_before_anything_runs(grid: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="lr"):
-        check(TrainConfig(exp="s"), make(grid))
+        check_space(TrainConfig(exp="s"), make_space(grid))
 
 
 def test_a_name_given_twice_is_one_list() -> None:
-    assert parse(["lr=0.01", "lr=0.02,0.01"]) == {"lr": [0.01, 0.02]}
+    assert parse_space(["lr=0.01", "lr=0.02,0.01"]) == {"lr": [0.01, 0.02]}
     for words in (["lr=0.01..0.1", "lr=0.2"], ["lr=0.2", "lr=0.01..0.1"]):
         with pytest.raises(ValueError, match="--grid lr is given twice"):
-            parse(words)
+            parse_space(words)
 
 
 @pytest.mark.parametrize("name", ["split_seed", "fit_on", "val_size", "train_per_class", "skip_bad_images"])
 def test_what_changes_the_validation_images_is_not_searched(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} changes the validation images"):
-        parse([f"{name}=1"])
+        parse_space([f"{name}=1"])
 
 
 def test_augmentation_is_not_searched_on_cached_features() -> None:
     model = ModelConfig(freeze=True, cached_features=True)
     with pytest.raises(ValueError, match="crop_scale changes nothing on cached features"):
-        check(TrainConfig(exp="x", model=model), parse(["crop_scale=0.5,1"]))
+        check_space(TrainConfig(exp="x", model=model), parse_space(["crop_scale=0.5,1"]))
 
 
 def test_none_is_nothing_where_a_setting_may_be_nothing_and_else_a_word() -> None:
-    assert parse(["policy=none,trivial", "size=none,64"]) == {"policy": ["none", "trivial"], "size": [None, 64]}
+    assert parse_space(["policy=none,trivial", "size=none,64"]) == {"policy": ["none", "trivial"], "size": [None, 64]}

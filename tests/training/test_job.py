@@ -28,7 +28,7 @@ from finetune101.models.build import build
 from finetune101.run import Run
 from finetune101.training import job as preparing
 from finetune101.training.job import LOCK, elsewhere, prepare
-from finetune101.training.log import log
+from finetune101.training.log import log_records
 from finetune101.training.loop import Diverged, Trainer, fit
 from finetune101.training.resume import changed_settings, check_same, differences, is_same, split_of
 
@@ -245,7 +245,7 @@ def test_files_have_the_mode_of_the_umask(run: Run, umask: int, mode: int) -> No
 @pytest.mark.parametrize("loss", ["deleted", "renamed", "config.json", "a file instead"])
 def test_a_folder_that_disappears_ends_the_training(small: TrainConfig, loss: str) -> None:
     job = prepare(small)
-    epochs = log(job.run, fit(job, quiet=True))
+    epochs = log_records(job.run, fit(job, quiet=True))
     next(epochs)
     folder = job.run.path
     if loss == "config.json":
@@ -281,7 +281,7 @@ def test_a_last_checkpoint_that_cannot_be_read(run: Run, content: bytes | str) -
 
 def test_events_that_cannot_be_written_are_told_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     records = [dict(record) for record in run.metrics()] * 3
-    assert list(log(Run(Path("/dev/null/none")), records)) == records
+    assert list(log_records(Run(Path("/dev/null/none")), records)) == records
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
