@@ -6,7 +6,7 @@ import base64
 import contextlib
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from finetune101.run import Run, open_run
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
+IMAGES = "give a file, a Pillow image, an array of uint8, or a list of them"
 THUMBNAIL = 128  # pixels of its longer side
 
 
@@ -112,6 +113,8 @@ class Network:
                 raise Refused(f"{name} is {value}; give at least 1")
         if isinstance(images, str | Path | Pillow.Image | np.ndarray):
             return self._classify([images], top_k)[0]
+        if not isinstance(images, Iterable):
+            raise Refused(f"{type(images).__name__} is no image; {IMAGES}")
         several = list(images)
         starts = range(0, len(several), batch_size)
         return [one for start in starts for one in self._classify(several[start : start + batch_size], top_k)]
@@ -142,7 +145,7 @@ def _pillow(image: Image) -> Pillow.Image:
             )
         return Pillow.fromarray(image)
     if not isinstance(image, Pillow.Image):
-        raise Refused(f"{type(image).__name__} is no image; give a file, a Pillow image, or an array of uint8")
+        raise Refused(f"{type(image).__name__} is no image; {IMAGES}")
     return image
 
 
