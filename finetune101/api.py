@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tqdm import tqdm
 
@@ -20,11 +20,13 @@ from finetune101.config import DataConfig, TrainConfig, change, check_name, fitt
 from finetune101.data.download import download
 from finetune101.data.images import find_data
 from finetune101.deploy.network import Image, Network, Prediction, load
+from finetune101.deploy.released import RELEASED, score_released
 from finetune101.errors import Refused
 from finetune101.evaluation.result import Evaluation
+from finetune101.files import typed
 from finetune101.machine import leave
 from finetune101.recipes import from_recipe, usual
-from finetune101.run import Run, create_run, open_run
+from finetune101.run import Run, create_run, open_run, run_name
 from finetune101.training.job import prepare
 from finetune101.training.log import log_records
 from finetune101.training.loop import fit
@@ -62,10 +64,16 @@ def train(
     Returns the run; its ``path`` holds the weights, curves and records. Raises Refused for settings, data or weights
     that cannot work, and for a name that is taken.
     """
+    pretrain, resume = typed(bool, pretrain, "pretrain is"), typed(bool, resume, "resume is")
+    overwrite = typed(bool, overwrite, "overwrite is")
     if resume:
         config = open_run(exp, str(settings.get("runs", "runs")), anywhere=False).config()
     else:
-        name = recipe or usual(str(settings.get("model", "")), str(settings.get("device", "auto")), pretrain=pretrain)
+        name = (
+            run_name(recipe)
+            if recipe is not None
+            else usual(str(settings.get("model", "")), str(settings.get("device", "auto")), pretrain=pretrain)
+        )
         config = from_recipe(name, exp, pretrain=pretrain)
     changes = settings if data is None else settings | {"data": data}
     return run_training(fitted(change(config, changes), changes), resume=resume, overwrite=overwrite)
@@ -166,6 +174,11 @@ def evaluate(
     """
     from finetune101.evaluation.evaluate import evaluate as score
 
+    check_subset(subset)
+    if isinstance(run, str) and run in RELEASED:
+        if subset != "test":
+            raise Refused(f"{run} is scored on its test images only; leave subset {subset} out")
+        return Evaluation.of(score_released(run, _text(data), batch_size))
     opened = _opened(run, runs)
     held = opened.read_json("split.json")["subsets"]
     if subset == "test" and not held["test"] and held["val"]:
@@ -216,6 +229,7 @@ def ensemble(
     """Scores the mean probabilities of several runs of one split; writes test.json and predictions.csv into ``out``."""
     from finetune101.evaluation.ensemble import ensemble as score
 
+    check_subset(subset)
     opened = [_opened(run, runs) for run in members]
     record = score(opened, Path(out), subset=subset, data=_text(data), batch_size=batch_size, mirror=mirror)
     return Evaluation.of(record, subset, Path(out) if subset == "test" else None)
@@ -305,7 +319,7 @@ def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None
     """
     from finetune101.reports.groups import open_group
 
-    named = [open_group(one.path.as_posix() if isinstance(one, Run) else str(one), runs) for one in groups]
+    named = [open_group(one.path.as_posix() if isinstance(one, Run) else run_name(one), runs) for one in groups]
     return run_comparison(named, None if out is None else Path(out))
 
 
@@ -349,7 +363,7 @@ def report(
 
     Raises Refused for a folder that holds none of these.
     """
-    name = target.path.as_posix() if isinstance(target, Run) else str(target)
+    name = target.path.as_posix() if isinstance(target, Run) else run_name(target)
     search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
     if search:
         from finetune101.reports.search_page import write_search_report
@@ -360,8 +374,14 @@ def report(
     return write_report(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data))
 
 
+def check_subset(subset: str) -> None:
+    """Raises Refused for a name that is no subset of a split."""
+    if subset not in get_args(Subset):
+        raise Refused(f"subset is {subset!r}; give {' or '.join(get_args(Subset))}")
+
+
 def _opened(run: Run | str | Path, runs: str) -> Run:
-    return run if isinstance(run, Run) else open_run(str(run), runs)
+    return run if isinstance(run, Run) else open_run(run_name(run), runs)
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:

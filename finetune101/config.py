@@ -261,6 +261,7 @@ def change(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
             raise Refused(f"{shortened(escaped(name), 60)} is no setting; {hint}")
         part, field_name, kind = SETTINGS[name]
         plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        plain = plain.item() if type(plain).__module__ == "numpy" and plain.ndim == 0 else plain
         parts.setdefault(part, {})[field_name] = typed(kind, plain, f"{name} is")
     own = parts.pop("", {})
     return dataclasses.replace(

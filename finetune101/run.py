@@ -93,6 +93,17 @@ class Run:
         """The configuration that the run was started with."""
         return cfg.from_dict(self.read_json("config.json"), f"{self.path / 'config.json'}")
 
+    def image_folder(self, data: str | None = None) -> str | None:
+        """The folder of the run's images: ``data``, else the one of its settings, else where they were at the start.
+
+        None where $FINETUNE101_DATA or the usual places are to be looked at.
+        """
+        named = data if data is not None else self.config().data.root
+        if named is not None or os.environ.get("FINETUNE101_DATA") or not self.has("env.json"):
+            return named
+        recorded = self.read_json("env.json").get("data")
+        return recorded if recorded and Path(recorded).is_dir() else None
+
     def metrics(self) -> list[dict[str, Any]]:
         """One record per finished epoch. Raises Refused for a damaged file: each is written whole."""
         file = self.path / "metrics.jsonl"
@@ -147,6 +158,8 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
     Raises Refused when it exists and neither ``resume`` nor ``overwrite`` is given, or there is nothing to resume.
     Nothing is removed or written yet.
     """
+    if resume and overwrite:
+        raise Refused("--resume continues a run and --overwrite replaces it; give one of them")
     run = Run(Path(config.runs) / config.exp)
     if run.path.exists() and not run.path.is_dir():
         raise Refused(f"{run.path} is a file; choose another --exp or --runs")
@@ -232,6 +245,13 @@ def open_run(name: str, runs: str = "runs", anywhere: bool = True) -> Run:
     if existing:
         hint = f"there are: {', '.join(existing[:10])}" + ", …" * (len(existing) > 10)
     raise Refused(f"no run named {name}; {hint}")
+
+
+def run_name(run: Any) -> str:
+    """The name that a person gives a run by, as text. Raises Refused for what is no name."""
+    if not isinstance(run, str | os.PathLike):
+        raise Refused(f"{type(run).__name__} is no run; give its name, its folder, or what train returned")
+    return os.fspath(run)
 
 
 def winner_command(search: Path) -> str:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,42 @@ def test_a_taken_name_resume_and_overwrite(trained: Run, tiny_data: Path) -> Non
         ft.train(tiny_data, exp="mine", runs=runs, **TINY)
     with pytest.raises(ft.Refused):
         ft.load("no such run", runs=str(runs))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: ft.evaluate(run, subset="tset"), lambda run: ft.evaluate(7), lambda run: ft.load(None),
+        lambda run: ft.report(ft), lambda run: ft.train(exp="x", recipe=3),
+        lambda run: ft.train(exp="x", pretrain="perhaps"),
+        lambda run: ft.train(exp="x", resume=True, overwrite=True), lambda run: ft.load(run).predict(None),
+        lambda run: ft.load(run).predict(np.zeros((9, 9), np.uint8), top_k=1.5),
+        lambda run: ft.load(run).predict(b"bytes"),
+        lambda run: ft.load(run).predict(np.zeros((9, 9), np.uint8), top_k=0),
+        lambda run: ft.compare(run), lambda run: ft.compare(run, 3),
+        lambda run: ft.evaluate("released_finetune", subset="val"),
+    ],
+)  # fmt: skip
+def test_odd_arguments_are_refused(call: Callable[[Run], object], trained: Run) -> None:
+    with pytest.raises(ft.Refused):
+        call(trained)
+
+
+def test_switches_and_numbers_may_be_written_as_people_write_them(tiny_data: Path, tmp_path: Path) -> None:
+    run = ft.train(
+        tiny_data, exp="x", runs=tmp_path, pretrain="no", recipe="scratch_fast", **{**TINY, "epochs": np.int64(1)}
+    )  # type: ignore[arg-type]
+    assert run.config().model.pretrain is False and run.config().optim.epochs == 1
+
+
+def test_a_run_finds_its_images_where_they_were(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FINETUNE101_DATA", str(tiny_data))
+    run = ft.train(exp="x", recipe="finetune_fast", **TINY)
+    monkeypatch.delenv("FINETUNE101_DATA")
+    assert run.config().data.root is None and ft.evaluate(run).n == ft.evaluate(run, data=tiny_data).n
 
 
 @pytest.mark.slow

@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
-from finetune101.config import Preprocessing
+from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
-from finetune101.data.decode import Pixels, decode, decode_image, opened, upright
+from finetune101.data.decode import Pixels, Unreadable, decode, decode_image, opened, upright
 from finetune101.deploy.released import RELEASED, open_released
-from finetune101.errors import Refused
+from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
-from finetune101.run import Run, open_run
+from finetune101.files import typed
+from finetune101.run import Run, open_run, run_name
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
@@ -108,12 +109,11 @@ class Network:
 
         Raises Refused for what is no image, for numbers below 1, and where the network's output is not finite.
         """
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if value < 1:
-                raise Refused(f"{name} is {value}; give at least 1")
+        top_k = typed(Count, top_k, "top_k is")
+        batch_size = typed(Count, batch_size, "batch_size is")
         if isinstance(images, str | Path | Pillow.Image | np.ndarray):
             return self._classify([images], top_k)[0]
-        if not isinstance(images, Iterable):
+        if isinstance(images, bytes | bytearray) or not isinstance(images, Iterable):
             raise Refused(f"{type(images).__name__} is no image; {IMAGES}")
         several = list(images)
         starts = range(0, len(several), batch_size)
@@ -131,7 +131,10 @@ class Network:
     def _pixels(self, image: Image) -> Pixels:
         size, interpolation = self.preprocessing.cache_size, self.preprocessing.interpolation
         if isinstance(image, str | Path):
-            return decode(Path(image), size, interpolation)
+            try:
+                return decode(Path(image), size, interpolation)
+            except Unreadable as error:
+                raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
         return decode_image(_pillow(image), size, interpolation)
 
 
@@ -146,6 +149,10 @@ def _pillow(image: Image) -> Pillow.Image:
         return Pillow.fromarray(image)
     if not isinstance(image, Pillow.Image):
         raise Refused(f"{type(image).__name__} is no image; {IMAGES}")
+    try:
+        image.load()
+    except (OSError, ValueError) as error:  # Pillow's, of a closed or damaged file
+        raise Refused(f"the Pillow image cannot be read ({error}); open it again") from error
     return image
 
 
@@ -165,14 +172,16 @@ def ranked_classes(network: TrainedNetwork, output: Tensor, top_k: int) -> list[
     ]
 
 
-def load(run: str | Path | Run, runs: str = "runs") -> Network:
+def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:
     """The network of a run (its object, folder or name), of a best.safetensors, or a released one by its name.
 
     Raises Refused when there is none, or it is damaged.
     """
+    if isinstance(run, Network):
+        return run
     if isinstance(run, Run):
         return Network(open_network(run))
-    name = str(run)
+    name = run_name(run)
     if name in RELEASED:
         return Network(open_released(name)[0])
     if name.endswith(".safetensors") and Path(name).is_file():

@@ -44,6 +44,9 @@ def scores(output: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
+NO_HELP = "no temperature helped on the validation images"
+
+
 @dataclass(frozen=True)
 class Opened:
     """A network that is ready to be scored, its split and the images of it."""
@@ -84,7 +87,7 @@ class Opened:
         if self.network.temperature_reason:
             return self.network.temperature_reason
         few = metrics.too_few(len(self.manifest.subsets["val"])) if self.chosen_on_val else ""
-        return few or "no temperature helped on the validation images"
+        return few or NO_HELP
 
 
 def _instead(subset: str) -> str:
@@ -102,7 +105,7 @@ def open_scored(run: Run, data: str | None = None, index: Index | None = None, m
     Raises Refused when the images are not those of the split.
     """
     config = run.config().data
-    config = config if data is None else dataclasses.replace(config, root=data)
+    config = dataclasses.replace(config, root=run.image_folder(data))
     manifest = splits.from_json(run.read_json("split.json"))
     network = open_network(run)
     if tuple(network.classes) != manifest.classes:

@@ -19,7 +19,7 @@ from finetune101.data.images import Index, class_of, find_data, index_images
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import open_network
-from finetune101.evaluation.evaluate import calibrations, check_batch_size, scores, trained_on
+from finetune101.evaluation.evaluate import NO_HELP, calibrations, check_batch_size, scores, trained_on
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.photos import Failure, decoded
 from finetune101.evaluation.predictions import write_pair
@@ -55,7 +55,7 @@ def evaluate_other(run: Run, data: str | None, *, batch_size: int = 64, mirror: 
     number = {name: i for i, name in enumerate(network.classes)}
     output, target = torch.cat(outputs), torch.tensor([number[labels[file]] for file in good])
     temperature = network.temperature or 1.0
-    reason = "" if network.temperature else "none was found yet; evaluate the run on its own test images first"
+    reason = "" if temperature != 1 else network.temperature_reason or NO_HELP
     result = scores(output, target)
     if network.frozen_backbone:
         result["frozen_backbone"] = True
@@ -87,7 +87,7 @@ def _near_duplicates(run: Run, other: Index, files: list[str], correct: Tensor) 
     config = run.config()
     manifest = splits.from_json(run.read_json("split.json"))
     try:
-        root = find_data(config.data.root).absolute()
+        root = find_data(run.image_folder()).absolute()
         index = index_images(root, ours=[config.runs])
     except Refused:
         return {"near_duplicates": {"n": None, "reason": "the training images are not there any more"}}

@@ -32,8 +32,9 @@ def comparison_text(c: Comparison) -> str:
     lines.append(_verdict(c))
     if single := [arm.name for arm in (c.a, c.b) if len(arm.runs) == 1]:
         lines.append(f"One training run of {' and of '.join(single)}: another seed or split would give other numbers.")
-    best, worst = c.classes[:3], c.classes[:-4:-1]
-    lines += ["", f"By class, the difference is greatest in {_classes(best)}; least in {_classes(worst)}."]
+    best, worst = c.classes[:3], c.classes[3:][:-4:-1]
+    least = f"; least in {_classes(worst)}" if worst else ""
+    lines += ["", f"By class, the difference is greatest in {_classes(best)}{least}."]
     lines += [line for arm, other in ((c.a, c.b), (c.b, c.a)) for line in _arm_lines(arm, other)]
     if c.a.network != c.b.network:
         lines += ["", "The networks differ, so the difference does not come from the start of training alone."]

@@ -128,6 +128,6 @@ def thumbnail(file: Path) -> str | None:
 def image_root(runs: Sequence[Tested], data: str | None) -> Path:
     """Where the images of ``runs`` are. Raises Refused, offering --no-gallery, when they are not there."""
     try:
-        return find_data(data or runs[0].config.data.root)
+        return find_data(runs[0].run.image_folder(data or None))
     except Refused as error:
         raise Refused(f"{error}; or make the report with --no-gallery") from error

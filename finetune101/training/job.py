@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -199,6 +200,7 @@ def _write(job: Job, resume: bool, overwrite: bool) -> None:
         run.clear()  # only now, when nothing can be wrong any more: a mistyped command must not cost the old run
     run.write_json("split.json", job.manifest.to_json())
     start: dict[str, Any] = {"model": {"init_source": job.built.init_source, "init_hash": job.built.init_hash}}
+    start["data"] = os.path.abspath(job.images.root)
     if job.teachers:
         start["teachers"] = list(job.teachers.hashes)
     run.write_json("env.json", {"world": job.world.describe(), **start, **environment(kernels, job.world)})
