@@ -96,8 +96,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     print(f"Recipe {recipe_line(config.recipe)}; --recipe NAME takes another (see finetune101 recipes)")
     for line in job.notes:
         print(line)
-    images = {name: len(paths) for name, paths in job.manifest.subsets.items()}
-    print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, {images}")
+    images = ", ".join(f"{len(paths)} {name}" for name, paths in job.manifest.subsets.items())
+    print(f"{config.model.name} from {job.built.init_source}, {len(job.manifest.classes)} classes, images: {images}")
     layout = ", channels_last" if job.world.channels_last else ""
     print(f"{job.world.device}, {job.world.precision}{layout} -> {job.run.path}")
     for record in log_records(job.run, fit(job)):

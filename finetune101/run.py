@@ -170,6 +170,10 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
         raise Refused(f"{run.path} holds the config.json of another program; choose another --exp")
     if resume and not exists:
         raise Refused(f"there is no run {run.path} to resume; start it without --resume")
+    above = [Path(config.runs) / part for part in Path(config.exp).parents[:-1]]
+    inside = next((folder for folder in above if is_run(folder)), None)
+    if inside and not exists:
+        raise Refused(f"{inside} is the folder of a run, in which no other run may be; choose another --exp")
     if exists and not resume and not overwrite:
         raise Refused(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
     return run

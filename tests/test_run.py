@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -233,3 +234,14 @@ def test_a_wrong_split_is_refused(tmp_path: Path, change: dict[str, Any]) -> Non
     run.write_json("split.json", {**good, **change})
     with pytest.raises(Refused, match="split"):
         splits.from_json(run.read_json("split.json"))
+
+
+def test_no_run_lies_in_the_folder_of_another(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    config = TrainConfig(exp="a", runs=str(tmp_path))
+    Run(tmp_path / "a").write_json("config.json", to_dict(config))
+    for exp in ("a/b", "a/b/c"):
+        with pytest.raises(Refused, match="folder of a run"):
+            create_run(dataclasses.replace(config, exp=exp), resume=False, overwrite=True)
+    free = dataclasses.replace(config, exp="c/d")
+    assert create_run(free, resume=False, overwrite=False).path == tmp_path / "c" / "d"

@@ -89,14 +89,14 @@ def cache(action: tyro.conf.Positional[Literal["list", "clear"]] = "list", *, ol
 
     Args:
         action: list: each file with its size, age and content. clear: remove them; what is needed again is made anew.
-        older_than: Clear only what was not used for so many days.
+        older_than: Only what was not used for so many days.
     """
     from finetune101.data import store
 
     if not older_than >= 0:
         raise Refused(f"--older-than is {older_than}; give a number of days of at least 0")
     if action == "list":
-        print(store.cache_table())
+        print(store.cache_table(older_than))
         return 0
     removed = store.clear_cache(older_than)
     print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")

@@ -147,7 +147,7 @@ def check_split(manifest: Manifest, index: Index) -> None:
     if missing:
         raise Refused(
             f"{len(missing)} images of the split are not in {index.root} (first: {escaped(missing[0])}); "
-            "give the --data it was made from"
+            "give the --data it was made from, or score another folder by --as-test"
         )
     if content_hash(index.digests, wanted) != manifest.content_hash:
         raise Refused(f"images in {index.root} changed after the split was made; restore them or make a new split")

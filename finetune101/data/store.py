@@ -281,12 +281,16 @@ def cache_entries() -> list[Entry]:
     return sorted(kept, key=lambda entry: (entry.used, entry.file.name))
 
 
+def _is_unused(entry: Entry, days: float) -> bool:
+    return not days or time.time() - entry.used >= days * 86400
+
+
 def clear_cache(older_than: float = 0.0) -> list[Entry]:
     """Removes what was not used for ``older_than`` days; returns that. Raises Refused where it cannot be removed."""
     folder, removed = cache_dir(), []
     remove_abandoned(folder)
     for entry in cache_entries():
-        if time.time() - entry.used >= older_than * 86400 or not older_than:
+        if _is_unused(entry, older_than):
             try:
                 entry.file.unlink(missing_ok=True)
             except OSError as error:
@@ -295,9 +299,12 @@ def clear_cache(older_than: float = 0.0) -> list[Entry]:
     return removed
 
 
-def cache_table() -> str:
-    """The folder as text: size, days since the last use, name and content of each entry, then the sum and the bound."""
-    present = cache_entries()
+def cache_table(older_than: float = 0.0) -> str:
+    """The folder as text: size, days since the last use, name and content of each entry, then the sum and the bound.
+
+    Only entries that were not used for ``older_than`` days are listed and summed.
+    """
+    present = [entry for entry in cache_entries() if _is_unused(entry, older_than)]
     lines = [f"{'GB':>8}  {'days unused':>11}  file"] * bool(present)
     for entry in reversed(present):
         days = max(0.0, time.time() - entry.used) / 86400

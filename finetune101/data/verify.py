@@ -67,7 +67,11 @@ class Report:
             ("truncated", f"{len(self.truncated)}", [f"{p}: {why}" for p, why in self.truncated.items()]),
             ("not an image", f"{len(self.not_images)}", self.not_images),
             *((f"left out: {reason}", f"{len(paths)}", paths) for reason, paths in self.left_out.items()),
-            *([("names not in UTF-8", f"{len(self.odd_names)}", self.odd_names)] if self.odd_names else []),
+            *(
+                [("names not in UTF-8 or with control characters", f"{len(self.odd_names)}", self.odd_names)]
+                if self.odd_names
+                else []
+            ),
             ("grayscale", f"{len(self.grayscale)}", []),
             ("byte-identical groups", f"{len(self.identical)}", [_joined(group, " = ") for group in self.identical]),
             ("near-duplicate groups", near, [_joined(group, " ~ ") for group in self.near]),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.images import images_in
+from finetune101.data.layouts import is_junk
 from finetune101.deploy.network import ranked_classes
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation.checkpoint import TrainedNetwork
@@ -130,7 +131,7 @@ def _images(source: str) -> list[str]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Visible images in ``folder`` and its sub-folders, in order of their names; links to folders are not followed."""
+    """Images in ``folder`` and its sub-folders but junk, in order of their names; links to folders are not followed."""
     for here, folders, _ in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_junk(name))
         yield from images_in(Path(here))

@@ -253,6 +253,8 @@ def test_the_verb_lists_and_clears(folder: Path, capsys: pytest.CaptureFixture[s
     assert main(["cache", "list"]) == 0
     said = capsys.readouterr().out
     assert "rows of old" in said and "30.0" in said and "4 files" in said and "thesis" not in said
+    assert main(["cache", "list", "--older-than", "7"]) == 0
+    assert "1 files" in capsys.readouterr().out
     assert main(["cache", "clear", "--older-than", "7"]) == 0
     assert sorted(file.name for file in folder.iterdir()) == [
         "features_broken.npy", "features_young.npy", "kernels_0.so", "thesis.txt",

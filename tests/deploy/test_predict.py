@@ -61,8 +61,9 @@ def folder(tiny_data, tmp_path):
     (tmp_path / "box" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "box" / "text.PNG").write_text("not an image")
     (tmp_path / "box" / "notes.txt").write_text("left alone")
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "x.jpg").write_bytes(whole)
+    for junk in (".hidden", "@eaDir"):  # what train ignores without a word
+        (tmp_path / junk).mkdir()
+        (tmp_path / junk / "x.jpg").write_bytes(whole)
     return tmp_path
 
 
