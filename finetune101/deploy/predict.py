@@ -114,7 +114,7 @@ def _images(source: str) -> list[str]:
         if os.path.lexists(source) and not os.path.isdir(source):
             dead = os.path.islink(source) and not os.path.exists(source)
             raise Refused("a link to nothing" if dead else "a pipe or a device, not a file")
-        matches = [source] if os.path.isdir(source) else sorted(glob.glob(source, recursive=True))
+        matches = [source] if os.path.isdir(source) else _matches(source)
     except ValueError as error:  # a NUL in the name
         raise Refused("no such file or folder") from error
     if not matches:
@@ -128,6 +128,13 @@ def _images(source: str) -> list[str]:
     if not images:
         raise Refused(f"no image there ({', '.join(IMAGE_SUFFIXES)})")
     return images
+
+
+def _matches(pattern: str) -> list[str]:
+    """Paths that ``pattern`` matches, sorted, without those in which it matched junk."""
+    fixed = next((i for i, part in enumerate(Path(pattern).parts) if glob.has_magic(part)), 0)
+    paths = sorted(glob.glob(pattern, recursive=True))
+    return [path for path in paths if not any(map(is_junk, Path(path).parts[fixed:]))]
 
 
 def _below(folder: Path) -> Iterator[Path]:
