@@ -26,7 +26,7 @@ from finetune101.evaluation.result import Evaluation
 from finetune101.files import typed
 from finetune101.machine import leave
 from finetune101.recipes import from_recipe, usual
-from finetune101.run import Run, create_run, open_run, run_name
+from finetune101.run import Run, check_folder, create_run, open_run, run_name
 from finetune101.training.job import prepare
 from finetune101.training.log import log_records
 from finetune101.training.loop import fit
@@ -45,7 +45,7 @@ def train(
     *,
     exp: str,
     recipe: str | None = None,
-    pretrain: bool = True,
+    pretrain: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
     **settings: Any,
@@ -56,7 +56,7 @@ def train(
         data: a folder with one folder per class; by default Caltech-101 where ``finetune101 data download`` put it.
         exp: name of the run.
         recipe: a named recipe (see ``RECIPES``) or a recipe file; by default what suits the network and the machine.
-        pretrain: start from ImageNet weights, else from random ones.
+        pretrain: start from ImageNet weights, or with False from random ones; a recipe file may say so itself.
         resume: go on with a run that was interrupted.
         overwrite: replace a run of this name.
         settings: any setting by the name of its flag, such as ``lr=0.02, epochs=3, model="resnet18", runs="runs"``.
@@ -64,17 +64,19 @@ def train(
     Returns the run; its ``path`` holds the weights, curves and records. Raises Refused for settings, data or weights
     that cannot work, and for a name that is taken.
     """
-    pretrain, resume = typed(bool, pretrain, "pretrain is"), typed(bool, resume, "resume is")
+    pretrain = None if pretrain is None else typed(bool, pretrain, "pretrain is")
+    resume = typed(bool, resume, "resume is")
     overwrite = typed(bool, overwrite, "overwrite is")
     if resume:
-        config = open_run(exp, str(settings.get("runs", "runs")), anywhere=False).config()
+        if recipe is not None or pretrain is not None:
+            raise Refused("a run that is resumed keeps its recipe and its start; leave recipe and pretrain out")
+        runs = run_name(settings.get("runs", "runs"))
+        recorded = open_run(run_name(exp), runs, anywhere=False).config()
+        config = dataclasses.replace(recorded, exp=run_name(exp), runs=runs)  # it may have moved or been renamed
     else:
-        name = (
-            run_name(recipe)
-            if recipe is not None
-            else usual(str(settings.get("model", "")), str(settings.get("device", "auto")), pretrain=pretrain)
-        )
-        config = from_recipe(name, exp, pretrain=pretrain)
+        model, device = str(settings.get("model", "")), str(settings.get("device", "auto"))
+        name = usual(model, device, pretrain=pretrain is not False) if recipe is None else run_name(recipe)
+        config = from_recipe(name, run_name(exp), pretrain=pretrain)
     changes = settings if data is None else settings | {"data": data}
     return run_training(fitted(change(config, changes), changes), resume=resume, overwrite=overwrite)
 
@@ -333,6 +335,8 @@ def run_comparison(groups: Sequence[Group], out: Path | None) -> Comparison:
     from finetune101.reports.compare_text import comparison_text
     from finetune101.reports.pages import draw_groups
 
+    if out is not None:
+        check_folder(out)
     comparisons = comparing.all_pairs(groups)
     print("\n\n".join(comparison_text(one) for one in comparisons))
     if out is not None:
@@ -363,7 +367,7 @@ def report(
 
     Raises Refused for a folder that holds none of these.
     """
-    name = target.path.as_posix() if isinstance(target, Run) else run_name(target)
+    name = str(target.path.resolve()) if isinstance(target, Run) else run_name(target)
     search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
     if search:
         from finetune101.reports.search_page import write_search_report
@@ -385,4 +389,4 @@ def _opened(run: Run | str | Path, runs: str) -> Run:
 
 
 def _text(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
+    return None if path is None else run_name(path)

@@ -260,13 +260,20 @@ def change(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
             hint = f"did you mean {near[0]}?" if near else "finetune101 train --help-all lists them"
             raise Refused(f"{shortened(escaped(name), 60)} is no setting; {hint}")
         part, field_name, kind = SETTINGS[name]
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-        plain = plain.item() if type(plain).__module__ == "numpy" and plain.ndim == 0 else plain
+        several = isinstance(value, list | tuple)
+        plain = [_plain(one) for one in value] if several else _plain(value)
         parts.setdefault(part, {})[field_name] = typed(kind, plain, f"{name} is")
     own = parts.pop("", {})
     return dataclasses.replace(
         config, **own, **{part: dataclasses.replace(getattr(config, part), **fields) for part, fields in parts.items()}
     )
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, NumPy's numbers and arrays as Python's own."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 def fitted(config: TrainConfig, names: Collection[str]) -> TrainConfig:

@@ -17,6 +17,7 @@ from finetune101.cli.parse import Flag, RecipeFile, call
 from finetune101.config import Flat, TrainConfig
 from finetune101.errors import Refused
 from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions
+from finetune101.host import place
 from finetune101.run import Run, file_name, is_run
 
 if TYPE_CHECKING:
@@ -56,7 +57,10 @@ def train_as_original(
     weights, before = weights_file(config.exp), Run(Path(config.runs) / config.exp)
     if weights.exists() and not before.has("config.json") and not overwrite:
         raise Refused(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
-    export(train_watched(config, resume=resume, overwrite=overwrite))
+    run = train_watched(config, resume=resume, overwrite=overwrite)
+    if place().rank:
+        return 0
+    export(run)
     words = ["--exp", config.exp, "--batch_size", str(config.optim.batch_size)]
     print(f"Test it: {shlex.join(['python', 'test.py', *words])}")
     return 0

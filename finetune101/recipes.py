@@ -174,14 +174,16 @@ def usual_scratch(model: str = "", device: str = "auto") -> str:
     return "scratch_long" if device == "cuda" or (device == "auto" and has_gpu()) else "scratch_fast"
 
 
-def from_recipe(name: str, exp: Any, *, pretrain: bool = True) -> TrainConfig:
+def from_recipe(name: str, exp: Any, *, pretrain: bool | None = None) -> TrainConfig:
     """The settings of the recipe ``name``, or of a recipe file such as a search's winner.yaml.
 
+    ``pretrain`` None leaves the start to the file; a named recipe then starts from ImageNet weights.
     Raises Refused for a recipe that does not exist, and for a file that is none.
     """
     if Path(name).suffix:
-        return change(read_recipe(name, exp), {"pretrain": pretrain})
-    return named(name)(exp, pretrain=pretrain)
+        config = read_recipe(name, exp)
+        return config if pretrain is None else change(config, {"pretrain": pretrain})
+    return named(name)(exp, pretrain=pretrain is not False)
 
 
 def usual(model: str = "", device: str = "auto", *, pretrain: bool = True) -> str:

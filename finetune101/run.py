@@ -254,7 +254,7 @@ def open_run(name: str, runs: str = "runs", anywhere: bool = True) -> Run:
 def run_name(run: Any) -> str:
     """The name that a person gives a run by, as text. Raises Refused for what is no name."""
     if not isinstance(run, str | os.PathLike):
-        raise Refused(f"{type(run).__name__} is no run; give its name, its folder, or what train returned")
+        raise Refused(f"{type(run).__name__} is neither a name nor a path; give text")
     return os.fspath(run)
 
 

@@ -15,7 +15,10 @@ import pytest
 from PIL import Image
 
 import finetune101 as ft
+from finetune101.cli.one_run import training_settings
+from finetune101.config import change
 from finetune101.evaluation.predictions import read_rows
+from finetune101.recipes import from_recipe
 from finetune101.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +120,53 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_taken_name_resume_and_overwrite(trained: Run, tiny_data: Path) -> None:
+def test_a_renamed_run_is_resumed_as_itself(trained: Run, tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained.path, tmp_path / "renamed")
+    run = ft.train(exp="renamed", resume=True, runs=tmp_path)
+    assert run.path == tmp_path / "renamed" and run.metrics() == trained.metrics()
+    for extra in ({"recipe": "probe"}, {"pretrain": True}):
+        with pytest.raises(ft.Refused, match="leave"):
+            ft.train(exp="renamed", resume=True, runs=tmp_path, **extra)
+
+
+def test_a_recipe_file_says_where_training_starts(tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text("model: {pretrain: false}\noptim: {lr: 0.5}\n")
+    assert [from_recipe(str(file), "x", pretrain=p).model.pretrain for p in (None, False, True)] == [False, False, True]
+    for words in (["--recipe", str(file)], ["--config", str(file)]):
+        assert training_settings(["--exp", "x", *words]).model.pretrain is False
+        assert training_settings(["--exp", "x", "--pretrain", *words]).model.pretrain is True
+    assert training_settings(["--exp", "x", "--no-pretrain", "--device", "cpu"]).recipe == "scratch_fast"
+
+
+def test_a_report_is_of_the_run_that_was_given(trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name below runs/ comes first only where a name was given."""
+    ft.evaluate(trained)
+    shutil.copytree(trained.path, tmp_path / "mine")
+    shutil.copytree(trained.path, tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "mine" / "predictions.csv").write_text("damaged")
+    monkeypatch.chdir(tmp_path)
+    assert ft.report(Run(Path("mine")), gallery=False).is_file()
+
+
+def test_numbers_of_numpy_and_paths_are_settings(tmp_path: Path) -> None:
+    values = {"lr": np.float64(0.1), "train_sizes": np.array([64, 96]), "teacher": [tmp_path], "data": tmp_path}
+    config = change(from_recipe("original", "x"), values)
+    assert (config.optim.lr, config.augment.train_sizes, config.optim.teacher) == (0.1, (64, 96), (str(tmp_path),))
+
+
+def test_a_damaged_or_closed_pillow_image_is_refused(trained: Run, tiny_data: Path, tmp_path: Path) -> None:
+    data = sorted(tiny_data.rglob("*.jpg"))[0].read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    closed = Image.open(sorted(tiny_data.rglob("*.jpg"))[0])
+    closed.close()
+    with Image.open(tmp_path / "cut.jpg") as damaged:
+        for image in (damaged, closed):
+            with pytest.raises(ft.Refused):
+                ft.load(trained).predict(image)
+
+
+def test_a_taken_name_and_a_missing_one(trained: Run, tiny_data: Path) -> None:
     runs = trained.path.parent
     with pytest.raises(ft.Refused, match="overwrite"):
         ft.train(tiny_data, exp="mine", runs=runs, **TINY)

@@ -163,7 +163,8 @@ def test_without_a_home_the_cache_is_somewhere_else(photos: Path, variable: str 
         "images = open_images(index_images(Path(sys.argv[1])), shape)\n"
         "print(images.read(images.paths[:2]).shape, cache_dir())\n"
     )
-    for folder in (photos, *photos.parents[:4], *photos.iterdir()):
+    ours = [folder for folder in photos.parents if folder.name.startswith(("test_", "pytest-", "popen-"))]
+    for folder in (photos, *ours, *photos.iterdir()):
         os.chmod(folder, 0o755)
     run = subprocess.run([sys.executable, "-c", code, str(photos)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

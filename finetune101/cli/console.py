@@ -189,8 +189,7 @@ def guarded(call: Callable[[], int], debug: bool = False) -> int:
         try:
             code = call()
         except Refused as error:
-            if debug:
-                print(traceback_of(error), end="", file=sys.stderr)
+            _show(error, debug)
             return _told(f"{error}")
         except KeyboardInterrupt as stop:
             return _stopped(stop)
@@ -200,11 +199,13 @@ def guarded(call: Callable[[], int], debug: bool = False) -> int:
             if error.errno is None or isinstance(error, OURS):
                 _hide_secrets(error)
                 raise
+            _show(error, debug)
             return _told(_of_system(error) + _traceback_place(error))
         except (MemoryError, RuntimeError) as error:
             if not (sentence := _of_machine(error)):
                 _hide_secrets(error)
                 raise
+            _show(error, debug)
             return _told(sentence)
         except Exception as error:
             _hide_secrets(error)
@@ -213,6 +214,11 @@ def guarded(call: Callable[[], int], debug: bool = False) -> int:
         if out.lost and not isinstance(out.lost, BrokenPipeError):  # a reader such as head may have seen enough
             return _told(f"standard output cannot be written: {out.lost.strerror}; what else was asked for is done")
         return code
+
+
+def _show(error: BaseException, debug: bool) -> None:
+    if debug:
+        print(traceback_of(error), end="", file=sys.stderr)
 
 
 def _told(sentence: str) -> int:

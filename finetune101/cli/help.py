@@ -85,7 +85,8 @@ def _listed(flags: Iterable[FlagHelp]) -> list[str]:
 
 def _about(flag: FlagHelp) -> str:
     """What a flag does, and its default."""
-    plain = isinstance(flag.default, str | int | float | tuple) and flag.default not in (False, True, (), "")
+    plain = isinstance(flag.default, str | int | float | tuple) and not isinstance(flag.default, bool)
+    plain = plain and flag.default not in ((), "")
     return f"{flag.about} Default: {_as_typed(flag.default)}." if plain and "Default" not in flag.about else flag.about
 
 

@@ -17,6 +17,8 @@ from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions, StudyC
 from finetune101.experiments.space import planned_search
 from finetune101.redaction import has_password
 
+GOES_ON = "the same command goes on from the last epochs"
+
 
 def ensemble(
     members: tyro.conf.Positional[tuple[str, ...]],
@@ -124,7 +126,8 @@ def study(study: Annotated[StudyConfig, Flat], *, jobs: int = 1, dry_run: Flag =
     """
     from finetune101 import api
 
-    with watched(Path(study.runs) / study.exp, lambda: "the same command goes on from the last epochs"):
+    folder = Path(study.runs) / study.exp
+    with watched(folder, lambda: GOES_ON if not dry_run and folder.is_dir() else ""):
         summary = api.run_study(study, jobs=jobs, dry_run=dry_run)
     return int(any(cell["errors"] for cell in summary["cells"]))
 
@@ -159,7 +162,8 @@ def search_watched(
         print("note: others can read a password in a command; PGPASSWORD keeps it out", file=sys.stderr)
     from finetune101 import api
 
-    with watched(Path(config.runs) / config.exp, lambda: "the same command goes on from the last epochs"):
+    folder = Path(config.runs) / config.exp
+    with watched(folder, lambda: GOES_ON if not options.dry_run and folder.is_dir() else ""):
         return api.run_search(config, space, options, table, plots)
 
 

@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -45,7 +46,7 @@ class Beginning:
 def call(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") -> int:
     """Calls ``verb`` with the arguments that ``argv`` gives; ``model`` is the network of the original's scripts."""
     if asked := next((word for word in argv if word in HELP), None):
-        print(verb_help(verb, prog, _defaults(verb, argv, model), every=asked == "--help-all"))
+        print(verb_help(verb, prog, _defaults(verb, argv, prog, model), every=asked == "--help-all"))
         return 0
     positional, named = arguments(verb, argv, prog=prog, model=model)
     return verb(*positional, **named)
@@ -53,27 +54,30 @@ def call(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") -> int:
 
 def arguments(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and the named arguments that ``argv`` gives to ``verb``. Raises Refused as ``parse`` does."""
-    positional, named = parse(verb, argv, prog=prog, defaults=_defaults(verb, argv, model))
+    positional, named = parse(verb, argv, prog=prog, defaults=_defaults(verb, argv, prog, model))
     flags = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     fit = {name: fitted(value, flags) for name, value in named.items() if isinstance(value, TrainConfig)}
     return tuple(fitted(value, flags) if isinstance(value, TrainConfig) else value for value in positional), named | fit
 
 
-def _defaults(verb: Verb, argv: Sequence[str], model: str) -> dict[str, Any]:
+def _defaults(verb: Verb, argv: Sequence[str], prog: str, model: str) -> dict[str, Any]:
     """The settings of a training on top of which the flags come, for the verbs that take them."""
     parameters = inspect.signature(verb).parameters
     if "config" not in parameters:
         return {}
-    return {"config": first_settings(argv, model, original=bool(model) or "options" in parameters)}
+    words = [word for word in argv if word != "--resume" or "resume" in parameters]  # unknown to the other verbs
+    return {"config": first_settings(words, model, bool(model) or "options" in parameters, prog)}
 
 
-def first_settings(argv: Sequence[str], model: str = "", original: bool = False) -> TrainConfig:
+def first_settings(
+    argv: Sequence[str], model: str = "", original: bool = False, prog: str = "finetune101 train"
+) -> TrainConfig:
     """The settings before the flags of ``argv``: those of --recipe or --config, or with --resume of the run itself.
 
     Without any of them, the recipe that suits network and machine, or the ``original``.
     """
     words = [word for word in argv if word not in HELP]
-    begin, _ = _by_tyro(Beginning, words, prog="finetune101")
+    begin, _ = _by_tyro(Beginning, words, prog=prog)
     if begin.resume and begin.exp:
         from finetune101.run import open_run
 
@@ -85,7 +89,8 @@ def first_settings(argv: Sequence[str], model: str = "", original: bool = False)
             raise Refused("--recipe and --config both say where to start; give one of them")
         return read_recipe(begin.config, tyro.MISSING)
     name = "original" if original else usual(begin.model, begin.device, pretrain=begin.pretrain)
-    config = from_recipe(begin.recipe or name, tyro.MISSING, pretrain=begin.pretrain)
+    from_file = bool(begin.recipe and Path(begin.recipe).suffix)  # it says itself where training starts
+    config = from_recipe(begin.recipe or name, tyro.MISSING, pretrain=None if from_file else begin.pretrain)
     if model and begin.recipe in (None, "original"):
         return dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
     return config
@@ -143,14 +148,15 @@ def flags_of(verb: Verb) -> list[str]:
 def _flags(hints: dict[str, Any]) -> list[str]:
     names = []
     for name, hint in hints.items():
-        kind = bare(hint)
-        if name == "return":
+        kind, marks = bare(hint), getattr(hint, "__metadata__", ())
+        if name == "return" or tyro.conf.Positional in marks:
             continue
         if dataclasses.is_dataclass(kind):
             names += _flags(get_type_hints(kind, include_extras=True))
         else:
             flag = flag_of(name, hint)
-            names += [f"--{flag}", *([f"--no-{flag}"] if kind is bool else [])]
+            has_pair = kind is bool and tyro.conf.FlagCreatePairsOff not in marks
+            names += [f"--{flag}", *([f"--no-{flag}"] if has_pair else [])]
     return names
 
 

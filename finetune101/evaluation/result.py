@@ -28,7 +28,7 @@ class Evaluation:
     top5: float
     mean_per_class: float
     folder: Path | None = None
-    record: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    record: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @classmethod
     def of(cls, record: Mapping[str, Any], subset: str = "test", folder: Path | None = None) -> Evaluation:

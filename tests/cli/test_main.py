@@ -65,6 +65,7 @@ def test_the_short_help_has_the_most_used_flags_and_the_long_one_has_all(capsys:
         helps.append(capsys.readouterr().out)
     assert all("--epochs" in text and "--[no-]pretrain" in text for text in helps)
     assert ["--gamma" in text for text in helps] == [False, True]
+    assert "Fixes initialisation, order and augmentation. Default: 0." in " ".join(helps[1].split())
     assert len(helps[0].splitlines()) < 40
 
 
@@ -90,11 +91,19 @@ def test_debug_shows_the_traceback_of_a_mistake(capsys: pytest.CaptureFixture[st
 def test_bash_completes_verbs_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--completion"]) == 0
     script = capsys.readouterr().out
-    wanted = {"tr": "train", "train --epo": "--epochs", "data ver": "verify", "data show --per": "--per-class"}
+    wanted = {
+        "tr": "train",
+        "--debug train --epo": "--epochs",
+        "train --no-o": "",
+        "evaluate --ru": "--runs",
+        "train --epo": "--epochs",
+        "data ver": "verify",
+        "data show --per": "--per-class",
+    }
     for words, completed in wanted.items():
         ask = f"COMP_WORDS=(finetune101 {words}); COMP_CWORD={len(words.split())}; _finetune101; echo ${{COMPREPLY[@]}}"
         shell = subprocess.run(["bash", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
-        assert shell.stdout.split() == [completed]
+        assert shell.stdout.strip() == completed
 
 
 def test_train_writes_the_whole_run(runs: Path) -> None:

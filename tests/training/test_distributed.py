@@ -142,3 +142,15 @@ def test_who_is_left_ends_with_a_sentence(tiny_data: Path, tmp_path: Path, kille
     sentences = [line for line in (tmp_path / "errors").read_text().splitlines() if line.startswith("error:")]
     assert sentences and all("--resume" in line for line in sentences)
     assert len(records(tmp_path)) < 1000
+
+
+@pytest.mark.slow
+def test_the_originals_train_py_in_two_processes(tiny_data: Path, tmp_path: Path) -> None:
+    """The first process alone writes EXP_best.pth and the curves."""
+    script = Path(__file__).parents[2] / "train.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    words = [*launch, "--exp", "two", "--data", str(tiny_data), *FLAGS.split(), "--epochs", "1"]
+    environment = ENVIRONMENT | {"FINETUNE101_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two_best.pth").is_file() and done.stdout.count("Test it:") == 1
