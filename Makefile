@@ -5,7 +5,7 @@ STAMP := .venv/.finetune101-installed
 .PHONY: help env demo test fast lint stress claims clean
 
 help:
-	@echo "make demo    fine-tune, train from scratch and compare, on an embedded data set (about a minute, installation not counted)"
+	@echo "make demo    fine-tune, train from scratch and compare, on an embedded data set (about two minutes, installation not counted)"
 	@echo "make test    lint, types and all tests"
 	@echo "make fast    the quick tests only"
 	@echo "make lint    lint and types only"

@@ -1,1 +1,1 @@
-"""The whole job on drawn images: about a minute, nothing to download."""
+"""The whole job on drawn images: about two minutes, nothing to download."""
