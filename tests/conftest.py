@@ -16,6 +16,7 @@ TINY_CLASSES = ("ball", "box", "stripes")
 IMAGES_PER_CLASS = 12
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """``-n auto``: a process for each core that the tests may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
