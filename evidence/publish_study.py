@@ -21,7 +21,8 @@ from finetune101.evaluation.tested import read_manifest
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.plan import split_file
 from finetune101.files import write_json
-from finetune101.reports.compare import Comparison, over_splits
+from finetune101.reports.compare import over_splits
+from finetune101.reports.comparison import Comparison
 from finetune101.reports.groups import Group, mean_sd
 from finetune101.reports.pages import draw_study, study_groups, write_report
 from finetune101.run import Run

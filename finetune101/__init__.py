@@ -10,12 +10,7 @@ ft.load(run).predict("photo.jpg")
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from finetune101.api import compare, evaluate, load, predict, report, train
-    from finetune101.errors import Refused
-    from finetune101.recipes import RECIPES
+from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["RECIPES", "Refused", "__version__", "compare", "evaluate", "load", "predict", "report", "train"]

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tqdm import tqdm
 
-from finetune101.config import DataConfig, TrainConfig, change, check_name, fitted, validate
+from finetune101.config import DataConfig, TrainConfig, change, check_name, validate
 from finetune101.data.download import download
 from finetune101.data.images import find_data
 from finetune101.deploy.network import Image, Network, Prediction, load
 from finetune101.deploy.released import RELEASED, score_released
 from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import has_frozen_backbone
 from finetune101.evaluation.result import Evaluation
 from finetune101.files import typed
 from finetune101.machine import leave
-from finetune101.recipes import from_recipe, usual
-from finetune101.run import Run, check_folder, create_run, open_run, run_name
+from finetune101.recipes import fitted, from_recipe, usual
+from finetune101.run import Run, check_folder, create_run, open_run, plots_folder, run_name
 from finetune101.training.job import prepare
 from finetune101.training.log import log_records
 from finetune101.training.loop import fit
@@ -34,7 +35,7 @@ from finetune101.training.loop import fit
 if TYPE_CHECKING:
     from finetune101.experiments.settings import SearchOptions, StudyConfig
     from finetune101.experiments.space import Space
-    from finetune101.reports.compare import Comparison
+    from finetune101.reports.comparison import Comparison
     from finetune101.reports.groups import Group
 
 Subset = Literal["test", "val", "train"]
@@ -64,8 +65,7 @@ def train(
     Returns the run; its ``path`` holds the weights, curves and records. Raises Refused for settings, data or weights
     that cannot work, and for a name that is taken.
     """
-    pretrain = None if pretrain is None else typed(bool, pretrain, "pretrain is")
-    resume = typed(bool, resume, "resume is")
+    pretrain, resume = typed(bool | None, pretrain, "pretrain is"), typed(bool, resume, "resume is")
     overwrite = typed(bool, overwrite, "overwrite is")
     if resume:
         if recipe is not None or pretrain is not None:
@@ -133,7 +133,7 @@ def _draw_curves(run: Run) -> None:
     draw_curves(records, run.path / "curves.png", run.name)
     best = [record for record in records if record["best"]][-1]
     score = f", validation top-1 {best['val_top1']:.2f} %" if best["val_top1"] is not None else ""
-    linear = best["epoch"] == 0 or run.config().model.freeze
+    linear = has_frozen_backbone(run.config(), best["epoch"])
     start = ", a frozen backbone: only the linear output layer was trained" if linear else ""
     print(f"Best epoch {best['epoch']}{start}{score}. Curves: {run.path / 'curves.png'}")
 
@@ -177,6 +177,7 @@ def evaluate(
     from finetune101.evaluation.evaluate import evaluate as score
 
     check_subset(subset)
+    mirror = typed(bool, mirror, "mirror is")
     if isinstance(run, str) and run in RELEASED:
         if subset != "test":
             raise Refused(f"{run} is scored on its test images only; leave subset {subset} out")
@@ -205,7 +206,7 @@ def evaluate_on(
     """
     from finetune101.evaluation.other_data import evaluate_other
 
-    opened = _opened(run, runs)
+    opened, mirror = _opened(run, runs), typed(bool, mirror, "mirror is")
     record = evaluate_other(opened, _text(data), batch_size=batch_size, mirror=mirror)
     return Evaluation.of(record, "test", opened.path)
 
@@ -214,8 +215,7 @@ def predict(
     run: Run | str | Path | Network, images: Image | Sequence[Image], top_k: int = 5, runs: str = "runs"
 ) -> Prediction | list[Prediction]:
     """Labels an image, or each of a list, with a run or a released network; see ``Network.predict``."""
-    network = run if isinstance(run, Network) else load(run, runs)
-    return network.predict(images, top_k)
+    return load(run, runs).predict(images, top_k)
 
 
 def ensemble(
@@ -232,6 +232,7 @@ def ensemble(
     from finetune101.evaluation.ensemble import ensemble as score
 
     check_subset(subset)
+    mirror = typed(bool, mirror, "mirror is")
     opened = [_opened(run, runs) for run in members]
     record = score(opened, Path(out), subset=subset, data=_text(data), batch_size=batch_size, mirror=mirror)
     return Evaluation.of(record, subset, Path(out) if subset == "test" else None)
@@ -244,6 +245,7 @@ def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> di
     weights that cannot work.
     """
     from finetune101.data.images import index_images, index_notes
+    from finetune101.data.layouts import layout_for
     from finetune101.experiments.plan import plan_study, scratch_recipe
     from finetune101.experiments.processes import check_kind
     from finetune101.experiments.study import estimate, study_text
@@ -258,9 +260,8 @@ def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> di
     check_kind(folder, "study")
     study = dataclasses.replace(study, scratch_recipe=scratch_recipe(study, folder))
     ensure_data(TrainConfig(exp=study.exp, data=DataConfig(root=study.data)))
-    layout: Literal["classes", "folders"] = "folders" if study.protocol == "folders" else "classes"
     with nothing_kept() if dry_run else contextlib.nullcontext():
-        index = index_images(find_data(study.data), layout, ours=[study.runs])
+        index = index_images(find_data(study.data), layout_for(study.protocol), ours=[study.runs])
         for line in index_notes(index):
             print(line)
         cells = plan_study(study, index)
@@ -304,7 +305,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
     if options.dry_run:
         print(search.dry_run(plan))
         return 0
-    plots /= "training_plots_finetune" if config.model.pretrain else "training_plots_random"
+    plots /= plots_folder(config)
     return search.run_search(plan, table, plots, draw_curves, options.finalists, options.seeds)
 
 
@@ -321,6 +322,8 @@ def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None
     """
     from finetune101.reports.groups import open_group
 
+    if out is not None:
+        check_folder(Path(out))
     named = [open_group(one.path.as_posix() if isinstance(one, Run) else run_name(one), runs) for one in groups]
     return run_comparison(named, None if out is None else Path(out))
 
@@ -332,11 +335,9 @@ def run_comparison(groups: Sequence[Group], out: Path | None) -> Comparison:
     """
     from finetune101.files import write_json
     from finetune101.reports import compare as comparing
-    from finetune101.reports.compare_text import comparison_text
+    from finetune101.reports.comparison import comparison_text
     from finetune101.reports.pages import draw_groups
 
-    if out is not None:
-        check_folder(out)
     comparisons = comparing.all_pairs(groups)
     print("\n\n".join(comparison_text(one) for one in comparisons))
     if out is not None:
@@ -367,6 +368,7 @@ def report(
 
     Raises Refused for a folder that holds none of these.
     """
+    gallery = typed(bool, gallery, "gallery is")
     name = str(target.path.resolve()) if isinstance(target, Run) else run_name(target)
     search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
     if search:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
@@ -263,10 +263,13 @@ def change(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         several = isinstance(value, list | tuple)
         plain = [_plain(one) for one in value] if several else _plain(value)
         parts.setdefault(part, {})[field_name] = typed(kind, plain, f"{name} is")
-    own = parts.pop("", {})
-    return dataclasses.replace(
-        config, **own, **{part: dataclasses.replace(getattr(config, part), **fields) for part, fields in parts.items()}
-    )
+    return _replaced(config, parts)
+
+
+def _replaced(config: TrainConfig, parts: Mapping[str, Mapping[str, Any]]) -> TrainConfig:
+    """``config`` with other values in its parts (part -> field -> value); "" stands for its own fields."""
+    inner = {part: dataclasses.replace(getattr(config, part), **fields) for part, fields in parts.items() if part}
+    return dataclasses.replace(config, **parts.get("", {}), **inner)
 
 
 def _plain(value: Any) -> Any:
@@ -274,19 +277,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return value.tolist() if type(value).__module__ == "numpy" else value
-
-
-def fitted(config: TrainConfig, names: Collection[str]) -> TrainConfig:
-    """``config`` with the warm-up and the training sizes of its recipe made to fit the settings ``names`` just given.
-
-    The warm-up ends before the last epoch, and no training image is larger than the input.
-    """
-    optim, augment, model = config.optim, config.augment, config.model
-    if "epochs" in names and "warmup_epochs" not in names and optim.warmup_epochs >= optim.epochs:
-        config = change(config, {"warmup_epochs": max(optim.epochs - 1, 0)})
-    if "size" in names and "train_sizes" not in names and model.size:
-        config = change(config, {"train_sizes": tuple(min(size, model.size) for size in augment.train_sizes)})
-    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -332,7 +322,7 @@ def with_settings(config: TrainConfig, values: dict[str, Any], source: str) -> T
                 named = f"{part}.{_shown_name(name)}"
                 raise Refused(f"{source} has {named}, which is no setting; {_advice(name, part, hints)}")
             changed[name] = typed(hints[name], value, f"{source} has {part}.{name} =")
-        config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changed)})
+        config = _replaced(config, {part: changed})
     return config
 
 

@@ -20,7 +20,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 import msgspec
 
@@ -384,7 +384,7 @@ def typed(hint: Any, value: Any, what: str) -> Any:
     kind, plain = bare(hint), value
     if get_origin(kind) is tuple and not isinstance(value, list | tuple):
         plain = [value]
-    elif kind is bool and isinstance(value, str):
+    elif bool in (kind, *get_args(kind)) and isinstance(value, str):
         plain = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     try:
         return msgspec.convert(plain, hint, strict=False)

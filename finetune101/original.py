@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from finetune101.cli.console import expanded, guarded
 from finetune101.cli.many_runs import search_watched
-from finetune101.cli.one_run import train_watched
-from finetune101.cli.parse import Flag, RecipeFile, call
+from finetune101.cli.one_run import USUAL_TRAINING, TrainingOptions, train_watched
+from finetune101.cli.parse import RecipeFile, call
 from finetune101.config import Flat, TrainConfig
 from finetune101.errors import Refused
 from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions
 from finetune101.host import place
-from finetune101.run import Run, file_name, is_run
+from finetune101.run import Run, file_name, is_run, plots_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 MODEL = "resnet18"  # the original's network
 
 
-def _script(verb: Callable[..., int], argv: Sequence[str] | None, model: str = MODEL) -> int:
+def _script(verb: Callable[..., int], argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
     prog = f"{verb.__name__.removesuffix('_as_original')}.py"
-    return guarded(lambda: call(verb, expanded(words), prog=prog, model=model))
+    return guarded(lambda: call(verb, expanded(words), prog=prog, model=MODEL))
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -41,23 +41,13 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def train_as_original(
-    config: Annotated[TrainConfig, Flat],
-    *,
-    recipe_file: RecipeFile = None,
-    resume: Flag = False,
-    overwrite: Flag = False,
+    config: Annotated[TrainConfig, Flat], options: Annotated[TrainingOptions, Flat] = USUAL_TRAINING
 ) -> int:
-    """Train a network; its best weights are written to EXP_best.pth.
-
-    Args:
-        recipe_file: Start from a recipe file such as a search's winner.yaml.
-        resume: Continue an interrupted run.
-        overwrite: Replace an existing run of this name.
-    """
+    """Train a network; its best weights are written to EXP_best.pth."""
     weights, before = weights_file(config.exp), Run(Path(config.runs) / config.exp)
-    if weights.exists() and not before.has("config.json") and not overwrite:
+    if weights.exists() and not before.has("config.json") and not options.overwrite:
         raise Refused(f"{weights} is there without its run, so it is not ours; move it, or add --overwrite")
-    run = train_watched(config, resume=resume, overwrite=overwrite)
+    run = train_watched(config, options)
     if place().rank:
         return 0
     export(run)
@@ -81,7 +71,7 @@ def export(run: Run) -> None:
     state, _ = read_checkpoint(run.best)
     weights = weights_file(config.exp)
     save_state(weights, state)
-    plots = Path("training_plots_finetune" if config.model.pretrain else "training_plots_random")
+    plots = Path(plots_folder(config))
     plots.mkdir(exist_ok=True)
     curves = plots / f"{file_name(config.exp)}.png"
     shutil.copyfile(run.path / "curves.png", curves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +189,16 @@ def from_recipe(name: str, exp: Any, *, pretrain: bool | None = None) -> TrainCo
 def usual(model: str = "", device: str = "auto", *, pretrain: bool = True) -> str:
     """The name of the recipe that a training begins with where none is named."""
     return usual_finetune(model) if pretrain else usual_scratch(model, device)
+
+
+def fitted(config: TrainConfig, names: Collection[str]) -> TrainConfig:
+    """``config`` with the warm-up and the training sizes of its recipe made to fit the settings ``names`` just given.
+
+    The warm-up ends before the last epoch, and no training image is larger than the input.
+    """
+    optim, augment, model = config.optim, config.augment, config.model
+    if "epochs" in names and "warmup_epochs" not in names and optim.warmup_epochs >= optim.epochs:
+        config = change(config, {"warmup_epochs": max(optim.epochs - 1, 0)})
+    if "size" in names and "train_sizes" not in names and model.size:
+        config = change(config, {"train_sizes": tuple(min(size, model.size) for size in augment.train_sizes)})
+    return config

@@ -218,6 +218,11 @@ def file_name(exp: str) -> str:
     return exp.replace("/", "_")
 
 
+def plots_folder(config: cfg.TrainConfig) -> str:
+    """The original's folder for the curves of an arm."""
+    return "training_plots_finetune" if config.model.pretrain else "training_plots_random"
+
+
 def find_run(name: str, runs: str = "runs") -> Run | None:
     """The existing run ``name``, if there is one: a name below ``runs``, or a folder."""
     paths = [Path(runs) / name, Path(name)]

@@ -184,7 +184,8 @@ def test_a_taken_name_and_a_missing_one(trained: Run, tiny_data: Path) -> None:
         lambda run: ft.load(run).predict(np.zeros((9, 9), np.uint8), top_k=1.5),
         lambda run: ft.load(run).predict(b"bytes"),
         lambda run: ft.load(run).predict(np.zeros((9, 9), np.uint8), top_k=0),
-        lambda run: ft.compare(run), lambda run: ft.compare(run, 3),
+        lambda run: ft.evaluate(run, mirror="perhaps"), lambda run: ft.evaluate(run, batch_size="8"),
+        lambda run: ft.report(run, gallery="perhaps"), lambda run: ft.compare(run), lambda run: ft.compare(run, 3),
         lambda run: ft.evaluate("released_finetune", subset="val"),
     ],
 )  # fmt: skip

@@ -19,8 +19,11 @@ def completion_script(verbs: Mapping[str, str], data_verbs: Mapping[str, str]) -
     names = " ".join(["data", *verbs, "--help", "--version", "--completion", "--debug"])
     lines = [
         "_finetune101() {",
-        "  local verb=${COMP_WORDS[1]} words=",
-        '  [ "$verb" = --debug ] && COMP_WORDS=("${COMP_WORDS[0]}" "${COMP_WORDS[@]:2}") && ((COMP_CWORD--))',
+        "  local verb words",
+        '  if [ "${COMP_WORDS[1]}" = --debug ]; then',
+        '    COMP_WORDS=("${COMP_WORDS[0]}" "${COMP_WORDS[@]:2}")',
+        "    ((COMP_CWORD--))",
+        "  fi",
         "  verb=${COMP_WORDS[1]}",
         '  [ "$verb" = data ] && [ "$COMP_CWORD" -gt 2 ] && verb="data ${COMP_WORDS[2]}"',
         '  [ "$COMP_CWORD" -eq 1 ] && verb=',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,21 +21,24 @@ if TYPE_CHECKING:
     from finetune101.run import Run
 
 
-def train(
-    config: Annotated[TrainConfig, Flat],
-    *,
-    recipe_file: RecipeFile = None,
-    resume: Flag = False,
-    overwrite: Flag = False,
-) -> int:
-    """Train a network and keep everything about it in RUNS/EXP.
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What a training does with a run that exists, and where its settings begin."""
 
-    Args:
-        recipe_file: Start from a recipe file such as a search's winner.yaml.
-        resume: Continue an interrupted run.
-        overwrite: Replace an existing run of this name.
-    """
-    run = train_watched(config, resume=resume, overwrite=overwrite)
+    recipe_file: RecipeFile = None
+    """Start from a recipe file such as a search's winner.yaml."""
+    resume: Flag = False
+    """Continue an interrupted run."""
+    overwrite: Flag = False
+    """Replace an existing run of this name."""
+
+
+USUAL_TRAINING = TrainingOptions()
+
+
+def train(config: Annotated[TrainConfig, Flat], options: Annotated[TrainingOptions, Flat] = USUAL_TRAINING) -> int:
+    """Train a network and keep everything about it in RUNS/EXP."""
+    run = train_watched(config, options)
     if place().rank == 0:
         print(f"Test it: {shlex.join(['finetune101', 'evaluate', str(run.path)])}")
     return 0
@@ -47,16 +51,16 @@ def training_settings(argv: Sequence[str], model: str = "") -> TrainConfig:
     return config
 
 
-def train_watched(config: TrainConfig, *, resume: bool, overwrite: bool) -> Run:
+def train_watched(config: TrainConfig, options: TrainingOptions) -> Run:
     """``api.run_training``; stopped, it says where the run stands, and a bug's traceback is kept in the run."""
     from finetune101.run import Run
 
     run = Run(Path(config.runs) / config.exp)
     before = _changed(run)
-    with watched(run.path, lambda: standing(run, begun=resume or _changed(run) not in (None, before))):
+    with watched(run.path, lambda: standing(run, begun=options.resume or _changed(run) not in (None, before))):
         from finetune101 import api
 
-        return api.run_training(config, resume=resume, overwrite=overwrite)
+        return api.run_training(config, resume=options.resume, overwrite=options.overwrite)
 
 
 def _changed(run: Run) -> int | None:

@@ -11,16 +11,16 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
 from finetune101.cli.help import verb_help
-from finetune101.config import TrainConfig, check_name, fitted, flag_of, read_recipe
+from finetune101.config import TrainConfig, check_name, flag_of, read_recipe
 from finetune101.errors import Refused, bare, shortened
-from finetune101.recipes import from_recipe, usual
+from finetune101.experiments.settings import SearchOptions
+from finetune101.recipes import fitted, from_recipe, usual
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A switch that is off without its flag."""
@@ -62,11 +62,11 @@ def arguments(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") ->
 
 def _defaults(verb: Verb, argv: Sequence[str], prog: str, model: str) -> dict[str, Any]:
     """The settings of a training on top of which the flags come, for the verbs that take them."""
-    parameters = inspect.signature(verb).parameters
-    if "config" not in parameters:
+    kinds = {name: bare(hint) for name, hint in get_type_hints(verb, include_extras=True).items()}
+    if TrainConfig not in kinds.values():
         return {}
-    words = [word for word in argv if word != "--resume" or "resume" in parameters]  # unknown to the other verbs
-    return {"config": first_settings(words, model, bool(model) or "options" in parameters, prog)}
+    words = [word for word in argv if word != "--resume" or "--resume" in flags_of(verb)]  # unknown to the others
+    return {"config": first_settings(words, model, bool(model) or SearchOptions in kinds.values(), prog)}
 
 
 def first_settings(
@@ -89,8 +89,8 @@ def first_settings(
             raise Refused("--recipe and --config both say where to start; give one of them")
         return read_recipe(begin.config, tyro.MISSING)
     name = "original" if original else usual(begin.model, begin.device, pretrain=begin.pretrain)
-    from_file = bool(begin.recipe and Path(begin.recipe).suffix)  # it says itself where training starts
-    config = from_recipe(begin.recipe or name, tyro.MISSING, pretrain=None if from_file else begin.pretrain)
+    # a recipe file says itself where training starts
+    config = from_recipe(begin.recipe or name, tyro.MISSING, pretrain=None if begin.pretrain else False)
     if model and begin.recipe in (None, "original"):
         return dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
     return config

@@ -178,6 +178,11 @@ def subset_folders(root: Path) -> dict[str, str]:
     return {subset: named[subset][0] for subset in SUBSETS if subset in named}
 
 
+def layout_for(protocol: str) -> Layout:
+    """The layout that a split by ``protocol`` is made of."""
+    return "folders" if protocol == "folders" else "classes"
+
+
 def layout_of(root: Path) -> Layout:
     """ "folders" where ``root`` has folders for training and for validation or test, else "classes"."""
     return "folders" if subset_folders(root) else "classes"

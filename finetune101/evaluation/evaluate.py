@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from finetune101.config import DataConfig
 from finetune101.data import cache, duplicates, splits
 from finetune101.data.batches import eval_batches
 from finetune101.data.images import Index, class_of, find_data, index_images
+from finetune101.data.layouts import layout_for
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, keep_temperature, open_network
@@ -111,9 +112,8 @@ def open_scored(run: Run, data: str | None = None, index: Index | None = None, m
     if tuple(network.classes) != manifest.classes:
         raise Refused(f"{run.best} knows other classes than the split of {run.path}; train the run again")
     root = find_data(config.root)
-    layout: Literal["folders", "classes"] = "folders" if manifest.protocol == "folders" else "classes"
     if index is None or index.root != root:
-        index = index_images(root, layout)
+        index = index_images(root, layout_for(manifest.protocol))
     splits.check_split(manifest, index)
     return Opened(network, manifest, index, config, mirror)
 
@@ -164,7 +164,7 @@ def check_not_trained(run: Run, subset: str) -> None:
 
 def check_batch_size(batch_size: int) -> None:
     """Raises Refused for one that cannot be."""
-    if batch_size < 1:
+    if not isinstance(batch_size, int) or batch_size < 1:
         raise Refused(f"--batch-size is {batch_size}; give at least 1")
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from finetune101.config import change, from_dict, to_dict
 from finetune101.data.images import find_data, index_images
+from finetune101.data.layouts import layout_for
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.experiments import queue as studies
 from finetune101.experiments.processes import check_kind
@@ -272,7 +273,7 @@ def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 15.
         return f"{text}: nothing to do."
     left += [plan.base] * (min(finalists, len(queue)) * (seeds - 1))
     data = plan.base.data
-    index = index_images(find_data(data.root), "folders" if data.protocol == "folders" else "classes")
+    index = index_images(find_data(data.root), layout_for(data.protocol))
     images = duration.count(index, data)
     works = [duration.Work(sharing(config, plan.jobs) if plan.jobs > 1 else config, images) for config in left]
     less = "" if plan.pruner == "none" else " Less what the pruner saves."

@@ -15,24 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune101.config import (
-    TrainConfig,
-    to_dict,
-)
+from finetune101.config import TrainConfig, to_dict
 from finetune101.data.images import Index
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import has_frozen_backbone
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.plan import Cell, write_splits
-from finetune101.experiments.processes import (
-    context,
-    described,
-    follow_parent,
-    keep_trace,
-    open_folder,
-    stop,
-)
+from finetune101.experiments.processes import context, described, follow_parent, keep_trace, open_folder, stop
 from finetune101.experiments.settings import StudyConfig
 from finetune101.files import claim, write_json
 from finetune101.redaction import LOG

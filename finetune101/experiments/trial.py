@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from finetune101.config import DataConfig, TrainConfig, change, validate
 from finetune101.data.images import find_data, index_images
+from finetune101.data.layouts import layout_for
 from finetune101.errors import Refused
 from finetune101.experiments.processes import described, keep_trace
 from finetune101.experiments.space import Point, Range, Space
@@ -58,8 +59,7 @@ class OutOfTime(Exception):
 @lru_cache
 def split_hash(config: DataConfig) -> str:
     """Identifies the split that ``config`` makes of the images on this machine."""
-    layout: Any = "folders" if config.protocol == "folders" else "classes"
-    return make_manifest(index_images(find_data(config.root), layout), config).hash()
+    return make_manifest(index_images(find_data(config.root), layout_for(config.protocol)), config).hash()
 
 
 def changed(config: TrainConfig) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from finetune101.evaluation.tested import evaluate_command, is_inside
 from finetune101.models.table import lookup
 from finetune101.redaction import redacted
 from finetune101.reports import compare, figures, groups, mistakes
-from finetune101.reports.compare import Arm, Comparison
-from finetune101.reports.compare_text import arm_notes
+from finetune101.reports.comparison import Arm, Comparison, arm_notes
 from finetune101.reports.groups import Group, Tested
 from finetune101.reports.page import Cell, Name, Page, file_stem, minutes, number, percent, spread, words
 from finetune101.run import Run, open_run

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from finetune101.training.loop import Trainer
+from finetune101.training.job import Job
 
 STEPS = 20  # after which the forecast is printed, or after all steps where there are fewer
 WRITTEN = 3e8  # bytes per second of checkpoints, safely on a disk
+
+
+class TrainingState(Protocol):
+    """What a forecast asks of a training; ``loop.Trainer`` is one."""
+
+    job: Job
+    model: nn.Module
+    average: Any
+    steps_per_epoch: int
+
+    def train_mode(self) -> None:
+        """Puts the network back into training."""
 
 
 class Forecast:
@@ -23,7 +35,7 @@ class Forecast:
         self.took: list[float] = []  # seconds of each step
         self.last = 0.0
 
-    def after_step(self, trainer: Trainer, epoch: int, step: int, started: float, bar: tqdm[Any]) -> None:
+    def after_step(self, trainer: TrainingState, epoch: int, step: int, started: float, bar: tqdm[Any]) -> None:
         """To be called after ``step`` (from 1) of ``epoch``, which began at ``started`` (of time.perf_counter)."""
         steps = trainer.steps_per_epoch
         left = (trainer.job.config.optim.epochs - epoch) * steps + steps - step
@@ -38,7 +50,7 @@ class Forecast:
             bar.write(f"About {in_words(self.seconds(trainer, epoch, step))} to go, by the first steps")
             self.took += [0.0] * STEPS  # so that it is printed once
 
-    def seconds(self, trainer: Trainer, epoch: int, step: int) -> float:
+    def seconds(self, trainer: TrainingState, epoch: int, step: int) -> float:
         """Seconds that are left after ``step`` of ``epoch``."""
         job, o = trainer.job, trainer.job.config.optim
         per_epoch = statistics.mean(self.took[len(self.took) // 2 :]) * trainer.steps_per_epoch
@@ -53,7 +65,7 @@ class Forecast:
         copies = 3 + bool(trainer.average)  # of the weights in the two checkpoints
         return per_epoch * passes + validations * images * forward[own] + len(sizes) * copies * weights / WRITTEN
 
-    def _forward(self, trainer: Trainer, sizes: set[int]) -> dict[int, float]:
+    def _forward(self, trainer: TrainingState, sizes: set[int]) -> dict[int, float]:
         """Seconds of the forward pass per image, by size; the training is not changed."""
         job = trainer.job
         if job.config.model.cached_features:  # a step sees features, and sizes change nothing

@@ -11,23 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import SMALL, refused
 
 from finetune101.cli.main import main
 from finetune101.config import TrainConfig, validate
 from finetune101.recipes import usual_scratch
 from finetune101.run import Run
-
-SMALL = ["--model", "squeezenet1_1", "--size", "32", "--batch-size", "8", "--threads", "1", "--epochs", "1"]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The sentence with which ``words`` are refused; checks that it is one, on standard error, with exit code 2."""
-    capsys.readouterr()
-    assert main(words) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "Traceback" not in lines[0] and len(lines[0]) < 700
-    return lines[0]
-
 
 # folders and names
 

@@ -11,7 +11,7 @@ from finetune101.experiments import costs
 from finetune101.experiments.costs import features_cached
 from finetune101.recipes import RECIPES
 from finetune101.reports import compare
-from finetune101.reports.compare_text import comparison_text
+from finetune101.reports.comparison import comparison_text
 from finetune101.reports.groups import open_group
 from finetune101.reports.page import Page
 from finetune101.reports.pages import _compared

@@ -8,11 +8,11 @@ from written_runs import write_run
 
 from finetune101.evaluation import metrics
 from finetune101.reports import compare, groups
-from finetune101.reports.compare_text import comparison_text
+from finetune101.reports.comparison import Comparison, comparison_text
 from finetune101.run import Run
 
 
-def compared(*runs: Run) -> compare.Comparison:
+def compared(*runs: Run) -> Comparison:
     """The comparison of two runs."""
     return compare.all_pairs([groups.open_group(str(run.path)) for run in runs])[0]
 

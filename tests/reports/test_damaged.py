@@ -14,7 +14,7 @@ from written_runs import write_run
 
 from finetune101.errors import Refused
 from finetune101.reports import compare, pages
-from finetune101.reports.compare_text import comparison_text
+from finetune101.reports.comparison import comparison_text
 from finetune101.run import Run
 
 GONE = object()

@@ -1,4 +1,4 @@
-"""A comparison as lines for a terminal, and the sentences on arms that the terminal shares with the page.
+"""A comparison of two arms: its numbers, its lines for a terminal, and the sentences that these share with the page.
 
 The page's tables have up to twelve columns, which no terminal has room for: here each arm is a paragraph.
 """
@@ -6,11 +6,151 @@ The page's tables have up to twelve columns, which no terminal has room for: her
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from finetune101.errors import escaped
-from finetune101.reports.compare import Arm, ClassGain, Comparison
+from finetune101.evaluation import metrics
+from finetune101.reports.figures import draw_comparison
 from finetune101.reports.page import read_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One run of an arm; accuracies in percent."""
+
+    path: str
+    seed: int
+    split_seed: int
+    manifest_hash: str
+    epoch: int
+    correct: int
+    top1: float
+    mean_per_class: float
+    init_hash: str
+    start: str
+    command: str
+    seconds: float
+    features_cached: bool
+    frozen: bool
+    steps: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One arm: means over its runs; standard deviations are None with one run. Accuracies are in percent.
+
+    ``seconds`` is the time of one training, mean over the runs that computed their own features; None where every run
+    read its features from a cache. ``steps_to_other`` and ``seconds_to_other`` are None where the arm never reaches the
+    other arm's final validation accuracy.
+    """
+
+    name: str
+    network: str
+    recipe: str | None
+    pretrain: bool
+    device: str
+    seconds: float | None
+    init_source: str
+    init_hash: str
+    epoch: int
+    correct: float
+    top1: float
+    top1_sd: float | None
+    top1_interval: tuple[float, float]
+    mean_per_class: float
+    mean_per_class_sd: float | None
+    validation: float | None
+    steps_to_other: float | None
+    seconds_to_other: float | None
+    runs: tuple[Score, ...]
+
+    @property
+    def better_recipes(self) -> tuple[tuple[str, str], ...]:
+        """Recipes that are known to reach more than this arm's, each with its time: "half", "same", "twice", "gpu"."""
+        if self.pretrain:
+            return (("finetune", "half"),) if self.recipe == "original" else ()
+        if self.device == "cuda":
+            return (("scratch_long", "gpu"),) if self.recipe in ("original", "scratch_fast", "scratch") else ()
+        quick = (("scratch_fast", "same"),) if self.recipe == "original" else ()
+        return (*quick, ("scratch", "twice")) if self.recipe in ("original", "scratch_fast") else ()
+
+    @property
+    def frozen(self) -> int:
+        """Runs whose tested weights have the backbone as it came: only an output layer was trained."""
+        return sum(run.frozen for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """McNemar's exact test of two runs on one split."""
+
+    a: str
+    b: str
+    only_a: int
+    only_b: int
+    p: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassGain:
+    """One class: test images (of the first split), and the percent of them that each arm gets right, mean over runs."""
+
+    name: str
+    n: int
+    a: float
+    b: float
+    gain: float
+    a_interval: tuple[float, float]
+    b_interval: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two arms and their paired difference (a minus b, percentage points) on the same ``n`` test images.
+
+    ``difference_interval`` is over images and about the given runs; ``crossed`` over images and runs, with two runs or
+    more on each side; ``over_splits`` is there instead of both with several splits.
+    """
+
+    a: Arm
+    b: Arm
+    n: int
+    manifest_hash: str
+    splits: int
+    difference: float
+    difference_interval: tuple[float, float] | None
+    crossed: metrics.Crossed | None
+    over_splits: tuple[float, float] | None
+    mcnemar: tuple[Pair, ...]
+    classes: tuple[ClassGain, ...]
+
+    def __repr__(self) -> str:
+        return comparison_text(self)
+
+    def _repr_png_(self) -> bytes:
+        """Test accuracy of both arms with intervals, for notebooks."""
+        arms = [
+            {"name": arm.name, "curve": [], "top1": arm.top1, "interval": arm.top1_interval,
+             "runs": [run.top1 for run in arm.runs]}
+            for arm in (self.a, self.b)
+        ]  # fmt: skip
+        with TemporaryDirectory() as folder:
+            return draw_comparison(arms, Path(folder) / "test.png", self.over).read_bytes()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The widest interval that the runs allow."""
+        interval = self.over_splits or (self.crossed and self.crossed.interval) or self.difference_interval
+        assert interval is not None
+        return interval
+
+    @property
+    def over(self) -> str:
+        """What ``interval`` is over: splits, images and runs, or images."""
+        return "splits" if self.over_splits else "images and runs" if self.crossed else "images"
 
 
 def comparison_text(c: Comparison) -> str:
