@@ -35,6 +35,10 @@ from finetune101.training.resume import check_same, check_teachers_unchanged
 LOCK = "train.lock"
 
 
+class AtWork(Refused):
+    """Another process trains the run."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that one training needs, put together by ``prepare``."""
@@ -119,7 +123,7 @@ def _alone(run: Run) -> Iterator[None]:
         except OSError as error:
             raise Refused(f"cannot write {lock}: {error.strerror}; choose another --runs or --exp") from error
         if not claimed:
-            raise Refused(f"{run.path} is being trained by {claimed_by(lock)}; wait for its end, or end it first")
+            raise AtWork(f"{run.path} is being trained by {claimed_by(lock)}; wait for its end, or end it first")
         remove_abandoned(run.path)
         try:
             yield
