@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -176,7 +176,7 @@ def run_tasks(
         workers.close()
 
 
-def train_task(task: Task) -> Iterator[Event]:
+def train_task(task: Task) -> Generator[Event, None, None]:
     """Trains and tests what ``task`` lacks: an ``Epoch`` for each of its records, then ``Ended`` or ``Failed``."""
     run = task.run
     with contextlib.suppress(OSError):
@@ -187,10 +187,11 @@ def train_task(task: Task) -> Iterator[Event]:
             yield Epoch(task, record, is_new=False)
         if not is_trained:
             job = _prepared(task.config, run)
-            with contextlib.closing(fit(job, quiet=True)) as epochs:
-                with contextlib.closing(log_records(job.run, epochs)) as logged:
-                    for record in logged:
-                        yield Epoch(task, record)
+            epochs: Any = fit(job, quiet=True)
+            logged: Any = log_records(job.run, epochs)
+            with contextlib.closing(epochs), contextlib.closing(logged):
+                for record in logged:
+                    yield Epoch(task, record)
         if task.is_tested and not run.has("test.json"):
             evaluate(run)
         run.last.unlink(missing_ok=True)  # a finished run is not continued, and there are many
@@ -265,7 +266,7 @@ class LocalWorkers:
         for pipe in connection.wait(list(self._busy), seconds):
             process, task = self._busy[pipe]
             try:
-                event = pipe.recv()  # type: ignore[union-attr, call-arg]
+                event: Any = pipe.recv()  # type: ignore[union-attr, call-arg]
             except (EOFError, OSError):  # it was killed, as by the system when memory is short
                 del self._busy[pipe]
                 process.join()
