@@ -33,6 +33,7 @@ from finetune101.training.log import log_records
 from finetune101.training.loop import fit
 
 if TYPE_CHECKING:
+    from finetune101.experiments.runner import Workers
     from finetune101.experiments.settings import SearchOptions, StudyConfig
     from finetune101.experiments.space import Space
     from finetune101.reports.comparison import Comparison
@@ -238,23 +239,29 @@ def ensemble(
     return Evaluation.of(record, subset, Path(out) if subset == "test" else None)
 
 
-def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> dict[str, Any]:
+def run_study(
+    study: StudyConfig,
+    *,
+    jobs: int | None = None,
+    cluster: str | None = None,
+    gpus_per_run: float = 0.0,
+    dry_run: bool = False,
+) -> dict[str, Any]:
     """Trains and tests every run of ``study`` that is not done, ``jobs`` at a time; returns what study.json holds.
 
-    With ``dry_run`` it only says how many runs there are and how long they take. Raises Refused for settings, data or
+    ``cluster`` is the address of a Ray cluster that trains them, or "auto". With ``dry_run`` it only says how many runs
+    there are and how long they take. Raises Refused for settings, data or
     weights that cannot work.
     """
     from finetune101.data.images import index_images, index_notes
     from finetune101.data.layouts import layout_for
+    from finetune101.experiments.folders import check_kind
     from finetune101.experiments.plan import plan_study, scratch_recipe
-    from finetune101.experiments.processes import check_kind
     from finetune101.experiments.study import estimate, study_text
     from finetune101.experiments.study import run_study as train_cells
     from finetune101.reports.pages import draw_study
     from finetune101.training.duration import nothing_kept
 
-    if jobs < 1:
-        raise Refused(f"--jobs is {jobs}; give at least 1")
     check_name(study.exp)
     folder = Path(study.runs) / study.exp
     check_kind(folder, "study")
@@ -265,12 +272,12 @@ def run_study(study: StudyConfig, *, jobs: int = 1, dry_run: bool = False) -> di
         for line in index_notes(index):
             print(line)
         cells = plan_study(study, index)
-        print(estimate(index, cells, jobs, 10 if dry_run else 15), flush=True)
+        print(estimate(index, cells, jobs or 1, 10 if dry_run else 15), flush=True)
     if "scratch" in study.arms and study.scratch_recipe:
         print(f"Arm scratch: recipe {recipe_line(study.scratch_recipe)}")
     if dry_run:
         return {"cells": []}
-    summary = train_cells(study, index, cells, jobs)
+    summary = train_cells(study, index, cells, lambda: make_workers(jobs, cluster, gpus_per_run))
     print(study_text(summary))
     if any(cell["n"] for cell in summary["cells"]):
         for picture in draw_study(folder):
@@ -285,28 +292,39 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
     ``table`` gets the original's list of results, a folder in ``plots`` the curves. Returns 1 where a point failed by
     a fault of the program or the machine, else 0. Raises Refused for what cannot work.
     """
-    from finetune101.experiments import queue, search
-    from finetune101.experiments.processes import check_kind
+    from finetune101.experiments import outcome, search
+    from finetune101.experiments.folders import check_kind
+    from finetune101.experiments.search_plan import check_plan, make_plan
     from finetune101.reports.figures import draw_curves
 
-    plan = queue.Plan(
-        base=config,
-        space=space,
-        sampler=options.sampler,
-        pruner=options.pruner,
-        trials=options.trials,
-        timeout=None if options.timeout is None else search.seconds(options.timeout),
-        jobs=options.jobs,
-        storage=options.storage,
-    )
-    queue.check_plan(plan)
+    plan = make_plan(config, space, options)
+    check_plan(plan)
     check_kind(plan.folder, "search")
     ensure_data(config)
     if options.dry_run:
-        print(search.dry_run(plan))
+        print(outcome.dry_run(plan))
         return 0
     plots /= plots_folder(config)
-    return search.run_search(plan, table, plots, draw_curves, options.finalists, options.seeds)
+    workers = make_workers(options.jobs, options.cluster, options.gpus_per_run)
+    return search.run_search(plan, table, plots, draw_curves, workers)
+
+
+def make_workers(jobs: int | None, cluster: str | None, gpus_per_run: float) -> Workers:
+    """What trains many runs: processes of this machine, or the Ray cluster at the address ``cluster`` ("auto": here).
+
+    Raises Refused for settings that cannot be, and a cluster that cannot be reached.
+    """
+    from finetune101.experiments.runner import LocalWorkers
+
+    if jobs is not None and jobs < 1:
+        raise Refused(f"--jobs is {jobs}; give at least 1")
+    if cluster is None:
+        if gpus_per_run:
+            raise Refused("--gpus-per-run is for --cluster; on one machine --jobs runs share the GPU")
+        return LocalWorkers(jobs or 1)
+    from finetune101.experiments.cluster import RayWorkers
+
+    return RayWorkers(cluster, jobs=jobs, gpus_per_run=gpus_per_run)
 
 
 def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None, runs: str = "runs") -> Comparison:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,6 @@ from finetune101.cli.parse import Flag, RecipeFile
 from finetune101.config import Flat, TrainConfig
 from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions, StudyConfig
 from finetune101.experiments.space import planned_search
-from finetune101.redaction import has_password
 
 GOES_ON = "the same command goes on from the last epochs"
 
@@ -115,20 +113,29 @@ def report(
     return 0
 
 
-def study(study: Annotated[StudyConfig, Flat], *, jobs: int = 1, dry_run: Flag = False) -> int:
+def study(
+    study: Annotated[StudyConfig, Flat],
+    *,
+    jobs: int | None = None,
+    cluster: str | None = None,
+    gpus_per_run: float = 0.0,
+    dry_run: Flag = False,
+) -> int:
     """What was pretraining worth? Trains and tests every arm, network, size, split and seed that is not done yet.
 
     The exit code is 1 when a run failed.
 
     Args:
-        jobs: Runs at a time. The same command on other machines that share the folder takes runs as well.
+        jobs: Runs at a time. Default: 1, on a cluster as many as it has room for.
+        cluster: Train on a Ray cluster: auto, or its address. See docs/cluster.md.
+        gpus_per_run: GPUs of a run on a cluster, such as 1 or 0.5.
         dry_run: Only say how many runs there are to do, and how long they take.
     """
     from finetune101 import api
 
     folder = Path(study.runs) / study.exp
     with watched(folder, lambda: GOES_ON if not dry_run and folder.is_dir() else ""):
-        summary = api.run_study(study, jobs=jobs, dry_run=dry_run)
+        summary = api.run_study(study, jobs=jobs, cluster=cluster, gpus_per_run=gpus_per_run, dry_run=dry_run)
     return int(any(cell["errors"] for cell in summary["cells"]))
 
 
@@ -158,8 +165,6 @@ def search_watched(
     --grid and --space.
     """
     config, space = planned_search(config, options, usual)
-    if options.storage and has_password(options.storage):
-        print("note: others can read a password in a command; PGPASSWORD keeps it out", file=sys.stderr)
     from finetune101 import api
 
     folder = Path(config.runs) / config.exp

@@ -66,7 +66,10 @@ def _defaults(verb: Verb, argv: Sequence[str], prog: str, model: str) -> dict[st
     if TrainConfig not in kinds.values():
         return {}
     words = [word for word in argv if word != "--resume" or "--resume" in flags_of(verb)]  # unknown to the others
-    return {"config": first_settings(words, model, bool(model) or SearchOptions in kinds.values(), prog)}
+    flags = {word.split("=")[0] for word in argv}
+    automatic = "--budget" in flags and not flags & {"--grid", "--space", "--stage"}
+    original = bool(model) or (SearchOptions in kinds.values() and not automatic)
+    return {"config": first_settings(words, model, original, prog)}
 
 
 def first_settings(

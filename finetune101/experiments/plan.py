@@ -15,7 +15,7 @@ from finetune101.config import DataConfig, TrainConfig, change, check_bounds, ch
 from finetune101.data import splits
 from finetune101.data.images import Index, class_of, content_hash
 from finetune101.errors import Refused
-from finetune101.experiments.processes import check_kind
+from finetune101.experiments.folders import check_kind
 from finetune101.experiments.settings import StudyConfig
 from finetune101.files import write_json
 from finetune101.recipes import fitted, from_recipe, usual_finetune, usual_scratch

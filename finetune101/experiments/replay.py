@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import optuna
 
-from finetune101.experiments.queue import Pruner, Sampler, make_pruner, make_sampler
 from finetune101.experiments.space import Point, point_label
+from finetune101.experiments.stage import Sampler, make_sampler
 
+Pruner = Literal["none", "median", "asha"]
+PRUNERS: dict[Pruner, Callable[[], optuna.pruners.BasePruner]] = {
+    "none": optuna.pruners.NopPruner,
+    "median": optuna.pruners.MedianPruner,
+    "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+}
+"""What stops a run by its own curve: "asha" keeps the best third at epochs 1, 3, 9, ..., "median" the better half."""
 ORDERS = 40  # of the trials, in which a report asks whether a pruner drops the winner
 
 
@@ -49,7 +57,7 @@ def replay(curves: Sequence[Curve], sampler: Sampler, pruner: Pruner, seed: int)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     recorded = {point_label(curve.point): curve for curve in curves}
     choices = {name: list(dict.fromkeys(curve.point[name] for curve in curves)) for name in curves[0].point}
-    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=make_pruner(pruner))
+    study = optuna.create_study(direction="maximize", sampler=make_sampler(sampler, seed), pruner=PRUNERS[pruner]())
     if sampler == "grid":
         for i in np.random.default_rng(seed).permutation(len(curves)):
             study.enqueue_trial(curves[i].point)

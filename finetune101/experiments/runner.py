@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -117,7 +117,7 @@ class Workers(Protocol):
 
 def run_tasks(
     tasks: Iterable[Task | None], workers: Workers, goes_on: Callable[[Epoch], bool] = lambda epoch: True
-) -> Iterator[Event | None]:
+) -> Generator[Event | None, None, None]:
     """Trains ``tasks``; yields what happens, and None about every second in which nothing did.
 
     The next task is asked for when a worker is free; None in its place: none before another run has ended. After each

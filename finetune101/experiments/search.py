@@ -1,285 +1,325 @@
-"""A search from the command line: progress, ranking, finalists, and the files that it leaves."""
+"""A search: one driver draws points, has them trained, and keeps the best; resumable, and bounded by a budget.
+
+With --pruner halving it is successive halving (Jamieson & Talwalkar, 2016; Li et al., Hyperband, 2018) in which every
+rung is a whole short schedule: the best quarter of the points goes on to four times the epochs. A run's own curve would
+mislead, as its rate has not dropped yet.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
-import shlex
+import functools
+import math
+import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
-import yaml
 from tqdm import tqdm
 
-from finetune101.config import change, from_dict, to_dict
+from finetune101.config import TrainConfig
 from finetune101.data.images import find_data, index_images
 from finetune101.data.layouts import layout_for
-from finetune101.errors import Refused, escaped, shortened
-from finetune101.experiments import queue as studies
-from finetune101.experiments.processes import check_kind
-from finetune101.experiments.queue import Plan
-from finetune101.experiments.space import SEARCHED, Point, point_label
-from finetune101.experiments.trial import FINISHED, is_finished, split_hash
-from finetune101.experiments.workers import alone, run_workers
-from finetune101.files import FORMAT, atomic, write_json
-from finetune101.run import Run, file_name
+from finetune101.errors import Refused
+from finetune101.experiments import outcome
+from finetune101.experiments.folders import alone
+from finetune101.experiments.runner import Ended, Epoch, Event, Task, Workers, run_tasks
+from finetune101.experiments.search_plan import ETA, Plan, check_plan, search_name
+from finetune101.experiments.space import Point, point_label
+from finetune101.experiments.stage import Stage, open_journal
+from finetune101.run import Run
 from finetune101.training import duration
-from finetune101.training.job import sharing
-from finetune101.training.resume import essence
-
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def seconds(text: str) -> float:
-    """A time such as 90s, 30m or 2h in seconds. Raises Refused for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
-    if not match:
-        raise Refused(f"--timeout {text} is no time; write it like 90s, 30m or 2h")
-    return float(match[1]) * UNITS[match[2]]
+@dataclass
+class Clock:
+    """The time that is left, and what runs cost: their estimate, corrected by what the first ones took."""
+
+    budget: float | None
+    cost: Callable[[TrainConfig], float] = lambda config: 0.0
+    """Estimated seconds of a run."""
+    started: float = field(default_factory=time.monotonic)
+    _begun: float | None = field(init=False, default=None)
+    _trained: float = field(init=False, default=0.0)
+
+    def left(self) -> float:
+        """Seconds that are left for runs; a few are kept for the files at the end."""
+        if self.budget is None:
+            return math.inf
+        return self.budget - max(3.0, 0.03 * self.budget) - (time.monotonic() - self.started)
+
+    def count(self, epoch: Epoch) -> None:
+        """Takes notice of a trained epoch."""
+        config = epoch.task.config
+        if not epoch.is_new or self.budget is None or not epoch.record["epoch"]:
+            return
+        if self._begun is None:  # the first epoch of all also decodes the images
+            self._begun = time.monotonic()
+            return
+        self._trained += self.cost(config) / config.optim.epochs
+
+    def time_of(self, configs: Sequence[TrainConfig]) -> float:
+        """Seconds that all of ``configs`` take."""
+        if self.budget is None:
+            return 0.0
+        estimated = sum(map(self.cost, configs))
+        took = time.monotonic() - self._begun if self._begun is not None else 0.0
+        return estimated * (took / self._trained if self._trained and took > 1 else 1.0)
+
+
+@dataclass
+class Search:
+    """The driver: stages of a plan one after the other, each on the best points of the one before."""
+
+    plan: Plan
+    clock: Clock
+    probe: Stage | None = field(init=False, default=None)
+    rungs: list[Stage] = field(init=False)
+    final: Stage | None = field(init=False, default=None)
+    _stage: Stage = field(init=False)
+    _late: set[str] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        plan, name, journal = self.plan, search_name(self.plan), open_journal(self.plan.folder)
+        if plan.probe:
+            self.probe = Stage(f"{name} (probe)", plan.probe, {}, journal)
+        self.rungs = [
+            Stage(
+                name if share == 1 else f"{name} ({round(plan.base.optim.epochs * share)} epochs)", plan.base,
+                plan.space, journal, plan.sampler if number == 0 else "grid",
+                "median" if plan.pruner == "median" else "none", share,
+            )
+            for number, share in enumerate(plan.shares())
+        ]  # fmt: skip
+        if plan.finalists:
+            first = plan.base.system.seed
+            space = {**plan.space, "seed": list(range(first, first + plan.seeds))}
+            self.final = Stage(f"{name} (seeds)", plan.base, space, journal)
+        self._stage = self.probe or self.rungs[0]
+
+    def run(self, workers: Workers) -> Generator[Event | None, None, None]:
+        """Trains what is missing; yields what happens, and None about every second."""
+        with contextlib.closing(run_tasks(self._tasks(), workers, self._goes_on)) as events:
+            for event in events:
+                exp = event.task.config.exp if event else ""
+                if isinstance(event, Epoch):
+                    self.clock.count(event)
+                elif isinstance(event, Ended) and exp in self._late:
+                    self._stage.leave(exp)
+                elif event is not None:
+                    self._stage.end(event)
+                    if self._stage in self.rungs:
+                        self._stage.keep_best()
+                yield event
+                if self.clock.left() < 0:
+                    return
+
+    def _goes_on(self, epoch: Epoch) -> bool:
+        """Whether a run goes on: neither its pruner nor the budget stops it."""
+        config = epoch.task.config
+        if not self._stage.goes_on(epoch):
+            return False
+        is_last = epoch.record["epoch"] >= config.optim.epochs
+        if is_last or self.clock.time_of([config]) / config.optim.epochs <= self.clock.left():
+            return True
+        self._late.add(config.exp)
+        return False
+
+    def _tasks(self) -> Iterator[Task | None]:
+        if self.probe:
+            yield from self._stage_tasks(self.probe, [{}], lambda points: [])
+        chosen = self.plan.points()
+        for number, stage in enumerate(self.rungs):
+            yield from self._stage_tasks(stage, chosen, functools.partial(self._later, number))
+            complete = [entry["point"] for entry in stage.entries(chosen) if entry["state"] == "complete"]
+            chosen = complete[: math.ceil(len(complete) / ETA)]
+        if self.final:
+            best, seeds = complete[: self.plan.finalists], self.final.space["seed"]
+            assert isinstance(seeds, list)
+            chosen = [{**point, "seed": seed} for seed in seeds for point in best]
+            yield from self._stage_tasks(self.final, chosen, lambda points: [])
+
+    def _later(self, number: int, points: int) -> list[TrainConfig]:
+        """The runs after rung ``number``, if it has so many points."""
+        runs = []
+        for stage in self.rungs[number + 1 :]:
+            points = math.ceil(points / ETA)
+            runs += [stage.config_of({})] * points
+        return runs + [self.plan.base] * (min(self.plan.finalists, points) * (self.plan.seeds - 1))
+
+    def _stage_tasks(
+        self, stage: Stage, points: Sequence[Point], later: Callable[[int], list[TrainConfig]]
+    ) -> Iterator[Task | None]:
+        """The runs of ``stage``, as many as leave time for those of ``later``; None until the last one has ended."""
+        self._stage, tasks = stage, stage.tasks(points)
+        while not stage.drawn() or self._has_time(stage, later):
+            task = next(tasks, None)
+            if task is None:
+                break
+            yield task
+        while stage.is_running():
+            yield None
+
+    def _has_time(self, stage: Stage, later: Callable[[int], list[TrainConfig]]) -> bool:
+        if self.plan.budget is None:
+            return True
+        own = [stage.config_of({})] * (len(stage.at_work) + 1)
+        return self.clock.time_of([*own, *later(stage.drawn() + 1)]) <= self.clock.left()
+
+    def stage_name(self) -> str:
+        """Which stage is at work, in words."""
+        if self._stage is self.probe:
+            return "probe"
+        if self._stage is self.final:
+            return "finalists"
+        return f"rung {self.rungs.index(self._stage) + 1} of {len(self.rungs)}" if len(self.rungs) > 1 else ""
+
+    def stages(self) -> list[Stage]:
+        """All stages, in order."""
+        return [stage for stage in (self.probe, *self.rungs, self.final) if stage]
+
+    def training_seconds(self) -> float:
+        """Seconds of training and validation of all ended runs."""
+        return sum(entry["seconds"] or 0.0 for stage in self.stages() for entry in stage.entries())
+
+    def points_left(self) -> int:
+        """Points that the same command still trains; with a budget those that were begun."""
+        first = self.rungs[0]
+        begun = sum(stage.interrupted() for stage in self.stages())
+        return begun if self.plan.budget else max(begun, len(self.plan.points()) - first.ended())
+
+    def probe_entry(self) -> dict[str, Any] | None:
+        """The output layer alone; None where the plan has no such stage, or it has not ended."""
+        return next(iter(self.probe.entries()), None) if self.probe else None
+
+    def entries(self) -> list[dict[str, Any]]:
+        """One entry for each point, from the last rung that it reached; those of the last rung come first.
+
+        ``rungs``: its accuracy after each number of epochs.
+        """
+        order = self.plan.points()
+        entries: dict[str, dict[str, Any]] = {}
+        for stage in self.rungs:
+            for entry in stage.entries(order):
+                label = point_label(entry["point"])
+                before = entries.get(label, {"rungs": {}})
+                if entry["error"] and before["rungs"]:
+                    continue  # it has a score of a shorter schedule
+                entry["rungs"] = dict(before["rungs"])
+                if entry["epochs"] is not None and len(self.rungs) > 1:
+                    entry["rungs"][str(entry["epochs"])] = entry["best_val_top1"]
+                if stage is not self.rungs[-1] and entry["state"] == "complete":
+                    entry["state"] = "pruned"
+                entries[label] = entry
+        return sorted(
+            entries.values(),
+            key=lambda e: (e["error"] is not None, -len(e["rungs"]), -(e["best_val_top1"] or 0)),
+        )
+
+    def finalists(self) -> list[dict[str, Any]]:
+        """The finalists by their mean accuracy (%) over the seeds, best first."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for entry in self.final.entries() if self.final else []:
+            groups.setdefault(point_label(without_seed(entry["point"])), []).append(entry)
+        return sorted(map(average, groups.values()), key=lambda one: (one["failed"], -(one["mean"] or 0)))
+
+
+def without_seed(point: Point) -> Point:
+    """``point`` without its seed."""
+    return {name: value for name, value in point.items() if name != "seed"}
+
+
+def average(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One entry for the seeds of a point: mean and standard deviation of their accuracies (%)."""
+    scores = [entry["best_val_top1"] for entry in group if entry["state"] == "complete"]
+    has_weights = [entry["run"] for entry in group if entry["run"] and Run(Path(entry["run"])).best.is_file()]
+    return {
+        "point": without_seed(group[0]["point"]),
+        "mean": statistics.fmean(scores) if scores else None,
+        "sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "seeds": {str(entry["point"]["seed"]): entry["best_val_top1"] for entry in group},
+        "failed": len(group) - len(scores),
+        "run": next(iter(has_weights), group[0]["run"]),
+    }
 
 
 class Progress:
-    """A bar over the trials, with the best score so far."""
+    """A bar over the points, or over the budget, with the best accuracy so far."""
 
-    def __init__(self, plan: Plan, words: str) -> None:
-        total = len(plan.queue())
-        self.bar = tqdm(
-            total=total, desc=f"{plan.base.exp}{words}", unit="trial", dynamic_ncols=True, mininterval=0.5, smoothing=0
-        )
+    def __init__(self, search: Search) -> None:
+        plan, self.search = search.plan, search
+        total, unit = (round(plan.budget), "s") if plan.budget else (len(plan.points()), "point")
+        self.bar = tqdm(total=total, desc=plan.base.exp, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0)
+        self.epoch = ""
 
-    def __call__(self, study: optuna.Study, record: dict[str, Any] | None) -> None:
-        """Brings the bar to where ``study`` stands; ``record`` is the epoch that just ended, if this process saw it."""
-        done = study.get_trials(deepcopy=False, states=FINISHED)
-        if not self.bar.n and record is None:  # what earlier commands trained tells nothing of the time left
-            self.bar.initial = self.bar.n = min(len(done), self.bar.total)
-        fine = [t.user_attrs for t in done if "error" not in t.user_attrs]
-        scores = [attrs["best_val_top1"] for attrs in fine if attrs.get("best_val_top1") is not None]
-        told = [f"best {max(scores):.2f} %"] if scores else []
-        self.bar.set_postfix_str(", ".join([*told, *([f"epoch {record['epoch']}"] if record else [])]), refresh=False)
-        self.bar.update(min(len(done), self.bar.total) - self.bar.n)
+    def show(self, event: Event | None) -> None:
+        """Brings the bar to where the search stands after ``event``."""
+        if isinstance(event, Epoch):
+            self.epoch = f"epoch {event.record['epoch']} of {event.task.config.optim.epochs}"
+        clock, rung = self.search.clock, self.search.rungs[0]
+        entries = self.search.rungs[-1].entries() or rung.entries()
+        done = time.monotonic() - clock.started if clock.budget else len(rung.entries())
+        best = f"best {entries[0]['best_val_top1']:.2f} %" if entries and not entries[0]["error"] else ""
+        self.bar.set_postfix_str(", ".join(filter(None, [self.search.stage_name(), best, self.epoch])), refresh=False)
+        self.bar.update(min(round(done), self.bar.total) - self.bar.n)
+        if sys.stderr.isatty():  # in a log file every refresh would be a line
+            self.bar.refresh()
 
 
-Draw = Callable[[list[dict[str, Any]], Path, str], Any]
-
-
-def run_search(plan: Plan, table: Path, plots: Path, draw: Draw, finalists: int = 0, seeds: int = 3) -> int:
+def run_search(plan: Plan, table: Path, plots: Path, draw: outcome.Draw, workers: Workers) -> int:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
     ``table`` gets the original's form, ``plots`` the curves of every trial, drawn by ``draw`` (records, file, title).
     Returns 1 where a point failed by a fault of the program or the machine, else 0. Raises Refused for a plan, data or
     weights that cannot work.
     """
-    studies.check_plan(plan)
-    if finalists < 0 or seeds < 1:
-        raise Refused(f"--finalists {finalists} --seeds {seeds} cannot be; give 0 or more, and at least 1 seed")
-    with alone(plan):
-        _check_same(plan)
-        print(estimate(plan, finalists, seeds), flush=True)
-        started, best = time.perf_counter(), None
-        study = studies.open_study(plan)
-        before = _training_seconds(plan, study)
+    check_plan(plan)
+    with alone(plan.folder, "search"):
+        outcome.check_same(plan)
+        clock = Clock(plan.budget, run_cost(plan) if plan.budget else lambda config: 0.0)
+        _check_budget(plan, clock)
+        print(outcome.estimate(plan), flush=True)
+        search, started = Search(plan, clock), time.perf_counter()
+        before, progress = search.training_seconds(), Progress(search)
         try:
-            _run(plan, "")
-            entries = studies.results(plan, study)
-            if finalists and any(entry["state"] == "complete" for entry in entries):
-                last = studies.finals(plan, entries, finalists, seeds)
-                best = studies.averages(studies.results(last, _run(last, " finalists")))
+            with contextlib.closing(search.run(workers)) as events:
+                for event in events:
+                    progress.show(event)
         finally:
-            entries = studies.results(plan, study)
-            if entries:
-                trained = _training_seconds(plan, study) - before
+            progress.bar.close()
+            result = outcome.Outcome(search.entries(), search.finalists(), search.probe_entry())
+            if result.entries or result.probe:
+                trained = search.training_seconds() - before
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
-                write_search(plan, entries, best, took, table)
-                draw_curves(plan, entries, plots, draw)
-    print_ranking(plan, entries, best, table, studies.unfinished(study))
-    return int(any(entry["trace"] is not None for entry in entries))
+                outcome.write_search(plan, search_name(plan), result, took, table)
+                outcome.draw_curves(plan, result.entries, plots, draw)
+    outcome.print_ranking(plan, result, table, search.points_left())
+    return int(any(entry["trace"] is not None for entry in result.entries))
 
 
-def _check_same(plan: Plan) -> None:
-    """Raises Refused where the folder holds the results of a search with other settings beside the space."""
-    if not (plan.folder / "search.json").is_file():
-        return
-    file, saved = plan.folder / "search.json", Run(plan.folder).read_json("search.json")
-    lists = [isinstance(saved.get(name, []), list) for name in ("commands", "finalists")]
-    if "base" not in saved or not all(lists):
-        what = "lacks base" if all(lists) else "has commands or finalists that are no list"
-        raise Refused(f"{file} {what}; remove it and give the command again, it finds the runs")
-    before, now = essence(from_dict(saved["base"], f"{file}, base,")), essence(plan.base)
-    searched = {SEARCHED[name][:2] for name in {*saved["space"], *plan.space} if name in SEARCHED}
-    for part, fields in now.items():
-        for name, value in fields.items():
-            old = before[part][name]
-            if old != value and (part, name) not in {*searched, ("system", "seed")}:
-                raise Refused(
-                    f"{plan.folder} holds a search with {name} {old}, not {value}; give this one another --exp"
-                )
-    split = saved.get("split")
-    if split and split != split_hash(plan.base.data):
-        raise Refused(f"{plan.folder} holds a search on another split of the images; give this one another --exp")
-
-
-def _run(plan: Plan, words: str) -> optuna.Study:
-    progress = Progress(plan, words)
-    try:
-        return run_workers(plan, progress)
-    finally:
-        progress.bar.close()
-
-
-def _training_seconds(plan: Plan, study: optuna.Study) -> float:
-    return sum(float(trial.user_attrs.get("seconds", 0)) for trial in study.get_trials(deepcopy=False, states=FINISHED))
-
-
-def write_search(
-    plan: Plan,
-    entries: list[dict[str, Any]],
-    best: list[dict[str, Any]] | None,
-    took: dict[str, float] | None,
-    table: Path,
-) -> None:
-    """Writes ``table``, search.json and the winner's recipe."""
-    file = plan.folder / "search.json"
-    saved = Run(plan.folder).read_json("search.json") if file.is_file() else {}
-    name = studies.study_name(plan)
-    commands = saved.get("commands", []) if saved.get("study") == name else []
-    winner = next((e for e in best or entries if e.get("state") == "complete" or e.get("mean") is not None), None)
-    value = {
-        "study": name,
-        "base": to_dict(plan.base),
-        "split": split_hash(plan.base.data),
-        "space": studies.described(plan.space),
-        "sampler": plan.sampler,
-        "pruner": plan.pruner,
-        "points": len(plan.queue()),
-        "chosen_by": "mean validation accuracy over seeds" if best else "validation accuracy",
-        "winner": winner and {"point": winner["point"], "run": winner["run"]},
-        "results": entries,
-        "finalists": best or (saved.get("finalists", []) if commands else []),
-        "commands": [*commands, *([took] if took else [])],
-    }
-    if json.loads(json.dumps(value)) != saved:
-        write_json(file, value)
-    rows = [[entry["point"], entry["best_val_top1"]] for entry in entries]
-    if not _holds(table, rows):
-        write_json(table, rows)
-    if winner:
-        write_recipe(plan, winner)
-
-
-def draw_curves(plan: Plan, entries: list[dict[str, Any]], plots: Path, draw: Draw) -> None:
-    """Draws the curves of every trial into ``plots`` that are not drawn yet."""
-    for entry in entries:
-        source = Run(Path(entry["run"])) if entry["run"] else None
-        if source and source.has("metrics.jsonl"):
-            out = plots / picture_name(plan, entry["point"], source)
-            if not out.is_file() or out.stat().st_mtime < (source.path / "metrics.jsonl").stat().st_mtime:
-                draw(source.metrics(), out, shortened(point_label(entry["point"]), 90))
-
-
-def _holds(file: Path, value: Any) -> bool:
-    """Whether the JSON file ``file`` is there, whole, and holds ``value``."""
-    try:
-        return bool(json.loads(file.read_text(encoding="utf-8")) == json.loads(json.dumps(value)))
-    except (OSError, ValueError, RecursionError):  # missing or damaged: it is written anew
-        return False
-
-
-def picture_name(plan: Plan, point: Point, run: Run) -> str:
-    """The file name of the curves of ``run``: its settings where they are short, and its hash."""
-    settings = re.sub(r"[^A-Za-z0-9=.,+-]", "-", point_label(point))
-    exp, middle = file_name(plan.base.exp)[:60], f"{settings}_" if len(settings) <= 100 else ""
-    return f"{exp}_{middle}{run.name[:6] if middle else run.name}.png"
-
-
-def write_recipe(plan: Plan, winner: dict[str, Any]) -> Path:
-    """Writes the winner's settings as a file for ``train --config``."""
-    out = plan.folder / "winner.yaml"
-    score = winner.get("mean", winner.get("best_val_top1"))
-    text = (
-        f"# Found by a search of {plan.base.exp}: {escaped(point_label(winner['point']))}, "
-        f"{score or 0:.2f} % on validation images.\n"
-    )
-    text += f"# {train_command(plan)}\n"
-    text += yaml.safe_dump({"format": FORMAT, **studies.recipe(plan.base, winner["point"])}, sort_keys=False)
-    if not out.is_file() or out.read_text(encoding="utf-8") != text:
-        with atomic(out) as part:
-            part.write_text(text, encoding="utf-8")
-    return out
-
-
-def train_command(plan: Plan) -> str:
-    """How the winner is trained, on the images of the search."""
-    root = plan.base.data.root
-    where = f" --data {shlex.quote(root)}" if root else ""
-    return f"finetune101 train --config {shlex.quote(str(plan.folder / 'winner.yaml'))} --exp NAME{where}"
-
-
-def print_ranking(
-    plan: Plan, entries: list[dict[str, Any]], best: list[dict[str, Any]] | None, table: Path, left: int
-) -> None:
-    """Prints the ranking and where everything is."""
-    if left:
-        print(f"\n{left} of {len(plan.queue())} points are left; the same command goes on.")
-    if not entries:
-        return
-    print(f"\nRanking of {len(entries)} point{'s' * (len(entries) != 1)} by validation accuracy ({table}):")
-    for rank, entry in enumerate(entries[:10], 1):
-        trace = f" (a fault of the program or the machine: {entry['trace']})" if entry.get("trace") else ""
-        score = f"failed: {entry['error']}{trace}" if entry["error"] else f"{entry['best_val_top1']:.2f} %"
-        stopped = f", stopped after epoch {entry['epochs']}" if entry["state"] == "pruned" else ""
-        print(f"{rank:3d}. {score}{stopped}  " + "  ".join(f"{k} {v}" for k, v in entry["point"].items()))
-    for rank, entry in enumerate(best or [], 1):
-        sd = f" ± {entry['sd']:.2f}" if entry["sd"] is not None else ""
-        failed = f", {entry['failed']} of them failed" if entry["failed"] else ""
-        mean, seeds = entry["mean"] or 0, len(entry["seeds"])
-        print(f"finalist {rank}: {mean:.2f}{sd} % over {seeds} seeds{failed}  {point_label(entry['point'])}")
-    if any(entry["state"] == "complete" for entry in entries):
-        print(f"Train the winner: {train_command(plan)}")
-    print(f"What the search saw: {shlex.join(['finetune101', 'search', 'report', str(plan.folder)])}")
-
-
-def dry_run(plan: Plan) -> str:
-    """What ``plan`` would do, and about how long; a few steps on noise tell, and nothing is written."""
-    studies.check_plan(plan)
-    check_kind(plan.folder, "search")
-    with duration.nothing_kept():
-        _check_same(plan)
-        return estimate(plan, budget=10.0)
-
-
-def estimate(plan: Plan, finalists: int = 0, seeds: int = 1, budget: float = 15.0) -> str:
-    """How many trials of ``plan`` there are, and how long those take that are not finished.
-
-    Measuring takes ``budget`` seconds at most. Writes nothing. Raises Refused for data, networks or sizes that cannot
-    be.
-    """
-    queue = plan.queue()
-    finished = []
-    for file in sorted(plan.folder.glob("*/config.json")):
-        with contextlib.suppress(Refused):  # damaged: told when its turn comes
-            run = Run(file.parent)
-            finished += [config for config in [run.config()] if is_finished(run, config)]
-    done = {json.dumps(essence(config)) for config in finished}
-    configs = [change(plan.base, point) for point in queue]
-    left = [config for config in configs if json.dumps(essence(config)) not in done]
-    if plan.sampler != "grid":
-        left = left[min(len(finished), len(left)) :]
-    text = f"{len(queue)} trial{'s' * (len(queue) != 1)}, {len(queue) - len(left)} of them finished"
-    if not left:
-        return f"{text}: nothing to do."
-    left += [plan.base] * (min(finalists, len(queue)) * (seeds - 1))
+def run_cost(plan: Plan) -> Callable[[TrainConfig], float]:
+    """Estimated seconds of a run, by a few steps of each network, size and batch size on this machine."""
     data = plan.base.data
     index = index_images(find_data(data.root), layout_for(data.protocol))
-    images = duration.count(index, data)
-    works = [duration.Work(sharing(config, plan.jobs) if plan.jobs > 1 else config, images) for config in left]
-    less = "" if plan.pruner == "none" else " Less what the pruner saves."
-    drawn = "" if plan.sampler == "grid" else " Points that are drawn may take other times than the base."
-    epochs = sum(config.optim.epochs for config in left)
-    return (
-        f"{text}; {epochs} epochs of {images.train} training images are left. "
-        f"{duration.duration_text(works, index, plan.jobs, budget)}{less}{drawn}"
-    )
+    images, paces = duration.count(index, data), dict[str, duration.Pace]()
+
+    def cost(config: TrainConfig) -> float:
+        model, augment = config.model, config.augment
+        kind = repr((model.name, model.size, model.cache_size, augment.train_sizes, config.optim.batch_size))
+        if kind not in paces:
+            paces[kind] = duration.measure(config, len(index.classes))
+        return paces[kind].of(duration.Work(config, images))
+
+    return cost
+
+
+def _check_budget(plan: Plan, clock: Clock) -> None:
+    """Raises Refused where the budget is too short for one run."""
+    if plan.budget is not None and (needed := clock.cost(plan.base)) > clock.left():
+        raise Refused(
+            f"one run of {plan.base.optim.epochs} epochs takes about {duration.in_words(needed)}, more than the budget;"
+            " give a longer --budget, fewer --epochs or a smaller --size"
+        )

@@ -66,25 +66,33 @@ class SearchOptions:
     """YAML or TOML file: a list or a range for each name. Default without --grid: the original's 72 combinations."""
     stage: Literal["all", "probe"] = "all"
     """probe: search for the output layer alone, on frozen features computed once; a trial takes seconds."""
+    budget: str | None = None
+    """Finish within this time, such as 30m or 2h. Alone it also chooses what to search: the output layer first, then
+    fine-tuning by tpe and halving around the recipe, then seeds for the best two."""
     sampler: Literal["grid", "random", "tpe"] = "grid"
     """Which points: all combinations, random ones, or what the scores so far suggest."""
-    pruner: Literal["none", "median", "asha"] = "none"
-    """Stop bad trials early: below the median, or outside of the best third at epochs 1, 3, 9, ..."""
+    pruner: Literal["none", "median", "halving"] = "none"
+    """Stop bad points early: halving gives all a short schedule and the best quarter four times the epochs; median
+    stops a run below the median of the others at the same share of its schedule."""
     trials: int | None = None
-    """How many points. Default: the whole grid."""
-    timeout: str | None = None
-    """Stop after this time, such as 30m or 2h."""
-    jobs: int = 1
-    """Worker processes."""
-    storage: str | None = None
-    """Database URL; the same command on several machines (with one --runs folder) shares the work. The password is
-    read from PGPASSWORD or ~/.pgpass: what stands in a command can be read by others."""
+    """How many points. Default: the whole grid, or what the budget allows."""
+    jobs: int | None = None
+    """Runs at a time. Default: 1, on a cluster as many as it has room for."""
+    cluster: str | None = None
+    """Train on a Ray cluster: auto, or its address. See docs/cluster.md."""
+    gpus_per_run: float = 0.0
+    """GPUs of a run on a cluster, such as 1 or 0.5."""
     finalists: int = 0
     """Train this many of the best again with several seeds; the best mean wins."""
     seeds: int = 3
     """Seeds of each finalist."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Say how many trials there are and about how long they take, then stop."""
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the budget chooses what to search and how."""
+        return self.budget is not None and not (self.grid or self.space) and self.stage == "all"
 
 
 USUAL_SEARCH = SearchOptions()

@@ -143,6 +143,16 @@ def check_space(base: TrainConfig, space: Space) -> None:
             validate(config)
 
 
+AROUND: dict[str, str | list[float]] = {
+    "lr": "0.003..0.03:log",
+    "backbone_lr_ratio": "0.05..1:log",
+    "weight_decay": "1e-5..1e-2:log",
+    "crop_scale": "0.2..0.9",
+    "label_smoothing": [0.0, 0.05, 0.1, 0.2],
+}
+"""What is searched around a recipe where nobody names a space: what moves the accuracy of fine-tuning most."""
+
+
 def planned_search(
     config: TrainConfig, options: SearchOptions, usual: Mapping[str, Any] | None = None
 ) -> tuple[TrainConfig, Space]:
@@ -152,11 +162,32 @@ def planned_search(
     """
     if options.stage == "probe":
         config = change(config, {"head": "random", "freeze": True, "cached_features": True})
-    named = options.grid or options.space or not usual
-    space = parse_space(options.grid, options.space) if named else make_space(usual or {})
+    if options.is_automatic and not usual:
+        space = around(config)
+    else:
+        named = options.grid or options.space or not usual
+        space = parse_space(options.grid, options.space) if named else make_space(usual or {})
     validate(config)
     check_space(config, space)
     return config, space
+
+
+def around(config: TrainConfig) -> Space:
+    """``AROUND``, its ranges widened to hold the settings of ``config``."""
+    space = make_space(AROUND)
+    for name, value in own_point(config, space).items():
+        values = space[name]
+        if isinstance(values, Range):
+            low, high = min(values.low, value or values.low), max(values.high, value)
+            space[name] = Range(low, high, values.log)
+        elif value not in values:
+            values.append(value)
+    return space
+
+
+def own_point(config: TrainConfig, space: Space) -> Point:
+    """The values that ``config`` has of the settings of ``space``."""
+    return {name: getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field) for name in space}
 
 
 def point_label(point: Point) -> str:
@@ -167,3 +198,8 @@ def point_label(point: Point) -> str:
 def value_text(value: Any) -> str:
     """A value as people write it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def described(space: Space) -> dict[str, Any]:
+    """The space as JSON types, as ``make_space`` reads it."""
+    return {name: str(values) if isinstance(values, Range) else values for name, values in space.items()}
