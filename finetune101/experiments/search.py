@@ -34,6 +34,9 @@ from finetune101.run import Run
 from finetune101.training import duration
 
 
+ENOUGH = 8  # points before which no time is kept for seeds: another point is worth more
+
+
 @dataclass
 class Clock:
     """The time that is left, and what runs cost: their estimate, corrected by what the first ones took."""
@@ -142,13 +145,14 @@ class Search:
             chosen = [{**point, "seed": seed} for seed in seeds for point in best]
             yield from self._stage_tasks(self.final, chosen, lambda points: [])
 
-    def _later(self, number: int, points: int) -> list[TrainConfig]:
-        """The runs after rung ``number``, if it has so many points."""
-        runs = []
+    def _later(self, number: int, drawn: int) -> list[TrainConfig]:
+        """The runs after rung ``number``, if it has ``drawn`` points."""
+        runs, points = [], drawn
         for stage in self.rungs[number + 1 :]:
             points = math.ceil(points / ETA)
             runs += [stage.config_of({})] * points
-        return runs + [self.plan.base] * (min(self.plan.finalists, points) * (self.plan.seeds - 1))
+        seeded = self.plan.finalists * (self.plan.seeds - 1) if drawn >= ENOUGH else 0
+        return runs + [self.plan.base] * seeded
 
     def _stage_tasks(
         self, stage: Stage, points: Sequence[Point], later: Callable[[int], list[TrainConfig]]
@@ -246,13 +250,19 @@ def average(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+OF_BUDGET = "{l_bar}{bar}| {n_fmt} of {total_fmt} s{postfix}"
+
+
 class Progress:
     """A bar over the points, or over the budget, with the best accuracy so far."""
 
     def __init__(self, search: Search) -> None:
         plan, self.search = search.plan, search
-        total, unit = (round(plan.budget), "s") if plan.budget else (len(plan.points()), "point")
-        self.bar = tqdm(total=total, desc=plan.base.exp, unit=unit, dynamic_ncols=True, mininterval=0.5, smoothing=0)
+        total, form = (round(plan.budget), OF_BUDGET) if plan.budget else (len(plan.points()), None)
+        self.bar = tqdm(
+            total=total, desc=plan.base.exp, unit="point", bar_format=form, dynamic_ncols=True, mininterval=0.5,
+            smoothing=0,
+        )  # fmt: skip
         self.epoch = ""
 
     def show(self, event: Event | None) -> None:
@@ -310,7 +320,8 @@ def run_cost(plan: Plan) -> Callable[[TrainConfig], float]:
         model, augment = config.model, config.augment
         kind = repr((model.name, model.size, model.cache_size, augment.train_sizes, config.optim.batch_size))
         if kind not in paces:
-            paces[kind] = duration.measure(config, len(index.classes))
+            with duration.undisturbed():
+                paces[kind] = duration.measure(config, len(index.classes))
         return paces[kind].of(duration.Work(config, images))
 
     return cost
