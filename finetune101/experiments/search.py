@@ -33,7 +33,6 @@ from finetune101.experiments.stage import Stage, open_journal
 from finetune101.run import Run
 from finetune101.training import duration
 
-
 ENOUGH = 8  # points before which no time is kept for seeds: another point is worth more
 
 
