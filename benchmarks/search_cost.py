@@ -27,7 +27,7 @@ from finetune101.experiments.stage import make_sampler
 
 @dataclass(frozen=True)
 class Recorded:
-    """A point, its curves by number of epochs and fold (validation accuracy in %), and its steps by number of epochs."""
+    """A point, its curves by number of epochs and fold (validation accuracy in %), and its steps by those."""
 
     point: Point
     curves: dict[int, list[list[float]]]
@@ -159,8 +159,8 @@ def main() -> int:
     good = {point_label(one.point) for one in grid if one.truth >= best - arguments.within}
     whole = sum(one.steps[one.epochs] for one in grid)
     error, paired = standard_error(grid, saved["validated"])
-    print(f"{len(grid)} points, best {best:.2f} % (standard error {error:.2f}, of a difference {paired:.2f}); {len(good)} "
-          f"within {arguments.within} points of it")  # fmt: skip
+    print(f"{len(grid)} points, best {best:.2f} % (standard error {error:.2f}, of a difference {paired:.2f})")
+    print(f"{len(good)} points are within {arguments.within} of it")
     values: dict[str, Any] = {
         "points": len(grid), "best": best, "standard_error": error, "standard_error_of_a_difference": paired,
         "within": arguments.within, "good_points": len(good), "steps_of_the_grid": whole, "orders": arguments.orders,
