@@ -12,9 +12,11 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator
 from pathlib import Path, PurePosixPath
@@ -383,11 +385,15 @@ def connect(address: str) -> tuple[Any, bool]:
         except (OSError, ValueError) as error:
             raise Refused(f"no Ray cluster answers at {place}; {start}") from error
     worker.print_to_stdstream = lambda *lines, **options: None  # the end of a node would print its log
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=place or "auto", log_to_driver=False, logging_level=logging.CRITICAL)
     except (Exception, SystemExit) as error:
         reason = shortened(escaped((str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")))
         raise Refused(f"the Ray cluster {address} cannot be joined ({reason}); {start}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray ends the program by its own
     return ray, True
 
 
