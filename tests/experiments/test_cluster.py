@@ -198,3 +198,11 @@ def test_shares_of_gpus() -> None:
     for share in (-1.0, 1.5):
         with pytest.raises(Refused, match="gpus-per-run"):
             RayWorkers("auto", gpus_per_run=share)
+
+
+def test_ray_can_read_the_cluster_of_the_docs() -> None:
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = (Path(__file__).parents[2] / "docs" / "cluster.yaml").read_text(encoding="utf-8")
+    validate_config(prepare_config(yaml.safe_load(text)))
