@@ -45,7 +45,7 @@ def test_a_fault_of_ours_is_kept_and_the_other_points_go_on(plan: MakePlan, monk
 
 def test_a_run_that_kills_its_workers_fails_alone_and_is_tried_again(plan: MakePlan) -> None:
     one = plan(epochs=1)
-    name = next(task for task in do_search(plan(epochs=1), stop_after=0).search.rungs[0].entries())["run"]
+    name = do_search(one).entries[0]["run"]
     workers = InProcess(deaths=[f"s/{Path(name).name}"] * MAX_LOSSES)
     for file in one.folder.glob("*.journal"):
         file.unlink()

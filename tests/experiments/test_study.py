@@ -18,6 +18,7 @@ import publish_study
 import pytest
 from experiments.in_process import InProcess
 
+from finetune101 import api
 from finetune101.cli.main import main
 from finetune101.data import splits
 from finetune101.data.images import Index, index_images
@@ -25,8 +26,9 @@ from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
 from finetune101.experiments import runner
 from finetune101.experiments import study as experiment
+from finetune101.experiments.folders import alone
 from finetune101.experiments.plan import plan_study, write_splits
-from finetune101.experiments.runner import Ended, LocalWorkers, Task
+from finetune101.experiments.runner import MAX_LOSSES, Ended, LocalWorkers, Task
 from finetune101.experiments.settings import StudyConfig
 from finetune101.recipes import scratch
 from finetune101.reports import groups, pages
@@ -290,7 +292,7 @@ def test_a_run_that_dies_of_a_fault_is_kept_and_the_others_go_on(
 
 
 @pytest.mark.slow
-def test_with_two_jobs_a_killed_worker_is_one_failed_run(
+def test_with_two_jobs_a_killed_worker_costs_no_run(
     short: StudyConfig, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixed = dataclasses.replace(short, models=("squeezenet1_1", "alexnet"), epochs=3)  # alexnet cannot take 32 px
@@ -306,15 +308,26 @@ def test_with_two_jobs_a_killed_worker_is_one_failed_run(
     real_start = BaseProcess.start
     monkeypatch.setattr(BaseProcess, "start", kill_one)
     trained, impossible = experiment.run_study(mixed, index, cells, lambda: LocalWorkers(2))["cells"]
-    assert (trained["n"], impossible["n"]) == (1, 0)
-    assert [f["type"] for f in trained["failed"]] == ["Killed"] and "-9" in trained["errors"][0]
+    assert (trained["n"], trained["errors"], impossible["n"]) == (2, [], 0) and victims
     assert [f["type"] for f in impossible["failed"]] == ["Refused"] * 2 and "32" in impossible["errors"][0]
-    monkeypatch.undo()
     one = dataclasses.replace(short, exp="one", epochs=3, seeds=1)
     experiment.run_study(one, index, plan_study(one, index), InProcess)
-    assert experiment.run_study(mixed, index, cells, lambda: LocalWorkers(2))["cells"][0]["n"] == 2
     scores = [Run(tmp_path / exp / cells[0].folder / "split42_seed0").read_json("test.json") for exp in ("s", "one")]
     assert scores[0]["loss"] == scores[1]["loss"]
+
+
+def test_a_run_that_kills_its_workers_fails_alone(short: StudyConfig, index: Index) -> None:
+    cells = plan_study(short, index)
+    exp = cells[0].runs[0].exp
+    (cell,) = experiment.run_study(short, index, cells, lambda: InProcess(deaths=[exp] * MAX_LOSSES))["cells"]
+    assert cell["n"] == 1 and [(f["run"], f["type"]) for f in cell["failed"]] == [(exp, "Killed")]
+    assert experiment.run_study(short, index, cells, InProcess)["cells"][0]["n"] == 2
+
+
+def test_a_second_study_in_the_folder_is_refused(short: StudyConfig, index: Index, tmp_path: Path) -> None:
+    with alone(tmp_path / "s", "study"), pytest.raises(Refused, match=rf"another study \(process {os.getpid()}"):
+        experiment.run_study(short, index, plan_study(short, index), InProcess)
+    assert (tmp_path / "s" / "study.lock").exists() and not (tmp_path / "s" / "study.json").exists()
 
 
 def test_a_study_of_which_nothing_can_begin_is_one_sentence(short: StudyConfig, index: Index) -> None:
@@ -351,7 +364,8 @@ def test_the_command_says_how_long_and_ends_with_1_where_a_run_failed(
     assert main([*words, "--dry-run"]) == 0
     assert re.search("2 to do. This takes about .* second", capsys.readouterr().out) and not any(tmp_path.iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "fit", lambda job, **how: 1 / 0)
+        patch.setattr(api, "make_workers", lambda *how: InProcess())
+        patch.setattr(runner, "fit", lambda job, **how: 1 / 0)
         assert main([*words[:2], "all fail", *words[3:]]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
     assert main(words) == 1
