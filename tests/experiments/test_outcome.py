@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,27 @@ class SecondInterrupted(InProcess):
         if len(self.started) > 1:
             raise KeyboardInterrupt
         super().answer(task, go_on)
+
+
+def test_a_budget_that_is_too_short_for_a_run_is_one_sentence(base: Any) -> None:
+    plan = Plan(base=base, space=space.make_space({"lr": [0.01]}), budget=1.0)
+    with pytest.raises(Refused, match="more than the budget; give a longer --budget, fewer --epochs or a smaller --si"):
+        search(plan)
+    assert not (plan.folder / "search.json").exists()
+
+
+@pytest.mark.slow
+def test_a_search_ends_within_its_budget_with_a_winner(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ranges = space.make_space({"lr": "1e-3..1e-1:log"})
+    plan = Plan(base=base, space=ranges, sampler="tpe", pruner="halving", budget=12.0)
+    before = time.monotonic()
+    saved = search(plan)
+    assert time.monotonic() - before < 12
+    assert saved["winner"] and saved["points"] == len(saved["results"]) >= 4
+    assert "rungs" in saved["results"][0] and saved["results"][0]["state"] == "complete"
+    assert "Within 12 seconds: as many points as fit" in capsys.readouterr().out
+    assert len(search(plan)["results"]) > saved["points"]  # another budget, and more points
+    assert read_trials(plan.folder).complete
 
 
 def test_a_dry_run_says_how_long_and_writes_nothing(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
