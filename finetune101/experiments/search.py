@@ -142,9 +142,9 @@ class Search:
             yield from self._until_ended(self.probe, self.probe.tasks([{}]))
         first, whole = self.rungs[0], self.rungs[-1]
         if first is not whole and self._has_time(whole, 0):  # the recipe itself: what follows can only be better
-            for task in whole.tasks(self.plan.first):
-                self._note(task, whole)
-                yield task
+            for own in whole.tasks(self.plan.first):
+                self._note(own, whole)
+                yield own
         order = self.plan.points()
         points, is_more = first.tasks(order), True
         while True:
