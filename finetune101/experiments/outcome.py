@@ -241,6 +241,7 @@ def budget_text(plan: Plan) -> str:
     epochs = [shortened_schedule(plan.base, share).optim.epochs for share in plan.shares()]
     points = f"{len(plan.points())} points" if plan.sampler == "grid" or plan.trials else "as many points as fit"
     first = "first the output layer alone; then " if plan.probe else ""
+    first += "the recipe as it is; then " if plan.first else ""
     rungs = f"{points}, {epochs[0]} epoch{'s' * (epochs[0] != 1)} each"
     if len(epochs) > 1:
         rungs += f", and of every {ETA} the best one again with {epochs[1]}"

@@ -32,6 +32,7 @@ from finetune101.experiments.stage import Stage, open_journal
 from finetune101.run import Run
 from finetune101.training import duration
 
+MARGIN = 1.2  # by which the runs that a new point may lead to can take longer than foreseen
 ENOUGH = 8  # points before which no time is kept for seeds: another point is worth more
 
 
@@ -140,6 +141,10 @@ class Search:
         if self.probe:
             yield from self._until_ended(self.probe, self.probe.tasks([{}]))
         first, whole = self.rungs[0], self.rungs[-1]
+        if first is not whole and self._has_time(whole, 0):  # the recipe itself: what follows can only be better
+            for own in whole.tasks(self.plan.first):
+                self._note(own, whole)
+                yield own
         order = self.plan.points()
         points, is_more = first.tasks(order), True
         while True:
@@ -204,7 +209,8 @@ class Search:
             seeded = self.plan.finalists * (self.plan.seeds - 1) if points >= ENOUGH else 0
             promoted = math.ceil(points / ETA) - self.rungs[-1].drawn() if len(self.rungs) > 1 else 0
             runs += [self.plan.base] * (max(promoted, 0) + seeded)
-        return self.clock.time_of(runs) <= self.clock.left()
+        margin = MARGIN if stage is self.rungs[0] and len(self.rungs) > 1 else 1.0
+        return margin * self.clock.time_of(runs) <= self.clock.left()
 
     def stage_name(self) -> str:
         """Which stage is at work, in words."""
