@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from finetune101.experiments.queue import Pruner, Sampler
+
 from finetune101.experiments.replay import Curve, replay
 from finetune101.experiments.trials import read_trials
 
