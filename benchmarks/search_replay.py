@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from finetune101.experiments.queue import Pruner, Sampler
 
-from finetune101.experiments.replay import Curve, replay
+from finetune101.experiments.replay import Curve, Pruner, replay
+from finetune101.experiments.stage import Sampler
 from finetune101.experiments.trials import read_trials
 
 STRATEGIES: dict[str, tuple[Sampler, Pruner]] = {

@@ -188,6 +188,7 @@ class Search(TypedDict):
     winner: NotRequired[Winner | None]
     finalists: NotRequired[list[dict[str, Any]]]
     base: NotRequired[dict[str, Any]]
+    probe: NotRequired[Result]
 
 
 class ComparedRun(TypedDict):

@@ -30,6 +30,8 @@ class Curve:
     scores: tuple[float, ...]
     steps: tuple[int, ...]
     state: str
+    first_rung: float | None = None
+    """Accuracy (%) on the shortest schedule, where longer ones were for the best points only."""
 
     @property
     def best(self) -> float:

@@ -175,19 +175,20 @@ def planned_search(
 def around(config: TrainConfig) -> Space:
     """``AROUND``, its ranges widened to hold the settings of ``config``."""
     space = make_space(AROUND)
-    for name, value in own_point(config, space).items():
-        values = space[name]
+    for name in space:
+        values, value = space[name], getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field)
         if isinstance(values, Range):
-            low, high = min(values.low, value or values.low), max(values.high, value)
-            space[name] = Range(low, high, values.log)
+            space[name] = Range(min(values.low, value or values.low), max(values.high, value), values.log)
         elif value not in values:
             values.append(value)
     return space
 
 
 def own_point(config: TrainConfig, space: Space) -> Point:
-    """The values that ``config`` has of the settings of ``space``."""
-    return {name: getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field) for name in space}
+    """The values that ``config`` has of the settings of ``space``, or the nearest in their ranges."""
+    point = {name: getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field) for name in space}
+    ranges = {name: values for name, values in space.items() if isinstance(values, Range)}
+    return point | {name: min(max(point[name], values.low), values.high) for name, values in ranges.items()}
 
 
 def point_label(point: Point) -> str:

@@ -123,6 +123,10 @@ class Stage:
         validate(config)
         return config
 
+    def labels(self) -> set[str]:
+        """The labels of all points that were begun."""
+        return {point_label(trial.params) for trial in self.study.get_trials(deepcopy=False)}
+
     def drawn(self) -> int:
         """How many points were drawn so far, second tries not counted."""
         return sum("is_again" not in trial.user_attrs for trial in self.study.get_trials(deepcopy=False))
@@ -132,14 +136,16 @@ class Stage:
 
         Their trials are marked as running.
         """
-        left = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for frozen in left:
+        at_work = {trial.number for trial, _, _ in self.at_work.values()}
+        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number in at_work:
+                continue
             yield from self._begin(optuna.Trial(self.study, frozen._trial_id))
         for faulty in self._faulty():  # by our fault, or the machine's: tried again
             trial = self._ask(faulty.params)
             trial.set_user_attr("is_again", True)
             yield from self._begin(trial)
-        drawn = {point_label(trial.params) for trial in self.study.get_trials(deepcopy=False)}
+        drawn = self.labels()
         for number, point in enumerate(points):
             if point_label(point) in drawn if point else number < self.drawn():
                 continue

@@ -31,6 +31,12 @@ class Trials:
     """What the search chose; None for the best trial."""
     finalists: int = 0
     """Points that were trained again with several seeds to choose the winner."""
+    rungs: tuple[int, ...] = ()
+    """The epochs of each schedule, where the best points alone went on to longer ones."""
+    probe: float | None = None
+    """Accuracy (%) of the output layer alone, where the search began with it."""
+    is_probe_best: bool = False
+    """Whether the winner is the output layer alone."""
 
     @property
     def best(self) -> Curve:
@@ -41,10 +47,14 @@ class Trials:
     @property
     def common(self) -> int | None:
         """The last epoch that all trials reached: trials are compared there. None where no trial was stopped early."""
+        if self.rungs:
+            return self.rungs[0]
         return None if len(self.complete) == len(self.curves) else min(len(curve.scores) for curve in self.curves)
 
     def score(self, curve: Curve) -> float:
-        """What the trial is compared by: its best accuracy (%) up to the last common epoch."""
+        """What the trial is compared by: its best accuracy (%) up to the last common epoch, or on the first rung."""
+        if curve.first_rung is not None:
+            return curve.first_rung
         return max(curve.scores[: self.common])
 
     @property
@@ -101,8 +111,18 @@ def read_trials(folder: Path) -> Trials:
     winner = Run(folder / Path(chosen["run"] or "").name)
     images = len(winner.read_json("split.json")["subsets"]["val"]) if winner.has("split.json") else None
     failed = sum(entry["state"] == "failed" for entry in saved["results"])
-    finalists = len(saved.get("finalists", []))
-    return Trials(folder.name, settings, tuple(curves), failed, images, chosen["point"], finalists)
+    probe = saved.get("probe", {})
+    return Trials(
+        folder.name, settings, tuple(curves), failed, images, chosen["point"], len(saved.get("finalists", [])),
+        tuple(sorted({int(epochs) for entry in saved["results"] for epochs in _rungs(entry)})),
+        probe.get("best_val_top1"), bool(probe) and chosen["run"] == probe["run"],
+    )  # fmt: skip
+
+
+def _rungs(entry: dict[str, Any]) -> dict[str, float]:
+    """Accuracy (%) by epochs of the schedules of a point; searches of version 0.1 had rungs within one schedule."""
+    rungs = entry.get("rungs")
+    return rungs if isinstance(rungs, dict) and not any(name == "0" for name in rungs) else {}
 
 
 def _check_points(saved: Any, file: Path) -> None:
@@ -125,4 +145,6 @@ def _curve(entry: dict[str, Any], records: list[dict[str, Any]], folder: Path) -
     scores, steps = (tuple(record[key] for record in records) for key in ("val_top1", "step"))
     if None in scores:
         raise Refused(f"{folder / Path(entry['run']).name} has epochs without validation, so it is no trial; {REMEDY}")
-    return Curve(entry["point"], scores, steps, entry["state"])
+    rungs = _rungs(entry)
+    first_rung = rungs[min(rungs, key=int)] if rungs else None
+    return Curve(entry["point"], scores, steps, entry["state"], first_rung)

@@ -219,6 +219,11 @@ def _winner_words(trials: Trials) -> list[str]:
         if trials.finalists
         else f"The best of {len(trials.curves)} trials reached {best.best:.2f} % of the validation images with {at}."
     ]
+    if trials.probe is not None:
+        sentences.append(
+            f"The output layer alone, on frozen features, reached {trials.probe:.2f} %"
+            f"{', and is the winner' if trials.is_probe_best else ''}."
+        )
     if equal := sum(curve.best == best.best for curve in trials.curves) - 1:
         sentences.append(f"{equal} more reached the same.")
     if trials.images:
@@ -231,7 +236,10 @@ def _winner_words(trials: Trials) -> list[str]:
         )
     if stopped := len(trials.curves) - len(trials.complete):
         sentences.append(
-            f"{stopped} of them were stopped early, so what follows compares all at epoch {trials.common}."
+            f"{stopped} of them had a shorter schedule only, so what follows compares all by that of {trials.common} "
+            f"epoch{'s' * (trials.common != 1)}."
+            if trials.rungs
+            else f"{stopped} of them were stopped early, so what follows compares all at epoch {trials.common}."
         )
     if trials.failed:
         sentences.append(f"{trials.failed} more could not be trained to an end.")

@@ -129,7 +129,7 @@ def duration_text(works: Sequence[Work], index: Index, jobs: int = 1, budget: fl
     trained: Counter[str] = Counter()  # images of each kind, an image as often as it is trained on
     for work in works:
         trained[kind(work.config)] += work.images.train * work.config.optim.epochs
-    with _undisturbed():
+    with undisturbed():
         for work in works:
             key = kind(work.config)
             if key not in paces and key not in impossible:
@@ -344,7 +344,7 @@ def _nearest(config: TrainConfig, measured: Sequence[tuple[TrainConfig, Pace]]) 
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Restores PyTorch's random state and number of threads after the block."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
