@@ -307,7 +307,8 @@ class Auto:
         for size in (full, 192, 128) if full else (None,):
             model = replace(base.model, size=size, cache_size=size and min(size + 32, base.model.cache_size or size))
             smaller = fitted(replace(base, model=model), {"size"})
-            guess = self.cost(shortened_schedule(base, 1 / base.optim.epochs)) * ((size / full) ** 2 if full else 1)
+            pixels = (size / full) ** 2 if size and full else 1.0
+            guess = pixels * self.cost(shortened_schedule(base, 1 / base.optim.epochs))
             for epochs in range(base.optim.epochs - 1, 0, -1) if guess < self.left() else ():
                 short = shortened_schedule(smaller, epochs / base.optim.epochs)
                 if self.cost(short) <= 0.8 * self.left():

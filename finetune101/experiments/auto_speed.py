@@ -29,7 +29,8 @@ class Speed:
         """The pace of ``config``. Raises Refused for a network or a size that cannot be."""
         key = repr((config.model, config.augment.train_sizes, config.optim.batch_size, config.optim.epochs > 0))
         if key not in self._paces:
-            self._paces[key] = duration.measure(config, len(self.index.classes))
+            with duration.undisturbed():
+                self._paces[key] = duration.measure(config, len(self.index.classes))
         return self._paces[key]
 
     def run(self, config: TrainConfig) -> float:

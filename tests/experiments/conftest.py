@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from finetune101.experiments.queue import Plan
 
 from finetune101.config import TrainConfig
 from finetune101.experiments import space
+from finetune101.experiments.queue import Plan
 
 GRID: dict[str, Any] = {"lr": [0.01, 0.05], "gamma": [0.1]}
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import optuna
 import pytest
-from finetune101.experiments.queue import Plan
-from finetune101.experiments.workers import alone, run_workers
 
 from finetune101.errors import Refused
 from finetune101.experiments import queue
+from finetune101.experiments.queue import Plan
+from finetune101.experiments.workers import alone, run_workers
 from finetune101.files import atomic
 from finetune101.training.loop import fit
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import optuna
 import pytest
-from finetune101.experiments.queue import Plan
-from finetune101.experiments.trial import identity
-from finetune101.experiments.workers import alone, run_workers
 
 from finetune101.config import OptimConfig, TrainConfig, change, from_dict, to_dict
 from finetune101.experiments import queue, space, trial
+from finetune101.experiments.queue import Plan
+from finetune101.experiments.trial import identity
+from finetune101.experiments.workers import alone, run_workers
 from finetune101.run import Run
 from finetune101.training.loop import Job
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune101.experiments.queue import Plan
 
 from finetune101.cli.main import main
 from finetune101.errors import Refused
 from finetune101.experiments import space
+from finetune101.experiments.queue import Plan
 from finetune101.experiments.search import dry_run, picture_name, run_search
 from finetune101.experiments.trials import read_trials
 from finetune101.reports.figures import draw_curves
