@@ -321,17 +321,25 @@ class Progress:
             self.bar.refresh()
 
 
-def run_search(plan: Plan, table: Path, plots: Path, draw: outcome.Draw, workers: Workers) -> int:
+def run_search(
+    plan: Plan,
+    table: Path,
+    plots: Path,
+    draw: outcome.Draw,
+    workers: Workers,
+    cost: Callable[[TrainConfig], float] | None = None,
+) -> int:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
     ``table`` gets the original's form, ``plots`` the curves of every trial, drawn by ``draw`` (records, file, title).
+    ``cost`` estimates the seconds of a run; by default a few steps are measured.
     Returns 1 where a point failed by a fault of the program or the machine, else 0. Raises Refused for a plan, data or
     weights that cannot work.
     """
     check_plan(plan)
     with alone(plan.folder, "search"):
         outcome.check_same(plan)
-        clock = Clock(plan.budget, run_cost(plan) if plan.budget else lambda config: 0.0)
+        clock = Clock(plan.budget, (cost or run_cost(plan)) if plan.budget else lambda config: 0.0)
         _check_budget(plan, clock)
         print(outcome.estimate(plan), flush=True)
         search, started = Search(plan, clock), time.perf_counter()
