@@ -97,12 +97,17 @@ def pruned(pruner: Any, grid: list[Recorded], fold: int, seed: int) -> Iterator[
 
 
 def halving(grid: list[Recorded], fold: int, seed: int) -> Iterator[Run]:
-    """Rungs of whole short schedules; the best of every ETA points goes on, the best one first."""
-    left = shuffled(grid, seed)
-    for epochs in sorted(grid[0].curves):
-        for one in left:
-            yield one, one.steps[epochs], epochs == one.epochs
-        left = sorted(left, key=lambda one: -one.score(epochs, fold))[: math.ceil(len(left) / ETA)]
+    """A short schedule as a whole for each point; of every ETA points the best one goes on to the whole schedule."""
+    short, promoted = min(grid[0].curves), set[str]()
+    ended: list[Recorded] = []
+    for number, one in enumerate(shuffled(grid, seed), 1):
+        ended.append(one)
+        yield one, one.steps[short], False
+        most = math.ceil(number / ETA) if number == len(grid) else number // ETA
+        for best in sorted(ended, key=lambda other: -other.score(short, fold))[:most]:
+            if point_label(best.point) not in promoted:
+                promoted.add(point_label(best.point))
+                yield best, best.steps[best.epochs], True
 
 
 STRATEGIES: dict[str, Strategy] = {

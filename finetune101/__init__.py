@@ -13,7 +13,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["RECIPES", "Refused", "__version__", "compare", "evaluate", "load", "predict", "report", "train"]
+__all__ = ["RECIPES", "Refused", "__version__", "auto", "compare", "evaluate", "load", "predict", "report", "train"]
 
 _HOMES = {"RECIPES": "recipes", "Refused": "errors"}  # of all other names: api
 

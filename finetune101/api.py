@@ -309,6 +309,65 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
     return search.run_search(plan, table, plots, draw_curves, workers)
 
 
+def auto(
+    data: str | os.PathLike[str] | None = None,
+    *,
+    exp: str = "auto",
+    budget: str = "30m",
+    models: Sequence[str] = (),
+    seed: int = 0,
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto",
+    runs: str = "runs",
+    lang: Literal["en", "zh"] = "en",
+) -> Run:
+    """Makes the best network for a folder of images that fits into a time, and decides everything itself.
+
+    It looks at the images, splits them, probes the installed networks, searches the settings of fine-tuning, tests the
+    winner once and writes a page that says what was decided and why. Interrupted, the best network so far is the run
+    ``exp``, and the same call goes on.
+
+    Args:
+        data: a folder with one folder per class; by default Caltech-101 where ``finetune101 data download`` put it.
+        exp: name of the run. The probes and the search are in the folder of that name with _search.
+        budget: the whole work ends within this time, such as "90s", "30m" or "2h".
+        models: networks to choose from; by default all whose ImageNet weights are installed.
+        seed: fixes everything random.
+        device: where to train.
+        runs: folder of all runs.
+        lang: language of the page.
+
+    Returns the run; its ``path`` holds the weights, auto.json with the decisions, and the page report/report.html.
+    Raises Refused for data, names or a budget that cannot work.
+    """
+    from finetune101.experiments.auto import Auto, AutoSettings
+    from finetune101.experiments.search_plan import seconds
+    from finetune101.files import typed as checked
+    from finetune101.reports.figures import draw_curves
+    from finetune101.reports.page import decision_text
+
+    config = change(TrainConfig(exp=run_name(exp)), {"data": data, "seed": seed, "device": device, "runs": runs})
+    check_name(config.exp)
+    settings = AutoSettings(
+        exp=config.exp, data=config.data, budget=seconds(checked(str, budget, "budget is")), runs=config.runs,
+        models=tuple(models), system=config.system,
+    )  # fmt: skip
+    work = Auto(settings, lambda decision: print(decision_text(decision.to_json()), flush=True))
+    page = work.run.path / "report" / "report.html"
+    with work.alone():
+        if work.is_done():
+            print(f"{work.run.path} is there and tested; its page: {page}")
+            return work.run
+        run = work.find(lambda: make_workers(None, None, 0.0), draw_curves)
+        work.stage(5)
+        evaluation = evaluate(run)
+        work.decide("test", f"{evaluation.top1:.2f} %", "test_once", n=evaluation.n)
+        work.stage(6)
+        work.save(is_done=True)
+        report(run, run.path / "report", lang=lang)
+    print(f"Page: {page}\nLabel a photo: {shlex.join(['finetune101', 'predict', str(run.path)])} PHOTO")
+    return run
+
+
 def make_workers(jobs: int | None, cluster: str | None, gpus_per_run: float) -> Workers:
     """What trains many runs: processes of this machine, or the Ray cluster at the address ``cluster`` ("auto": here).
 

@@ -22,11 +22,11 @@ MOST_USED = {
     ),
     "study": (
         "exp", "data", "arms", "models", "seeds", "splits", "train_per_class", "epochs", "scratch_epochs", "size",
-        "jobs", "dry_run",
+        "jobs", "cluster", "dry_run",
     ),
     "search": (
-        "exp", "data", "grid", "space", "stage", "sampler", "pruner", "trials", "timeout", "finalists", "jobs",
-        "dry_run",
+        "exp", "data", "budget", "grid", "space", "stage", "sampler", "pruner", "trials", "finalists", "jobs",
+        "cluster", "dry_run",
     ),
     "lr_find": (
         "data", "recipe", "pretrain", "model", "low", "high", "steps", "out", "batch_size", "size", "seed", "threads",

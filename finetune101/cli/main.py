@@ -23,6 +23,7 @@ VERBS = {
     "report": "many_runs:report",
     "study": "many_runs:study",
     "search": "many_runs:search",
+    "auto": "many_runs:auto",
     "lr-find": "one_run:lr_find",
     "recipes": "others:recipes",
     "benchmark": "others:benchmark",
@@ -41,6 +42,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study
   study      seeds x splits x arms x networks x training sizes, trained, tested and summed up
+  auto       the best network for a folder of photos that fits into a time, e.g. auto photos --budget 30m
   search     hyper-parameters: grid, random or TPE, with pruning; search report DIR explains it
   lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
@@ -88,7 +90,7 @@ def _call(home: str, words: list[str], prog: str) -> int:
     verb = getattr(importlib.import_module(f"finetune101.cli.{module}"), function)
     if function == "lr_find":
         words = ["--exp", "lr-find", *words]
-    return call(verb, split_lists(words) if function == "study" else words, prog=prog)
+    return call(verb, split_lists(words) if function in ("study", "auto") else words, prog=prog)
 
 
 def split_lists(argv: Sequence[str]) -> list[str]:

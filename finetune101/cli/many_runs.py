@@ -139,6 +139,48 @@ def study(
     return int(any(cell["errors"] for cell in summary["cells"]))
 
 
+def auto(
+    data: tyro.conf.Positional[str],
+    *,
+    exp: str = "auto",
+    budget: str = "30m",
+    models: tuple[str, ...] = (),
+    seed: int = 0,
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto",
+    runs: str = "runs",
+    lang: Literal["en", "zh"] = "en",
+) -> int:
+    """Make the best network for your photos that fits into a time. It decides everything else, and says why.
+
+    It looks at the images, splits them, tries the installed networks, searches the settings of
+    fine-tuning, tests the winner once and writes a page. Ctrl-C at any time leaves the best network
+    so far in RUNS/EXP, and the same command goes on.
+
+    Args:
+        data: Folder with one folder of images per class.
+        exp: Name of the network: RUNS/EXP. What was tried is in RUNS/EXP_search.
+        budget: The whole work ends within this time: 90s, 30m, 2h.
+        models: Networks to choose from. Default: all whose ImageNet weights are installed.
+        seed: Fixes everything random.
+        device: Where to train.
+        runs: Folder of all runs.
+        lang: Language of the page.
+    """
+    from finetune101 import api
+
+    with watched(Path(runs) / f"{exp}_search", lambda: _best_so_far(Path(runs) / exp)):
+        api.auto(data, exp=exp, budget=budget, models=models, seed=seed, device=device, runs=runs, lang=lang)
+    return 0
+
+
+def _best_so_far(folder: Path) -> str:
+    """What an interrupted ``auto`` leaves in ``folder``."""
+    from finetune101.run import is_run
+
+    ready = f"{folder} is the best network so far and can be used" if is_run(folder) else "there is no network yet"
+    return f"{ready}; the same command goes on"
+
+
 def search(
     config: Annotated[TrainConfig, Flat],
     options: Annotated[SearchOptions, Flat] = USUAL_SEARCH,

@@ -219,11 +219,9 @@ def estimate(plan: Plan, seconds: float = 15.0) -> str:
     if not left:
         return f"{text}: nothing to do."
     rungs = plan.shares()
-    ran = [
-        shortened_schedule(config, share)
-        for number, share in enumerate(rungs)
-        for config in left[: math.ceil(len(left) / ETA**number)]
-    ] + [plan.base] * (min(plan.finalists, len(points)) * (plan.seeds - 1))
+    promoted = left[: math.ceil(len(left) / ETA)] if len(rungs) > 1 else []
+    ran = [shortened_schedule(config, rungs[0]) for config in left] + promoted
+    ran += [plan.base] * (min(plan.finalists, len(points)) * (plan.seeds - 1))
     data = plan.base.data
     index = index_images(find_data(data.root), layout_for(data.protocol))
     images = duration.count(index, data)
@@ -243,8 +241,9 @@ def budget_text(plan: Plan) -> str:
     epochs = [shortened_schedule(plan.base, share).optim.epochs for share in plan.shares()]
     points = f"{len(plan.points())} points" if plan.sampler == "grid" or plan.trials else "as many points as fit"
     first = "first the output layer alone; then " if plan.probe else ""
+    first += "the recipe as it is; then " if plan.first else ""
     rungs = f"{points}, {epochs[0]} epoch{'s' * (epochs[0] != 1)} each"
-    for more in epochs[1:]:
-        rungs += f"; the best of every {ETA} again with {more} epochs"
+    if len(epochs) > 1:
+        rungs += f", and of every {ETA} the best one again with {epochs[1]}"
     seeds = f"; the best {plan.finalists} with {plan.seeds} seeds each" if plan.finalists else ""
     return f"Within {duration.in_words(plan.budget)}: {first}{rungs}{seeds}."

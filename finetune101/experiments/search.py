@@ -1,14 +1,13 @@
 """A search: one driver draws points, has them trained, and keeps the best; resumable, and bounded by a budget.
 
-With --pruner halving it is successive halving (Jamieson & Talwalkar, 2016; Li et al., Hyperband, 2018) in which every
-rung is a whole short schedule: the best quarter of the points goes on to four times the epochs. A run's own curve would
-mislead, as its rate has not dropped yet.
+With --pruner halving it is asynchronous successive halving (ASHA: Li et al., 2020; Hyperband: Li et al., 2018) in which
+a rung is a whole short schedule: of every four points the best one goes on to the whole of its epochs. A run's own
+curve would mislead, as its rate has not dropped yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import statistics
 import sys
@@ -26,13 +25,14 @@ from finetune101.data.layouts import layout_for
 from finetune101.errors import Refused
 from finetune101.experiments import outcome
 from finetune101.experiments.folders import alone
-from finetune101.experiments.runner import Ended, Epoch, Event, Task, Workers, run_tasks
+from finetune101.experiments.runner import Ended, Epoch, Event, Failed, Task, Workers, run_tasks
 from finetune101.experiments.search_plan import ETA, Plan, check_plan, search_name
 from finetune101.experiments.space import Point, point_label
 from finetune101.experiments.stage import Stage, open_journal
 from finetune101.run import Run
 from finetune101.training import duration
 
+MARGIN = 1.2  # by which the runs that a new point may lead to can take longer than foreseen
 ENOUGH = 8  # points before which no time is kept for seeds: another point is worth more
 
 
@@ -81,7 +81,8 @@ class Search:
     probe: Stage | None = field(init=False, default=None)
     rungs: list[Stage] = field(init=False)
     final: Stage | None = field(init=False, default=None)
-    _stage: Stage = field(init=False)
+    _stage_of: dict[str, Stage] = field(init=False, default_factory=dict)
+    """The stage of each run that is at work, by the name of the run."""
     _late: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
@@ -100,29 +101,34 @@ class Search:
             first = plan.base.system.seed
             space = {**plan.space, "seed": list(range(first, first + plan.seeds))}
             self.final = Stage(f"{name} (seeds)", plan.base, space, journal)
-        self._stage = self.probe or self.rungs[0]
 
     def run(self, workers: Workers) -> Generator[Event | None, None, None]:
         """Trains what is missing; yields what happens, and None about every second."""
         with contextlib.closing(run_tasks(self._tasks(), workers, self._goes_on)) as events:
             for event in events:
-                exp = event.task.config.exp if event else ""
                 if isinstance(event, Epoch):
                     self.clock.count(event)
-                elif isinstance(event, Ended) and exp in self._late:
-                    self._stage.leave(exp)
                 elif event is not None:
-                    self._stage.end(event)
-                    if self._stage in self.rungs:
-                        self._stage.keep_best()
+                    self._end(event)
                 yield event
                 if self.clock.left() < 0:
                     return
 
+    def _end(self, event: Ended | Failed) -> None:
+        """Takes notice of the end of a run."""
+        exp = event.task.config.exp
+        stage = self._stage_of.pop(exp)
+        if exp in self._late:
+            stage.leave(exp)
+            return
+        stage.end(event)
+        if stage in self.rungs:
+            stage.keep_best()
+
     def _goes_on(self, epoch: Epoch) -> bool:
         """Whether a run goes on: neither its pruner nor the budget stops it."""
         config = epoch.task.config
-        if not self._stage.goes_on(epoch):
+        if not self._stage_of[config.exp].goes_on(epoch):
             return False
         is_last = epoch.record["epoch"] >= config.optim.epochs
         if is_last or self.clock.time_of([config]) / config.optim.epochs <= self.clock.left():
@@ -131,54 +137,91 @@ class Search:
         return False
 
     def _tasks(self) -> Iterator[Task | None]:
+        """The runs of all stages, each when there is time for it; None: not before another run has ended."""
         if self.probe:
-            yield from self._stage_tasks(self.probe, [{}], lambda points: [])
-        chosen = self.plan.points()
-        for number, stage in enumerate(self.rungs):
-            yield from self._stage_tasks(stage, chosen, functools.partial(self._later, number))
-            complete = [entry["point"] for entry in stage.entries(chosen) if entry["state"] == "complete"]
-            chosen = complete[: math.ceil(len(complete) / ETA)]
+            yield from self._until_ended(self.probe, self.probe.tasks([{}]))
+        first, whole = self.rungs[0], self.rungs[-1]
+        if first is not whole and self._has_time(whole, 0):  # the recipe itself: what follows can only be better
+            for own in whole.tasks(self.plan.first):
+                self._note(own, whole)
+                yield own
+        order = self.plan.points()
+        points, is_more = first.tasks(order), True
+        while True:
+            task = self._promoted(order, is_more) if whole is not first else None
+            if task is None and is_more:
+                if not first.drawn() or self._has_time(first, 1):
+                    task = next(points, None)
+                    self._note(task, first)
+                is_more = task is not None
+                if not is_more:
+                    continue  # now more of them may go on
+            if task is None and not first.is_running() and not whole.is_running():
+                break
+            yield task
         if self.final:
-            best, seeds = complete[: self.plan.finalists], self.final.space["seed"]
+            complete = [entry["point"] for entry in whole.entries(order) if entry["state"] == "complete"]
+            seeds = self.final.space["seed"]
             assert isinstance(seeds, list)
-            chosen = [{**point, "seed": seed} for seed in seeds for point in best]
-            yield from self._stage_tasks(self.final, chosen, lambda points: [])
+            best = complete[: self.plan.finalists]
+            seeded = [{**point, "seed": seed} for seed in seeds for point in best]
+            yield from self._until_ended(self.final, self.final.tasks(seeded))
 
-    def _later(self, number: int, drawn: int) -> list[TrainConfig]:
-        """The runs after rung ``number``, if it has ``drawn`` points."""
-        runs, points = [], drawn
-        for stage in self.rungs[number + 1 :]:
-            points = math.ceil(points / ETA)
-            runs += [stage.config_of({})] * points
-        seeded = self.plan.finalists * (self.plan.seeds - 1) if drawn >= ENOUGH else 0
-        return runs + [self.plan.base] * seeded
+    def _note(self, task: Task | None, stage: Stage) -> None:
+        if task:
+            self._stage_of[task.config.exp] = stage
 
-    def _stage_tasks(
-        self, stage: Stage, points: Sequence[Point], later: Callable[[int], list[TrainConfig]]
-    ) -> Iterator[Task | None]:
-        """The runs of ``stage``, as many as leave time for those of ``later``; None until the last one has ended."""
-        self._stage, tasks = stage, stage.tasks(points)
-        while not stage.drawn() or self._has_time(stage, later):
+    def _until_ended(self, stage: Stage, tasks: Iterator[Task]) -> Iterator[Task | None]:
+        """``tasks`` of ``stage``, as many as there is time for; then None until the last one has ended."""
+        while stage is self.probe or self._has_time(stage, 0):
             task = next(tasks, None)
             if task is None:
                 break
+            self._note(task, stage)
             yield task
         while stage.is_running():
             yield None
 
-    def _has_time(self, stage: Stage, later: Callable[[int], list[TrainConfig]]) -> bool:
+    def _promotable(self, order: Sequence[Point], is_more: bool) -> list[Point]:
+        """The points of the first rung that may go on to the whole schedule and have not begun it, best first."""
+        ended = [entry["point"] for entry in self.rungs[0].entries(order) if entry["state"] == "complete"]
+        most = len(ended) // ETA if is_more or self.rungs[0].is_running() else math.ceil(len(ended) / ETA)
+        begun = self.rungs[-1].labels()
+        return [point for point in ended[:most] if point_label(point) not in begun]
+
+    def _promoted(self, order: Sequence[Point], is_more: bool) -> Task | None:
+        """The next run of the whole schedule, an interrupted one first; None where there is none, or no time for it."""
+        whole = self.rungs[-1]
+        if not self._has_time(whole, 0):
+            return None
+        task = next(whole.tasks(self._promotable(order, is_more)[:1]), None)
+        self._note(task, whole)
+        return task
+
+    def _has_time(self, stage: Stage, more: int) -> bool:
+        """Whether another run of ``stage`` ends in time, and with ``more`` points one of them the whole schedule."""
         if self.plan.budget is None:
             return True
-        own = [stage.config_of({})] * (len(stage.at_work) + 1)
-        return self.clock.time_of([*own, *later(stage.drawn() + 1)]) <= self.clock.left()
+        running = [own.config_of({}) for own in self.stages() for _ in own.at_work]
+        runs = [*running, stage.config_of({})]
+        if stage is self.rungs[0]:
+            points = stage.drawn() + more
+            seeded = self.plan.finalists * (self.plan.seeds - 1) if points >= ENOUGH else 0
+            promoted = math.ceil(points / ETA) - self.rungs[-1].drawn() if len(self.rungs) > 1 else 0
+            runs += [self.plan.base] * (max(promoted, 0) + seeded)
+        margin = MARGIN if stage is self.rungs[0] and len(self.rungs) > 1 else 1.0
+        return margin * self.clock.time_of(runs) <= self.clock.left()
 
     def stage_name(self) -> str:
         """Which stage is at work, in words."""
-        if self._stage is self.probe:
+        stages = list(self._stage_of.values())
+        if self.probe and self.probe in stages:
             return "probe"
-        if self._stage is self.final:
+        if self.final and self.final in stages:
             return "finalists"
-        return f"rung {self.rungs.index(self._stage) + 1} of {len(self.rungs)}" if len(self.rungs) > 1 else ""
+        if len(self.rungs) == 1:
+            return ""
+        return "whole schedule" if self.rungs[-1] in stages else "short schedule"
 
     def stages(self) -> list[Stage]:
         """All stages, in order."""
@@ -278,17 +321,25 @@ class Progress:
             self.bar.refresh()
 
 
-def run_search(plan: Plan, table: Path, plots: Path, draw: outcome.Draw, workers: Workers) -> int:
+def run_search(
+    plan: Plan,
+    table: Path,
+    plots: Path,
+    draw: outcome.Draw,
+    workers: Workers,
+    cost: Callable[[TrainConfig], float] | None = None,
+) -> int:
     """Trains what is missing of ``plan``, prints the ranking and writes all results, also when it is interrupted.
 
     ``table`` gets the original's form, ``plots`` the curves of every trial, drawn by ``draw`` (records, file, title).
+    ``cost`` estimates the seconds of a run; by default a few steps are measured.
     Returns 1 where a point failed by a fault of the program or the machine, else 0. Raises Refused for a plan, data or
     weights that cannot work.
     """
     check_plan(plan)
     with alone(plan.folder, "search"):
         outcome.check_same(plan)
-        clock = Clock(plan.budget, run_cost(plan) if plan.budget else lambda config: 0.0)
+        clock = Clock(plan.budget, (cost or run_cost(plan)) if plan.budget else lambda config: 0.0)
         _check_budget(plan, clock)
         print(outcome.estimate(plan), flush=True)
         search, started = Search(plan, clock), time.perf_counter()
@@ -297,6 +348,8 @@ def run_search(plan: Plan, table: Path, plots: Path, draw: outcome.Draw, workers
             with contextlib.closing(search.run(workers)) as events:
                 for event in events:
                     progress.show(event)
+                    if isinstance(event, Ended):  # each takes a moment, which at the end would exceed the budget
+                        outcome.draw_curves(plan, search.entries(), plots, draw)
         finally:
             progress.bar.close()
             result = outcome.Outcome(search.entries(), search.finalists(), search.probe_entry())

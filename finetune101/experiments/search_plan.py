@@ -22,7 +22,9 @@ from finetune101.training.resume import essence
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 MOST = 1000  # points that a budget alone bounds
 ETA = 4
-"""Of so many points one goes on to the next rung, with so many times the epochs."""
+"""Of so many points one goes on to the whole schedule."""
+SHORT = 1 / ETA**2
+"""Share of the epochs that the first schedule has, with halving; one epoch at least."""
 
 
 def seconds(text: str) -> float:
@@ -61,11 +63,9 @@ class Plan:
         return Path(self.base.runs) / self.base.exp
 
     def shares(self) -> list[float]:
-        """The share of the epochs that each rung trains."""
-        rungs = [1.0]
-        while self.pruner == "halving" and self.base.optim.epochs * rungs[0] / ETA >= 1:
-            rungs.insert(0, rungs[0] / ETA)
-        return rungs
+        """The share of the epochs that each rung trains: with halving a short one comes first."""
+        epochs = self.base.optim.epochs
+        return [max(SHORT, 1 / epochs), 1.0] if self.pruner == "halving" and epochs > 1 else [1.0]
 
     def points(self) -> list[Point]:
         """The points of the first rung; {} is one that the sampler draws. Raises Refused for a grid of ranges."""

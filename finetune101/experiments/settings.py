@@ -67,13 +67,13 @@ class SearchOptions:
     stage: Literal["all", "probe"] = "all"
     """probe: search for the output layer alone, on frozen features computed once; a trial takes seconds."""
     budget: str | None = None
-    """Finish within this time, such as 30m or 2h. Alone it also chooses what to search: the output layer first, then
-    fine-tuning by tpe and halving around the recipe, then seeds for the best two."""
+    """Finish within this time, such as 30m or 2h. Alone it also chooses what to search: the output layer, the recipe
+    itself, what lies around the recipe by tpe and halving, then seeds for the best two."""
     sampler: Literal["grid", "random", "tpe"] = "grid"
     """Which points: all combinations, random ones, or what the scores so far suggest."""
     pruner: Literal["none", "median", "halving"] = "none"
-    """Stop bad points early: halving gives all a short schedule and the best quarter four times the epochs; median
-    stops a run below the median of the others at the same share of its schedule."""
+    """Stop bad points early: halving gives each a short schedule, and of every four the best one the whole schedule;
+    median stops a run below the median of the others at the same share of its schedule."""
     trials: int | None = None
     """How many points. Default: the whole grid, or what the budget allows."""
     jobs: int | None = None

@@ -55,6 +55,7 @@ def run_study(
                     exp = event.task.config.exp
                     if isinstance(event, Failed):
                         failures[exp] = event
+                        bar.total -= event.task.config.optim.epochs - len(event.task.run.metrics())
                         refused = [f for f in failures.values() if f.kind == "Refused" and not f.begun]
                         if len(left) == len(order) and ended == len(refused) >= len(cells):  # none can begin
                             raise Refused(refused[0].message)

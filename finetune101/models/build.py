@@ -224,6 +224,19 @@ def norms_single_values(model: nn.Module, size: int) -> bool:
     return min(values, default=2) < 2
 
 
+def is_installed(name: str) -> bool:
+    """Whether the ImageNet weights of the network ``name`` are on this machine; nothing is downloaded."""
+    weights, folder = lookup(name).weights, os.environ.get("FINETUNE101_WEIGHTS")
+    if isinstance(weights, tuple):
+        return all(map(is_installed, weights))
+    if folder and (Path(folder) / f"{name.replace(':', '_')}_imagenet.safetensors").is_file():
+        return True
+    if isinstance(weights, Torchvision):
+        address = torchvision.models.get_weight(weights.name).url
+        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name).is_file()
+    return isinstance(weights, Package) and _package_file(weights) is not None
+
+
 def _find_weights(entry: Entry, file: str | None) -> tuple[dict[str, Tensor], str]:
     """ImageNet weights of a network under its own names, and where they come from."""
     if file is not None:

@@ -37,6 +37,19 @@ def read_words(lang: str) -> dict[str, str]:
     return words
 
 
+def decision_text(decision: dict[str, Any], lang: str = "en") -> str:
+    """A decision of ``auto`` (see ``Decision.to_json``) in a line: what it is about, its value and the reason."""
+    about, value, reason = decision_cells(decision, lang)
+    return f"{about}: {value}. {reason}"
+
+
+def decision_cells(decision: dict[str, Any], lang: str) -> tuple[str, str, str]:
+    """What a decision of ``auto`` is about, its value, and the reason in the language ``lang``."""
+    words = read_words(lang)
+    about = " ".join(filter(None, (words[f"auto_{decision['about']}"], decision["name"])))
+    return about, decision["value"], words[f"auto_{decision['why']}"].format(**decision["values"])
+
+
 class Page:
     """A title, a headline and sections, written to ``folder`` when all are there.
 

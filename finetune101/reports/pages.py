@@ -18,7 +18,18 @@ from finetune101.redaction import redacted
 from finetune101.reports import compare, figures, groups, mistakes
 from finetune101.reports.comparison import Arm, Comparison, arm_notes
 from finetune101.reports.groups import Group, Tested
-from finetune101.reports.page import Cell, Name, Page, file_stem, minutes, number, percent, spread, words
+from finetune101.reports.page import (
+    Cell,
+    Name,
+    Page,
+    decision_cells,
+    file_stem,
+    minutes,
+    number,
+    percent,
+    spread,
+    words,
+)
 from finetune101.run import Run, open_run
 
 Cells = Sequence[dict[str, Any]]  # of a study: one per network, arm and size
@@ -48,11 +59,23 @@ def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
     page.headline = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
     if run.frozen:
         page.headline += " " + page.words["frozen"]
+    _decisions(page, run.run)
     alt = page.say("curves_alt", epoch=run.test.get("epoch", 0))
     page.picture("curves", lambda out: figures.draw_curves(run.run.metrics(), out, page.title), alt)
     _class_table(page, run)
     _details(page, run, "", mistakes.image_root([run], data) if gallery else None)
     _facts(page, [run])
+
+
+def _decisions(page: Page, run: Run) -> None:
+    """What ``auto`` decided, where it made the run. Raises Refused for a damaged auto.json."""
+    if not run.has("auto.json"):
+        return
+    try:
+        rows = [decision_cells(decision, page.lang) for decision in run.read_json("auto.json")["decisions"]]
+        page.table("auto", ("auto_decision", "auto_value", "auto_reason"), [list(map(words, row)) for row in rows])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{run.path / 'auto.json'} is damaged; remove it, and the page leaves its part out") from error
 
 
 def _comparison(page: Page, arms: Sequence[Group], gallery: bool, data: str | None) -> None:
