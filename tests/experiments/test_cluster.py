@@ -194,7 +194,18 @@ def test_a_cluster_that_cannot_be_reached_is_one_sentence(address: str, monkeypa
     assert "\n" not in str(refused.value)
 
 
-def test_shares_of_gpus() -> None:
+def test_room_for_runs_on_a_node(nodes: Any) -> None:
     for share in (-1.0, 1.5):
         with pytest.raises(Refused, match="gpus-per-run"):
-            RayWorkers("auto", gpus_per_run=share)
+            RayWorkers(nodes.address, gpus_per_run=share)
+    node = {"CPU": 8.0, "GPU": 1.0}
+    rooms = {share: RayWorkers(nodes.address, gpus_per_run=share)._room_on(node) for share in (0, 0.1, 0.5, 1, 2)}
+    assert rooms == {0: 8, 0.1: 8, 0.5: 2, 1: 1, 2: 0}
+
+
+def test_ray_can_read_the_cluster_of_the_docs() -> None:
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = (Path(__file__).parents[2] / "docs" / "cluster.yaml").read_text(encoding="utf-8")
+    validate_config(prepare_config(yaml.safe_load(text)))
