@@ -251,7 +251,9 @@ class LocalWorkers:
                 self._send(process, pipe, task)
                 return
         ours, theirs = self._births.Pipe()
-        process = self._births.Process(target=_work, args=(theirs,), name="finetune101-worker")
+        process = self._births.Process(
+            target=_work, args=(theirs, os.getcwd(), dict(os.environ)), name="finetune101-worker"
+        )
         process.start()
         theirs.close()
         self._send(process, ours, task)
@@ -303,8 +305,14 @@ def _births() -> Any:
     return births
 
 
-def _work(pipe: Any) -> None:
-    """A worker process: trains what comes through ``pipe``; after an epoch it waits for the answer."""
+def _work(pipe: Any, folder: str, environment: dict[str, str]) -> None:
+    """A worker process: trains what comes through ``pipe``; after an epoch it waits for the answer.
+
+    It works in ``folder`` with the driver's ``environment``: those of the server that it is born from may be older.
+    """
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the driver decides
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     driver = multiprocessing.parent_process()

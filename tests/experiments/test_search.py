@@ -262,7 +262,7 @@ def test_a_budget_leaves_time_for_the_whole_schedule_of_the_best(plan: MakePlan)
     one = plan({"lr": "1e-4..1e-1:log"}, epochs=4, budget=150.0, sampler="random", pruner="halving")
     clock = Simulated(150, lambda config: 10.0 * config.optim.epochs)
     done = do_search(one, clock=clock)
-    assert [len(stage.entries()) for stage in done.search.rungs] == [7, 2] and clock.spent == 150
+    assert [len(stage.entries()) for stage in done.search.rungs] == [6, 2] and clock.spent <= 150
 
 
 def test_a_budget_leaves_time_for_the_seeds(plan: MakePlan) -> None:
