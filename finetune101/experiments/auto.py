@@ -43,7 +43,7 @@ PROBES = 0.25
 """The share of the budget that the probes may take."""
 SPARE, SPARE_SECONDS = 0.03, 5.0
 """The share of the budget, and the seconds at least, that are kept for what cannot be foreseen."""
-PAGE = 15.0
+PAGE = 20.0
 """Seconds of the report page and of what a test begins with."""
 
 
@@ -101,16 +101,17 @@ class Auto:
         for folder in (self.run.path, self.folder):
             if folder.exists() and not self._is_ours(folder):
                 raise Refused(f"{folder} is there already and is not of an auto on {self.root}; choose another --exp")
-        with claim(self.folder / "auto.lock") as is_alone:
-            if not is_alone:
-                who = claimed_by(self.folder / "auto.lock")
-                raise Refused(f"another auto ({who}) is at work in {self.folder}; wait, or choose another --exp")
-            try:
+        try:
+            with claim(self.folder / "auto.lock") as is_alone:
+                if not is_alone:
+                    who = claimed_by(self.folder / "auto.lock")
+                    raise Refused(f"another auto ({who}) is at work in {self.folder}; wait, or choose another --exp")
                 yield
-            finally:
-                is_begun = (self.folder / "auto.json").exists()
-        if not is_begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            if not any(self.folder.glob("*.json")):  # nothing of it was begun
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it holds other runs
+                    self.folder.parent.rmdir()
 
     def _is_ours(self, folder: Path) -> bool:
         saved = self._saved(folder)
