@@ -54,7 +54,7 @@ def timed(runs: list[Task], make_workers: Callable[[], Workers]) -> tuple[float,
 def main() -> int:
     """Prints and writes the seconds of both ways and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=12, help="epochs of each run")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of each run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     arguments = parser.parse_args()

@@ -40,11 +40,11 @@ class Tally:
     notes: list[str] = field(default_factory=list)
 
 
-def start(folder: Path, data: Path, jobs: int = 2) -> subprocess.Popen[str]:
+def start(folder: Path, data: Path, jobs: int = 2, grid: list[str] = GRID) -> subprocess.Popen[str]:
     """The search command, in a session of its own."""
     command = [sys.executable, "-m", "finetune101", "search", "--exp", "s", "--runs", str(folder), "--data", str(data)]
     return subprocess.Popen(
-        [*command, *SMALL, *GRID, "--jobs", str(jobs)],
+        [*command, *SMALL, *grid, "--jobs", str(jobs)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

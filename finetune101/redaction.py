@@ -41,27 +41,12 @@ def redacted(text: str, words: Sequence[str] | None = None) -> str:
     for secret in _secrets(sys.argv if words is None else words):
         text = text.replace(secret, HIDDEN)
     text = _USER.sub(lambda match: match["scheme"] + HIDDEN + "@", text)
-    return _TOKENS.sub(HIDDEN, _hide_named(text))
-
-
-def _hide_named(text: str) -> str:
-    return _NAMED.sub(
+    text = _NAMED.sub(
         lambda match: match[0] if match["sign"].isspace() and not match["name"].startswith("-")
         else match["name"] + match["sign"] + HIDDEN,
         text,
     )  # fmt: skip
-
-
-def storage_shown(url: str) -> str:
-    """The address of a database as it may be shown: scheme, host and name; "***" for what is no address."""
-    scheme, slashes, rest = url.partition("://")
-    return scheme + slashes + rest.rpartition("@")[2].split("?")[0] if slashes else HIDDEN
-
-
-def has_password(url: str) -> bool:
-    """Whether the address of a database holds a password."""
-    user = url.partition("://")[2].rpartition("@")[0]
-    return ":" in user or bool(_hide_named(url) != url)
+    return _TOKENS.sub(HIDDEN, text)
 
 
 def _secrets(words: Iterable[str]) -> list[str]:
@@ -85,12 +70,7 @@ def command_line(argv: Sequence[str]) -> str:
     words = ["python", "-m", "finetune101"] if name == "__main__.py" else [name]
     flag = ""
     for word in argv[1:]:
-        name_of_flag, sign, value = word.partition("=")
-        if flag == "--storage":
-            words.append(storage_shown(word))
-        elif sign and name_of_flag == "--storage":
-            words.append(f"{name_of_flag}={storage_shown(value)}")
-        elif flag.startswith("--") and _SECRET_NAME.search(flag) and not word.startswith("--"):
+        if flag.startswith("--") and _SECRET_NAME.search(flag) and not word.startswith("--"):
             words.append(HIDDEN)
         else:
             words.append(redacted(word, argv))

@@ -23,12 +23,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune101 import __version__
-from finetune101.config import DataConfig, TrainConfig
+from finetune101.config import TrainConfig
 from finetune101.data.images import find_data
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.experiments.point_run import split_hash
 from finetune101.experiments.runner import Ended, Epoch, Event, Failed, Task, first_line, train_task
-from finetune101.files import atomic
+from finetune101.files import atomic, process_space, remove_abandoned
 from finetune101.training.job import LOCK, elsewhere
 
 ANSWERED = 20.0  # seconds in which the head of a cluster answers
@@ -79,32 +79,20 @@ def fault_of_node(task: Task, driver: Driver) -> str | None:
         return f"lacks the images: {error}"
     if split != driver.split:
         return f"has other images in {task.config.data.root}; copy the images of this machine to the same path there"
-    return _fault_of_teachers(task, driver)
-
-
-def _fault_of_teachers(task: Task, driver: Driver) -> str | None:
     if task.config.optim.teacher and not driver.shares_folder():
         return f"does not share the folder {driver.token.parent} with the teachers; share it, or train without teachers"
     return None
 
 
-def train_on_node(task: Task, driver: Driver, checked: set[str], begun: list[Any]) -> Generator[Item, None, None]:
+def train_on_node(task: Task, driver: Driver, begun: list[Any]) -> Generator[Item, None, None]:
     """A task of the cluster: the events of ``train_task``, an item without event after each epoch, then the end.
 
     Ray lets the task run on when the driver takes an item. So the run waits after each epoch until the driver takes the
-    item without event.
-
-    Args:
-        task: the run, with absolute paths.
-        driver: the machine that waits for the events.
-        checked: nodes that ``fault_of_node`` need not look at again.
-        begun: a reference to the files of a run that was begun before, or nothing.
+    item without event. ``begun`` holds a reference to the files of a run that was begun before, or nothing.
     """
     import ray
 
-    node = ray.get_runtime_context().get_node_id()
-    fault = _fault_of_teachers(task, driver) if node in checked else fault_of_node(task, driver)
-    if fault:
+    if fault := fault_of_node(task, driver):  # of a node that joined later
         yield Item(Failed(task, "Refused", f"the node {socket.gethostname()} {fault}", begun=bool(begun)))
     elif driver.shares_folder():
         for event in train_task(task):
@@ -112,7 +100,7 @@ def train_on_node(task: Task, driver: Driver, checked: set[str], begun: list[Any
             if isinstance(event, Epoch):
                 yield Item(None)
     else:
-        yield from _train_elsewhere(task, [files for reference in begun for files in ray.get(reference)])
+        yield from _train_elsewhere(task, [file for files in ray.get(begun) for file in files])
 
 
 def _train_elsewhere(task: Task, begun: Files) -> Generator[Item, None, None]:
@@ -183,12 +171,11 @@ class RayWorkers:
         self.jobs, self.gpus_per_run = jobs, gpus_per_run
         self._running: list[_Training] = []
         self._stopped: list[Task] = []  # whose ends the next wait tells
-        self._ends: list[Any] = []  # references that are ready when a cancelled task has ended
+        self._cancelled: list[Any] = []  # generators: one that is dropped would let its run go on
         self._secret = secrets.token_hex(16)
         self._tokens: set[Path] = set()
-        self._checked: tuple[DataConfig, set[str]] | None = None  # images and the nodes that have them
+        self._is_checked = False
         self._threads, self._room, self._counted = 1, 0, -math.inf
-        self._notes: set[str] = set()
 
     def is_free(self) -> bool:
         return len(self._running) < (self.jobs or self._count_room())
@@ -202,16 +189,16 @@ class RayWorkers:
         self._threads = config.system.threads or 1
         ready = Task(config, task.is_tested)
         driver = Driver(split_hash(config.data), self._token(Path(config.runs)), self._secret)
-        if self._checked is None:
-            self._checked = config.data, self._check_nodes(ready, driver)
-        checked = self._checked[1] if config.data == self._checked[0] else set()
+        if not self._is_checked:
+            self._check_nodes(ready, driver)
+            self._note_what_is_missing(config)
+            self._is_checked = True
         begun = [self._ray.put(files_of(task.run.path))] if task.run.has("config.json") else []
-        self._note_what_is_missing(config)
         train = self._ray.remote(train_on_node).options(
             num_cpus=self._threads, num_gpus=self.gpus_per_run, max_retries=0, num_returns="streaming",
             _generator_backpressure_num_objects=1, **_environment(),
         )  # fmt: skip
-        self._running.append(_Training(task, train.remote(ready, driver, checked, begun)))
+        self._running.append(_Training(task, train.remote(ready, driver, begun)))
 
     def wait(self, seconds: float) -> list[tuple[Task, Event | None]]:
         until = time.monotonic() + seconds
@@ -244,10 +231,7 @@ class RayWorkers:
             end: Item | None = Item(event)
         except Refused as error:
             end = Item(Failed(task, "Refused", str(error), begun=True))
-        except (
-            errors.RayTaskError,
-            errors.RuntimeEnvSetupError,
-        ) as error:  # train_task makes an event of its own faults
+        except (errors.RayTaskError, errors.RuntimeEnvSetupError) as error:  # no fault of training, which is an event
             cause = getattr(error, "cause", None) or error
             end = Item(Failed(task, type(cause).__name__, first_line(cause), task.run.has("config.json")))
         except (errors.RayError, StopIteration):
@@ -268,27 +252,29 @@ class RayWorkers:
     def close(self) -> None:
         for training in list(self._running):
             self._cancel(training)
-        if self._ends:  # the tasks remove their temporary folders
-            self._ray.wait(self._ends, num_returns=len(self._ends), timeout=CLEANED, fetch_local=False)
+        ends = [items.completed() for items in self._cancelled]
+        if ends:  # the tasks remove their temporary folders
+            self._ray.wait(ends, num_returns=len(ends), timeout=CLEANED, fetch_local=False)
         for token in self._tokens:
             with contextlib.suppress(OSError):
                 token.unlink()
-        self._ends, self._stopped, self._tokens = [], [], set()
+        self._cancelled, self._stopped, self._tokens = [], [], set()
         if self._is_ours:
             self._ray.shutdown()
 
     def _cancel(self, training: _Training) -> None:
         self._running.remove(training)
-        self._ends.append(training.items.completed())
+        self._cancelled.append(training.items)
         self._ray.cancel(training.items)
 
     def _token(self, runs: Path) -> Path:
         """The file in the folder ``runs`` by which nodes that share the folder recognise it."""
-        token = runs / f".shared-{self._secret[:8]}"
+        token = runs / f".shared.{process_space()}.{os.getpid()}.{self._secret[:8]}.part"  # named as a temporary file
         if token not in self._tokens:
             with atomic(token) as part:
                 part.write_text(self._secret, encoding="utf-8")
             self._tokens.add(token)
+            remove_abandoned(runs)  # of a killed driver
         return token
 
     def _nodes(self) -> list[dict[str, Any]]:
@@ -307,22 +293,20 @@ class RayWorkers:
             runs = min(runs, resources.get("GPU", 0) / self.gpus_per_run + 1e-6)
         return int(runs)
 
-    def _check_nodes(self, task: Task, driver: Driver) -> set[str]:
-        """The nodes that have finetune101 and the images; raises Refused naming the first that lacks something."""
+    def _check_nodes(self, task: Task, driver: Driver) -> None:
+        """Raises Refused naming a node that cannot train ``task``, as where the images are missing."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         look = self._ray.remote(fault_of_node)
-        faults = {}
+        looks = []
         for node in self._nodes():
             if not self._room_on(node["Resources"]):
                 continue  # no run goes there, as to a head that only manages
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             options = look.options(num_cpus=0, max_retries=1, scheduling_strategy=here, **_environment())
-            faults[node["NodeID"]] = node, options.remote(task, driver)
-        checked = set()
-        for number, (node, reference) in faults.items():
-            host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
-            name = host if host == address else f"{host} ({address})"
+            name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            looks.append((name, options.remote(task, driver)))
+        for name, reference in looks:
             try:
                 fault = self._ray.get(reference, timeout=CHECKED)
             except self._ray.exceptions.GetTimeoutError:
@@ -334,22 +318,17 @@ class RayWorkers:
                 continue  # the node is gone; should it come back, the task looks at it
             if fault:
                 raise Refused(f"the node {name} {fault}")
-            checked.add(number)
-        return checked
 
     def _note_what_is_missing(self, config: TrainConfig) -> None:
-        """Says, once, that runs wait for a larger node, or that GPUs stay unused."""
+        """Says that runs wait for a larger node, or that GPUs stay unused."""
         resources = [node["Resources"] for node in self._nodes()]
         if not any(map(self._room_on, resources)):
             gpus = f" and {self.gpus_per_run:g} GPUs" if self.gpus_per_run else ""
-            self._note(f"No node has {self._threads} CPUs{gpus} for a run: the runs wait until such a node joins")
-        elif not self.gpus_per_run and config.system.device == "auto" and any(r.get("GPU") for r in resources):
-            self._note("The runs train on CPUs; --gpus-per-run 1 trains them on the GPUs of the cluster")
-
-    def _note(self, line: str) -> None:
-        if line not in self._notes:
+            line = f"No node has {self._threads} CPUs{gpus} for a run: the runs wait until such a node joins"
             print(line, file=sys.stderr, flush=True)
-            self._notes.add(line)
+        elif not self.gpus_per_run and config.system.device == "auto" and any(r.get("GPU") for r in resources):
+            line = "The runs train on CPUs; --gpus-per-run 1 trains them on the GPUs of the cluster"
+            print(line, file=sys.stderr, flush=True)
 
 
 def connect(address: str) -> tuple[Any, bool]:
@@ -367,17 +346,12 @@ def connect(address: str) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     if address.startswith("ray://"):
-        raise Refused(
-            f"{address} is the address of a Ray client, which cannot follow runs; give this command on a machine of the"
-            " cluster, with --cluster auto"
-        )
+        raise Refused(f"a Ray client ({address}) cannot follow runs; give --cluster auto on a machine of the cluster")
     start = "start one with ray start --head, and join it from each other machine with ray start --address=HOST:6379"
     try:
         place = services.canonicalize_bootstrap_address(address)
     except Exception as error:
-        raise Refused(
-            f"{address} is no address of a Ray cluster; give auto, or HOST:PORT such as 10.0.0.1:6379"
-        ) from error
+        raise Refused(f"{address} is no address of a Ray cluster; give auto, or one such as 10.0.0.1:6379") from error
     if place:  # asked here, as Ray itself tries for minutes
         host, _, port = place.rpartition(":")
         try:
@@ -392,7 +366,7 @@ def connect(address: str) -> tuple[Any, bool]:
         reason = shortened(escaped((str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")))
         raise Refused(f"the Ray cluster {address} cannot be joined ({reason}); {start}") from error
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGTERM, before)  # Ray ends the program by its own
     return ray, True
 

@@ -348,6 +348,8 @@ def run_search(
             with contextlib.closing(search.run(workers)) as events:
                 for event in events:
                     progress.show(event)
+                    if isinstance(event, Ended):  # each takes a moment, which at the end would exceed the budget
+                        outcome.draw_curves(plan, search.entries(), plots, draw)
         finally:
             progress.bar.close()
             result = outcome.Outcome(search.entries(), search.finalists(), search.probe_entry())

@@ -175,8 +175,8 @@ def planned_search(
 def around(config: TrainConfig) -> Space:
     """``AROUND``, its ranges widened to hold the settings of ``config``."""
     space = make_space(AROUND)
-    for name in space:
-        values, value = space[name], getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field)
+    for name, value in _own_values(config, space).items():
+        values = space[name]
         if isinstance(values, Range):
             space[name] = Range(min(values.low, value or values.low), max(values.high, value), values.log)
         elif value not in values:
@@ -186,9 +186,15 @@ def around(config: TrainConfig) -> Space:
 
 def own_point(config: TrainConfig, space: Space) -> Point:
     """The values that ``config`` has of the settings of ``space``, or the nearest in their ranges."""
-    point = {name: getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field) for name in space}
+    point = _own_values(config, space)
     ranges = {name: values for name, values in space.items() if isinstance(values, Range)}
     return point | {name: min(max(point[name], values.low), values.high) for name, values in ranges.items()}
+
+
+def _own_values(config: TrainConfig, space: Space) -> Point:
+    values = {name: getattr(getattr(config, SEARCHED[name].part), SEARCHED[name].field) for name in space}
+    ratio = {"backbone_lr_ratio": config.backbone_lr_ratio()}  # None is another value for random weights
+    return values | {name: value for name, value in ratio.items() if name in space}
 
 
 def point_label(point: Point) -> str:

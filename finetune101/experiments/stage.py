@@ -104,13 +104,19 @@ class Stage:
     study: optuna.Study = field(init=False)
     at_work: dict[str, tuple[optuna.Trial, Point, list[dict[str, Any]]]] = field(init=False, default_factory=dict)
     """Trial, point and records of each run that is not ended, by the name of the run."""
+    earlier: int = field(init=False)
+    """How many trials earlier commands began."""
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)  # the progress bar says what there is to say
-        self.study = optuna.create_study(
-            storage=self.storage, study_name=self.name, pruner=make_pruner(self.pruner), direction="maximize",
-            load_if_exists=True,
-        )  # fmt: skip
+        pruner = make_pruner(self.pruner)
+        try:
+            self.study = optuna.load_study(storage=self.storage, study_name=self.name, pruner=pruner)
+        except KeyError:  # create_study with load_if_exists would write to the journal every time
+            self.study = optuna.create_study(
+                storage=self.storage, study_name=self.name, pruner=pruner, direction="maximize"
+            )
+        self.earlier = len(self.study.get_trials(deepcopy=False))
 
     @property
     def folder(self) -> Path:
@@ -152,10 +158,10 @@ class Stage:
             yield from self._begin(self._ask(point))
 
     def _faulty(self) -> list[FrozenTrial]:
-        """The trials that a fault of the program or the machine ended, and that no later one replaced."""
+        """The trials of earlier commands that a fault of the program or the machine ended, and none replaced."""
         trials = self.study.get_trials(deepcopy=False)
         last = {trial.user_attrs.get("run"): trial for trial in trials if "same_as" not in trial.user_attrs}
-        return [trial for trial in last.values() if trial.user_attrs.get("is_fault")]
+        return [trial for trial in last.values() if trial.user_attrs.get("is_fault") and trial.number < self.earlier]
 
     def _ask(self, point: Point) -> optuna.Trial:
         """A new trial of ``point``, or of what the sampler draws, from a seed of its own: a resumed search agrees."""

@@ -182,7 +182,7 @@ def test_a_study_keeps_the_scratch_recipe_it_began_with(here: Path) -> None:
 
 def test_training_does_not_ask_for_a_notebooks_backend(tiny_data: Path, here: Path) -> None:
     code = "import sys\nfrom finetune101.cli.main import main\nassert main(sys.argv[1:]) == 0\n"
-    code += "import finetune101.reports.search_page, finetune101.experiments.trial\n"
+    code += "import finetune101.reports.search_page, finetune101.experiments.point_run\n"
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     words = ["train", "--exp", "x", "--data", str(tiny_data), "--no-pretrain", *SMALL]
     for backend in ("module://matplotlib_inline.backend_inline", "nonsense"):

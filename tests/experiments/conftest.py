@@ -10,7 +10,7 @@ import pytest
 
 from finetune101.config import TrainConfig
 from finetune101.experiments import space
-from finetune101.experiments.queue import Plan
+from finetune101.experiments.search_plan import Plan
 
 GRID: dict[str, Any] = {"lr": [0.01, 0.05], "gamma": [0.1]}
 
@@ -24,7 +24,11 @@ def base(small: TrainConfig) -> TrainConfig:
 def plan(base: TrainConfig) -> Callable[..., Plan]:
     """Makes a plan over ``base``: plan(grid, jobs=2)."""
 
-    def make(grid: dict[str, Any] = GRID, **options: Any) -> Plan:
-        return Plan(**{"base": base, "space": space.make_space(grid), **options})
+    def make(grid: dict[str, Any] = GRID, epochs: int | None = None, **options: Any) -> Plan:
+        made = Plan(**{"base": base, "space": space.make_space(grid), **options})
+        if epochs is None:
+            return made
+        optim = dataclasses.replace(made.base.optim, epochs=epochs)
+        return dataclasses.replace(made, base=dataclasses.replace(made.base, optim=optim))
 
     return make

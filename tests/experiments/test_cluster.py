@@ -13,7 +13,7 @@ import pytest
 
 from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
 from finetune101.errors import Refused
-from finetune101.experiments import cluster
+from finetune101.experiments import cluster, runner
 from finetune101.experiments.cluster import Driver, RayWorkers, connect, fault_of_node, files_of, write_files
 from finetune101.experiments.runner import Ended, Epoch, Event, Failed, LocalWorkers, Task, Workers, run_tasks
 
@@ -112,14 +112,22 @@ def test_files_come_back_from_nodes_that_share_no_folder(nodes: Any, tasks: Any,
     assert runs[0].run.has("test.json")
 
 
-def test_a_failed_run_brings_its_traceback_back(nodes: Any, tasks: Any, alone: None) -> None:
+def test_a_failed_run_brings_its_files_back(nodes: Any, tasks: Any, alone: None) -> None:
     (task, *_) = tasks("failed")
-    fault = dataclasses.replace(task.config, optim=dataclasses.replace(task.config.optim, lr=1e30))
-    *_, failed = all_events([Task(fault)], RayWorkers(nodes.address))
-    assert isinstance(failed, Failed) and failed.task == Task(fault)
-    print(failed)
-    if failed.trace:
-        assert Path(failed.trace) == failed.task.run.path / "error.log" and Path(failed.trace).is_file()
+    steep = Task(dataclasses.replace(task.config, optim=dataclasses.replace(task.config.optim, lr=1e30)))
+    *_, failed = all_events([steep], RayWorkers(nodes.address))
+    assert isinstance(failed, Failed) and failed.task == steep and failed.kind == "Diverged"
+    assert steep.run.has("config.json") and not Path(steep.config.runs, "not there").exists()
+
+
+def test_a_traceback_comes_back(tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(runner, "_prepared", fault)
+    (item,) = cluster._train_elsewhere(tasks("fault")[0], begun=[])
+    assert isinstance(item.event, Failed) and item.event.kind == "RuntimeError"
+    assert [name for name, _ in item.files or []] == ["error.log"]
 
 
 @pytest.mark.parametrize("where", ["shared", "alone"])
@@ -149,7 +157,7 @@ def test_a_node_with_other_images_is_named(nodes: Any, tasks: Any, monkeypatch: 
     monkeypatch.setattr(cluster, "split_hash", lambda data: "sha256:another")
     with pytest.raises(Refused, match=f"the node {socket.gethostname()}.* has other images"):
         all_events(tasks("other"), RayWorkers(nodes.address))
-    monkeypatch.setattr(RayWorkers, "_check_nodes", lambda *_: set())  # as of a node that joins later
+    monkeypatch.setattr(RayWorkers, "_check_nodes", lambda *_: None)  # as of a node that joins later
     (failed,) = all_events(tasks("other")[:1], RayWorkers(nodes.address))
     assert isinstance(failed, Failed) and failed.kind == "Refused" and socket.gethostname() in failed.message
 
