@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -43,8 +44,10 @@ PROBES = 0.25
 """The share of the budget that the probes may take."""
 SPARE, SPARE_SECONDS = 0.03, 5.0
 """The share of the budget, and the seconds at least, that are kept for what cannot be foreseen."""
-PAGE = 20.0
-"""Seconds of the report page and of what a test begins with."""
+PAGE = 15.0
+"""Seconds, at least, of the report page and of what a test begins with."""
+PICTURES = 12
+"""The page takes as long as drawing so many pictures of curves; on a busy machine that is longer than ``PAGE``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +167,7 @@ class Auto:
         """The stages before the test; the network that they find, in RUNS/EXP. Raises Refused for what cannot work."""
         config = self._look()
         self.stage(3)
-        self._probe(config, workers)
+        self._probe(config, workers, draw)
         self.stage(4)
         try:
             self._base = self._chosen(config)
@@ -202,7 +205,7 @@ class Auto:
             data = replace(data, split=str(self.folder / "split.json"))
         return TrainConfig(exp=self.folder.name, runs=settings.runs, data=data, system=settings.system)
 
-    def _probe(self, config: TrainConfig, workers: Callable[[], Workers]) -> None:
+    def _probe(self, config: TrainConfig, workers: Callable[[], Workers], draw: Draw) -> None:
         """Stage 3: solves the output layer of each installed network, as many as fit into ``PROBES`` of the budget."""
         todo = self._networks()
         smallest = todo[0]
@@ -229,6 +232,7 @@ class Auto:
                 self._offer(epoch.task.run, score)
                 if name == smallest:
                     self.speed.count(first, epoch.record["seconds"])
+                    self.ending += max(0.0, PICTURES * _drawing_seconds(epoch.task.run, draw) - PAGE)
             else:
                 reason = str(epoch) if epoch else "the budget is too short"
                 self.decide("probe", "–", "probe_failed", name=name, reason=reason)
@@ -360,6 +364,15 @@ class Auto:
         if score > before:
             self.save()
             adopt(run, self.run, self.settings.exp, self.settings.runs, self.folder / "auto.json")
+
+
+def _drawing_seconds(run: Run, draw: Draw) -> float:
+    """Seconds of drawing the curves of ``run``, the second time."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(run.metrics(), Path(folder) / "curves.png", run.name)
+        began = time.monotonic()
+        draw(run.metrics(), Path(folder) / "curves.png", run.name)
+        return time.monotonic() - began
 
 
 def of_recipe(recipe: str, model: str, config: TrainConfig) -> TrainConfig:
