@@ -228,7 +228,9 @@ class Auto:
             epoch = self._trained(of_recipe("probe", name, config), workers(), limit)
             if isinstance(epoch, Epoch):
                 self.probed[name] = score = epoch.record["val_top1"]
-                self.decide("probe", f"{score:.2f} %", "probe_done", name=name, took=in_words(epoch.record["seconds"]))
+                self.decide(
+                    "probe", f"{score:.2f} %", "probe_done", name=name, took=short_time(epoch.record["seconds"])
+                )
                 self._offer(epoch.task.run, score)
                 if name == smallest:
                     self.speed.count(first, epoch.record["seconds"])
@@ -258,7 +260,7 @@ class Auto:
             expected = self.speed.probe(of_recipe("probe", todo[-1], config))
             if expected <= left:
                 return [todo[-1], *todo[:-1]]
-            self.decide("probe", "–", "probe_late", name=todo.pop(), took=in_words(expected))
+            self.decide("probe", "–", "probe_late", name=todo.pop(), took=short_time(expected))
         return []
 
     def _trained(self, config: TrainConfig, workers: Workers, seconds: float) -> Epoch | Failed | None:
@@ -294,8 +296,8 @@ class Auto:
                     continue
                 values: dict[str, Any] = {
                     "score": self.probed[name],
-                    "took": in_words(cost),
-                    "left": in_words(self.left()),
+                    "took": short_time(cost),
+                    "left": short_time(self.left()),
                 }
                 why = "network_fits" if better else "network_best"
                 self.decide("network", name, why, better=better, **values)
@@ -304,9 +306,9 @@ class Auto:
         name = min(ranked, key=self.speed.forward)
         if short := self._shortened(of_recipe(usual_finetune(name), name, config)):
             self.decide("network", name, "network_fastest")
-            self._decide_schedule(short, "schedule_short", left=in_words(self.left()))
+            self._decide_schedule(short, "schedule_short", left=short_time(self.left()))
             return short
-        self.decide("network", "–", "network_none", left=in_words(max(1.0, self.left())))
+        self.decide("network", "–", "network_none", left=short_time(max(1.0, self.left())))
         return None
 
     def _shortened(self, base: TrainConfig) -> TrainConfig | None:
@@ -373,6 +375,11 @@ def _drawing_seconds(run: Run, draw: Draw) -> float:
         began = time.monotonic()
         draw(run.metrics(), Path(folder) / "curves.png", run.name)
         return time.monotonic() - began
+
+
+def short_time(seconds: float) -> str:
+    """``seconds`` in signs that every language has: "40 s", "12 min"."""
+    return f"{max(1, round(seconds))} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def of_recipe(recipe: str, model: str, config: TrainConfig) -> TrainConfig:
