@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from finetune101.data.images import as_found, find_data, index_images
 from finetune101.data.verify import verify
 from finetune101.errors import Refused
 from finetune101.experiments import auto_data
+from finetune101.experiments.auto_runs import adopt, drawing_seconds, of_recipe, short_time
 from finetune101.experiments.auto_speed import Speed
 from finetune101.experiments.decision import Decision
 from finetune101.experiments.outcome import Draw
@@ -31,8 +31,8 @@ from finetune101.experiments.stage import shortened_schedule
 from finetune101.files import claim, claimed_by, write_json
 from finetune101.models.build import is_installed
 from finetune101.models.table import lookup, names
-from finetune101.recipes import fitted, from_recipe, usual_finetune
-from finetune101.run import WRITTEN, Run
+from finetune101.recipes import fitted, usual_finetune
+from finetune101.run import Run
 from finetune101.training.duration import Counts
 from finetune101.training.forecast import in_words
 
@@ -228,11 +228,13 @@ class Auto:
             epoch = self._trained(of_recipe("probe", name, config), workers(), limit)
             if isinstance(epoch, Epoch):
                 self.probed[name] = score = epoch.record["val_top1"]
-                self.decide("probe", f"{score:.2f} %", "probe_done", name=name, took=in_words(epoch.record["seconds"]))
+                self.decide(
+                    "probe", f"{score:.2f} %", "probe_done", name=name, took=short_time(epoch.record["seconds"])
+                )
                 self._offer(epoch.task.run, score)
                 if name == smallest:
                     self.speed.count(first, epoch.record["seconds"])
-                    self.ending += max(0.0, PICTURES * _drawing_seconds(epoch.task.run, draw) - PAGE)
+                    self.ending += max(0.0, PICTURES * drawing_seconds(epoch.task.run, draw) - PAGE)
             else:
                 reason = str(epoch) if epoch else "the budget is too short"
                 self.decide("probe", "–", "probe_failed", name=name, reason=reason)
@@ -258,7 +260,7 @@ class Auto:
             expected = self.speed.probe(of_recipe("probe", todo[-1], config))
             if expected <= left:
                 return [todo[-1], *todo[:-1]]
-            self.decide("probe", "–", "probe_late", name=todo.pop(), took=in_words(expected))
+            self.decide("probe", "–", "probe_late", name=todo.pop(), took=short_time(expected))
         return []
 
     def _trained(self, config: TrainConfig, workers: Workers, seconds: float) -> Epoch | Failed | None:
@@ -294,8 +296,8 @@ class Auto:
                     continue
                 values: dict[str, Any] = {
                     "score": self.probed[name],
-                    "took": in_words(cost),
-                    "left": in_words(self.left()),
+                    "took": short_time(cost),
+                    "left": short_time(self.left()),
                 }
                 why = "network_fits" if better else "network_best"
                 self.decide("network", name, why, better=better, **values)
@@ -304,9 +306,9 @@ class Auto:
         name = min(ranked, key=self.speed.forward)
         if short := self._shortened(of_recipe(usual_finetune(name), name, config)):
             self.decide("network", name, "network_fastest")
-            self._decide_schedule(short, "schedule_short", left=in_words(self.left()))
+            self._decide_schedule(short, "schedule_short", left=short_time(self.left()))
             return short
-        self.decide("network", "–", "network_none", left=in_words(max(1.0, self.left())))
+        self.decide("network", "–", "network_none", left=short_time(max(1.0, self.left())))
         return None
 
     def _shortened(self, base: TrainConfig) -> TrainConfig | None:
@@ -364,35 +366,3 @@ class Auto:
         if score > before:
             self.save()
             adopt(run, self.run, self.settings.exp, self.settings.runs, self.folder / "auto.json")
-
-
-def _drawing_seconds(run: Run, draw: Draw) -> float:
-    """Seconds of drawing the curves of ``run``, the second time."""
-    with tempfile.TemporaryDirectory() as folder:
-        draw(run.metrics(), Path(folder) / "curves.png", run.name)
-        began = time.monotonic()
-        draw(run.metrics(), Path(folder) / "curves.png", run.name)
-        return time.monotonic() - began
-
-
-def of_recipe(recipe: str, model: str, config: TrainConfig) -> TrainConfig:
-    """The settings of ``recipe`` on the network ``model``, with the images and the machine of ``config``."""
-    made = from_recipe(recipe, config.exp)
-    name = replace(made.model, name=model)
-    return replace(made, runs=config.runs, data=config.data, system=config.system, model=name)
-
-
-def adopt(source: Run, target: Run, exp: str, runs: str, record: Path) -> None:
-    """Puts a copy of the finished run ``source`` and the file ``record`` in the place of ``target``, as the run EXP."""
-    fresh, old = (target.path.with_name(f".{target.path.name}.{end}") for end in ("new", "old"))
-    for folder in (fresh, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for file in [*{path for name in WRITTEN for path in source.path.glob(name)}, record]:
-        if file.name not in ("last.pt", "error.log", "config.json"):
-            shutil.copy2(file, fresh / file.name)
-    write_json(fresh / "config.json", to_dict(replace(source.config(), exp=exp, runs=runs)))
-    if target.path.exists():
-        target.path.rename(old)
-    fresh.rename(target.path)
-    shutil.rmtree(old, ignore_errors=True)

@@ -35,7 +35,8 @@ def looked_at(report: Report) -> list[Decision]:
     sizes = report.class_sizes
     small = [name for name, size in sizes.items() if size < FEW]
     values = {"few": len(small), "first": escaped(small[0]) if small else "", "least": FEW}
-    values |= {"low": min(sizes.values()), "high": max(sizes.values())}
+    low, high = min(sizes.values()), max(sizes.values())
+    values["sizes"] = f"{low:,}" if low == high else f"{low:,}–{high:,}"
     decisions.append(Decision("classes", f"{len(sizes)}", "classes_few" if small else "classes_fine", values))
     groups = groups_of(report, ())
     members = Counter(groups.values())

@@ -428,3 +428,10 @@ def test_skipped_images_are_left_out_and_recorded(traps: Path, capsys: pytest.Ca
     assert "box/image_0002.jpg" not in [path for paths in split["subsets"].values() for path in paths]
     assert main(["train", "--exp", "x", "--resume"]) == 0
     assert main(["evaluate", "x"]) == 0
+
+
+def test_auto_says_what_a_new_user_has_to_know(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["auto", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("DATA", "--budget", "30m", "Ctrl-C", "RUNS/EXP"))
+    assert "--device" in refused(capsys, "auto", "photos", "--device", "tpu")

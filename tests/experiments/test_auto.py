@@ -40,7 +40,7 @@ def test_interrupted_it_leaves_a_network_and_the_same_command_ends_within_the_bu
         assert main(command) == 130
     assert "runs/auto is the best network so far and can be used" in capsys.readouterr().err
     run = Run(here / "runs" / "auto")
-    assert finetune101.load(run).classes == ("ball", "box", "stripes") and not run.has("test.json")
+    assert list(finetune101.load(run).classes) == ["ball", "box", "stripes"] and not run.has("test.json")
     started = time.monotonic()
     assert main(command) == 0
     assert time.monotonic() - started < 45
