@@ -27,7 +27,7 @@ CUTS = {
     "lr-find": ["--size", "64", "--batch-size", "8", "--steps", "20", "--low", "0.001", "--head", "random"],
     "demo": ["--epochs", "1"],
 }
-ELSEWHERE = ("data download", "demo")  # needs the network; is make demo, with a test of its own
+ELSEWHERE = ("data download", "demo", "auto")  # needs the network; the others have tests of their own
 
 
 def test_every_verb_has_an_example() -> None:
@@ -56,6 +56,8 @@ def test_the_examples_run(
         if "--stage" in words:  # needs a network that ends in a linear layer
             cut = SMALL
         cut += ["--train-per-class", "2"] if words[0] == "study" and "--train-per-class" in words else []
+        if "--budget" in words:
+            words[words.index("--budget") + 1] = "20s"
         if "--recipe" in words or "winner.yaml" in line:
             cut = [] if "winner.yaml" in line else SMALL[:4]
         assert main([*words, *cut]) == 0, f"{line}: {capsys.readouterr().err}"

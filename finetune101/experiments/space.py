@@ -163,6 +163,7 @@ def planned_search(
     if options.stage == "probe":
         config = change(config, {"head": "random", "freeze": True, "cached_features": True})
     if options.is_automatic and not usual:
+        config = change(config, {"val_every": 1})  # a recipe may validate less often
         space = around(config)
     else:
         named = options.grid or options.space or not usual
