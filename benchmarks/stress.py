@@ -1,8 +1,8 @@
-"""Kills a search at random moments and counts what it costs: ``python benchmarks/stress.py --kills 200``.
+"""Kills searches and studies at random moments and counts what it costs: ``python benchmarks/stress.py --kills 200``.
 
-A small search over drawn images with two workers runs again and again; four kills of five hit a worker, one the parent,
-all with SIGKILL, and the same command is given again where the parent died. Each finished search is compared with one
-that nobody disturbed: every point once, no epoch trained twice, the same metrics. Linux only.
+A small search and a small study over drawn images, with two workers, run in turns again and again; four kills of five
+hit a worker, one the driver, all with SIGKILL, and the same command is given again where the driver died. Each finished
+one is compared with one that nobody disturbed: every run once, no epoch trained twice, the same metrics. Linux only.
 """
 
 from __future__ import annotations
@@ -23,28 +23,35 @@ from typing import Any
 
 GRID = ["--grid", "lr=0.01,0.02,0.03,0.05", "--grid", "gamma=0.1,0.5", "--grid", "batch_size=8,16"]
 POINTS = 16
-SMALL = ["--model", "squeezenet1_1", "--no-pretrain", "--size", "32", "--epochs", "3", "--threads", "1"]
+SMALL = ["--size", "32", "--epochs", "3", "--threads", "1"]
+SEARCH = ["search", *SMALL, "--model", "squeezenet1_1", "--no-pretrain"]
+STUDY = ["study", *SMALL, "--models", "squeezenet1_1", "--arms", "scratch", "--scratch-recipe", "original"]
+STUDY += ["--seeds", "4", "--splits", "4", "--batch-size", "8"]
 COMPARED = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1")
+
+
+Popen = subprocess.Popen[str]
 
 
 @dataclass
 class Tally:
-    """What the kills cost, over all searches."""
+    """What the kills cost, over all searches and studies."""
 
     kills: int = 0
-    of_parents: int = 0
+    of_drivers: int = 0
     searches: int = 0
+    studies: int = 0
     lost: int = 0
     repeated: int = 0
     different: int = 0
     notes: list[str] = field(default_factory=list)
 
 
-def start(folder: Path, data: Path, jobs: int = 2, grid: list[str] = GRID) -> subprocess.Popen[str]:
-    """The search command, in a session of its own."""
-    command = [sys.executable, "-m", "finetune101", "search", "--exp", "s", "--runs", str(folder), "--data", str(data)]
+def start(folder: Path, data: Path, jobs: int = 2, grid: list[str] = GRID, study: bool = False) -> Popen:
+    """The command of the search, or of the study, in a session of its own."""
+    command = [sys.executable, "-m", "finetune101", *(STUDY if study else [*SEARCH, *grid])]
     return subprocess.Popen(
-        [*command, *SMALL, *grid, "--jobs", str(jobs)],
+        [*command, "--exp", "s", "--runs", str(folder), "--data", str(data), "--jobs", str(jobs)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -71,24 +78,24 @@ def workers(pid: int) -> list[int]:
     return processes
 
 
-def kill_one(search: subprocess.Popen[str], rng: random.Random, tally: Tally) -> None:
-    """Kills a worker or, one time in five, the parent."""
+def kill_one(search: Popen, rng: random.Random, tally: Tally) -> None:
+    """Kills a worker or, one time in five, the driver."""
     victims = workers(search.pid)
-    parent = rng.random() < 0.2
-    if not parent and not victims:
+    driver = rng.random() < 0.2
+    if not driver and not victims:
         return
     try:
-        os.kill(search.pid if parent else rng.choice(victims), signal.SIGKILL)
+        os.kill(search.pid if driver else rng.choice(victims), signal.SIGKILL)
     except ProcessLookupError:
         return
     tally.kills += 1
-    tally.of_parents += parent
+    tally.of_drivers += driver
 
 
-def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: Tally) -> None:
-    """One search, given again until it is finished; it is killed at until the tally has ``kills``."""
+def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: Tally, study: bool) -> None:
+    """One search or study, given again until it is finished; it is killed at until the tally has ``kills``."""
     while True:
-        with start(folder, data) as search:
+        with start(folder, data, study=study) as search:
             while search.poll() is None:
                 try:
                     search.wait(rng.uniform(0.05, 2.5))
@@ -100,7 +107,7 @@ def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: T
         if search.returncode == 0:
             return
         if search.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"the search ended with {search.returncode}: {errors[-2000:]}")
+            raise RuntimeError(f"the command ended with {search.returncode}: {errors[-2000:]}")
 
 
 def metrics(run: Path) -> list[list[Any]]:
@@ -120,18 +127,27 @@ def events_twice(run: Path) -> list[int]:
     return [step for step, count in counts.items() if count > 1]
 
 
-def judge(folder: Path, truth: dict[str, list[list[Any]]], tally: Tally) -> None:
-    """Adds to the tally what the finished search in ``folder`` lost, repeated or changed."""
+def times_finished(folder: Path) -> Counter[str]:
+    """How often each run of the finished search or study in ``folder`` came to its end."""
+    if (folder / "study.json").is_file():
+        return Counter(path.parent.relative_to(folder).as_posix() for path in folder.rglob("test.json"))
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = JournalStorage(JournalFileBackend(str(folder / "s" / "optuna.journal")))
+    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     (name,) = optuna.get_all_study_names(storage)
     trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
     finished = [t for t in trials if t.state == optuna.trial.TrialState.COMPLETE and "same_as" not in t.user_attrs]
-    times = Counter(trial.user_attrs["run"] for trial in finished)
-    tally.searches += 1
+    return Counter(trial.user_attrs["run"] for trial in finished)
+
+
+Metrics = dict[str, list[list[Any]]]
+
+
+def judge(folder: Path, truth: Metrics, tally: Tally) -> None:
+    """Adds to the tally what the finished search or study in ``folder`` lost, repeated or changed."""
+    times = times_finished(folder / "s")
     for run in truth:
         path = folder / "s" / run
         if times[run] == 0 or not (path / "metrics.jsonl").is_file():
@@ -144,19 +160,30 @@ def judge(folder: Path, truth: dict[str, list[list[Any]]], tally: Tally) -> None
             tally.notes.append(f"{run}: {metrics(path)} rather than {truth[run]}")
 
 
-def stress(kills: int, seed: int, folder: Path, data: Path) -> Tally:
-    """Kills until there were ``kills``, and judges every search."""
-    search = start(folder / "truth", data, jobs=1)
-    _, errors = search.communicate()
-    if search.returncode != 0:
-        raise RuntimeError(f"the undisturbed search failed: {errors[-2000:]}")
-    truth = {path.parent.name: metrics(path.parent) for path in (folder / "truth" / "s").glob("*/metrics.jsonl")}
+def undisturbed(folder: Path, data: Path, study: bool) -> Metrics:
+    """Run -> its metrics, of a search or a study that nobody kills."""
+    command = start(folder, data, jobs=1, study=study)
+    _, errors = command.communicate()
+    if command.returncode != 0:
+        raise RuntimeError(f"the undisturbed command failed: {errors[-2000:]}")
+    files = (folder / "s").rglob("metrics.jsonl")
+    truth = {file.parent.relative_to(folder / "s").as_posix(): metrics(file.parent) for file in files}
     assert len(truth) == POINTS
+    return truth
+
+
+def stress(kills: int, seed: int, folder: Path, data: Path) -> Tally:
+    """Kills until there were ``kills``, and judges every search and study."""
+    truths: dict[bool, Metrics] = {}
     tally, rng = Tally(), random.Random(seed)
     while tally.kills < kills:
-        place = folder / f"search_{tally.searches}"
-        disturbed(place, data, kills, rng, tally)
-        judge(place, truth, tally)
+        study = tally.searches > tally.studies
+        if study not in truths:
+            truths[study] = undisturbed(folder / f"truth_{'study' if study else 'search'}", data, study)
+        place = folder / f"{'study' if study else 'search'}_{tally.searches}"
+        disturbed(place, data, kills, rng, tally, study)
+        tally.searches, tally.studies = tally.searches + (not study), tally.studies + study
+        judge(place, truths[study], tally)
         print(tally, flush=True)
     return tally
 

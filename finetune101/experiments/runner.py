@@ -30,7 +30,7 @@ from finetune101.training.log import log_records
 from finetune101.training.loop import fit
 from finetune101.training.resume import as_started
 
-MAX_LOSSES = 3  # workers that a run may lose without an epoch between: it is the run that kills them
+MAX_LOSSES = 5  # workers that a run may lose without an epoch between: it is the run that kills them
 PATIENCE = 30.0  # seconds in which the workers of a killed command let go of their runs
 
 
