@@ -30,8 +30,8 @@ class Speed:
     index: Index
     images: duration.Counts
     system: SystemConfig
-    share: float = 1.3
-    """What a probe takes per image, as a share of a plain forward pass; measured by the first one."""
+    share: float = 1.0
+    """What a probe takes, as a share of what a few images foretell; measured by the first one."""
     _paces: dict[str, duration.Pace] = field(init=False, default_factory=dict)
     _forward: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -59,15 +59,20 @@ class Speed:
 
     def probe(self, config: TrainConfig) -> float:
         """Seconds of the probe ``config``: start, decoding, features, and the output layer."""
-        return START + self.decoding(config) + self.share * self._features(config)
+        return START + self.decoding(config) + self.share * self._solving(config)
 
     def count(self, config: TrainConfig, seconds: float) -> None:
         """Takes notice of the ``seconds`` that the features and the output layer of the probe ``config`` took."""
-        self.share = max(0.1, seconds / self._features(config))
+        self.share = min(2.0, max(0.5, seconds / self._solving(config)))
 
-    def _features(self, config: TrainConfig) -> float:
-        seen = self.images.train + 2 * self.images.val
-        return self.forward(config.model.name, config.model.size) * seen
+    def _solving(self, config: TrainConfig) -> float:
+        """Seconds of frozen features and of the output layer on them."""
+        key = repr(config.model)
+        if key not in self._paces:
+            with duration.undisturbed():
+                self._paces[key] = duration.measure(config, len(self.index.classes), 0)
+        pace, images = self._paces[key], self.images
+        return pace.features * (images.train + images.val) + pace.of(duration.Work(config, images))
 
     def decoding(self, config: TrainConfig) -> float:
         """Seconds of decoding the images at the size of ``config``."""
