@@ -100,7 +100,7 @@ class Search:
         if plan.finalists:
             first = plan.base.system.seed
             space = {**plan.space, "seed": list(range(first, first + plan.seeds))}
-            self.final = Stage(f"{name} (seeds)", plan.base, space, journal)
+            self.final = Stage(f"{name} ({plan.seeds} seeds)", plan.base, space, journal)
 
     def run(self, workers: Workers) -> Generator[Event | None, None, None]:
         """Trains what is missing; yields what happens, and None about every second."""

@@ -168,6 +168,8 @@ def test_finalists_are_ranked_by_their_mean(plan: MakePlan) -> None:
     assert best[0]["mean"] >= best[1]["mean"] and "seed" not in best[0]["point"]
     assert Outcome(done.entries, best).winner == best[0]
     assert Run(Path(best[0]["run"])).best.is_file()
+    more = do_search(plan(finalists=2, seeds=3))
+    assert len(more.runs) == 2 and [set(entry["seeds"]) for entry in more.search.finalists()] == [{"0", "1", "2"}] * 2
 
 
 def test_a_seed_that_failed_is_no_success() -> None:
