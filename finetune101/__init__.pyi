@@ -1,3 +1,4 @@
+from finetune101.api import auto as auto
 from finetune101.api import compare as compare
 from finetune101.api import evaluate as evaluate
 from finetune101.api import load as load
