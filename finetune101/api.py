@@ -262,6 +262,8 @@ def run_study(
     from finetune101.reports.pages import draw_study
     from finetune101.training.duration import nothing_kept
 
+    if jobs is not None and jobs < 1:
+        raise Refused(f"--jobs is {jobs}; give at least 1")
     check_name(study.exp)
     folder = Path(study.runs) / study.exp
     check_kind(folder, "study")
@@ -277,7 +279,8 @@ def run_study(
         print(f"Arm scratch: recipe {recipe_line(study.scratch_recipe)}")
     if dry_run:
         return {"cells": []}
-    summary = train_cells(study, index, cells, lambda: make_workers(jobs, cluster, gpus_per_run))
+    workers = make_workers(jobs, cluster, gpus_per_run)
+    summary = train_cells(study, index, cells, lambda: workers)
     print(study_text(summary))
     if any(cell["n"] for cell in summary["cells"]):
         for picture in draw_study(folder):
@@ -362,8 +365,9 @@ def auto(
         evaluation = evaluate(run)
         work.decide("test", f"{evaluation.top1:.2f} %", "test_once", n=evaluation.n)
         work.stage(6)
-        work.save(is_done=True)
+        work.save()
         report(run, run.path / "report", lang=lang)
+        work.save(is_done=True)
     print(f"Page: {page}\nLabel a photo: {shlex.join(['finetune101', 'predict', str(run.path)])} PHOTO")
     return run
 

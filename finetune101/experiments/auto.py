@@ -87,6 +87,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         self.root = find_data(self.settings.data.root)
+        for name in self.settings.models:
+            lookup(name)
         self.run = Run(Path(self.settings.runs) / self.settings.exp)
         self.folder = self.settings.folder
 
@@ -102,8 +104,9 @@ class Auto:
     def alone(self) -> Iterator[None]:
         """Keeps a second command out. Raises Refused where a folder is there that is not of this ``auto``."""
         for folder in (self.run.path, self.folder):
-            if folder.exists() and not self._is_ours(folder):
+            if folder.exists() and not self._is_ours(folder) and not _is_new(folder):
                 raise Refused(f"{folder} is there already and is not of an auto on {self.root}; choose another --exp")
+        is_alone, is_first = False, not self.folder.parent.exists()
         try:
             with claim(self.folder / "auto.lock") as is_alone:
                 if not is_alone:
@@ -111,10 +114,11 @@ class Auto:
                     raise Refused(f"another auto ({who}) is at work in {self.folder}; wait, or choose another --exp")
                 yield
         finally:
-            if not any(self.folder.glob("*.json")):  # nothing of it was begun
+            if is_alone and _is_new(self.folder):  # nothing of it was begun
                 shutil.rmtree(self.folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # it holds other runs
-                    self.folder.parent.rmdir()
+                    if is_first:
+                        self.folder.parent.rmdir()
 
     def _is_ours(self, folder: Path) -> bool:
         saved = self._saved(folder)
@@ -166,6 +170,7 @@ class Auto:
     def find(self, workers: Callable[[], Workers], draw: Draw) -> Run:
         """The stages before the test; the network that they find, in RUNS/EXP. Raises Refused for what cannot work."""
         config = self._look()
+        self._take_winner()  # of an interrupted command
         self.stage(3)
         self._probe(config, workers, draw)
         self.stage(4)
@@ -203,7 +208,7 @@ class Auto:
         self.manifest = None if is_usual else manifest
         if not is_usual:
             data = replace(data, split=str(self.folder / "split.json"))
-        return TrainConfig(exp=self.folder.name, runs=settings.runs, data=data, system=settings.system)
+        return TrainConfig(exp=f"{settings.exp}_search", runs=settings.runs, data=data, system=settings.system)
 
     def _probe(self, config: TrainConfig, workers: Callable[[], Workers], draw: Draw) -> None:
         """Stage 3: solves the output layer of each installed network, as many as fit into ``PROBES`` of the budget."""
@@ -218,9 +223,9 @@ class Auto:
                 f"--budget is too short: to look at the images, to solve the output layer of {smallest} and to test it"
                 f" takes about {needed}; give more"
             )
+        self.save()
         if self.manifest:
             write_json(self.folder / "split.json", self.manifest.to_json())
-        self.save()
         until, reason = self.left() - PROBES * self.settings.budget, ""
         while todo:
             name = todo.pop(0)
@@ -284,6 +289,7 @@ class Auto:
             "base"
         ):  # of an interrupted command, which may have measured otherwise
             base = from_dict(saved, f"{self.folder / 'auto.json'}, base,")
+            base = replace(base, exp=config.exp, runs=config.runs, data=config.data, system=config.system)
             self.decide("network", base.model.name, "network_before")
             return base
         ranked, better = sorted(self.probed, key=lambda name: -self.probed[name]), ""
@@ -366,3 +372,8 @@ class Auto:
         if score > before:
             self.save()
             adopt(run, self.run, self.settings.exp, self.settings.runs, self.folder / "auto.json")
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether nothing but the lock of a command is in ``folder``."""
+    return folder.is_dir() and all(file.name.startswith("auto.lock") for file in folder.iterdir())

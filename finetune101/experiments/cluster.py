@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune101 import __version__
-from finetune101.config import TrainConfig
+from finetune101.config import TrainConfig, to_dict
 from finetune101.data.images import find_data
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.experiments.point_run import split_hash
@@ -52,6 +52,8 @@ class Driver:
     """A file in the folder of the runs; a node that reads ``secret`` in it shares that folder."""
     secret: str
     version: str = __version__
+    words: tuple[str, ...] = ()
+    """The command line, which the run records."""
 
     def shares_folder(self) -> bool:
         """Whether the machine that asks shares the folder of the runs."""
@@ -92,6 +94,7 @@ def train_on_node(task: Task, driver: Driver, begun: list[Any]) -> Generator[Ite
     """
     import ray
 
+    sys.argv = list(driver.words)
     if fault := fault_of_node(task, driver):  # of a node that joined later
         yield Item(Failed(task, "Refused", f"the node {socket.gethostname()} {fault}", begun=bool(begun)))
     elif driver.shares_folder():
@@ -186,9 +189,10 @@ class RayWorkers:
     def start(self, task: Task) -> None:
         """Begins or resumes a run. Raises Refused where a node of the cluster cannot train the first one."""
         config = absolute(task.config)
-        self._threads = config.system.threads or 1
+        if self._threads != (threads := config.system.threads or 1):
+            self._threads, self._counted = threads, -math.inf
         ready = Task(config, task.is_tested)
-        driver = Driver(split_hash(config.data), self._token(Path(config.runs)), self._secret)
+        driver = Driver(split_hash(config.data), self._token(Path(config.runs)), self._secret, words=tuple(sys.argv))
         if not self._is_checked:
             self._check_nodes(ready, driver)
             self._note_what_is_missing(config)
@@ -225,6 +229,10 @@ class RayWorkers:
             if isinstance(item.event, Epoch) or item.event is None:
                 return Item(item.event and dataclasses.replace(item.event, task=task))
             write_files(task.run.path, item.files or [])
+            if item.files and task.run.has("config.json"):  # which names the folder of the node
+                task.run.write_json(
+                    "config.json", to_dict(dataclasses.replace(task.run.config(), runs=task.config.runs))
+                )
             event = dataclasses.replace(item.event, task=task)
             if isinstance(event, Failed) and event.trace:
                 event = dataclasses.replace(event, trace=str(task.run.path / Path(event.trace).name))
@@ -350,6 +358,8 @@ def connect(address: str) -> tuple[Any, bool]:
     start = "start one with ray start --head, and join it from each other machine with ray start --address=HOST:6379"
     try:
         place = services.canonicalize_bootstrap_address(address)
+    except ConnectionError as error:
+        raise Refused(f"no Ray cluster runs on this machine; {start}") from error
     except Exception as error:
         raise Refused(f"{address} is no address of a Ray cluster; give auto, or one such as 10.0.0.1:6379") from error
     if place:  # asked here, as Ray itself tries for minutes

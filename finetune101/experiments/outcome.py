@@ -97,7 +97,7 @@ def write_search(plan: Plan, name: str, outcome: Outcome, took: dict[str, float]
         "chosen_by": "mean validation accuracy over seeds" if outcome.finalists else "validation accuracy",
         "winner": winner and {"point": winner["point"], "run": winner["run"]},
         "results": outcome.entries,
-        "finalists": outcome.finalists or (saved.get("finalists", []) if commands else []),
+        "finalists": outcome.finalists,
         "commands": [*commands, *([took] if took else [])],
     }
     if outcome.probe:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -31,6 +31,7 @@ from finetune101.training.loop import fit
 from finetune101.training.resume import as_started
 
 MAX_LOSSES = 5  # workers that a run may lose without an epoch between: it is the run that kills them
+STOPPING = 5.0  # seconds in which workers that are told to stop may do so by themselves
 PATIENCE = 30.0  # seconds in which the workers of a killed command let go of their runs
 
 
@@ -78,7 +79,8 @@ class Failed:
 
     task: Task
     kind: str
-    """Name of the exception, "Refused" for what the user can mend, "Killed" for a process that came to an end."""
+    """Name of the exception: "Refused" for what the user can mend, "Diverged" for settings at fault, "OSError" and such
+    for a machine at fault, "Killed" for a process that came to an end."""
     message: str
     """One line for people; it begins with ``kind`` but for "Refused"."""
     begun: bool
@@ -198,7 +200,8 @@ def train_task(task: Task) -> Generator[Event, None, None]:
         (run.path / LOG).unlink(missing_ok=True)  # of an earlier try
         yield Ended(task)
     except Refused as error:
-        yield Failed(task, type(error).__name__, str(error), run.has("config.json"))
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # such as a full disk
+        yield Failed(task, type(cause).__name__, str(error), run.has("config.json"))
     except Exception as error:  # out of memory, or a fault of ours: kept, and the others go on
         yield Failed(task, type(error).__name__, first_line(error), run.has("config.json"), _keep_trace(run, error))
 
@@ -246,22 +249,27 @@ class LocalWorkers:
 
     def start(self, task: Task) -> None:
         while self._idle:
-            process, pipe = self._idle.pop()
-            with contextlib.suppress(OSError):  # it died while it was idle
-                self._send(process, pipe, task)
+            if self._send(*self._idle.pop(), task):
                 return
         ours, theirs = self._births.Pipe()
         process = self._births.Process(
             target=_work, args=(theirs, os.getcwd(), dict(os.environ)), name="finetune101-worker"
         )
-        process.start()
+        with _without_script():
+            process.start()
         theirs.close()
-        self._send(process, ours, task)
+        if not self._send(process, ours, task):
+            self._busy[ours] = process, task  # it died at once: the next wait says so
 
-    def _send(self, process: Any, pipe: Any, task: Task) -> None:
+    def _send(self, process: Any, pipe: Any, task: Task) -> bool:
+        """Gives ``task`` to a worker; False where it died while it was idle."""
         config = sharing(task.config, self.jobs) if self.jobs > 1 else task.config
-        pipe.send(Task(config, task.is_tested))
+        try:
+            pipe.send(Task(config, task.is_tested))
+        except OSError:
+            return False
         self._busy[pipe] = process, task
+        return True
 
     def wait(self, seconds: float) -> list[tuple[Task, Event | None]]:
         events: list[tuple[Task, Event | None]] = []
@@ -289,8 +297,9 @@ class LocalWorkers:
         processes = [process for process, _ in [*self._idle, *self._busy.values()]]
         for process in processes:
             process.terminate()
+        until = time.monotonic() + STOPPING
         for process in processes:
-            process.join(15)
+            process.join(max(0.0, until - time.monotonic()))
             process.kill()
             process.join()
         self._idle, self._busy = [], {}
@@ -303,6 +312,21 @@ def _births() -> Any:
     births = multiprocessing.get_context("forkserver")
     births.set_forkserver_preload([__name__])
     return births
+
+
+SCRIPT = ("__file__", "__spec__")  # by which a worker finds the script that started it
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Hides the script that runs: a worker would run it once more, from its first line on."""
+    script = sys.modules["__main__"]
+    hidden: dict[str, Any] = {name: vars(script).pop(name) for name in SCRIPT if name in vars(script)}
+    script.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(script).update(hidden)
 
 
 def _work(pipe: Any, folder: str, environment: dict[str, str]) -> None:

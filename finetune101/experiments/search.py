@@ -31,6 +31,7 @@ from finetune101.experiments.space import Point, point_label
 from finetune101.experiments.stage import Stage, open_journal
 from finetune101.run import Run
 from finetune101.training import duration
+from finetune101.training.job import sharing
 
 MARGIN = 1.2  # by which the runs that a new point may lead to can take longer than foreseen
 ENOUGH = 8  # points before which no time is kept for seeds: another point is worth more
@@ -42,7 +43,9 @@ class Clock:
 
     budget: float | None
     cost: Callable[[TrainConfig], float] = lambda config: 0.0
-    """Estimated seconds of a run."""
+    """Estimated seconds of a run, with its share of the cores."""
+    jobs: int = 1
+    """Runs at a time."""
     started: float = field(default_factory=time.monotonic)
     _begun: float | None = field(init=False, default=None)
     _trained: float = field(init=False, default=0.0)
@@ -64,12 +67,13 @@ class Clock:
         self._trained += self.cost(config) / config.optim.epochs
 
     def time_of(self, configs: Sequence[TrainConfig]) -> float:
-        """Seconds that all of ``configs`` take."""
-        if self.budget is None:
+        """Seconds that all of ``configs`` take, ``jobs`` of them at a time."""
+        if self.budget is None or not configs:
             return 0.0
-        estimated = sum(map(self.cost, configs))
+        costs = [self.cost(config) for config in configs]
         took = time.monotonic() - self._begun if self._begun is not None else 0.0
-        return estimated * (took / self._trained if self._trained and took > 1 else 1.0)
+        slower = took * self.jobs / self._trained if self._trained and took > 1 else 1.0
+        return max(sum(costs) / self.jobs, max(costs)) * slower
 
 
 @dataclass
@@ -81,6 +85,8 @@ class Search:
     probe: Stage | None = field(init=False, default=None)
     rungs: list[Stage] = field(init=False)
     final: Stage | None = field(init=False, default=None)
+    trained: float = field(init=False, default=0.0)
+    """Seconds of training and validation by this command."""
     _stage_of: dict[str, Stage] = field(init=False, default_factory=dict)
     """The stage of each run that is at work, by the name of the run."""
     _late: set[str] = field(init=False, default_factory=set)
@@ -108,6 +114,8 @@ class Search:
             for event in events:
                 if isinstance(event, Epoch):
                     self.clock.count(event)
+                    if event.is_new:
+                        self.trained += event.record["seconds"] + event.record["val_seconds"]
                 elif event is not None:
                     self._end(event)
                 yield event
@@ -121,7 +129,7 @@ class Search:
         if exp in self._late:
             stage.leave(exp)
             return
-        stage.end(event)
+        stage.end(event, may_fail=stage is self.probe)  # a network may have no linear output layer
         if stage in self.rungs:
             stage.keep_best()
 
@@ -131,7 +139,7 @@ class Search:
         if not self._stage_of[config.exp].goes_on(epoch):
             return False
         is_last = epoch.record["epoch"] >= config.optim.epochs
-        if is_last or self.clock.time_of([config]) / config.optim.epochs <= self.clock.left():
+        if is_last or not epoch.is_new or self.clock.time_of([config]) / config.optim.epochs <= self.clock.left():
             return True
         self._late.add(config.exp)
         return False
@@ -160,12 +168,15 @@ class Search:
                 break
             yield task
         if self.final:
-            complete = [entry["point"] for entry in whole.entries(order) if entry["state"] == "complete"]
-            seeds = self.final.space["seed"]
+            seeds, best = self.final.space["seed"], self._best()
             assert isinstance(seeds, list)
-            best = complete[: self.plan.finalists]
             seeded = [{**point, "seed": seed} for seed in seeds for point in best]
             yield from self._until_ended(self.final, self.final.tasks(seeded))
+
+    def _best(self) -> list[Point]:
+        """The points that become finalists."""
+        entries = self.rungs[-1].entries(self.plan.points())
+        return [entry["point"] for entry in entries if entry["state"] == "complete"][: self.plan.finalists]
 
     def _note(self, task: Task | None, stage: Stage) -> None:
         if task:
@@ -227,10 +238,6 @@ class Search:
         """All stages, in order."""
         return [stage for stage in (self.probe, *self.rungs, self.final) if stage]
 
-    def training_seconds(self) -> float:
-        """Seconds of training and validation of all ended runs."""
-        return sum(entry["seconds"] or 0.0 for stage in self.stages() for entry in stage.entries())
-
     def points_left(self) -> int:
         """Points that the same command still trains; with a budget those that were begun."""
         first = self.rungs[0]
@@ -262,15 +269,18 @@ class Search:
                 entries[label] = entry
         return sorted(
             entries.values(),
-            key=lambda e: (e["error"] is not None, -len(e["rungs"]), -(e["best_val_top1"] or 0)),
+            key=lambda e: (e["error"] is not None, e["state"] != "complete", -(e["best_val_top1"] or 0)),
         )
 
     def finalists(self) -> list[dict[str, Any]]:
-        """The finalists by their mean accuracy (%) over the seeds, best first."""
+        """The best points, where each has a run of every seed, by their mean accuracy (%), best first."""
         groups: dict[str, list[dict[str, Any]]] = {}
         for entry in self.final.entries() if self.final else []:
             groups.setdefault(point_label(without_seed(entry["point"])), []).append(entry)
-        return sorted(map(average, groups.values()), key=lambda one: (one["failed"], -(one["mean"] or 0)))
+        best = [point_label(point) for point in self._best()]
+        if not best or any(len(groups.get(label, [])) < self.plan.seeds for label in best):
+            return []  # the budget ended before: means of some and single scores of others are not compared
+        return sorted((average(groups[label]) for label in best), key=lambda one: (one["failed"], -(one["mean"] or 0)))
 
 
 def without_seed(point: Point) -> Point:
@@ -337,13 +347,13 @@ def run_search(
     weights that cannot work.
     """
     check_plan(plan)
+    clock = Clock(plan.budget, (cost or run_cost(plan)) if plan.budget else lambda config: 0.0, plan.jobs)
+    _check_budget(plan, clock)
     with alone(plan.folder, "search"):
         outcome.check_same(plan)
-        clock = Clock(plan.budget, (cost or run_cost(plan)) if plan.budget else lambda config: 0.0)
-        _check_budget(plan, clock)
         print(outcome.estimate(plan), flush=True)
         search, started = Search(plan, clock), time.perf_counter()
-        before, progress = search.training_seconds(), Progress(search)
+        progress = Progress(search)
         try:
             with contextlib.closing(search.run(workers)) as events:
                 for event in events:
@@ -354,7 +364,7 @@ def run_search(
             progress.bar.close()
             result = outcome.Outcome(search.entries(), search.finalists(), search.probe_entry())
             if result.entries or result.probe:
-                trained = search.training_seconds() - before
+                trained = search.trained
                 took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
                 outcome.write_search(plan, search_name(plan), result, took, table)
                 outcome.draw_curves(plan, result.entries, plots, draw)
@@ -373,7 +383,8 @@ def run_cost(plan: Plan) -> Callable[[TrainConfig], float]:
         kind = repr((model.name, model.size, model.cache_size, augment.train_sizes, config.optim.batch_size))
         if kind not in paces:
             with duration.undisturbed():
-                paces[kind] = duration.measure(config, len(index.classes))
+                shared = sharing(config, plan.jobs) if plan.jobs > 1 else config
+                paces[kind] = duration.measure(shared, len(index.classes))
         return paces[kind].of(duration.Work(config, images))
 
     return cost

@@ -26,6 +26,7 @@ from finetune101.run import Run
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "halving"]
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+TWINS = 20  # points in a row that were drawn before: then a search of a few values ends
 NETWORK = {"model", "size", "weights", "pretrain", "head", "freeze", "cached_features", "batch_size", "freeze_norm"}
 """Settings of which some do not go together."""
 
@@ -104,6 +105,8 @@ class Stage:
     study: optuna.Study = field(init=False)
     at_work: dict[str, tuple[optuna.Trial, Point, list[dict[str, Any]]]] = field(init=False, default_factory=dict)
     """Trial, point and records of each run that is not ended, by the name of the run."""
+    late: set[int] = field(init=False, default_factory=set)
+    """The numbers of trials that this command has no time for."""
     earlier: int = field(init=False)
     """How many trials earlier commands began."""
 
@@ -142,9 +145,9 @@ class Stage:
 
         Their trials are marked as running.
         """
-        at_work = {trial.number for trial, _, _ in self.at_work.values()}
+        begun = self.late | {trial.number for trial, _, _ in self.at_work.values()}
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if frozen.number in at_work:
+            if frozen.number in begun:
                 continue
             yield from self._begin(optuna.Trial(self.study, frozen._trial_id))
         for faulty in self._faulty():  # by our fault, or the machine's: tried again
@@ -155,7 +158,14 @@ class Stage:
         for number, point in enumerate(points):
             if point_label(point) in drawn if point else number < self.drawn():
                 continue
+            if not point and self._last_are_twins():
+                return  # few values are left, if any
             yield from self._begin(self._ask(point))
+
+    def _last_are_twins(self) -> bool:
+        """Whether the last ``TWINS`` points that the sampler drew had been drawn before."""
+        last = self.study.get_trials(deepcopy=False)[-TWINS:]
+        return len(last) == TWINS and all("same_as" in trial.user_attrs for trial in last)
 
     def _faulty(self) -> list[FrozenTrial]:
         """The trials of earlier commands that a fault of the program or the machine ended, and none replaced."""
@@ -219,8 +229,8 @@ class Stage:
             trial.report(epoch.record["val_top1"], step)
         return not (trial.should_prune() and number < epochs)
 
-    def end(self, event: Ended | Failed) -> None:
-        """Tells Optuna how a run ended. Raises Refused for a mistake that every point would meet."""
+    def end(self, event: Ended | Failed, *, may_fail: bool = False) -> None:
+        """Tells Optuna how a run ended. Raises Refused for a mistake of every point, where none ``may_fail``."""
         trial, point, records = self.at_work.pop(event.task.config.exp)
         run = event.task.run
         if records:
@@ -231,10 +241,12 @@ class Stage:
             trial.set_user_attr("steps", records[-1]["step"])
             trial.set_user_attr("seconds", round(sum(r["seconds"] + r["val_seconds"] for r in records), 3))
         if isinstance(event, Failed):
-            if event.kind == "Refused" and not NETWORK & set(self.space):  # such as weights that are not there
+            if event.kind == "Refused" and not (
+                may_fail or NETWORK & set(self.space)
+            ):  # such as weights that are not there
                 raise Refused(event.message)
             trial.set_user_attr("trace", event.trace)
-            trial.set_user_attr("is_fault", event.trace is not None or event.kind == "Killed")
+            trial.set_user_attr("is_fault", event.kind not in ("Refused", "Diverged"))  # of the program, or the machine
             self._tell_failed(trial, event.message)
             return
         if event.is_stopped:
@@ -248,7 +260,8 @@ class Stage:
 
     def leave(self, exp: str) -> None:
         """Lets go of a run that is out of time: its trial stays open, and the same command goes on with it."""
-        self.at_work.pop(exp)
+        trial, _, _ = self.at_work.pop(exp)
+        self.late.add(trial.number)
 
     def _tell_failed(self, trial: optuna.Trial, reason: str) -> None:
         """Ends a trial that cannot be trained as a pruned one, so that the sampler learns to avoid its point."""

@@ -93,7 +93,7 @@ def read_trials(folder: Path) -> Trials:
     if not (folder / "search.json").is_file():
         begun = (folder / "optuna.journal").exists()
         raise Refused(
-            f"the search in {folder} has finished no trial yet; run its command again, it goes on"
+            f"the search in {folder} has written no results yet; run its command again, it goes on"
             if begun
             else f"{folder} is no folder of a search; give RUNS/EXP of one"
         )

@@ -65,7 +65,7 @@ def test_an_interrupted_search_leaves_what_it_has(base: Any, capsys: pytest.Capt
     plan = Plan(base=base, space=space.make_space({"lr": [0.01, 0.02]}))
     with pytest.raises(KeyboardInterrupt):
         run_search(plan, plan.folder / "table.json", plan.folder / "plots", draw_curves, Interrupted())
-    with pytest.raises(ValueError, match="has finished no trial yet; run its command again"):
+    with pytest.raises(ValueError, match="has written no results yet; run its command again"):
         read_trials(plan.folder)
     with pytest.raises(ValueError, match="is no folder of a search"):
         read_trials(Path(base.runs))

@@ -114,7 +114,7 @@ def test_a_mistake_of_the_user_is_one_sentence_without_a_traceback(base: TrainCo
     assert failed.kind == "Refused" and "32" in str(failed)
 
 
-def test_a_worker_that_dies_is_replaced_and_three_deaths_without_an_epoch_are_a_failure(base: TrainConfig) -> None:
+def test_a_worker_that_dies_is_replaced_and_five_deaths_without_an_epoch_are_a_failure(base: TrainConfig) -> None:
     first, second = tasks_of(base, "a", "b", epochs=1)
     workers = InProcess(deaths=["a"] * (MAX_LOSSES - 1) + ["b"] * MAX_LOSSES)
     events = events_of([first, second], workers)
