@@ -360,10 +360,12 @@ def auto(
         if work.is_done():
             print(f"{work.run.path} is there and tested; its page: {page}")
             return work.run
-        run = work.find(lambda: make_workers(None, None, 0.0), draw_curves)
+        run = work.tested() or work.find(lambda: make_workers(None, None, 0.0), draw_curves)
         work.stage(5)
-        evaluation = evaluate(run)
-        work.decide("test", f"{evaluation.top1:.2f} %", "test_once", n=evaluation.n)
+        if not run.has("test.json"):  # of a command that was interrupted afterwards: the images are used once
+            evaluate(run)
+        tested = run.read_json("test.json")
+        work.decide("test", f"{tested['top1']:.2f} %", "test_once", n=tested["n"])
         work.stage(6)
         work.save()
         report(run, run.path / "report", lang=lang)

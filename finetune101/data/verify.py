@@ -126,13 +126,15 @@ def _examine_all(root: Path, paths: Sequence[str], title: str) -> Iterator[_Find
     yield from tqdm(findings, total=len(paths), desc=title, unit="img", leave=False)
 
 
-def verify(root: Path) -> Report:
+def verify(root: Path, ours: Sequence[str] = ()) -> Report:
     """Read every image below ``root`` (what ``find_data`` returned) and report what is wrong, double or not used.
+
+    ``ours`` are folders of runs, which are no classes.
 
     Raises:
         Refused: as ``index_images``: fewer than two classes, or a class folder without images.
     """
-    index = index_images(root, fresh=True)
+    index = index_images(root, fresh=True, ours=ours)
     reasons: dict[str, dict[str, str]] = {"unreadable": {}, "truncated": {}, "not an image": {}}
     thumbs = np.zeros((len(index.paths), SIDE * SIDE), np.uint8)
     whole: list[str] = []

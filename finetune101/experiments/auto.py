@@ -138,6 +138,14 @@ class Auto:
         """Whether the same command has come to its end before."""
         return bool(self._saved(self.run.path).get("is_done"))
 
+    def tested(self) -> Run | None:
+        """The network of an interrupted command that tested it and did not come to its page; its decisions count."""
+        if not self.run.has("test.json"):
+            return None
+        saved = self._saved(self.run.path).get("decisions", [])
+        self.decisions = [Decision(**decision) for decision in saved if decision["about"] != "test"]
+        return self.run
+
     def save(self, is_done: bool = False) -> None:
         """Writes what was decided so far, beside the search and beside the network."""
         value = {
@@ -193,7 +201,7 @@ class Auto:
         self.stage(1)
         index = index_images(self.root, ours=[self.settings.runs])
         began = time.monotonic()
-        report = verify(self.root)
+        report = verify(self.root, ours=[self.settings.runs])
         self.ending += time.monotonic() - began  # the test looks for near-duplicates once more
         for decision in auto_data.looked_at(report):
             self.note(decision)
