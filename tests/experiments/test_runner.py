@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 from experiments.in_process import InProcess
 
-from finetune101.config import TrainConfig, change
+from finetune101.config import TrainConfig, change, to_dict
 from finetune101.experiments import runner
 from finetune101.experiments.runner import MAX_LOSSES, Ended, Epoch, Event, Failed, LocalWorkers, Task, run_tasks
 from finetune101.files import claim
@@ -178,3 +181,22 @@ def test_workers_end_with_the_events(base: TrainConfig) -> None:
     until = time.monotonic() + 5
     while time.monotonic() < until and any(Path(f"/proc/{process.pid}").exists() for process in processes):
         time.sleep(0.1)
+
+
+SCRIPT = """
+import json
+from finetune101.config import from_dict
+from finetune101.experiments.runner import LocalWorkers, Task, run_tasks
+
+config = from_dict(json.load(open("config.json")), "config.json")
+print([type(event).__name__ for event in run_tasks([Task(config)], LocalWorkers()) if event])
+"""
+
+
+def test_a_script_that_guards_nothing_is_not_run_by_its_workers(base: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(base)))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "['Epoch', 'Epoch', 'Ended']", done.stderr

@@ -380,3 +380,17 @@ def test_a_search_of_an_older_version_goes_on_as_a_grid(plan: MakePlan) -> None:
     done = do_search(one)
     assert done.epochs == [] and [entry["run"] for entry in done.entries] == [entry["run"] for entry in before]
     assert done.search.points_left() == 0
+
+
+def test_finalists_without_all_seeds_are_not_compared(plan: MakePlan) -> None:
+    one = plan(epochs=1, budget=30.0, finalists=2, seeds=2)
+    done = do_search(one, clock=Simulated(30, lambda config: 10.0))
+    assert len(done.runs) == 3 and done.search.finalists() == []  # the second seed of one point is missing
+    assert Outcome(done.entries, done.search.finalists()).winner == done.entries[0]
+    done = do_search(one, clock=Simulated(30, lambda config: 10.0))
+    assert [len(entry["seeds"]) for entry in done.search.finalists()] == [2, 2]
+
+
+def test_a_sampler_of_few_values_ends(plan: MakePlan) -> None:
+    done = do_search(plan({"lr": [0.01, 0.02]}, epochs=1, sampler="random", trials=500))
+    assert len(done.runs) == 2 and done.search.rungs[0].drawn() < 60
