@@ -9,7 +9,6 @@ every run ended once, the same metrics. Linux only.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -26,13 +25,14 @@ from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 
-from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from recorded import learned, record, seeds_of
+
+from finetune101.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from finetune101.demo.dataset import draw
 from finetune101.experiments.cluster import RayWorkers
 from finetune101.experiments.runner import Ended, Epoch, Event, LocalWorkers, Task, run_tasks
 
 RUNS, EPOCHS = 8, 4
-COMPARED = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1")
 PAUSE = 1.0  # seconds at least between two kills
 
 
@@ -62,13 +62,12 @@ def tasks(folder: Path, data: Path) -> list[Task]:
         model=ModelConfig(name="squeezenet1_1", pretrain=False, size=32),
         optim=OptimConfig(epochs=EPOCHS, batch_size=8),
     )
-    systems = [SystemConfig(threads=1, seed=seed) for seed in range(RUNS)]
-    return [Task(dataclasses.replace(config, exp=f"r{system.seed}", system=system)) for system in systems]
+    return seeds_of(config, RUNS)
 
 
 def metrics(runs: list[Task]) -> dict[str, list[list[Any]]]:
     """What the runs learned, epoch by epoch."""
-    return {task.config.exp: [[record[key] for key in COMPARED] for record in task.run.metrics()] for task in runs}
+    return {task.config.exp: learned(task.run.path) for task in runs}
 
 
 def training_workers() -> Iterator[int]:
@@ -163,9 +162,7 @@ def main() -> int:
     values = {**vars(tally), "failures": tally.failures(), "runs": RUNS, "epochs": EPOCHS, "workers": 4, "nodes": 2}
     values["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(values, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    record(values, arguments.out)
     return int(tally.failures() > 0)
 
 

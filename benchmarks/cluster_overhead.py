@@ -7,7 +7,6 @@ itself runs, as it does for a user. Repeats alternate, the medians are compared.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -19,7 +18,9 @@ from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
 
-from finetune101.config import DataConfig, ModelConfig, OptimConfig, SystemConfig, TrainConfig
+from recorded import record, seeds_of
+
+from finetune101.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from finetune101.demo.dataset import draw
 from finetune101.experiments.cluster import RayWorkers
 from finetune101.experiments.runner import Failed, LocalWorkers, Task, Workers, run_tasks
@@ -36,8 +37,7 @@ def tasks(folder: Path, data: Path, epochs: int) -> list[Task]:
         model=ModelConfig(name="resnet18", pretrain=False, size=64),
         optim=OptimConfig(epochs=epochs, batch_size=16),
     )
-    systems = [SystemConfig(threads=1, seed=seed) for seed in range(RUNS)]
-    return [Task(dataclasses.replace(config, exp=f"r{system.seed}", system=system)) for system in systems]
+    return seeds_of(config, RUNS)
 
 
 def timed(runs: list[Task], make_workers: Callable[[], Workers]) -> tuple[float, float]:
@@ -88,9 +88,7 @@ def main() -> int:
         "ratio": round(statistics.median(seconds["cluster"]) / statistics.median(seconds["local"]), 3),
     }
     print(json.dumps(values, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    record(values, arguments.out)
     return 0
 
 

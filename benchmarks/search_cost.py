@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from recorded import record
 
 from finetune101.experiments.replay import PRUNERS
 from finetune101.experiments.search_plan import ETA
@@ -174,8 +175,7 @@ def main() -> int:
         shares = [cost(strategy(grid, n % saved["folds"], n), good, whole) for n in range(arguments.orders)]
         values[name] = {"mean": float(np.mean(shares)), "missed": sum(own >= 1 for own in shares), "shares": shares}
         print(f"{name:27s} mean {np.mean(shares):.3f}  median {np.median(shares):.3f}  missed {values[name]['missed']}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    record(values, arguments.out)
     return 0
 
 

@@ -9,12 +9,12 @@ run after all, and is counted as missed. "quarter" is the share of seeds that go
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recorded import record
 
 from finetune101.experiments.replay import Curve, Pruner, replay
 from finetune101.experiments.stage import Sampler
@@ -71,9 +71,7 @@ def main() -> int:
             f"quartiles {cost['quartiles'][0]:.3f} to {cost['quartiles'][1]:.3f}  missed {cost['missed']}  "
             f"within a quarter {cost['quarter']:.2f}"
         )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    record(values, arguments.out)
     return 0
 
 

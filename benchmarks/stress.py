@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recorded import learned, record
+
 GRID = ["--grid", "lr=0.01,0.02,0.03,0.05", "--grid", "gamma=0.1,0.5", "--grid", "batch_size=8,16"]
 POINTS = 16
 SMALL = ["--size", "32", "--epochs", "3", "--threads", "1"]
 SEARCH = ["search", *SMALL, "--model", "squeezenet1_1", "--no-pretrain"]
 STUDY = ["study", *SMALL, "--models", "squeezenet1_1", "--arms", "scratch", "--scratch-recipe", "original"]
 STUDY += ["--seeds", "4", "--splits", "4", "--batch-size", "8"]
-COMPARED = ("epoch", "step", "train_loss", "train_top1", "val_loss", "val_top1")
 
 
 Popen = subprocess.Popen[str]
@@ -110,12 +111,6 @@ def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: T
             raise RuntimeError(f"the command ended with {search.returncode}: {errors[-2000:]}")
 
 
-def metrics(run: Path) -> list[list[Any]]:
-    """What a run learned, epoch by epoch."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[record[key] for key in COMPARED] for record in records]
-
-
 def events_twice(run: Path) -> list[int]:
     """The epochs whose validation accuracy is in the run's TensorBoard events more than once."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -155,9 +150,9 @@ def judge(folder: Path, truth: Metrics, tally: Tally) -> None:
         elif times[run] > 1 or events_twice(path):
             tally.repeated += 1
             tally.notes.append(f"{run}: finished {times[run]} times, epochs {events_twice(path)} trained twice")
-        elif metrics(path) != truth[run]:
+        elif learned(path) != truth[run]:
             tally.different += 1
-            tally.notes.append(f"{run}: {metrics(path)} rather than {truth[run]}")
+            tally.notes.append(f"{run}: {learned(path)} rather than {truth[run]}")
 
 
 def undisturbed(folder: Path, data: Path, study: bool) -> Metrics:
@@ -167,7 +162,7 @@ def undisturbed(folder: Path, data: Path, study: bool) -> Metrics:
     if command.returncode != 0:
         raise RuntimeError(f"the undisturbed command failed: {errors[-2000:]}")
     files = (folder / "s").rglob("metrics.jsonl")
-    truth = {file.parent.relative_to(folder / "s").as_posix(): metrics(file.parent) for file in files}
+    truth = {file.parent.relative_to(folder / "s").as_posix(): learned(file.parent) for file in files}
     assert len(truth) == POINTS
     return truth
 
@@ -205,9 +200,7 @@ def main() -> int:
     failures = tally.lost + tally.repeated + tally.different
     values = {**vars(tally), "failures": failures, "points": POINTS, "seconds": round(time.perf_counter() - started)}
     print(json.dumps(values, indent=1))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    record(values, arguments.out)
     return int(failures > 0)
 
 

@@ -24,6 +24,7 @@ from finetune101.deploy.released import RELEASED, score_released
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import has_frozen_backbone
 from finetune101.evaluation.result import Evaluation
+from finetune101.experiments.settings import USUAL_WORKERS, WorkerOptions
 from finetune101.files import typed
 from finetune101.machine import leave
 from finetune101.recipes import fitted, from_recipe, usual
@@ -33,7 +34,6 @@ from finetune101.training.log import log_records
 from finetune101.training.loop import fit
 
 if TYPE_CHECKING:
-    from finetune101.experiments.runner import Workers
     from finetune101.experiments.settings import SearchOptions, StudyConfig
     from finetune101.experiments.space import Space
     from finetune101.reports.comparison import Comparison
@@ -239,31 +239,23 @@ def ensemble(
     return Evaluation.of(record, subset, Path(out) if subset == "test" else None)
 
 
-def run_study(
-    study: StudyConfig,
-    *,
-    jobs: int | None = None,
-    cluster: str | None = None,
-    gpus_per_run: float = 0.0,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Trains and tests every run of ``study`` that is not done, ``jobs`` at a time; returns what study.json holds.
+def run_study(study: StudyConfig, workers: WorkerOptions = USUAL_WORKERS, *, dry_run: bool = False) -> dict[str, Any]:
+    """Trains and tests every run of ``study`` that is not done; returns what study.json holds.
 
-    ``cluster`` is the address of a Ray cluster that trains them, or "auto". With ``dry_run`` it only says how many runs
-    there are and how long they take. Raises Refused for settings, data or
+    With ``dry_run`` it only says how many runs there are and how long they take. Raises Refused for settings, data or
     weights that cannot work.
     """
     from finetune101.data.images import index_images, index_notes
     from finetune101.data.layouts import layout_for
     from finetune101.experiments.folders import check_kind
     from finetune101.experiments.plan import plan_study, scratch_recipe
+    from finetune101.experiments.runner import check_workers, make_workers
     from finetune101.experiments.study import estimate, study_text
     from finetune101.experiments.study import run_study as train_cells
     from finetune101.reports.pages import draw_study
     from finetune101.training.duration import nothing_kept
 
-    if jobs is not None and jobs < 1:
-        raise Refused(f"--jobs is {jobs}; give at least 1")
+    check_workers(workers)
     check_name(study.exp)
     folder = Path(study.runs) / study.exp
     check_kind(folder, "study")
@@ -274,13 +266,12 @@ def run_study(
         for line in index_notes(index):
             print(line)
         cells = plan_study(study, index)
-        print(estimate(index, cells, jobs or 1, 10 if dry_run else 15), flush=True)
+        print(estimate(index, cells, workers.jobs or 1, 10 if dry_run else 15), flush=True)
     if "scratch" in study.arms and study.scratch_recipe:
         print(f"Arm scratch: recipe {recipe_line(study.scratch_recipe)}")
     if dry_run:
         return {"cells": []}
-    workers = make_workers(jobs, cluster, gpus_per_run)
-    summary = train_cells(study, index, cells, lambda: workers)
+    summary = train_cells(study, index, cells, make_workers(workers))
     print(study_text(summary))
     if any(cell["n"] for cell in summary["cells"]):
         for picture in draw_study(folder):
@@ -297,6 +288,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
     """
     from finetune101.experiments import outcome, search
     from finetune101.experiments.folders import check_kind
+    from finetune101.experiments.runner import make_workers
     from finetune101.experiments.search_plan import check_plan, make_plan
     from finetune101.reports.figures import draw_curves
 
@@ -308,8 +300,7 @@ def run_search(config: TrainConfig, space: Space, options: SearchOptions, table:
         print(outcome.dry_run(plan))
         return 0
     plots /= plots_folder(config)
-    workers = make_workers(options.jobs, options.cluster, options.gpus_per_run)
-    return search.run_search(plan, table, plots, draw_curves, workers)
+    return search.run_search(plan, table, plots, draw_curves, make_workers(options))
 
 
 def auto(
@@ -343,15 +334,15 @@ def auto(
     Raises Refused for data, names or a budget that cannot work.
     """
     from finetune101.experiments.auto import Auto, AutoSettings
+    from finetune101.experiments.runner import LocalWorkers
     from finetune101.experiments.search_plan import seconds
-    from finetune101.files import typed as checked
     from finetune101.reports.figures import draw_curves
     from finetune101.reports.page import decision_text
 
     config = change(TrainConfig(exp=run_name(exp)), {"data": data, "seed": seed, "device": device, "runs": runs})
     check_name(config.exp)
     settings = AutoSettings(
-        exp=config.exp, data=config.data, budget=seconds(checked(str, budget, "budget is")), runs=config.runs,
+        exp=config.exp, data=config.data, budget=seconds(typed(str, budget, "budget is")), runs=config.runs,
         models=tuple(models), system=config.system,
     )  # fmt: skip
     work = Auto(settings, lambda decision: print(decision_text(decision.to_json()), flush=True))
@@ -360,7 +351,7 @@ def auto(
         if work.is_done():
             print(f"{work.run.path} is there and tested; its page: {page}")
             return work.run
-        run = work.tested() or work.find(lambda: make_workers(None, None, 0.0), draw_curves)
+        run = work.tested() or work.find(LocalWorkers, draw_curves)
         work.stage(5)
         if not run.has("test.json"):  # of a command that was interrupted afterwards: the images are used once
             evaluate(run)
@@ -372,24 +363,6 @@ def auto(
         work.save(is_done=True)
     print(f"Page: {page}\nLabel a photo: {shlex.join(['finetune101', 'predict', str(run.path)])} PHOTO")
     return run
-
-
-def make_workers(jobs: int | None, cluster: str | None, gpus_per_run: float) -> Workers:
-    """What trains many runs: processes of this machine, or the Ray cluster at the address ``cluster`` ("auto": here).
-
-    Raises Refused for settings that cannot be, and a cluster that cannot be reached.
-    """
-    from finetune101.experiments.runner import LocalWorkers
-
-    if jobs is not None and jobs < 1:
-        raise Refused(f"--jobs is {jobs}; give at least 1")
-    if cluster is None:
-        if gpus_per_run:
-            raise Refused("--gpus-per-run is for --cluster; on one machine --jobs runs share the GPU")
-        return LocalWorkers(jobs or 1)
-    from finetune101.experiments.cluster import RayWorkers
-
-    return RayWorkers(cluster, jobs=jobs, gpus_per_run=gpus_per_run)
 
 
 def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None, runs: str = "runs") -> Comparison:

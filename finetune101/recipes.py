@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,13 @@ def from_recipe(name: str, exp: Any, *, pretrain: bool | None = None) -> TrainCo
 def usual(model: str = "", device: str = "auto", *, pretrain: bool = True) -> str:
     """The name of the recipe that a training begins with where none is named."""
     return usual_finetune(model) if pretrain else usual_scratch(model, device)
+
+
+def rescheduled(optim: OptimConfig, epochs: int) -> OptimConfig:
+    """``optim`` with ``epochs`` as a whole schedule: its warm-up and its steps become longer or shorter alike."""
+    ratio = epochs / optim.epochs if optim.epochs else 1
+    warmup = min(optim.warmup_epochs * ratio, max(epochs - 1, 0))
+    return replace(optim, epochs=epochs, step_size=max(1, round(optim.step_size * ratio)), warmup_epochs=warmup)
 
 
 def fitted(config: TrainConfig, names: Collection[str]) -> TrainConfig:

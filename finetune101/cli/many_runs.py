@@ -12,7 +12,7 @@ import tyro
 from finetune101.cli.console import watched
 from finetune101.cli.parse import Flag, RecipeFile
 from finetune101.config import Flat, TrainConfig
-from finetune101.experiments.settings import USUAL_SEARCH, SearchOptions, StudyConfig
+from finetune101.experiments.settings import USUAL_SEARCH, USUAL_WORKERS, SearchOptions, StudyConfig, WorkerOptions
 from finetune101.experiments.space import planned_search
 
 GOES_ON = "the same command goes on from the last epochs"
@@ -115,10 +115,8 @@ def report(
 
 def study(
     study: Annotated[StudyConfig, Flat],
+    workers: Annotated[WorkerOptions, Flat] = USUAL_WORKERS,
     *,
-    jobs: int | None = None,
-    cluster: str | None = None,
-    gpus_per_run: float = 0.0,
     dry_run: Flag = False,
 ) -> int:
     """What was pretraining worth? Trains and tests every arm, network, size, split and seed that is not done yet.
@@ -126,16 +124,13 @@ def study(
     The exit code is 1 when a run failed.
 
     Args:
-        jobs: Runs at a time. Default: 1, on a cluster as many as it has room for.
-        cluster: Train on a Ray cluster: auto, or its address. See docs/cluster.md.
-        gpus_per_run: GPUs of a run on a cluster, such as 1 or 0.5.
         dry_run: Only say how many runs there are to do, and how long they take.
     """
     from finetune101 import api
 
     folder = Path(study.runs) / study.exp
     with watched(folder, lambda: GOES_ON if not dry_run and folder.is_dir() else ""):
-        summary = api.run_study(study, jobs=jobs, cluster=cluster, gpus_per_run=gpus_per_run, dry_run=dry_run)
+        summary = api.run_study(study, workers, dry_run=dry_run)
     return int(any(cell["errors"] for cell in summary["cells"]))
 
 

@@ -157,8 +157,8 @@ def make_split(index: Index, config: DataConfig, groups: Mapping[str, str] | Non
     """Splits the images of ``index`` by ``config.protocol``.
 
     Images in train/, val/ and test/ stay there, also by the default protocol. ``groups`` (path -> group) keeps
-    near-duplicates on one side of the standard split. Raises Refused when a class has too few images, or the folders
-    do not suit the protocol.
+    near-duplicates on one side; of the reference split the first image of each group decides, the others follow it.
+    Raises Refused when a class has too few images, or too few groups, or the folders do not suit the protocol.
     """
     _check_classes(index, config)
     protocol = config.protocol
@@ -174,8 +174,14 @@ def make_split(index: Index, config: DataConfig, groups: Mapping[str, str] | Non
             "group_duplicates": config.group_duplicates,
         }
     else:
-        subsets = _reference(_by_class(index.paths), config)
+        first = [path for path in index.paths if not groups or groups[path] == path]
+        if {class_of(path) for path in first} != set(index.classes):
+            raise Refused("a class has no image that is not a near-duplicate of another class's; leave its groups out")
+        subsets = _reference(_by_class(first), config)
         options = {"test_size": config.test_size, "val_size": config.val_size}
+        if groups:
+            subsets = _followed(index.paths, subsets, groups)
+            options["group_duplicates"] = True
     used = [path for paths in subsets.values() for path in paths]
     return Manifest(
         protocol=protocol,
@@ -240,6 +246,17 @@ def _reference(classes: Mapping[str, list[str]], config: DataConfig) -> dict[str
         for subset, paths in (("train", train), ("val", val), ("test", test)):
             subsets[subset] += paths
     return subsets
+
+
+def _followed(
+    paths: Sequence[str], subsets: Mapping[str, list[str]], groups: Mapping[str, str]
+) -> dict[str, list[str]]:
+    """``paths`` in the subsets that the first images of their ``groups`` have."""
+    places = {path: subset for subset, own in subsets.items() for path in own}
+    followed: dict[str, list[str]] = {subset: [] for subset in subsets}
+    for path in paths:
+        followed[places[groups[path]]].append(path)
+    return followed
 
 
 def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapping[str, str]) -> dict[str, list[str]]:

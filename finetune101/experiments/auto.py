@@ -20,6 +20,7 @@ from finetune101.experiments import auto_data
 from finetune101.experiments.auto_runs import adopt, drawing_seconds, of_recipe, short_time
 from finetune101.experiments.auto_speed import Speed
 from finetune101.experiments.decision import Decision
+from finetune101.experiments.folders import one_command
 from finetune101.experiments.outcome import Draw
 from finetune101.experiments.point_run import run_of
 from finetune101.experiments.runner import Ended, Epoch, Failed, Task, Workers, run_tasks
@@ -28,7 +29,7 @@ from finetune101.experiments.search_plan import make_plan
 from finetune101.experiments.settings import SearchOptions
 from finetune101.experiments.space import around
 from finetune101.experiments.stage import shortened_schedule
-from finetune101.files import claim, claimed_by, write_json
+from finetune101.files import write_json
 from finetune101.models.build import is_installed
 from finetune101.models.table import lookup, names
 from finetune101.recipes import fitted, usual_finetune
@@ -82,7 +83,9 @@ class Auto:
     probed: dict[str, float] = field(init=False, default_factory=dict)
     """Network -> validation accuracy (%) of its output layer alone."""
     ending: float = field(init=False, default=PAGE)
-    """Seconds of the test and the page."""
+    """Seconds of the page, and of what a test of any network takes."""
+    testing: float = field(init=False, default=0.0)
+    """Seconds of the test of the slowest network that may be tested."""
     _base: TrainConfig | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -98,7 +101,7 @@ class Auto:
 
     def left(self) -> float:
         """Seconds that are left before the test."""
-        return self.total_left() - max(SPARE_SECONDS, SPARE * self.settings.budget) - self.ending
+        return self.total_left() - max(SPARE_SECONDS, SPARE * self.settings.budget) - self.ending - self.testing
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -106,19 +109,16 @@ class Auto:
         for folder in (self.run.path, self.folder):
             if folder.exists() and not self._is_ours(folder) and not _is_new(folder):
                 raise Refused(f"{folder} is there already and is not of an auto on {self.root}; choose another --exp")
-        is_alone, is_first = False, not self.folder.parent.exists()
-        try:
-            with claim(self.folder / "auto.lock") as is_alone:
-                if not is_alone:
-                    who = claimed_by(self.folder / "auto.lock")
-                    raise Refused(f"another auto ({who}) is at work in {self.folder}; wait, or choose another --exp")
+        is_first = not self.folder.parent.exists()
+        with one_command(self.folder, "auto"):
+            try:
                 yield
-        finally:
-            if is_alone and _is_new(self.folder):  # nothing of it was begun
-                shutil.rmtree(self.folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # it holds other runs
-                    if is_first:
-                        self.folder.parent.rmdir()
+            finally:
+                if _is_new(self.folder):  # nothing of it was begun
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # it holds other runs
+                        if is_first:
+                            self.folder.parent.rmdir()
 
     def _is_ours(self, folder: Path) -> bool:
         saved = self._saved(folder)
@@ -178,12 +178,16 @@ class Auto:
     def find(self, workers: Callable[[], Workers], draw: Draw) -> Run:
         """The stages before the test; the network that they find, in RUNS/EXP. Raises Refused for what cannot work."""
         config = self._look()
+        self._base = self._base_before(config)
         self._take_winner()  # of an interrupted command
         self.stage(3)
         self._probe(config, workers, draw)
         self.stage(4)
         try:
-            self._base = self._chosen(config)
+            if self._base:
+                self.decide("network", self._base.model.name, "network_before")
+            else:
+                self._base = self._chosen(config)
             self.save()
             if self._base:
                 self._search(self._base, workers(), draw)
@@ -223,7 +227,7 @@ class Auto:
         todo = self._networks()
         smallest = todo[0]
         first = of_recipe("probe", smallest, config)
-        self.ending += self.speed.test(first)
+        self._reserve(first)
         took = self.speed.probe(first)
         if took > self.left():
             needed = in_words(1.2 * (self.settings.budget - self.left() + took))
@@ -291,15 +295,20 @@ class Auto:
                     return None
         return None
 
+    def _reserve(self, config: TrainConfig) -> None:
+        """Keeps the time of testing a run of ``config``."""
+        self.testing = max(self.testing, self.speed.test(config))
+
+    def _base_before(self, config: TrainConfig) -> TrainConfig | None:
+        """The settings that an interrupted command chose, which may have measured otherwise; None for a first one."""
+        saved = self._saved(self.folder).get("base")
+        if not saved:
+            return None
+        base = from_dict(saved, f"{self.folder / 'auto.json'}, base,")
+        return replace(base, exp=config.exp, runs=config.runs, data=config.data, system=config.system)
+
     def _chosen(self, config: TrainConfig) -> TrainConfig | None:
         """The settings from which the search starts; None where no fine-tuning fits into the budget."""
-        if saved := self._saved(self.folder).get(
-            "base"
-        ):  # of an interrupted command, which may have measured otherwise
-            base = from_dict(saved, f"{self.folder / 'auto.json'}, base,")
-            base = replace(base, exp=config.exp, runs=config.runs, data=config.data, system=config.system)
-            self.decide("network", base.model.name, "network_before")
-            return base
         ranked, better = sorted(self.probed, key=lambda name: -self.probed[name]), ""
         for share in (0.5, 0.9):
             for name in ranked:
@@ -345,7 +354,7 @@ class Auto:
 
     def _search(self, base: TrainConfig, workers: Workers, draw: Draw) -> None:
         """Stage 4: the search, within what is left."""
-        self.ending += max(0.0, self.speed.test(base) - self.speed.test(of_recipe("probe", self._smallest, base)))
+        self._reserve(base)
         seconds = self.left()
         plan = make_plan(base, around(base), SearchOptions(budget=f"{max(seconds, 1):.0f}s"))
         plan = replace(plan, probe=None)  # it is known already
@@ -355,10 +364,6 @@ class Auto:
             run_search(plan, self.folder / "table.json", self.folder / "plots", draw, workers, self.speed.run)
         except Refused as error:  # the probes are there, and the user gets the best of them
             self.decide("search", "–", "search_failed", reason=str(error))
-
-    @property
-    def _smallest(self) -> str:
-        return min(self.probed, key=self.speed.forward)
 
     def _take_winner(self) -> None:
         """Offers the winner of the search, if it has one."""
@@ -378,6 +383,7 @@ class Auto:
         before = max(self.scores.values(), default=-1.0)
         self.scores[run.path] = score
         if score > before:
+            self._reserve(run.config())
             self.save()
             adopt(run, self.run, self.settings.exp, self.settings.runs, self.folder / "auto.json")
 

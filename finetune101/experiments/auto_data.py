@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune101.config import DataConfig
 from finetune101.data import duplicates
-from finetune101.data.images import OFFICIAL_CLASSES, OFFICIAL_IMAGES, Index, class_of, content_hash
+from finetune101.data.images import OFFICIAL_CLASSES, OFFICIAL_IMAGES, Index, class_of
 from finetune101.data.splits import Manifest, make_split
 from finetune101.data.verify import Report
 from finetune101.errors import Refused, escaped
@@ -29,9 +29,7 @@ def looked_at(report: Report) -> list[Decision]:
     bad, count = report.bad, report.images
     why = "images_bad" if bad else "images_fine"
     values: dict[str, Any] = {"bad": len(bad), "first": escaped(bad[0]) if bad else ""}
-    decisions = [
-        Decision("images", f"{count - len(bad):,} / {count:,}", "images_bad" if bad else "images_fine", values)
-    ]
+    decisions = [Decision("images", f"{count - len(bad):,} / {count:,}", why, values)]
     sizes = report.class_sizes
     small = [name for name, size in sizes.items() if size < FEW]
     values = {"few": len(small), "first": escaped(small[0]) if small else "", "least": FEW}
@@ -79,7 +77,7 @@ def split_for(index: Index, report: Report, data: DataConfig) -> tuple[Manifest,
         groups = groups_of(report, good.paths)
         if any(_is_divided(manifest, groups)):
             try:
-                manifest, why = _kept_together(good, data, groups), "split_groups"
+                manifest, why = make_split(good, data, groups), "split_groups"
             except Refused:  # a class that is one group
                 why = "split_divided"
     is_own = not bad and why in ("split_usual", "split_folders", "split_official", "split_divided")
@@ -96,24 +94,6 @@ def _is_divided(manifest: Manifest, groups: Mapping[str, str]) -> list[str]:
         for path in paths:
             places[groups[path]].add(subset)
     return [group for group, subsets in places.items() if len(subsets) > 1]
-
-
-def _kept_together(index: Index, data: DataConfig, groups: Mapping[str, str]) -> Manifest:
-    """The usual split of the first image of each group; the others follow it."""
-    first = tuple(path for path in index.paths if groups[path] == path)
-    manifest = make_split(dataclasses.replace(index, paths=first), data)
-    if {class_of(path) for path in first} != set(index.classes):
-        raise Refused("a class has no image that is not a near-duplicate of another class's")
-    places = {path: subset for subset, paths in manifest.subsets.items() for path in paths}
-    subsets: dict[str, list[str]] = {subset: [] for subset in manifest.subsets}
-    for path in index.paths:
-        subsets[places[groups[path]]].append(path)
-    return dataclasses.replace(
-        manifest,
-        options={**manifest.options, "group_duplicates": True},
-        content_hash=content_hash(index.digests, index.paths),
-        subsets={subset: tuple(paths) for subset, paths in subsets.items()},
-    )
 
 
 def _held_out(manifest: Manifest, subset: str, share: float, groups: Mapping[str, str]) -> Manifest:

@@ -93,7 +93,7 @@ class Speed:
 
     def run(self, config: TrainConfig) -> float:
         """Seconds of one run of ``config``, when the images are decoded and seen by the frozen network."""
-        key = repr((config.model, config.augment.train_sizes, config.optim.batch_size))
+        key = duration.step_kind(config)
         if key not in self._paces:
             with duration.undisturbed():
                 pace = duration.measure(config, len(self.index.classes), self.images.train)

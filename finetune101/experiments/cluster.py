@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import secrets
 import signal
@@ -167,9 +166,7 @@ class RayWorkers:
         Raises Refused without Ray, and for a cluster that does not answer.
         """
         if gpus_per_run < 0 or (gpus_per_run > 1 and gpus_per_run % 1):
-            raise Refused(
-                f"--gpus-per-run is {gpus_per_run:g}; give a share of one GPU, such as 0.5, or a whole number"
-            )
+            raise Refused(f"--gpus-per-run is {gpus_per_run:g}; give a share of one GPU, or a whole number")
         self._ray, self._is_ours = connect(address)
         self.jobs, self.gpus_per_run = jobs, gpus_per_run
         self._running: list[_Training] = []
@@ -178,7 +175,7 @@ class RayWorkers:
         self._secret = secrets.token_hex(16)
         self._tokens: set[Path] = set()
         self._is_checked = False
-        self._threads, self._room, self._counted = 1, 0, -math.inf
+        self._threads, self._room, self._counted = 1, 0, 0.0
 
     def is_free(self) -> bool:
         return len(self._running) < (self.jobs or self._count_room())
@@ -190,7 +187,7 @@ class RayWorkers:
         """Begins or resumes a run. Raises Refused where a node of the cluster cannot train the first one."""
         config = absolute(task.config)
         if self._threads != (threads := config.system.threads or 1):
-            self._threads, self._counted = threads, -math.inf
+            self._threads, self._counted = threads, 0.0
         ready = Task(config, task.is_tested)
         driver = Driver(split_hash(config.data), self._token(Path(config.runs)), self._secret, words=tuple(sys.argv))
         if not self._is_checked:
@@ -230,9 +227,8 @@ class RayWorkers:
                 return Item(item.event and dataclasses.replace(item.event, task=task))
             write_files(task.run.path, item.files or [])
             if item.files and task.run.has("config.json"):  # which names the folder of the node
-                task.run.write_json(
-                    "config.json", to_dict(dataclasses.replace(task.run.config(), runs=task.config.runs))
-                )
+                own = dataclasses.replace(task.run.config(), runs=task.config.runs)
+                task.run.write_json("config.json", to_dict(own))
             event = dataclasses.replace(item.event, task=task)
             if isinstance(event, Failed) and event.trace:
                 event = dataclasses.replace(event, trace=str(task.run.path / Path(event.trace).name))
@@ -333,10 +329,11 @@ class RayWorkers:
         if not any(map(self._room_on, resources)):
             gpus = f" and {self.gpus_per_run:g} GPUs" if self.gpus_per_run else ""
             line = f"No node has {self._threads} CPUs{gpus} for a run: the runs wait until such a node joins"
-            print(line, file=sys.stderr, flush=True)
         elif not self.gpus_per_run and config.system.device == "auto" and any(r.get("GPU") for r in resources):
             line = "The runs train on CPUs; --gpus-per-run 1 trains them on the GPUs of the cluster"
-            print(line, file=sys.stderr, flush=True)
+        else:
+            return
+        print(line, file=sys.stderr, flush=True)
 
 
 def connect(address: str) -> tuple[Any, bool]:

@@ -19,13 +19,20 @@ def alone(folder: Path, kind: str) -> Iterator[None]:
     Raises Refused where it cannot be written, is that of something else, or another command is at work in it.
     """
     check_kind(folder, kind)
-    lock = folder / f"{kind}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise Refused(f"cannot write in {folder}: {error.strerror}; give another --runs or --exp") from error
+    with one_command(folder, kind):
+        yield
+
+
+@contextlib.contextmanager
+def one_command(folder: Path, kind: str) -> Iterator[None]:
+    """Keeps a second command of that ``kind`` out of ``folder``. Raises Refused naming the one that is in it."""
+    lock = folder / f"{kind}.lock"
     with claim(lock) as is_ours:
         if not is_ours:
             raise Refused(

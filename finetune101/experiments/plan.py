@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune101.config import DataConfig, TrainConfig, change, check_bounds, check_name, validate
+from finetune101.config import DataConfig, OptimConfig, TrainConfig, change, check_bounds, check_name, validate
 from finetune101.data import splits
 from finetune101.data.images import Index, class_of, content_hash
 from finetune101.errors import Refused
 from finetune101.experiments.folders import check_kind
 from finetune101.experiments.settings import StudyConfig
 from finetune101.files import write_json
-from finetune101.recipes import fitted, from_recipe, usual_finetune, usual_scratch
+from finetune101.recipes import fitted, from_recipe, rescheduled, usual_finetune, usual_scratch
 from finetune101.run import Run
 from finetune101.training.job import make_manifest
 
@@ -121,15 +121,10 @@ def _check_arm(arm: str, recipe: str, config: TrainConfig) -> None:
         raise Refused(f"--probe-recipe {recipe} trains every layer; give one that trains the output layer only")
 
 
-def _as_many_steps(optim: Any, classes: int, size: int, largest: int) -> Any:
+def _as_many_steps(optim: OptimConfig, classes: int, size: int, largest: int) -> OptimConfig:
     """``optim`` with the epochs that make, on ``size`` images per class, the steps that it makes on ``largest``."""
     per_epoch, full = (-(-classes * n // optim.batch_size) for n in (size, largest))
-    epochs = max(1, round(optim.epochs * full / per_epoch)) if optim.epochs else 0
-    longer = epochs / optim.epochs if optim.epochs else 1
-    step_size = max(1, round(optim.step_size * longer))
-    return dataclasses.replace(
-        optim, epochs=epochs, step_size=step_size, warmup_epochs=min(optim.warmup_epochs * longer, max(epochs - 1, 0))
-    )
+    return rescheduled(optim, max(1, round(optim.epochs * full / per_epoch)) if optim.epochs else 0)
 
 
 def split_file(folder: Path, split_seed: int, size: int) -> Path:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from finetune101.config import TrainConfig
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
+from finetune101.experiments.settings import WorkerOptions
 from finetune101.files import remove_abandoned
 from finetune101.redaction import LOG, keep_error, redacted
 from finetune101.run import Run
@@ -47,13 +48,16 @@ class Task:
         """The run's folder."""
         return Run(Path(self.config.runs) / self.config.exp)
 
+    def is_trained(self) -> bool:
+        """Whether the run has its last epoch."""
+        records = self.run.metrics()
+        return bool(records) and records[-1]["epoch"] >= self.config.optim.epochs
+
     def is_done(self) -> bool:
         """Whether the run is trained to its last epoch, and tested where it is to be."""
-        records = self.run.metrics()
-        trained = bool(records) and records[-1]["epoch"] >= self.config.optim.epochs
         if self.is_tested:  # published evidence may lack its records
             return self.run.has("test.json") and self.run.epochs_left() <= 0
-        return trained
+        return self.is_trained()
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Workers(Protocol):
 def run_tasks(
     tasks: Iterable[Task | None], workers: Workers, goes_on: Callable[[Epoch], bool] = lambda epoch: True
 ) -> Generator[Event | None, None, None]:
-    """Trains ``tasks``; yields what happens, and None about every second in which nothing did.
+    """Trains ``tasks``; yields what happens, and None at least about every second, for a bar that moves.
 
     The next task is asked for when a worker is free; None in its place: none before another run has ended. After each
     epoch ``goes_on`` says whether the run goes on. An epoch arrives once, also of a run that was interrupted.
@@ -184,7 +188,7 @@ def train_task(task: Task) -> Generator[Event, None, None]:
     with contextlib.suppress(OSError):
         remove_abandoned(run.path)  # of a killed worker
     try:
-        is_trained = task.is_done() or (run.has("config.json") and bool(run.metrics()) and run.epochs_left() <= 0)
+        is_trained = task.is_trained()
         for record in run.metrics() if is_trained or run.last.is_file() else []:
             yield Epoch(task, record, is_new=False)
         if not is_trained:
@@ -303,6 +307,27 @@ class LocalWorkers:
             process.kill()
             process.join()
         self._idle, self._busy = [], {}
+
+
+def check_workers(options: WorkerOptions) -> None:
+    """Raises Refused for ``options`` that cannot be."""
+    if options.jobs is not None and options.jobs < 1:
+        raise Refused(f"--jobs is {options.jobs}; give at least 1")
+    if options.gpus_per_run and options.cluster is None:
+        raise Refused("--gpus-per-run is for --cluster; on one machine --jobs runs share the GPU")
+
+
+def make_workers(options: WorkerOptions) -> Workers:
+    """Processes of this machine, or tasks of the Ray cluster that ``options`` name.
+
+    Raises Refused for options that cannot be, and a cluster that cannot be reached.
+    """
+    check_workers(options)
+    if options.cluster is None:
+        return LocalWorkers(options.jobs or 1)
+    from finetune101.experiments.cluster import RayWorkers
+
+    return RayWorkers(options.cluster, jobs=options.jobs, gpus_per_run=options.gpus_per_run)
 
 
 def _births() -> Any:

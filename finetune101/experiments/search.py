@@ -359,13 +359,15 @@ def run_search(
                 for event in events:
                     progress.show(event)
                     if isinstance(event, Ended):  # each takes a moment, which at the end would exceed the budget
-                        outcome.draw_curves(plan, search.entries(), plots, draw)
+                        path = str(event.task.run.path)
+                        ended = [entry for entry in search.entries() if entry["run"] == path]
+                        outcome.draw_curves(plan, ended, plots, draw)
         finally:
             progress.bar.close()
             result = outcome.Outcome(search.entries(), search.finalists(), search.probe_entry())
             if result.entries or result.probe:
-                trained = search.trained
-                took = {"wall_seconds": time.perf_counter() - started, "training_seconds": trained} if trained else None
+                wall = time.perf_counter() - started
+                took = {"wall_seconds": wall, "training_seconds": search.trained} if search.trained else None
                 outcome.write_search(plan, search_name(plan), result, took, table)
                 outcome.draw_curves(plan, result.entries, plots, draw)
     outcome.print_ranking(plan, result, table, search.points_left())
@@ -379,8 +381,7 @@ def run_cost(plan: Plan) -> Callable[[TrainConfig], float]:
     images, paces = duration.count(index, data), dict[str, duration.Pace]()
 
     def cost(config: TrainConfig) -> float:
-        model, augment = config.model, config.augment
-        kind = repr((model.name, model.size, model.cache_size, augment.train_sizes, config.optim.batch_size))
+        kind = duration.step_kind(config)
         if kind not in paces:
             with duration.undisturbed():
                 shared = sharing(config, plan.jobs) if plan.jobs > 1 else config

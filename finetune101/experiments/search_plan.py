@@ -14,7 +14,7 @@ from finetune101.config import AugmentConfig, ModelConfig, TrainConfig
 from finetune101.errors import Refused
 from finetune101.experiments.point_run import split_hash
 from finetune101.experiments.settings import SearchOptions
-from finetune101.experiments.space import AROUND, Point, Space, described, own_point, points
+from finetune101.experiments.space import Point, Space, around, described, own_point, points
 from finetune101.experiments.stage import Pruner, Sampler
 from finetune101.models.table import lookup
 from finetune101.training.resume import essence
@@ -114,7 +114,7 @@ def make_plan(config: TrainConfig, space: Space, options: SearchOptions) -> Plan
         base=config, space=space, sampler=options.sampler, pruner=options.pruner, trials=options.trials,
         budget=budget, finalists=options.finalists, seeds=options.seeds, jobs=options.jobs or 1,
     )  # fmt: skip
-    if not options.is_automatic or space.keys() != AROUND.keys():
+    if not options.is_automatic or space != around(config):
         return plan
     return replace(
         plan,

@@ -57,7 +57,19 @@ class StudyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class WorkerOptions:
+    """What trains the runs of a study or a search."""
+
+    jobs: int | None = None
+    """Runs at a time. Default: 1, on a cluster as many as it has room for."""
+    cluster: str | None = None
+    """Train on a Ray cluster: auto, or its address. See docs/cluster.md."""
+    gpus_per_run: float = 0.0
+    """GPUs of a run on a cluster, such as 1 or 0.5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(WorkerOptions):
     """A search: which points are tried, how, and for how long."""
 
     grid: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -76,12 +88,6 @@ class SearchOptions:
     median stops a run below the median of the others at the same share of its schedule."""
     trials: int | None = None
     """How many points. Default: the whole grid, or what the budget allows."""
-    jobs: int | None = None
-    """Runs at a time. Default: 1, on a cluster as many as it has room for."""
-    cluster: str | None = None
-    """Train on a Ray cluster: auto, or its address. See docs/cluster.md."""
-    gpus_per_run: float = 0.0
-    """GPUs of a run on a cluster, such as 1 or 0.5."""
     finalists: int = 0
     """Train this many of the best again with several seeds; the best mean wins."""
     seeds: int = 3
@@ -95,4 +101,4 @@ class SearchOptions:
         return self.budget is not None and not (self.grid or self.space) and self.stage == "all"
 
 
-USUAL_SEARCH = SearchOptions()
+USUAL_SEARCH, USUAL_WORKERS = SearchOptions(), WorkerOptions()

@@ -21,6 +21,7 @@ from finetune101.errors import Refused
 from finetune101.experiments.point_run import run_of, write_hparams
 from finetune101.experiments.runner import Ended, Epoch, Failed, Task
 from finetune101.experiments.space import Point, Range, Space, point_label
+from finetune101.recipes import rescheduled
 from finetune101.run import Run
 
 Sampler = Literal["grid", "random", "tpe"]
@@ -80,15 +81,10 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
 
 
 def shortened_schedule(config: TrainConfig, share: float) -> TrainConfig:
-    """``config`` with ``share`` of its epochs as a whole schedule: its warm-up and its steps are shortened alike."""
+    """``config`` with ``share`` of its epochs as a whole schedule."""
     optim = config.optim
     epochs = max(1, round(optim.epochs * share)) if optim.epochs else 0
-    if epochs == optim.epochs:
-        return config
-    ratio = epochs / optim.epochs
-    warmup = min(optim.warmup_epochs * ratio, epochs - 1)
-    step_size = max(1, round(optim.step_size * ratio))
-    return replace(config, optim=replace(optim, epochs=epochs, warmup_epochs=warmup, step_size=step_size))
+    return config if epochs == optim.epochs else replace(config, optim=rescheduled(optim, epochs))
 
 
 @dataclass
@@ -241,9 +237,8 @@ class Stage:
             trial.set_user_attr("steps", records[-1]["step"])
             trial.set_user_attr("seconds", round(sum(r["seconds"] + r["val_seconds"] for r in records), 3))
         if isinstance(event, Failed):
-            if event.kind == "Refused" and not (
-                may_fail or NETWORK & set(self.space)
-            ):  # such as weights that are not there
+            is_of_all = event.kind == "Refused" and not may_fail and not NETWORK & set(self.space)
+            if is_of_all:  # such as weights that are not there
                 raise Refused(event.message)
             trial.set_user_attr("trace", event.trace)
             trial.set_user_attr("is_fault", event.kind not in ("Refused", "Diverged"))  # of the program, or the machine

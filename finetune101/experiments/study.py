@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,19 @@ from finetune101.evaluation.checkpoint import has_frozen_backbone
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.folders import alone
 from finetune101.experiments.plan import Cell, write_splits
-from finetune101.experiments.runner import Ended, Epoch, Failed, LocalWorkers, Task, Workers, run_tasks
+from finetune101.experiments.runner import Ended, Epoch, Failed, Task, Workers, run_tasks
 from finetune101.experiments.settings import StudyConfig
 from finetune101.files import write_json
-from finetune101.run import Run
 from finetune101.training import duration
 from finetune101.training.duration import Counts, Work
 from finetune101.training.job import sharing
 from finetune101.training.resume import as_started, check_same
 
 
-def run_study(
-    study: StudyConfig, index: Index, cells: Sequence[Cell], make_workers: Callable[[], Workers] = LocalWorkers
-) -> dict[str, Any]:
+def run_study(study: StudyConfig, index: Index, cells: Sequence[Cell], workers: Workers) -> dict[str, Any]:
     """Trains and tests what is not done yet, seed by seed; writes study.json after every run and returns it.
 
-    The workers train as many runs at a time as they take. A run that fails, whatever of, stands in
+    ``workers`` train as many runs at a time as they take. A run that fails, whatever of, stands in
     study.json with the reason, its traceback in error.log of its folder, and the others go on. Raises Refused where no
     first run of any cell can begin, as settings, images or weights are wrong.
     """
@@ -47,7 +45,7 @@ def run_study(
         write_json(folder / "study.json", summarise(study, cells, failures))  # an interrupted study has one as well
         ended, total = 0, sum(max(task.config.optim.epochs, 1) for task in left)
         with tqdm(total=total, desc=study.exp, unit="epoch", dynamic_ncols=True) as bar:
-            for event in run_tasks(left, make_workers()):
+            for event in run_tasks(left, workers):
                 if isinstance(event, Epoch) and event.record["epoch"]:
                     bar.update()
                 elif isinstance(event, Ended | Failed):
@@ -86,21 +84,16 @@ def is_done(config: TrainConfig) -> bool:
     return task.is_done()
 
 
-def _is_ended(run: Run) -> bool:
-    """Whether ``run`` is trained to its last epoch and tested."""
-    return run.has("test.json") and run.epochs_left() <= 0
-
-
 def summarise(study: StudyConfig, cells: Sequence[Cell], failures: Mapping[str, Failed]) -> dict[str, Any]:
     """What study.json holds: the settings and, for each cell, means and standard deviations over its finished runs."""
     rows = []
-    every = [Run(Path(config.runs) / config.exp) for cell in cells for config in cell.runs]
-    cached = features_cached(run for run in every if _is_ended(run))
+    tasks = {cell.folder: [Task(config, is_tested=True) for config in cell.runs] for cell in cells}
+    tested = {folder: [task.run for task in own if task.is_done()] for folder, own in tasks.items()}
+    cached = features_cached(itertools.chain.from_iterable(tested.values()))
     for cell in cells:
-        runs = [Run(Path(c.runs) / c.exp) for c in cell.runs]
-        done = [run for run in runs if _is_ended(run)]
+        done = tested[cell.folder]
         row: dict[str, Any] = {"model": cell.model, "arm": cell.arm, "size": cell.size, "folder": cell.folder}
-        row |= {"n": len(done), "planned": len(runs), "seconds": None}
+        row |= {"n": len(done), "planned": len(cell.runs), "seconds": None}
         for key in ("top1", "mean_per_class"):
             values = [run.read_json("test.json")[key] for run in done]
             row[key] = statistics.mean(values) if values else None

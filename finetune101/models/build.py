@@ -226,15 +226,22 @@ def norms_single_values(model: nn.Module, size: int) -> bool:
 
 def is_installed(name: str) -> bool:
     """Whether the ImageNet weights of the network ``name`` are on this machine; nothing is downloaded."""
-    weights, folder = lookup(name).weights, os.environ.get("FINETUNE101_WEIGHTS")
+    weights = lookup(name).weights
     if isinstance(weights, tuple):
         return all(map(is_installed, weights))
-    if folder and (Path(folder) / f"{name.replace(':', '_')}_imagenet.safetensors").is_file():
+    if _prepared_file(name):
         return True
     if isinstance(weights, Torchvision):
         address = torchvision.models.get_weight(weights.name).url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name).is_file()
     return isinstance(weights, Package) and _package_file(weights) is not None
+
+
+def _prepared_file(name: str) -> Path | None:
+    """The weights of the network ``name`` in $FINETUNE101_WEIGHTS, where they are there."""
+    folder = os.environ.get("FINETUNE101_WEIGHTS")
+    file = Path(folder or "") / f"{name.replace(':', '_')}_imagenet.safetensors"
+    return file if folder and file.is_file() else None
 
 
 def _find_weights(entry: Entry, file: str | None) -> tuple[dict[str, Tensor], str]:
@@ -243,11 +250,8 @@ def _find_weights(entry: Entry, file: str | None) -> tuple[dict[str, Tensor], st
         return _from_file(entry, Path(file))
     if isinstance(entry.weights, tuple):
         return _from_parts(entry.weights)
-    folder = os.environ.get("FINETUNE101_WEIGHTS")
-    if folder:
-        prepared = Path(folder) / f"{entry.name.replace(':', '_')}_imagenet.safetensors"
-        if prepared.is_file():
-            return _from_file(entry, prepared)
+    if prepared := _prepared_file(entry.name):
+        return _from_file(entry, prepared)
     if isinstance(entry.weights, Package):
         return _from_package(entry, entry.weights)
     try:

@@ -116,6 +116,11 @@ def kind(config: TrainConfig) -> str:
     return repr((config.model, config.augment, o.batch_size, o.ema > 0, o.teacher, s))
 
 
+def step_kind(config: TrainConfig) -> str:
+    """A key of what decides the pace of a run most: its network, sizes and batches. Augmentation is left out."""
+    return repr((config.model, config.augment.train_sizes, config.optim.batch_size))
+
+
 def duration_text(works: Sequence[Work], index: Index, jobs: int = 1, budget: float = 15.0) -> str:
     """How long ``works`` take, in a sentence; ``jobs`` of them run at a time.
 

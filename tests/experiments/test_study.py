@@ -18,7 +18,6 @@ import publish_study
 import pytest
 from experiments.in_process import InProcess
 
-from finetune101 import api
 from finetune101.cli.main import main
 from finetune101.data import splits
 from finetune101.data.images import Index, index_images
@@ -61,7 +60,7 @@ def study(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyCon
 
 @pytest.fixture(scope="module")
 def folder(study: StudyConfig, index: Index) -> Path:
-    experiment.run_study(study, index, plan_study(study, index), InProcess)
+    experiment.run_study(study, index, plan_study(study, index), InProcess())
     return Path(study.runs) / "s"
 
 
@@ -100,7 +99,7 @@ def test_a_second_call_trains_nothing(folder: Path, study: StudyConfig, index: I
     times = {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")}
     cells = plan_study(study, index)
     assert all(experiment.is_done(config) for cell in cells for config in cell.runs)
-    experiment.run_study(study, index, cells, InProcess)
+    experiment.run_study(study, index, cells, InProcess())
     assert times == {file: file.stat().st_mtime_ns for file in folder.glob("**/test.json")} and len(times) == 4
 
 
@@ -118,7 +117,7 @@ def test_the_estimate_counts_every_run_that_is_left(
 def test_other_settings_are_another_study(folder: Path, study: StudyConfig, index: Index) -> None:
     other = dataclasses.replace(study, epochs=2)
     with pytest.raises(ValueError, match="give the study another --exp"):
-        experiment.run_study(other, index, plan_study(other, index), InProcess)
+        experiment.run_study(other, index, plan_study(other, index), InProcess())
 
 
 def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: Index) -> None:
@@ -188,7 +187,7 @@ def test_a_run_that_is_tested_before_its_end_is_not_done(study: StudyConfig, ind
         groups.read_tested(job.run)
     evaluate(job.run)
     assert not experiment.is_done(cells[0].runs[0])
-    assert experiment.run_study(own, index, cells, InProcess)["cells"][0]["n"] == 1
+    assert experiment.run_study(own, index, cells, InProcess())["cells"][0]["n"] == 1
     assert experiment.is_done(cells[0].runs[0]) and job.run.stopped() == "" and len(job.run.metrics()) == 2
 
 
@@ -254,7 +253,7 @@ def test_a_study_that_was_moved_or_named_by_an_absolute_path_goes_on(
         moved = dataclasses.replace(study, exp="renamed", runs=runs)
         cells = plan_study(moved, index)
         assert all(experiment.is_done(config) for cell in cells for config in cell.runs)
-        assert [cell["n"] for cell in experiment.run_study(moved, index, cells, InProcess)["cells"]] == [1] * 4
+        assert [cell["n"] for cell in experiment.run_study(moved, index, cells, InProcess())["cells"]] == [1] * 4
     other = tmp_path / "new/renamed/splits/split42_2_per_class.json"
     other.write_bytes((tmp_path / "new/renamed/splits/split42_4_per_class.json").read_bytes())
     with pytest.raises(Refused, match=r"data\.split"):
@@ -281,13 +280,13 @@ def test_a_run_that_dies_of_a_fault_is_kept_and_the_others_go_on(
         return fit(job, **how)
 
     monkeypatch.setattr(runner, "fit", failing)
-    (cell,) = experiment.run_study(short, index, cells, InProcess)["cells"]
+    (cell,) = experiment.run_study(short, index, cells, InProcess())["cells"]
     assert cell["n"] == 1 and [(f["run"], f["type"]) for f in cell["failed"]] == [(first.exp, "MemoryError")]
     log = tmp_path / first.exp / "error.log"
     assert "Traceback" in log.read_text() and "MemoryError: no room" in cell["errors"][0]
     assert json.loads((tmp_path / "s" / "study.json").read_text())["cells"] == [cell]
     monkeypatch.undo()
-    (cell,) = experiment.run_study(short, index, cells, InProcess)["cells"]  # the same command tries it again
+    (cell,) = experiment.run_study(short, index, cells, InProcess())["cells"]  # the same command tries it again
     assert (cell["n"], cell["errors"], log.exists()) == (2, [], False)
 
 
@@ -307,11 +306,11 @@ def test_with_two_jobs_a_killed_worker_costs_no_run(
 
     real_start = BaseProcess.start
     monkeypatch.setattr(BaseProcess, "start", kill_one)
-    trained, impossible = experiment.run_study(mixed, index, cells, lambda: LocalWorkers(2))["cells"]
+    trained, impossible = experiment.run_study(mixed, index, cells, LocalWorkers(2))["cells"]
     assert (trained["n"], trained["errors"], impossible["n"]) == (2, [], 0) and victims
     assert [f["type"] for f in impossible["failed"]] == ["Refused"] * 2 and "32" in impossible["errors"][0]
     one = dataclasses.replace(short, exp="one", epochs=3, seeds=1)
-    experiment.run_study(one, index, plan_study(one, index), InProcess)
+    experiment.run_study(one, index, plan_study(one, index), InProcess())
     scores = [Run(tmp_path / exp / cells[0].folder / "split42_seed0").read_json("test.json") for exp in ("s", "one")]
     assert scores[0]["loss"] == scores[1]["loss"]
 
@@ -319,21 +318,21 @@ def test_with_two_jobs_a_killed_worker_costs_no_run(
 def test_a_run_that_kills_its_workers_fails_alone(short: StudyConfig, index: Index) -> None:
     cells = plan_study(short, index)
     exp = cells[0].runs[0].exp
-    (cell,) = experiment.run_study(short, index, cells, lambda: InProcess(deaths=[exp] * MAX_LOSSES))["cells"]
+    (cell,) = experiment.run_study(short, index, cells, InProcess(deaths=[exp] * MAX_LOSSES))["cells"]
     assert cell["n"] == 1 and [(f["run"], f["type"]) for f in cell["failed"]] == [(exp, "Killed")]
-    assert experiment.run_study(short, index, cells, InProcess)["cells"][0]["n"] == 2
+    assert experiment.run_study(short, index, cells, InProcess())["cells"][0]["n"] == 2
 
 
 def test_a_second_study_in_the_folder_is_refused(short: StudyConfig, index: Index, tmp_path: Path) -> None:
     with alone(tmp_path / "s", "study"), pytest.raises(Refused, match=rf"another study \(process {os.getpid()}"):
-        experiment.run_study(short, index, plan_study(short, index), InProcess)
+        experiment.run_study(short, index, plan_study(short, index), InProcess())
     assert (tmp_path / "s" / "study.lock").exists() and not (tmp_path / "s" / "study.json").exists()
 
 
 def test_a_study_of_which_nothing_can_begin_is_one_sentence(short: StudyConfig, index: Index) -> None:
     small = dataclasses.replace(short, models=("alexnet",))
     with pytest.raises(Refused, match="32"):
-        experiment.run_study(small, index, plan_study(small, index), InProcess)
+        experiment.run_study(small, index, plan_study(small, index), InProcess())
 
 
 def test_a_folder_of_something_else_is_refused(short: StudyConfig, index: Index, tmp_path: Path) -> None:
@@ -346,7 +345,7 @@ def test_a_folder_of_something_else_is_refused(short: StudyConfig, index: Index,
     (tmp_path / "file").write_text("")
     unwritable = dataclasses.replace(short, runs=str(tmp_path / "file"))
     with pytest.raises(Refused, match="--runs"):
-        experiment.run_study(unwritable, index, plan_study(unwritable, index), InProcess)
+        experiment.run_study(unwritable, index, plan_study(unwritable, index), InProcess())
 
 
 def test_what_is_listed_twice_is_trained_once(short: StudyConfig, index: Index) -> None:
@@ -364,7 +363,7 @@ def test_the_command_says_how_long_and_ends_with_1_where_a_run_failed(
     assert main([*words, "--dry-run"]) == 0
     assert re.search("2 to do. This takes about .* second", capsys.readouterr().out) and not any(tmp_path.iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "make_workers", lambda *how: InProcess())
+        patch.setattr(runner, "make_workers", lambda *how: InProcess())
         patch.setattr(runner, "fit", lambda job, **how: 1 / 0)
         assert main([*words[:2], "all fail", *words[3:]]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
