@@ -252,7 +252,19 @@ def speed(results: Path) -> dict[str, float]:
     return {one["id"]: one["value"] for one in table.rows(results / "speed")[1]}
 
 
+def auto_number(name: str, folder: Path, results: Path) -> float:
+    """What an ``auto`` took by its output, timed by the shell: ``seconds``, or the ``budget`` that it used, in %."""
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    took = re.search(r"^real\s+(\d+)m([\d.]+)s$", output, re.M)
+    budget = re.search(r"\[1/6\] .*\((\d+) minutes left", output)
+    if not took or not budget:
+        raise ValueError("output.txt lacks the budget or the time")
+    seconds = 60 * int(took[1]) + float(took[2])
+    return seconds if name.endswith("seconds") else 100 * seconds / (60 * int(budget[1]))
+
+
 COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
+    r"auto\.(small\.)?(seconds|budget)": auto_number,
     r".*\.minutes": lambda name, folder, results: minutes(folder, results),
     r"speed\..*": lambda name, folder, results: speed(results)[name],
     r"search\..*(lead|standard_error)|search\.overhead.*": search_number,
