@@ -66,10 +66,14 @@ def _defaults(verb: Verb, argv: Sequence[str], prog: str, model: str) -> dict[st
     if TrainConfig not in kinds.values():
         return {}
     words = [word for word in argv if word != "--resume" or "--resume" in flags_of(verb)]  # unknown to the others
-    flags = {word.split("=")[0] for word in argv}
-    automatic = "--budget" in flags and not flags & {"--grid", "--space", "--stage"}
-    original = bool(model) or (SearchOptions in kinds.values() and not automatic)
+    original = bool(model) or (SearchOptions in kinds.values() and not _search_options(words, prog).is_automatic)
     return {"config": first_settings(words, model, original, prog)}
+
+
+def _search_options(argv: Sequence[str], prog: str) -> SearchOptions:
+    """The options of a search in ``argv``, before its settings are known."""
+    options: SearchOptions = _by_tyro(SearchOptions, [word for word in argv if word not in HELP], prog=prog)[0]
+    return options
 
 
 def first_settings(
