@@ -19,7 +19,8 @@ from tqdm import tqdm
 from finetune101.config import DataConfig, TrainConfig, change, check_name, validate
 from finetune101.data.download import download
 from finetune101.data.images import find_data
-from finetune101.deploy.network import Image, Network, Prediction, load
+from finetune101.deploy.network import Network, load
+from finetune101.deploy.prediction import Image, Prediction
 from finetune101.deploy.released import RELEASED, score_released
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import has_frozen_backbone

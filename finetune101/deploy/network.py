@@ -2,73 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import html
-import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image as Pillow
 from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
-from finetune101.data.decode import Pixels, Unreadable, decode, decode_image, opened, upright
+from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
+from finetune101.deploy.prediction import IMAGES, Image, Prediction, pillow_image
 from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
-
-Image = str | Path | Pillow.Image | NDArray[np.uint8]
-"""A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
-IMAGES = "give a file, a Pillow image, an array of uint8, or a list of them"
-THUMBNAIL = 128  # pixels of its longer side
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The classes of one image with their probabilities from 0 to 1, most probable first."""
-
-    classes: tuple[tuple[str, float], ...]
-    image: Image = field(repr=False, compare=False)
-    """The image as it was given."""
-
-    @property
-    def source(self) -> str:
-        """The image's file; "" for an image that is no file."""
-        return str(self.image) if isinstance(self.image, str | Path) else ""
-
-    @property
-    def label(self) -> str:
-        """The most probable class."""
-        return self.classes[0][0]
-
-    @property
-    def probability(self) -> float:
-        """The probability of ``label``."""
-        return self.classes[0][1]
-
-    def __repr__(self) -> str:
-        names = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in self.classes)
-        return f"{self.source}: {names}" if self.source else names
-
-    def _repr_html_(self) -> str:
-        """The image beside bars, for notebooks."""
-        bar = "background:#4c72b0;height:0.8em"
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td style='text-align:left'>"
-            f"<div style='{bar};width:{120 * p:.0f}px'></div></td><td>{100 * p:.1f} %</td></tr>"
-            for name, p in self.classes
-        )
-        picture = f"<img src='{_data_url(self.image)}' alt=''>"
-        return f"<div style='display:flex;gap:1em;align-items:center'>{picture}<table>{rows}</table></div>"
 
 
 class Network:
@@ -135,25 +86,7 @@ class Network:
                 return decode(Path(image), size, interpolation)
             except Unreadable as error:
                 raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
-        return decode_image(_pillow(image), size, interpolation)
-
-
-def _pillow(image: Image) -> Pillow.Image:
-    """An image that is no file as a Pillow image. Raises Refused for what is no image."""
-    if isinstance(image, np.ndarray):
-        fits = image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] == (3,))
-        if not fits:
-            raise Refused(
-                f"an array of {image.dtype} of shape {image.shape} is no image; give uint8 of height x width x 3"
-            )
-        return Pillow.fromarray(image)
-    if not isinstance(image, Pillow.Image):
-        raise Refused(f"{type(image).__name__} is no image; {IMAGES}")
-    try:
-        image.load()
-    except (OSError, ValueError) as error:  # Pillow's, of a closed or damaged file
-        raise Refused(f"the Pillow image cannot be read ({error}); open it again") from error
-    return image
+        return decode_image(pillow_image(image), size, interpolation)
 
 
 def ranked_classes(network: TrainedNetwork, output: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
@@ -187,16 +120,3 @@ def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:
     if name.endswith(".safetensors") and Path(name).is_file():
         return Network(open_file(Path(name)))
     return Network(open_network(open_run(name, runs)))
-
-
-def _data_url(image: Image) -> str:
-    """A thumbnail of ``image`` for a page."""
-    file = io.BytesIO()
-    with contextlib.ExitStack() as stack:
-        if isinstance(image, str | Path):
-            small = stack.enter_context(opened(Path(image), THUMBNAIL)).image.copy()
-        else:
-            small = upright(_pillow(image))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(file, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
