@@ -52,6 +52,7 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
         temperature=info.temperature,
         name=name,
         frozen_backbone=info.part == "head",
+        architecture=info.model,
     )
     return network, info
 

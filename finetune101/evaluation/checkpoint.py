@@ -22,6 +22,7 @@ from finetune101.evaluation.metrics import Calibrated
 from finetune101.files import checked, parse_json, read_json
 from finetune101.machine import World, detect
 from finetune101.models.build import build
+from finetune101.models.table import lookup
 from finetune101.run import Run
 from finetune101.schemas import Machine
 
@@ -85,6 +86,13 @@ class TrainedNetwork:
     frozen_backbone: bool = False
     """See ``has_frozen_backbone``."""
     checkpoint_hash: str = ""
+    architecture: str = ""
+    """The name of the network in ``models/table.py``."""
+
+    @property
+    def head(self) -> str:
+        """The name of the output layer, a module of ``model``, such as "fc". Raises Refused without architecture."""
+        return lookup(self.architecture).head.rstrip(".")
 
     def forward(self, mirror: bool = False) -> Forward:
         """Its only forward pass."""
@@ -162,6 +170,7 @@ def _open(file: Path, name: str) -> TrainedNetwork:
         name=name,
         frozen_backbone=info.part == "head" or info.epoch == 0,
         checkpoint_hash=checkpoint_hash,
+        architecture=info.model,
     )
 
 

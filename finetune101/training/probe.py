@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from finetune101.data import store
-from finetune101.data.batches import eval_batches
 from finetune101.data.cache import Images
 from finetune101.errors import Refused
-from finetune101.evaluation.forward import logits
+from finetune101.evaluation.features import Outputs, kept_outputs
 from finetune101.machine import World
-from finetune101.models.build import Built, state_hash
-
-BATCH = 64  # images per forward pass
-FUSED = "fused 4"  # the version of fast/inference.py, whose features differ by rounding
+from finetune101.models.build import Built
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -50,7 +40,7 @@ def fit_head(
 
     Multinomial logistic regression on standardised features of whole images, by L-BFGS (Liu & Nocedal, 1989), for each
     of the L2 ``penalties``; the one with the highest validation accuracy is kept, of equals the one with the lowest
-    validation loss. Returns what the record of the run shows, and ``unpaid`` (see ``Features``), which is for its
+    validation loss. Returns what the record of the run shows, and ``unpaid`` (see ``Outputs``), which is for its
     seconds. ``check_linear`` refuses the networks that this cannot work with.
     """
     head = built.output_layer
@@ -100,54 +90,9 @@ def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = 
     return weight.detach()
 
 
-class Features(NamedTuple):
-    """What the head of a network sees of images."""
-
-    values: Tensor
-    """float32 (N, D) on the CPU."""
-    unpaid: float
-    """Seconds to add to the clock, so that the features cost what they took when they were computed."""
-
-
-def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Features:
-    """What the head of ``built.model`` sees of the whole images ``paths``, kept in the cache folder.
-
-    The seconds that computing took are kept beside them: a run that finds them has the same cost as the run that
-    computed them, whether it read them in a moment or waited for another process. ``fast`` allows fused layers.
-    """
-    started = time.perf_counter()
+def features(built: Built, images: Images, paths: Sequence[str], world: World, fast: bool = True) -> Outputs:
+    """What the head of ``built.model`` sees of the whole images ``paths``, kept in the cache folder."""
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
-    key = [
-        images.key,
-        *paths,
-        state_hash(model),
-        built.preprocessing,
-        world.precision,
-        world.device.type,
-        fast and FUSED,
-    ]
-    if images.pixels is None:  # with --cache off nothing is kept
-        return Features(_compute(model, images, paths, world, fast), 0.0)
-    name = hashlib.sha256("\n".join(map(str, key)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    place = store.Place(f"features_{name}.npy", (len(paths), built.output_layer.in_features), np.float32)  # type: ignore[arg-type]
-    kept = store.read_array(place)
-    with contextlib.nullcontext() if kept else store.turn(place):
-        kept = kept or store.read_array(place)  # another process may have computed them meanwhile
-        if kept is None:
-            computing = time.perf_counter()
-            values = _compute(model, images, paths, world, fast)
-            seconds = time.perf_counter() - computing
-            if not store.make_room(place):
-                with contextlib.suppress(Refused):  # on a full disk
-                    store.keep_array(place, [values.numpy()], f"{len(paths):,} images seen by a network", seconds)
-            return Features(values, seconds - (time.perf_counter() - started))
-    return Features(torch.from_numpy(kept.array), kept.seconds - (time.perf_counter() - started))
-
-
-def _compute(model: nn.Module, images: Images, paths: Sequence[str], world: World, fast: bool) -> Tensor:
-    """Features float32 (N, D) of the headless ``model``."""
-    batches = eval_batches(images, paths, [0] * len(paths), batch_size=BATCH, world=world)
-    steps = -(-len(paths) // BATCH)
-    result, _ = logits(model, tqdm(batches, total=steps, desc="features", unit="batch", leave=False), world, fast=fast)
-    return result
+    width: int = built.output_layer.in_features  # type: ignore[assignment]
+    return kept_outputs(model, width, built.preprocessing, images, paths, world, fast)
