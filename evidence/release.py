@@ -1,6 +1,8 @@
 """Puts the best epoch of a tested run into the package, in half precision, with its card.
 
 python evidence/release.py RUN released_finetune|released_random|released_probe
+
+Without RUN, only the score for images unlike its training images is fitted again, on the images in $FINETUNE101_DATA.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune101.deploy.released import FOLDER, RELEASED, score_released
+from finetune101.deploy.released import FOLDER, RELEASED, open_reference, open_released, score_released
 from finetune101.evaluation.checkpoint import read_checkpoint
 from finetune101.evaluation.tested import read_answers
+from finetune101.evaluation.unlike import UNLIKE, no_unlike_reason, write_unlike
+from finetune101.evaluation.unlike_run import unlike_of
 from finetune101.files import atomic
 from finetune101.reports.mistakes import confused_pairs
 from finetune101.run import Run, save_checkpoint
@@ -30,7 +34,7 @@ EfficientNet-Lite0, {arm}.
 | use | `finetune101 predict {name} photo.jpg`; `python test.py --exp {name}` gives the accuracy below |
 | what it does | gives a photograph one of 101 class names (accordion to yin_yang) and its probability |
 | intended for | trying the tool, teaching, a baseline on Caltech-101 |
-| not for | decisions about people, or pictures of other things: it has no class for "none of these" |
+| not for | decisions about people, or pictures of other things: it has no class for them, and marks only most of them |
 | data | Caltech-101 without BACKGROUND_Google (Li, Andreeto, Ranzato, Perona; CC BY 4.0) |
 | protocol | {protocol}, seed {seed}: {train} images trained it, {val} chose the epoch, {n} tested it once |
 | test accuracy | {top1:.2f} % (95 % interval over images {low:.2f} to {high:.2f} %), mean per class {mean:.2f} % |
@@ -78,11 +82,28 @@ def release(run: Run, name: str) -> None:
     with atomic(file.with_suffix(".md")) as part:
         part.write_text(card, encoding="utf-8")
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB) and its card")
+    release_unlike(name, config.data.root)
+
+
+def release_unlike(name: str, data: str | None) -> None:
+    """Writes the score for images unlike the training images of the released network ``name`` beside its weights."""
+    network, info = open_released(name)
+    opened = open_reference(network, data, name, info.split)
+    if reason := no_unlike_reason(len(opened.manifest.subsets["val"]), opened.config.fit_on):
+        print(f"No score for unlike images: {reason}")
+        return
+    file = FOLDER / f"{RELEASED[name]}.{UNLIKE}"
+    unlike = unlike_of(network, opened.manifest, opened.images())
+    write_unlike(file, unlike, network.checkpoint_hash)
+    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB): threshold {unlike.threshold:.4f}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("name", choices=list(RELEASED))
     arguments = parser.parse_args()
-    release(Run(arguments.run), arguments.name)
+    if arguments.run:
+        release(Run(arguments.run), arguments.name)
+    else:
+        release_unlike(arguments.name, None)

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.network import ranked_classes
+from finetune101.deploy.network import Labeller
 from finetune101.deploy.prediction import Prediction
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.photos import decoded
@@ -35,10 +35,9 @@ def _predictions(
 ) -> Iterator[Prediction]:
     if network.fast_kernels:
         tune_allocator()
-    forward = network.forward()
+    label = Labeller(network)
     files = list(inputs.files)
     with tqdm(total=len(files), unit="img", leave=False, disable=None if show_progress else True) as bar:
         for paths, x in decoded(files, network.preprocessing, network.world, batch_size, inputs.failed):
-            ranked = ranked_classes(network, forward(x).cpu(), top_k)
-            yield from (Prediction(tuple(classes), path) for path, classes in zip(paths, ranked, strict=True))
+            yield from label(x, paths, top_k)
             bar.update(len(paths))

@@ -14,8 +14,9 @@ from finetune101.data import splits
 from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
 from finetune101.deploy.inputs import is_list
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_file, open_file, open_network
+from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_hashed, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
+from finetune101.evaluation.unlike import UNLIKE
 from finetune101.machine import detect
 from finetune101.run import find_run, open_run
 
@@ -44,7 +45,7 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
     """
     if name not in available():
         raise Refused(f"this package does not hold {name}; it holds {', '.join(available()) or 'none'}")
-    model, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
+    model, info, checkpoint_hash = load_hashed(FOLDER / f"{RELEASED[name]}.safetensors")
     network = TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
@@ -53,9 +54,10 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
         temperature=info.temperature,
         name=name,
         frozen_backbone=info.part == "head",
+        checkpoint_hash=checkpoint_hash,
         architecture=info.model,
     )
-    return network, info
+    return network.with_unlike(FOLDER / f"{RELEASED[name]}.{UNLIKE}"), info
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,15 @@ def score_reference(
     Raises Refused when the images are of other classes or another split, or when ``batch_size`` is below 1.
     """
     check_batch_size(batch_size)
+    result = scores(*open_reference(network, data, name, split).logits("test", batch_size))
+    return result | ({"frozen_backbone": True} if network.frozen_backbone else {})
+
+
+def open_reference(network: TrainedNetwork, data: str | None, name: str, split: SplitOf | None = None) -> Opened:
+    """``network`` with the images of the reference split; ``split`` as in ``score_reference``.
+
+    Raises Refused when the images are of other classes or another split.
+    """
     config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
     index = index_images(find_data(data))
     manifest = splits.make_split(index, config)
@@ -128,5 +139,4 @@ def score_reference(
         raise Refused(f"{name} knows {trained} classes, the data set has {present}; give the --data it was trained on")
     if split and manifest.hash() != split.hash:
         raise Refused(f"the images in {index.root} are not those that {name} was trained on; give them by --data")
-    result = scores(*Opened(network, manifest, index, config).logits("test", batch_size))
-    return result | ({"frozen_backbone": True} if network.frozen_backbone else {})
+    return Opened(network, manifest, index, config)
