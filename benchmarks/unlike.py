@@ -9,8 +9,8 @@ that finetune101 uses). Each method is fitted on features of training images.
   left out of the fit (RUN "held_out": writes results/unlike/held_out.json).
 - To test the choice: test images against BACKGROUND_Google, which nothing was fitted or chosen on.
 
-``auroc``: share of pairs (an unlike image, a known one) in which the unlike image has the higher score. ``fpr95``: share
-of the unlike images that a threshold keeps which keeps 95 % of the known ones. Numpy; a few minutes with features kept.
+``auroc``: share of pairs (an unlike image, a known one) in which the unlike image has the higher score. ``fpr95``: the
+share of the unlike images that is kept by the threshold that keeps 95 % of the known images.
 """
 
 from __future__ import annotations
