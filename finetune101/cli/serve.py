@@ -58,10 +58,9 @@ def serve(
 def open_classifier(name: str, runs: str) -> Classifier:
     """The network that ``name`` means. Raises Refused where there is none."""
     if name.endswith(".onnx"):
-        import importlib
+        from finetune101.deploy.onnx_network import OnnxNetwork
 
-        classifier: Classifier = importlib.import_module("finetune101.deploy.onnx_network").OnnxNetwork(Path(name))
-        return classifier
+        return OnnxNetwork(name)
     from finetune101.deploy.network import load
 
     return load(name, runs)

@@ -79,7 +79,6 @@ class About(Struct, forbid_unknown_fields=True):
     classes: list[str]
     megabytes: int
     explains: bool = False
-    model: str = ""
 
 
 def openapi(version: str, megabytes: int, most_pictures: int) -> dict[str, Any]:

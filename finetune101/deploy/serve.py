@@ -364,11 +364,10 @@ def application(network: Classifier, limits: Limits | None = None, host: str = "
     limits = limits or Limits()
     worker = Worker(network, limits.waiting)
     about = About(
-        name=Path(getattr(network, "name", "") or "network").name,
+        name=Path(network.name).name,
         classes=list(network.classes),
         megabytes=limits.megabytes,
         explains=hasattr(network, "explain"),
-        model=getattr(getattr(network, "trained", network), "architecture", ""),
     )
     service = Service(about, worker, limits)
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 from msgspec import UNSET
 from PIL import Image as Pillow
 
+from finetune101.config import Preprocessing
 from finetune101.data.decode import MOST_PIXELS, Unreadable, opened
 from finetune101.deploy.answers import Answered, Answers, ClassShare, Unread
 from finetune101.redaction import traceback_of
 
 PASS = 16  # pictures of one forward pass: ``evaluation.forward`` fills passes up to this number
-SIDE = 512  # px: large JPEGs are decoded at a part of their size, at least twice this, for networks that name no size
 
 
 class Classifier(Protocol):
@@ -27,6 +27,16 @@ class Classifier(Protocol):
 
     ``explain``, where the network has it, adds where the network looked.
     """
+
+    @property
+    def name(self) -> str:
+        """Its file, folder or name."""
+        ...
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What turns an image into its input."""
+        ...
 
     @property
     def classes(self) -> list[str]:
@@ -59,7 +69,7 @@ class Worker:
         self.network = network
         self._queue: queue.Queue[Job | None] = queue.Queue(most_waiting)
         self._thread = threading.Thread(target=self._work, name="network", daemon=True)
-        self._side = getattr(getattr(network, "preprocessing", None), "cache_size", SIDE)
+        self._side = network.preprocessing.cache_size
 
     def start(self) -> None:
         """Starts the thread."""

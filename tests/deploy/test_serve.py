@@ -21,6 +21,7 @@ from commands import refused
 from PIL import Image
 from starlette.testclient import TestClient
 
+from finetune101.config import Preprocessing
 from finetune101.deploy.answers import About, Answers, Problem
 from finetune101.deploy.listen import Timed, address_of, listening
 from finetune101.deploy.prediction import Prediction
@@ -35,6 +36,7 @@ class Colours:
 
     name = "/somewhere/runs/colours"
     classes = ("red", "green", "blue")
+    preprocessing = Preprocessing(size=32, cache_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
 
     def __init__(self) -> None:
         self.free, self.wrong, self.passes = threading.Event(), False, list[int]()

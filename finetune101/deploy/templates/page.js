@@ -61,8 +61,11 @@ function show(row) {
   element("one").classList.toggle("busy", !answer && !error);
   element("file").textContent = name;
   element("picture").alt = say("alt", { file: name });
-  const seen = row.overlaid && answer?.overlay ? answer.overlay : url(row);
-  if (element("picture").getAttribute("src") !== seen) element("picture").src = seen;
+  const source = row.overlaid && answer?.overlay ? answer.overlay : url(row);
+  if (element("picture").getAttribute("src") !== source) {
+    element("picture").hidden = false;
+    element("picture").src = source;
+  }
   element("label").textContent = answer ? answer.classes[0].class : error ? reason(error) : "…";
   element("unlike").hidden = !answer?.unlike;
   element("bars").replaceChildren(...(answer?.classes ?? []).map(bar));
@@ -296,6 +299,9 @@ element("language").addEventListener("click", () => {
     localStorage.setItem("language", language);
   } catch {} // the page forgets it then
   translate();
+});
+element("picture").addEventListener("error", () => {
+  element("picture").hidden = true; // a format that this browser cannot show, though the network may read it
 });
 element("why").addEventListener("click", explain);
 element("download").addEventListener("click", download);
