@@ -36,13 +36,14 @@ def serve(
     """
     try:
         from finetune101.deploy import listen, serve
+        from finetune101.deploy.uploads import Limits
     except ModuleNotFoundError as error:
         raise Refused(f"serve needs {error.name}; install it by: pip install 'finetune101[serve]'") from error
     if not 0 <= port <= 65535:
         raise Refused(f"--port is {port}; give a number from 0 to 65535")
     if not 1 <= max_mb <= 1000:
         raise Refused(f"--max-mb is {max_mb}; give a number from 1 to 1000")
-    limits = serve.Limits(megabytes=max_mb)
+    limits = Limits(megabytes=max_mb)
     with listen.listening(host, port) as server:
         classifier = open_classifier(network, runs)
         if host not in serve.LOOPBACK:

@@ -30,11 +30,14 @@ class ClassShare(Struct, forbid_unknown_fields=True):
 
 
 class Neighbour(Struct, forbid_unknown_fields=True):
-    """A training image near a picture in the network's feature space: its class, its path and a small data URL."""
+    """A training image near a picture: its file's name, its class, and a small copy as a data URL ("" without one).
+
+    ``distance`` is 0 for an equal image.
+    """
 
     path: str
-    similarity: float
-    name: str = msgspec.field(name="class", default="")
+    name: str = msgspec.field(name="class")
+    distance: float
     image: str = ""
 
 

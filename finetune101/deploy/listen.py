@@ -12,7 +12,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from finetune101.deploy.serve import Limits
+from finetune101.deploy.uploads import Limits
 from finetune101.errors import Refused
 
 CONNECTIONS = 500

@@ -8,29 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import msgspec
 from PIL import Image as Pillow
 from starlette.applications import Starlette
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import finetune101
 from finetune101.deploy.answers import About, Answers, Problem, openapi
+from finetune101.deploy.guard import Answer, Guard
+from finetune101.deploy.uploads import MB, Body, Failed, Limits, Uploads
 from finetune101.deploy.worker import Busy, Classifier, Job, Worker
 from finetune101.errors import Refused, shortened
 
@@ -44,157 +41,8 @@ FILES = {
 }
 """Path of the server -> file in ``templates/`` and its media type."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-SECURITY = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "cache-control": "no-store",
-}
-MB = 1_000_000
 logging.getLogger("python_multipart").addHandler(logging.NullHandler())  # else clients write to the terminal
 FAULT = "the server failed at this request; its terminal shows why"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a client may ask for; times in seconds."""
-
-    megabytes: int = 32
-    """Of one request."""
-    pictures: int = 64
-    """Of one request."""
-    together: int = 256
-    """Megabytes of all requests at hand together; at least those of one."""
-    waiting: int = 128
-    """Requests that wait for the network."""
-    head: float = 10
-    """Until a connection has sent the head of a request."""
-    pause: float = 10
-    """Between two pieces of a request."""
-    upload: float = 120
-    """For all of a request."""
-    answer: float = 60
-    """Until the network has answered."""
-    linger: float = 2
-    """For what a refused client still sends, so that it sees the refusal."""
-
-
-class Failed(HTTPException):
-    """An error that the client is told: a status code and one sentence."""
-
-    def __init__(self, code: int, sentence: str, problem: Problem | None = None) -> None:
-        super().__init__(code, sentence, {"retry-after": "1"} if code == 503 else None)
-        self.problem = problem or Problem(sentence)
-
-
-class Answer(Response):
-    """JSON of a struct of ``deploy.answers``. A refusal reads on for a moment, or the client would not see it."""
-
-    def __init__(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(msgspec.json.encode(content), status, headers, "application/json")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the answer; what is left of the request is thrown away."""
-        state = scope.get("state", {})
-        if state.get("complete", True):
-            await super().__call__(scope, receive, send)
-            return
-        headers = [*self.raw_headers, (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(state["linger"]):
-                while not state["complete"]:
-                    await receive()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class Guard:
-    """Refuses what foreign pages send here, and puts the security headers on every answer.
-
-    A page of another site cannot read answers of this server, but it could send pictures to it (Origin), and by a name
-    of its own that leads to this address (DNS rebinding) it could read them (Host).
-    """
-
-    def __init__(self, app: ASGIApp, hosts: frozenset[str], any_address: bool, linger: float) -> None:
-        self.app, self.hosts, self.any_address, self.linger = app, hosts, any_address, linger
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on, or refuses it."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        state = scope.setdefault("state", {})
-        state |= {"complete": False, "linger": self.linger}
-
-        async def reading() -> Message:
-            message = await receive()
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                state["complete"] = True
-            return message
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                extra = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        headers = Headers(scope=scope)
-        if "content-length" not in headers and "transfer-encoding" not in headers:
-            state["complete"] = True
-        app: ASGIApp = self.app
-        if not self._is_here(headers.get("host", "")):
-            app = Answer(Problem("this Host is not the server's; open the address that serve printed"), 421)
-        elif self._is_foreign(headers):
-            app = Answer(Problem("requests of pages of other sites are refused"), 403)
-        await app(scope, reading, guarded)
-
-    def _is_here(self, host: str) -> bool:
-        name = host_name(host)
-        return name in self.hosts or (self.any_address and is_address(name))
-
-    def _is_foreign(self, headers: Headers) -> bool:
-        origin = headers.get("origin")
-        if origin is None:
-            return headers.get("sec-fetch-site", "none") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
-        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
-
-
-def host_name(host: str) -> str:
-    """The name in a Host header, without its port; "" where it has none."""
-    try:
-        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:
-        return ""
-
-
-def is_address(name: str) -> bool:
-    """Whether ``name`` is an IP address, which no foreign site can make lead elsewhere."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-class Uploads:
-    """The bytes of all requests at hand, together at most ``most``."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
-
-    def take(self, count: int) -> None:
-        """Adds ``count`` bytes. Raises Failed where there is no room."""
-        if self.held + count > self.most:
-            raise Failed(503, "the server has too many pictures at hand; try again in a second")
-        self.held += count
-
-    def give(self, count: int) -> None:
-        """The end of what ``take`` began."""
-        self.held -= count
 
 
 class Service:
@@ -279,43 +127,6 @@ class Service:
             waiting.cancel()
             gone.cancel()
         raise ClientDisconnect
-
-
-class Body:
-    """The body of a request, read in pieces within its limits."""
-
-    def __init__(self, request: Request, limits: Limits, uploads: Uploads) -> None:
-        self.request, self.limits, self.uploads, self.count = request, limits, uploads, 0
-
-    async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The bytes as they come. Raises Failed for a body that is too large or too slow, and ClientDisconnect."""
-        length = self.request.headers.get("content-length", "")
-        self._check(int(length) if length.isdecimal() else 0)
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self.limits.upload
-        stream = self.request.stream()
-        while True:
-            try:
-                async with asyncio.timeout(min(self.limits.pause, end - loop.time())):
-                    piece = await anext(stream, None)
-            except TimeoutError:
-                raise Failed(408, "the request took too long; send it again") from None
-            if piece is None:
-                return
-            self._check(self.count + len(piece))
-            self.uploads.take(len(piece))
-            self.count += len(piece)
-            yield piece
-
-    def release(self) -> None:
-        """Makes room for others."""
-        self.uploads.give(self.count)
-        self.count = 0
-
-    def _check(self, count: int) -> None:
-        most = self.limits.megabytes
-        if count > most * MB:
-            raise Failed(413, f"the request is larger than {most} MB; send fewer or smaller pictures")
 
 
 async def disconnected(request: Request) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import queue
 import sys
 import threading
@@ -16,9 +18,10 @@ from PIL import Image as Pillow
 
 from finetune101.config import Preprocessing
 from finetune101.data.decode import MOST_PIXELS, Unreadable, opened
-from finetune101.deploy.answers import Answered, Answers, ClassShare, Unread
+from finetune101.deploy.answers import Answered, Answers, ClassShare, Neighbour, Unread
 from finetune101.redaction import traceback_of
 
+SMALL = 224  # px, the longer side of a training image
 PASS = 16  # pictures of one forward pass: ``evaluation.forward`` fills passes up to this number
 
 
@@ -45,6 +48,19 @@ class Classifier(Protocol):
 
     def predict(self, images: Sequence[Pillow.Image], top_k: int = 5) -> Any:
         """A ``Prediction`` for each image."""
+        ...
+
+
+class Explained(Protocol):
+    """Where a network looked in a picture, and what is near to it: ``deploy.explain.Explanation``."""
+
+    @property
+    def neighbours(self) -> Sequence[Any]:
+        """Training images: ``file``, ``label``, ``distance`` and ``thumbnail(side)``."""
+        ...
+
+    def overlay(self) -> Pillow.Image:
+        """The picture under the map of its most probable class."""
         ...
 
 
@@ -144,7 +160,25 @@ class Worker:
             return
         top_k = max(job.top_k for job, *_ in batch)
         predictions = self.network.predict([image for *_, image in batch], top_k=top_k)
-        for (job, name, _), prediction in zip(batch, predictions, strict=True):
+        for (job, name, image), prediction in zip(batch, predictions, strict=True):
             classes = [ClassShare(label, probability) for label, probability in prediction.classes[: job.top_k]]
             answered = Answered(name, classes, unlike=getattr(prediction, "unlike", UNSET))
+            if job.explain and hasattr(self.network, "explain"):
+                add_explanation(answered, self.network.explain(image))
             answers[id(job)].predictions.append(answered)
+
+
+def add_explanation(answered: Answered, explanation: Explained) -> None:
+    """Puts the overlay and the nearest training images into ``answered``."""
+    answered.overlay = data_url(explanation.overlay())
+    answered.nearest = [
+        Neighbour(one.file.name, one.label, one.distance, data_url(small) if (small := one.thumbnail(SMALL)) else "")
+        for one in explanation.neighbours
+    ]
+
+
+def data_url(image: Pillow.Image) -> str:
+    """``image`` as a JPEG in a URL."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

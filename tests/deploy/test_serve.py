@@ -2,64 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import json
-import socket
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
 import msgspec
 import pytest
-import uvicorn
-from commands import refused
+from colours import QUICK, Colours, picture
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finetune101.config import Preprocessing
 from finetune101.deploy.answers import About, Answers, Problem
-from finetune101.deploy.listen import Timed, address_of, listening
-from finetune101.deploy.prediction import Prediction
 from finetune101.deploy.serve import MB, Limits, application
 from finetune101.deploy.worker import Busy, Job, Worker
-
-QUICK = Limits(megabytes=1, pictures=4, head=0.5, pause=0.3, upload=1, answer=5, linger=0.5)
-
-
-class Colours:
-    """A network that knows the brightest channel; ``pause`` holds it up, ``wrong`` makes it fail."""
-
-    name = "/somewhere/runs/colours"
-    classes = ("red", "green", "blue")
-    preprocessing = Preprocessing(size=32, cache_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
-
-    def __init__(self) -> None:
-        self.free, self.wrong, self.passes = threading.Event(), False, list[int]()
-        self.free.set()
-
-    def predict(self, images: list[Image.Image], top_k: int = 5) -> list[Prediction]:
-        self.free.wait(10)
-        if self.wrong:
-            raise RuntimeError("the network is broken")
-        self.passes.append(len(images))
-        return [self._one(image, top_k) for image in images]
-
-    def _one(self, image: Image.Image, top_k: int) -> Prediction:
-        pixel = image.resize((1, 1)).getpixel((0, 0))
-        total = sum(pixel) or 1
-        ranked = sorted(zip(self.classes, (value / total for value in pixel), strict=True), key=lambda one: -one[1])
-        return Prediction(tuple(ranked[:top_k]), image)
-
-
-def picture(colour: Any = (200, 20, 20), kind: str = "png", size: tuple[int, int] = (40, 30)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -72,29 +33,6 @@ def client(network: Colours) -> Iterator[TestClient]:
     with TestClient(application(network, QUICK), base_url="http://127.0.0.1:8000") as opened:
         yield opened
         network.free.set()
-
-
-@contextlib.contextmanager
-def running(network: Colours, limits: Limits) -> Iterator[tuple[str, int]]:
-    """A real server in a thread."""
-    server = listening("127.0.0.1", 0)
-    config = uvicorn.Config(
-        application(network, limits),
-        http=type("Protocol", (Timed,), {"limits": limits}),
-        ws="none",
-        log_config=None,
-        log_level="error",
-        timeout_graceful_shutdown=1,
-    )
-    runner = uvicorn.Server(config)
-    thread = threading.Thread(target=lambda: runner.run(sockets=[server]))
-    thread.start()
-    try:
-        yield server.getsockname()[:2]
-    finally:
-        runner.should_exit = True
-        thread.join()
-        server.close()
 
 
 def problem(answer: Any, status: int) -> Problem:
@@ -179,6 +117,41 @@ def test_a_name_of_the_client_is_never_a_path(client: TestClient, tmp_path: Path
     answer = client.post("/predict", files={"file": (str(secret), picture())}).json()["predictions"][0]
     assert answer["classes"][0]["class"] == "red"
     assert problem(client.post("/predict", files={"file": (str(secret), b"")}), 422).failed
+
+
+class Near:
+    """A training image."""
+
+    file, label, distance = Path("/somewhere/data/red/one.jpg"), "red", 0.25
+
+    def __init__(self, there: bool) -> None:
+        self.there = there
+
+    def thumbnail(self, side: int) -> Image.Image | None:
+        return Image.new("RGB", (side, 8)) if self.there else None
+
+
+class Explaining(Colours):
+    """A network that knows where it looked."""
+
+    def explain(self, image: Image.Image) -> Any:
+        return SimpleNamespace(overlay=lambda: image, neighbours=[Near(True), Near(False)])
+
+
+def test_where_it_looked_and_what_is_near_come_when_they_are_asked_for(client: TestClient) -> None:
+    assert client.get("/network").json()["explains"] is False
+    assert "overlay" not in client.post("/predict?explain=1", content=picture()).json()["predictions"][0]
+    with TestClient(application(Explaining(), QUICK), base_url="http://127.0.0.1") as explaining:
+        assert explaining.get("/network").json()["explains"] is True
+        assert "overlay" not in explaining.post("/predict", content=picture()).json()["predictions"][0]
+        answer = explaining.post("/predict?explain=1", content=picture())
+        one = msgspec.json.decode(answer.content, type=Answers).predictions[0]
+        assert isinstance(one.overlay, str) and one.overlay.startswith("data:image/jpeg;base64,")
+        assert isinstance(one.nearest, list) and b"somewhere" not in answer.content
+        assert [(near.path, near.name, bool(near.image)) for near in one.nearest] == [
+            ("one.jpg", "red", True),
+            ("one.jpg", "red", False),
+        ]
 
 
 # clients that are wrong
@@ -301,101 +274,3 @@ def test_a_full_queue_is_503_with_retry_after(network: Colours) -> None:
             thread.join()
         network.free.set()
     assert all(problem(answer, 503) and answer.headers["retry-after"] == "1" for answer in codes)
-
-
-# real sockets: clients that are slow or send too much
-
-
-def exchange(address: tuple[str, int], *pieces: bytes, pause: float = 0.0) -> tuple[bytes, float]:
-    """All that the server answers to ``pieces``, and the seconds until it closed the connection."""
-    begin = time.perf_counter()
-    with socket.create_connection(address, timeout=10) as connection:
-        with contextlib.suppress(OSError):
-            for piece in pieces:
-                connection.sendall(piece)
-                time.sleep(pause)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while piece := connection.recv(65536):
-                answer += piece
-    return answer, time.perf_counter() - begin
-
-
-def head(*lines: str) -> bytes:
-    return "\r\n".join(["POST /predict HTTP/1.1", "Host: 127.0.0.1", *lines, "", ""]).encode()
-
-
-def test_slow_clients_are_sent_away_while_others_are_answered(network: Colours) -> None:
-    with running(network, QUICK) as address:
-        slow: dict[str, tuple[bytes, float]] = {}
-
-        def start(name: str, *pieces: bytes) -> threading.Thread:
-            def talk() -> None:
-                slow[name] = exchange(address, *pieces, pause=0.1)
-
-            thread = threading.Thread(target=talk)
-            thread.start()
-            return thread
-
-        length = head("Content-Length: 1000")
-        letters = [bytes([byte]) for byte in length[:30]]
-        threads = [
-            start("silent"),
-            start("slow head", *letters),
-            start("no body", length),
-            start("slow body", length, *[b"x"] * 15),
-        ]
-        content = picture()
-        good, _ = exchange(address, head(f"Content-Length: {len(content)}", "Connection: close") + content)
-        assert good.startswith(b"HTTP/1.1 200")
-        for thread in threads:
-            thread.join()
-        assert slow["silent"][0] == slow["slow head"][0] == b""
-        assert slow["no body"][0].startswith(b"HTTP/1.1 408") and slow["slow body"][0].startswith(b"HTTP/1.1 408")
-        assert max(seconds for _, seconds in slow.values()) < 6
-
-
-def test_a_gigabyte_is_refused_while_it_comes(network: Colours) -> None:
-    with running(network, QUICK) as address:
-        told, _ = exchange(address, head("Content-Length: 1000000000"))
-        assert told.startswith(b"HTTP/1.1 413") and b"1 MB" in told
-        # without a length nothing tells but the bytes themselves
-        piece = b"%x\r\n" % 65536 + bytes(65536) + b"\r\n"
-        chunked, seconds = exchange(address, head("Transfer-Encoding: chunked"), *[piece] * 1000)
-        assert chunked.startswith(b"HTTP/1.1 413") and seconds < 6
-        form = b"--x\r\nContent-Disposition: form-data; name=a; filename=b\r\n\r\n"
-        lines = head("Transfer-Encoding: chunked", "Content-Type: multipart/form-data; boundary=x")
-        part, _ = exchange(address, lines + b"%x\r\n" % len(form) + form + b"\r\n", *[piece] * 40)
-        assert part.startswith(b"HTTP/1.1 413")
-        content = picture()
-        good, _ = exchange(address, head(f"Content-Length: {len(content)}", "Connection: close") + content)
-        assert json.loads(good.split(b"\r\n\r\n", 1)[1])["predictions"]
-
-
-def test_a_client_that_goes_is_forgotten(network: Colours) -> None:
-    network.free.clear()
-    with running(network, QUICK) as address:
-        content = picture()
-        for _ in range(2):
-            with socket.create_connection(address, timeout=10) as connection:
-                connection.sendall(head(f"Content-Length: {len(content)}") + content)
-                time.sleep(0.1)
-        time.sleep(0.1)
-        network.free.set()
-        good, _ = exchange(address, head(f"Content-Length: {len(content)}", "Connection: close") + content)
-        assert good.startswith(b"HTTP/1.1 200")
-        assert sum(network.passes) == 2  # the first was at work already
-
-
-# the verb
-
-
-def test_a_port_that_is_taken_and_other_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with listening("127.0.0.1", 0) as server:
-        port = server.getsockname()[1]
-        assert address_of(server) == f"http://127.0.0.1:{port}/"
-        assert "taken" in refused(capsys, "serve", "released_finetune", "--port", str(port))
-    assert "--port" in refused(capsys, "serve", "--port", "70000")
-    assert "--max-mb" in refused(capsys, "serve", "--max-mb", "0")
-    assert "--host" in refused(capsys, "serve", "--host", "203.0.113.1", "--port", "0")
-    refused(capsys, "serve", "no_such_run", "--port", "0")
