@@ -52,7 +52,7 @@ def serve(
         serve.warm_up(classifier)
         print(f"Try {network} at {listen.address_of(server)} (Ctrl-C ends it)", flush=True)
         with watched(Path(network), lambda: "the page is closed"):
-            listen.serve_until_stopped(app, server, limits)
+            listen.http_server(app, limits).run(sockets=[server])
     return 0
 
 

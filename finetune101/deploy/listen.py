@@ -94,12 +94,11 @@ def address_of(server: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def serve_until_stopped(app: Starlette, server: socket.socket, limits: Limits) -> None:
-    """Answers requests at ``server`` until Ctrl-C (KeyboardInterrupt) or SIGTERM."""
-    protocol = type("Protocol", (Timed,), {"limits": limits})
+def http_server(app: Starlette, limits: Limits) -> uvicorn.Server:
+    """A server for ``app``: ``run(sockets=[...])`` answers until Ctrl-C (KeyboardInterrupt) or SIGTERM."""
     config = uvicorn.Config(
         app,
-        http=protocol,
+        http=type("Protocol", (Timed,), {"limits": limits}),
         ws="none",
         loop="asyncio",
         log_config=None,
@@ -110,4 +109,4 @@ def serve_until_stopped(app: Starlette, server: socket.socket, limits: Limits) -
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
-    uvicorn.Server(config).run(sockets=[server])
+    return uvicorn.Server(config)

@@ -1,4 +1,4 @@
-"""A real server: clients that are slow, that send too much, that go; its address and its port."""
+"""A real server: clients that are slow, that send too much, that go."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 from colours import QUICK, Colours, picture
-from commands import refused
 
-from finetune101.deploy.listen import Timed, address_of, listening
-from finetune101.deploy.serve import Limits, application
+from finetune101.deploy.listen import http_server, listening
+from finetune101.deploy.serve import application
+from finetune101.deploy.uploads import Limits
 
 
 @pytest.fixture
@@ -27,15 +26,7 @@ def network() -> Colours:
 def running(network: Colours, limits: Limits) -> Iterator[tuple[str, int]]:
     """A real server in a thread."""
     server = listening("127.0.0.1", 0)
-    config = uvicorn.Config(
-        application(network, limits),
-        http=type("Protocol", (Timed,), {"limits": limits}),
-        ws="none",
-        log_config=None,
-        log_level="error",
-        timeout_graceful_shutdown=1,
-    )
-    runner = uvicorn.Server(config)
+    runner = http_server(application(network, limits), limits)
     thread = threading.Thread(target=lambda: runner.run(sockets=[server]))
     thread.start()
     try:
@@ -125,17 +116,3 @@ def test_a_client_that_goes_is_forgotten(network: Colours) -> None:
         good, _ = exchange(address, head(f"Content-Length: {len(content)}", "Connection: close") + content)
         assert good.startswith(b"HTTP/1.1 200")
         assert sum(network.passes) == 2  # the first was at work already
-
-
-# the verb
-
-
-def test_a_port_that_is_taken_and_other_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    with listening("127.0.0.1", 0) as server:
-        port = server.getsockname()[1]
-        assert address_of(server) == f"http://127.0.0.1:{port}/"
-        assert "taken" in refused(capsys, "serve", "released_finetune", "--port", str(port))
-    assert "--port" in refused(capsys, "serve", "--port", "70000")
-    assert "--max-mb" in refused(capsys, "serve", "--max-mb", "0")
-    assert "--host" in refused(capsys, "serve", "--host", "203.0.113.1", "--port", "0")
-    refused(capsys, "serve", "no_such_run", "--port", "0")

@@ -15,19 +15,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import uvicorn
 from browser import CHROMIUM, Tab, browser
+from exported import CLASSES, save, small_model
 from PIL import Image
 
-from finetune101.config import Preprocessing
-from finetune101.deploy.listen import listening
+from finetune101.deploy.listen import http_server, listening
 from finetune101.deploy.onnx_network import ExportedInfo, OnnxNetwork
 from finetune101.deploy.serve import application
+from finetune101.deploy.uploads import Limits
 from finetune101.deploy.web import RUNTIME_FILES, write_web
 from finetune101.errors import Refused
 
 RUNTIME = Path(os.environ.get("FINETUNE101_ONNXRUNTIME_WEB", "node_modules/onnxruntime-web/dist")).absolute()
-CLASSES = ("=1+1", "bee, wasp", "猫", "dog", "eel", "fox")
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 needs_runtime = pytest.mark.skipif(
     not (RUNTIME / RUNTIME_FILES[0]).is_file(),
@@ -37,40 +36,7 @@ needs_runtime = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network in an exported file: the mean colours of 4 x 4 blocks, one linear layer, softmax."""
-    rng = np.random.default_rng(0)
-    weight = rng.normal(0, 4, (48, len(CLASSES))).astype(np.float32)
-    body = """
-        <ir_version: 10, opset_import: ["" : 18]>
-        small (uint8[N, H, W, 3] images) => (float[N, 6] probabilities, float[N, 48] features)
-        {
-            real = Cast <to = 1> (images)
-            scaled = Div (real, white)
-            channels = Transpose <perm = [0, 3, 1, 2]> (scaled)
-            small = Resize <mode = "linear", antialias = 1, axes = [2, 3]> (channels, , , size)
-            blocks = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (small)
-            features = Reshape (blocks, flat)
-            logits = MatMul (features, weight)
-            probabilities = Softmax <axis = 1> (logits)
-        }
-    """
-    model = onnx.parser.parse_model(body)
-    for name, value in {
-        "white": np.array(255, np.float32),
-        "size": np.array([32, 32], np.int64),
-        "flat": np.array([0, 48], np.int64),
-        "weight": weight,
-    }.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-    return save(model, "images", tmp_path_factory.mktemp("exported") / "small.onnx")
-
-
-def save(model: onnx.ModelProto, kind: str, file: Path) -> Path:
-    own = Preprocessing(size=32, cache_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
-    info = ExportedInfo(name="small", model="tiny", classes=CLASSES, preprocessing=own, input=kind)
-    onnx.helper.set_model_props(model, info.to_metadata())
-    onnx.save(model, file)
-    return file
+    return save(small_model(), tmp_path_factory.mktemp("exported") / "small.onnx")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +79,7 @@ def web(folder: Path) -> Iterator[str]:
 def served(network: OnnxNetwork) -> Iterator[str]:
     """The server's page."""
     with listening("127.0.0.1", 0) as server:
-        runner = uvicorn.Server(uvicorn.Config(application(network), ws="none", log_config=None, log_level="error"))
+        runner = http_server(application(network), Limits())
         thread = threading.Thread(target=lambda: runner.run(sockets=[server]))
         thread.start()
         try:
@@ -280,7 +246,7 @@ def test_the_folder_holds_the_page_the_network_and_what_runs_it(exported: Path, 
 def test_what_cannot_be_a_page_is_refused(exported: Path, runtime: Path, tmp_path: Path) -> None:
     resized = onnx.load(exported)
     resized.graph.input[0].name = resized.graph.node[0].input[0] = "resized"
-    save(resized, "resized", tmp_path / "resized.onnx")
+    save(resized, tmp_path / "resized.onnx", "resized")
     with pytest.raises(Refused, match="resized pictures"):
         write_web(tmp_path / "resized.onnx", tmp_path / "web", runtime)
     (runtime / RUNTIME_FILES[2]).unlink()
