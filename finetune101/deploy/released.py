@@ -12,6 +12,7 @@ from typing import Any
 from finetune101.config import DataConfig, SystemConfig
 from finetune101.data import splits
 from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
+from finetune101.deploy.inputs import is_list
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_file, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
@@ -75,7 +76,7 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
         raise Refused("no image given; name files, folders or patterns")
     first, rest = words[0], list(words[1:])
     released, file = available(), Path(first)
-    run = None if first in released else find_run(first, runs)
+    run = None if first in released or is_list(first) else find_run(first, runs)
     checkpoint = file.suffix == ".safetensors" and file.is_file()
     if run or checkpoint or first in released:
         if not rest:
@@ -90,7 +91,9 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
 
 
 def _names_images(word: str) -> bool:
-    """Whether the first word of a command can mean images: a file, a pattern, or a folder of images without runs."""
+    """Whether the first word of a command can mean images: a file, a list, a pattern, a folder without runs."""
+    if is_list(word):
+        return True
     suffix = Path(word).suffix.lower()
     if os.path.isdir(word):
         below = {name for _, _, names in os.walk(word) for name in names}
