@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image as Pillow
 from torch import Tensor
 
-from finetune101.config import Count, Preprocessing
+from finetune101.config import Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
-from finetune101.deploy.prediction import IMAGES, Image, Prediction, pillow_image
+from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
 from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
-from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
 
 
@@ -60,15 +58,7 @@ class Network:
 
         Raises Refused for what is no image, for numbers below 1, and where the network's output is not finite.
         """
-        top_k = typed(Count, top_k, "top_k is")
-        batch_size = typed(Count, batch_size, "batch_size is")
-        if isinstance(images, str | Path | Pillow.Image | np.ndarray):
-            return self._classify([images], top_k)[0]
-        if isinstance(images, bytes | bytearray) or not isinstance(images, Iterable):
-            raise Refused(f"{type(images).__name__} is no image; {IMAGES}")
-        several = list(images)
-        starts = range(0, len(several), batch_size)
-        return [one for start in starts for one in self._classify(several[start : start + batch_size], top_k)]
+        return in_batches(images, top_k, batch_size, self._classify)
 
     def logits(self, images: Sequence[Image]) -> Tensor:
         """Outputs of the network, float (N, classes), before temperature and softmax. Raises Refused for no image."""
