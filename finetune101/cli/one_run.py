@@ -1,4 +1,4 @@
-"""The verbs of one run: train, evaluate, predict, lr-find. A signature is its flags; bodies import lazily."""
+"""The verbs of one run: train, evaluate, predict, card, lr-find. A signature is its flags; bodies import lazily."""
 
 from __future__ import annotations
 
@@ -213,6 +213,38 @@ def _print_notes(chosen: Chosen) -> None:
         print(f"Probabilities are not calibrated: {network.temperature_reason}", file=sys.stderr)
     if network.frozen_backbone:
         print(FROZEN, file=sys.stderr)
+
+
+def card(
+    run: tyro.conf.Positional[str],
+    *,
+    out: str | None = None,
+    lang: Literal["en", "zh"] = "en",
+    overwrite: Flag = False,
+    runs: str = "runs",
+) -> int:
+    """Write a model card about a run or a released network: data, accuracy, limits, licences and use.
+
+    Its header is the one that the Hugging Face hub reads: there the card is the README.md of the network.
+
+    Args:
+        run: Folder or name of a run, or released_finetune, released_random or released_probe.
+        out: File to write. Default: card.md in the folder of the run, or here.
+        lang: Language of the card.
+        overwrite: Replace the file.
+        runs: Folder of all runs.
+    """
+    from finetune101.deploy.card import write_card
+    from finetune101.deploy.released import RELEASED
+    from finetune101.run import open_run
+
+    opened = None if run in RELEASED else open_run(run, runs)
+    print(f"Card: {write_card(run, opened, Path(out) if out else None, lang, overwrite)}")
+    if opened and not opened.has("test.json"):
+        from finetune101.evaluation.tested import evaluate_command
+
+        print(f"It says that the run is not tested; test it: {evaluate_command(opened)}")
+    return 0
 
 
 def lr_find(
