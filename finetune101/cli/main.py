@@ -19,6 +19,8 @@ VERBS = {
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
     "card": "one_run:card",
+    "export": "export:export",
+    "serve": "serve:serve",
     "ensemble": "many_runs:ensemble",
     "compare": "many_runs:compare",
     "report": "many_runs:report",
@@ -40,6 +42,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   evaluate   score a run on its test images
   predict    label images with a run; write a table, sort them into folders
   card       a model card: data, accuracy, limits and licences of a run
+  export     a network as one file for other programs (ONNX, int8, ...), its answers compared
+  serve      a page on this machine that tries a network in the browser
   ensemble   score the mean probabilities of several runs
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study
