@@ -60,8 +60,8 @@ def release_card(run: Run, name: str) -> None:
     note = (
         f"The file is {RELEASED[name]}.safetensors: {part}, in half precision (biases and batch-norm statistics in"
         f" single precision). Scored again on the same {scored['n']} test images, this file has {scored['top1']:.2f} %"
-        f" (95 % interval {low:.2f} to {high:.2f} %), mean per class {scored['mean_per_class']:.2f} %; the numbers below"
-        f" are those of the run that it was made of. python test.py --exp {name} scores it."
+        f" (95 % interval {low:.2f} to {high:.2f} %), mean per class {scored['mean_per_class']:.2f} %; all other"
+        f" numbers are those of the run that it was made of. python test.py --exp {name} scores it."
     )
     card = dataclasses.replace(
         card_of(run), name=name, file=name, licence=LICENCE, input=info.preprocessing, temperature=network.temperature,
