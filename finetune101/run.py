@@ -29,6 +29,7 @@ WRITTEN = (
     "test_*.json",
     "predictions_*.csv",
     "events.out.tfevents.*",
+    "card.md",
     "error.log",
 )
 MOST_CONFIG = 2**20  # bytes

@@ -18,6 +18,7 @@ VERBS = {
     "train": "one_run:train",
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
+    "card": "one_run:card",
     "export": "export:export",
     "serve": "serve:serve",
     "ensemble": "many_runs:ensemble",
@@ -39,7 +40,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   data download|verify|show   get Caltech-101, check every image, draw a contact sheet
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
-  predict    label images with a run
+  predict    label images with a run; write a table, sort them into folders
+  card       a model card: data, accuracy, limits and licences of a run
   export     a network as one file for other programs (ONNX, int8, ...), its answers compared
   serve      a page on this machine that tries a network in the browser
   ensemble   score the mean probabilities of several runs
