@@ -18,6 +18,8 @@ VERBS = {
     "train": "one_run:train",
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
+    "explain": "explain:explain",
+    "embed": "explain:embed",
     "ensemble": "many_runs:ensemble",
     "compare": "many_runs:compare",
     "report": "many_runs:report",
@@ -38,6 +40,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
   predict    label images with a run
+  explain    show where a network looks in images, and the nearest training images
+  embed      write what a network sees in images to a file: features and probabilities
   ensemble   score the mean probabilities of several runs
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import html
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +27,9 @@ from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
+
+if TYPE_CHECKING:
+    from finetune101.deploy.explain import Explainer, Explanation
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
@@ -76,7 +81,7 @@ class Network:
 
     def __init__(self, trained: TrainedNetwork) -> None:
         self.trained = trained
-        self._forward = trained.forward()
+        self.forward = trained.forward()
 
     @property
     def name(self) -> str:
@@ -121,8 +126,29 @@ class Network:
 
     def logits(self, images: Sequence[Image]) -> Tensor:
         """Outputs of the network, float (N, classes), before temperature and softmax. Raises Refused for no image."""
+        return self.forward(self.to_inputs(images)).cpu()
+
+    def to_inputs(self, images: Sequence[Image]) -> Tensor:
+        """Images as float (N, 3, size, size) on the network's device. Raises Refused for no image."""
         pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images])).permute(0, 3, 1, 2)
-        return self._forward(to_input(pixels, self.preprocessing, self.trained.world)).cpu()
+        return to_input(pixels, self.preprocessing, self.trained.world)
+
+    @functools.cached_property
+    def explainer(self) -> Explainer:
+        """What makes the maps of ``explain``; it has a copy of the network."""
+        from finetune101.deploy.explain import Explainer
+
+        return Explainer(self.trained)
+
+    def explain(self, image: Image, target: str | Sequence[str] | None = None, top_k: int = 1) -> Explanation:
+        """Where the network looks in an image for a class, or for each of a list: by default its first ``top_k``.
+
+        In a notebook the result is the picture beside its overlays; ``maps`` holds the numbers. Raises Refused for
+        what is no image, and for a class that is not there.
+        """
+        from finetune101.deploy.explain import explained
+
+        return explained(self, image, target, top_k=typed(Count, top_k, "top_k is"))
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
         ranked = ranked_classes(self.trained, self.logits(images), top_k)
@@ -192,11 +218,16 @@ def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:
 def _data_url(image: Image) -> str:
     """A thumbnail of ``image`` for a page."""
     file = io.BytesIO()
+    thumbnail_of(image, THUMBNAIL).save(file, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def thumbnail_of(image: Image, side: int) -> Pillow.Image:
+    """A small copy of ``image``, upright, in RGB, its longer side at most ``side`` pixels."""
     with contextlib.ExitStack() as stack:
         if isinstance(image, str | Path):
-            small = stack.enter_context(opened(Path(image), THUMBNAIL)).image.copy()
+            small = stack.enter_context(opened(Path(image), side)).image.copy()
         else:
             small = upright(_pillow(image))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(file, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    small.thumbnail((side, side))
+    return small
