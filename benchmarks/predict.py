@@ -24,6 +24,7 @@ from torchvision import transforms
 
 from finetune101.config import Preprocessing
 from finetune101.data.images import index_images
+from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.predict import predict_files
 from finetune101.evaluation.checkpoint import load_file, open_network
 from finetune101.run import Run
@@ -76,11 +77,10 @@ def main() -> None:
                 row = {"plain_images_per_s": pool.submit(plain_rate, run.path, files).result()}
             for key, inputs in (("one", folders[:1]), ("both", folders)):
                 started = time.perf_counter()
-                labelled, failed = predict_files(
-                    open_network(run), [str(folder) for folder in inputs], batch_size=BATCH
-                )
+                images = image_inputs(map(str, inputs))
+                labelled = sum(1 for _ in predict_files(open_network(run), images, batch_size=BATCH))
                 row[key] = time.perf_counter() - started
-                assert len(labelled) == IMAGES * len(inputs) and not failed
+                assert labelled == IMAGES * len(inputs) and not images.failed
             row["warm_images_per_s"] = IMAGES / (row["both"] - row["one"])
             row["start_s"] = 2 * row["one"] - row["both"]
             row["ratio"] = row["warm_images_per_s"] / row["plain_images_per_s"]

@@ -1,17 +1,26 @@
-"""The README's own commands, in its order, in one folder with small images; only sizes and lengths are cut."""
+"""The README's own commands, in its order, in one folder with small images; only sizes and lengths are cut.
+
+Of the pages in docs/ the blocks that begin with ```sh runnable or ```python runnable are run as they stand. Each page
+has a folder of its own with photo.jpg, photos/ (12 images), path/to/photos (a folder per class) and runs/mine, a tested
+run. A line ``PRODUCER | finetune101 ...`` gives what PRODUCER prints to the command.
+"""
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune101.cli.main import ABOUT, main
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = [
     line.split(" #")[0].strip()
     for block in re.findall(r"```sh\n(.*?)```", README, flags=re.S)
@@ -26,6 +35,11 @@ CUTS = {
     "benchmark": ["--models", "squeezenet1_1", "--size", "64", "--batch-size", "8", "--steps", "1", "--repeats", "1"],
     "lr-find": ["--size", "64", "--batch-size", "8", "--steps", "20", "--low", "0.001", "--head", "random"],
     "demo": ["--epochs", "1"],
+}
+PAGES = {
+    page.stem: blocks
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if (blocks := re.findall(r"^```(sh|python) runnable\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M))
 }
 ELSEWHERE = ("data download", "demo", "auto")  # needs the network; the others have tests of their own
 
@@ -63,3 +77,28 @@ def test_the_examples_run(
         assert main([*words, *cut]) == 0, f"{line}: {capsys.readouterr().err}"
         ran.append(words[0])
     assert len(ran) >= 20 and (tmp_path / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_a_page_run(
+    page: str, tiny_data: Path, runs: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    shutil.copytree(runs / "a", here / "runs" / "mine")
+    shutil.copytree(tiny_data, here / "path/to/photos")
+    shutil.copytree(tiny_data / "ball", here / "photos")
+    shutil.copyfile(tiny_data / "box/image_0001.jpg", here / "photo.jpg")
+    names: dict[str, Any] = {}
+    for language, block in PAGES[page]:
+        if language == "python":
+            exec(compile(block, f"docs/{page}.md", "exec"), names)
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            command = line.split(" #")[0].strip()
+            producer, pipe, consumer = command.rpartition(" | finetune101 ")
+            if pipe:
+                printed = subprocess.run(producer, shell=True, check=True, capture_output=True, cwd=here).stdout
+                monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(printed)))
+            words = shlex.split(consumer if pipe else command.removeprefix("finetune101 "))
+            assert command == "" or pipe or command.startswith("finetune101 "), f"{page}.md: no command of ours: {line}"
+            assert not words or main(words) == 0, f"{page}.md: {line}: {capsys.readouterr().err}"

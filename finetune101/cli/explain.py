@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from finetune101.cli.parse import Flag
 from finetune101.errors import Refused, escaped
 
 if TYPE_CHECKING:
+    from finetune101.deploy.inputs import Inputs
     from finetune101.deploy.neighbours import TrainingImages
     from finetune101.deploy.released import Chosen
 
@@ -37,8 +37,9 @@ def explain(
     The exit code is 1 when an image could not be read.
 
     Args:
-        inputs: Images, folders or globs; before them a run (folder or name), a best.safetensors, or released_finetune,
-            released_random or released_probe. Without: released_finetune.
+        inputs: Images, folders or globs, @FILE with a path per line, or - for paths from standard input; before them a
+            run (folder or name), a best.safetensors, or released_finetune, released_random or released_probe. Without:
+            released_finetune.
         target: A class to explain, instead of the most probable ones; give it again for more classes.
         top_k: How many of the most probable classes to explain.
         neighbours: How many of the nearest training images to show; by default 5 where the training images are at hand.
@@ -48,8 +49,8 @@ def explain(
         runs: Folder of all runs.
     """
     from finetune101.deploy.explain import class_numbers, explained, picture_names
+    from finetune101.deploy.inputs import image_inputs
     from finetune101.deploy.network import Network
-    from finetune101.deploy.predict import expand
     from finetune101.deploy.released import choose
     from finetune101.files import atomic
     from finetune101.run import check_folder
@@ -60,8 +61,8 @@ def explain(
     _say_which(chosen)
     class_numbers(target, chosen.network.classes)
     check_folder(Path(out))
-    files, failed = expand(chosen.inputs)
-    pictures = picture_names(files, Path(out), overwrite=overwrite)
+    images = image_inputs(chosen.inputs)
+    pictures = picture_names(list(images.files), Path(out), overwrite=overwrite)
     network = Network(chosen.network)
     training = _training_images(chosen, data, neighbours)
     for file, picture in tqdm(pictures.items(), unit="img", leave=False, disable=None):
@@ -69,12 +70,12 @@ def explain(
             count = USUAL_NEIGHBOURS if neighbours is None else neighbours
             explanation = explained(network, file, target, top_k=top_k, training=training, neighbours=count)
         except Refused as error:
-            failed.append((file, str(error)))
+            images.failed.append((file, str(error)))
             continue
         with atomic(picture) as part:
             explanation.picture().save(part, "PNG")
         tqdm.write(f"{escaped(file)} -> {escaped(str(picture))}\n{explanation}", file=sys.stdout)
-    return _end(failed)
+    return _end(images)
 
 
 def embed(
@@ -90,24 +91,27 @@ def embed(
     The exit code is 1 when an image could not be read.
 
     Args:
-        inputs: Images, folders or globs; before them a run (folder or name), a best.safetensors, or released_finetune,
-            released_random or released_probe. Without: released_finetune.
+        inputs: Images, folders or globs, @FILE with a path per line, or - for paths from standard input; before them a
+            run (folder or name), a best.safetensors, or released_finetune, released_random or released_probe. Without:
+            released_finetune.
         out: File to write, .npz (NumPy) or .parquet (needs pyarrow).
         overwrite: Replace a file that is there.
         batch_size: Images per step.
         runs: Folder of all runs.
     """
-    from finetune101.deploy.embed import check_table_file, embed_files, write_embedded
+    from finetune101.deploy.embed import check_features_file, embed_files, write_embedded
+    from finetune101.deploy.inputs import image_inputs
     from finetune101.deploy.released import choose
 
-    check_table_file(Path(out), overwrite=overwrite)
+    check_features_file(Path(out), overwrite=overwrite)
     chosen = choose(inputs, runs)
     _say_which(chosen)
-    table, failed = embed_files(chosen.network, chosen.inputs, batch_size)
+    images = image_inputs(chosen.inputs)
+    table = embed_files(chosen.network, images, batch_size)
     write_embedded(table, Path(out))
-    images, width = table.features.shape
-    print(f"{escaped(out)}: {width} features and {len(table.classes)} probabilities of each of {images} images")
-    return _end(failed)
+    count, width = table.features.shape
+    print(f"{escaped(out)}: {width} features and {len(table.classes)} probabilities of each of {count} images")
+    return _end(images)
 
 
 def _say_which(chosen: Chosen) -> None:
@@ -130,7 +134,11 @@ def _training_images(chosen: Chosen, data: str | None, neighbours: int | None) -
         return None
 
 
-def _end(failed: Sequence[tuple[str, str]]) -> int:
-    for path, reason in failed:
-        print(escaped(f"failed: {path}: {reason}"), file=sys.stderr)
-    return 1 if failed else 0
+def _end(images: Inputs) -> int:
+    """Says which images were left out; the exit code."""
+    from finetune101.deploy.inputs import left_out_text
+
+    for line in [left_out_text(images), *(escaped(f"failed: {path}: {reason}") for path, reason in images.failed)]:
+        if line:
+            print(line, file=sys.stderr)
+    return 1 if images.failed else 0

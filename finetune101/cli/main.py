@@ -20,6 +20,8 @@ VERBS = {
     "predict": "one_run:predict",
     "explain": "explain:explain",
     "embed": "explain:embed",
+    "export": "export:export",
+    "serve": "serve:serve",
     "ensemble": "many_runs:ensemble",
     "compare": "many_runs:compare",
     "report": "many_runs:report",
@@ -42,6 +44,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   predict    label images with a run
   explain    show where a network looks in images, and the nearest training images
   embed      write what a network sees in images to a file: features and probabilities
+  export     a network as one file for other programs (ONNX, int8, ...), its answers compared
+  serve      a page on this machine that tries a network in the browser
   ensemble   score the mean probabilities of several runs
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study

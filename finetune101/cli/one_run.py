@@ -18,6 +18,7 @@ from finetune101.errors import Refused, escaped
 from finetune101.host import place
 
 if TYPE_CHECKING:
+    from finetune101.deploy.released import Chosen
     from finetune101.run import Run
 
 
@@ -127,6 +128,11 @@ def predict(
     top_k: int = 5,
     csv: Flag = False,
     json: Flag = False,
+    out: str | None = None,
+    overwrite: Flag = False,
+    into: str | None = None,
+    link: Flag = False,
+    unsure_below: float | None = None,
     batch_size: int = 64,
     runs: str = "runs",
 ) -> int:
@@ -135,35 +141,78 @@ def predict(
     The exit code is 1 when an image could not be read.
 
     Args:
-        inputs: Images, folders or globs; before them a run (folder or name), a best.safetensors, or released_finetune,
-            released_random or released_probe. Without: released_finetune.
+        inputs: Images, folders or globs, @FILE with a path per line, or - for paths from standard input; before them a
+            run (folder or name), a best.safetensors, or released_finetune, released_random or released_probe. Without:
+            released_finetune.
         top_k: Classes to show for each image.
         csv: Print CSV.
         json: Print JSON.
+        out: Write a table into this file instead: .csv, .json or .parquet.
+        overwrite: Replace the file of --out.
+        into: Copy every image into a folder of its class in this folder; no file is overwritten.
+        link: With --into, make links instead of copies.
+        unsure_below: With --into, images whose best class has a lower probability go into the folder unsure. Default:
+            0.5.
         batch_size: Images per step.
         runs: Folder of all runs.
     """
-    from finetune101.deploy.predict import as_csv, as_json, as_text, predict_files
+    from finetune101.deploy import tables
+    from finetune101.deploy.inputs import image_inputs, left_out_text
+    from finetune101.deploy.predict import predict_files
     from finetune101.deploy.released import choose
+    from finetune101.deploy.sorting import SortedFolder
+
+    if (csv and json) or (out and (csv or json)):
+        raise Refused("--csv, --json and --out each choose how the labels are written; give one of them")
+    if (link or unsure_below is not None) and not into:
+        raise Refused("--link and --unsure-below need --into FOLDER, the folder to sort the images into")
+    file = Path(out) if out else None
+    if file:
+        tables.check_table_file(file, overwrite)
+    chosen = choose(inputs, runs)
+    network = chosen.network
+    folder = SortedFolder(Path(into), network.classes, link, unsure_below) if into else None
+    images = image_inputs(chosen.inputs)
+    if folder:
+        folder.check(images)
+    _print_notes(chosen)
+    prints_rows = not file and (csv or json or not folder)
+    show_progress = not (prints_rows and sys.stdout.isatty())  # on a terminal the rows themselves show it
+    predictions = predict_files(network, images, top_k, batch_size, show_progress)
+    if folder:
+        predictions = folder.add_all(predictions)
+    width = min(top_k, len(network.classes))
+    if file:
+        tables.write_table_file(predictions, file, images, width)
+        print(f"{images.readable} images: {file}")
+    elif json:
+        tables.write_json(predictions, sys.stdout, images)
+    elif csv:
+        tables.write_csv(predictions, sys.stdout, width)
+    elif folder:
+        for _ in predictions:
+            pass
+    else:
+        tables.write_text(predictions, sys.stdout)
+    if folder:
+        print(folder.summary(), file=sys.stderr if csv or json else sys.stdout)
+    for line in [left_out_text(images), *(escaped(f"failed: {path}: {reason}") for path, reason in images.failed)]:
+        if line:
+            print(line, file=sys.stderr)
+    return 1 if images.failed else 0
+
+
+def _print_notes(chosen: Chosen) -> None:
+    """Prints to standard error what a user should know of the network that labels the images."""
     from finetune101.evaluation.checkpoint import FROZEN
 
-    if csv and json:
-        raise Refused("--csv and --json cannot both be printed; leave one of them out")
-    chosen = choose(inputs, runs)
+    network = chosen.network
     if not chosen.named:
-        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
-    if chosen.network.temperature is None:
-        print(f"Probabilities are not calibrated: {chosen.network.temperature_reason}", file=sys.stderr)
-    if chosen.network.frozen_backbone:
+        print(f"No run was named: {network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    if network.temperature is None:
+        print(f"Probabilities are not calibrated: {network.temperature_reason}", file=sys.stderr)
+    if network.frozen_backbone:
         print(FROZEN, file=sys.stderr)
-    rows, failed = predict_files(chosen.network, chosen.inputs, top_k=top_k, batch_size=batch_size)
-    if json:
-        print(as_json(rows, failed))
-    else:
-        print(as_csv(rows) if csv else as_text(rows))
-    for path, reason in failed:
-        print(escaped(f"failed: {path}: {reason}"), file=sys.stderr)
-    return 1 if failed else 0
 
 
 def lr_find(

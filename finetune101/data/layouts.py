@@ -95,7 +95,7 @@ class Listing:
 
 def _refuse(path: str | Path, error: OSError) -> Refused:
     reason = error.strerror or error
-    return Refused(f"{escaped(str(path))} cannot be read ({reason}); allow it, or give --data another folder")
+    return Refused(f"{escaped(str(path))} cannot be read ({reason}); allow it, or name another folder")
 
 
 def _entries(path: Path | str) -> list[os.DirEntry[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from finetune101.deploy.predict import expand
+from finetune101.config import Count
+from finetune101.deploy.inputs import Inputs
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.features import FeatureExtractor
-from finetune101.evaluation.photos import Failure, decoded
-from finetune101.files import atomic
+from finetune101.evaluation.photos import decoded
+from finetune101.files import atomic, typed
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -36,36 +36,38 @@ class Embedded:
     """The names of the columns of ``probabilities``."""
 
 
-def embed_files(network: TrainedNetwork, inputs: Sequence[str], batch_size: int = 64) -> tuple[Embedded, list[Failure]]:
-    """Features and probabilities of every image in ``inputs`` (files, folders, patterns), decoded as ``predict`` does.
+def embed_files(network: TrainedNetwork, inputs: Inputs, batch_size: int = 64) -> Embedded:
+    """Features and probabilities of every image in ``inputs``, decoded as ``predict`` does.
 
-    The second part of the result holds (path, reason) for what is missing or cannot be read. Raises Refused where no
-    image is left, and for a ``batch_size`` below 1.
+    (path, reason) of images that cannot be read are added to ``inputs.failed``. Raises Refused where no image is left,
+    and for a ``batch_size`` below 1.
     """
-    if batch_size < 1:
-        raise Refused(f"--batch-size is {batch_size}; give at least 1")
-    files, failed = expand(inputs)
-    extract, paths = FeatureExtractor(network), []
+    batch_size = typed(Count, batch_size, "--batch-size is")
+    files, extract = list(inputs.files), FeatureExtractor(network)
+    paths: list[str] = []
     features, probabilities = [], []
     with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
-        for good, x in decoded(files, network.preprocessing, network.world, batch_size, failed):
+        for good, x in decoded(files, network.preprocessing, network.world, batch_size, inputs.failed):
             values, output = extract(x)
             paths += good
             features.append(values.cpu().numpy())
             probabilities.append(metrics.probabilities(output.cpu(), network.temperature or 1.0).float().numpy())
             bar.update(len(good))
     if not paths:
-        raise Refused(f"none of the images can be read (the first: {failed[0][1]}); give others")
-    table = Embedded(paths, np.concatenate(features), np.concatenate(probabilities), list(network.classes))
-    return table, failed
+        raise Refused(
+            f"no image can be read ({inputs.failed[0][1] if inputs.failed else 'none is there'}); give others"
+        )
+    return Embedded(paths, np.concatenate(features), np.concatenate(probabilities), list(network.classes))
 
 
-def check_table_file(out: Path, *, overwrite: bool = False) -> None:
+def check_features_file(out: Path, *, overwrite: bool = False) -> None:
     """Raises Refused where ``write_embedded`` could not write ``out``: before the work of an hour."""
     if out.suffix not in SUFFIXES:
         raise Refused(f"{out} ends in neither .npz nor .parquet; give a name such as features.npz")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise Refused("a .parquet file needs pyarrow; pip install pyarrow, or give a name that ends in .npz")
+        raise Refused(
+            "a .parquet file needs pyarrow; pip install 'finetune101[parquet]', or give a name that ends in .npz"
+        )
     if out.exists() and not overwrite:
         raise Refused(f"{out} is there; give another --out, or --overwrite")
 
@@ -76,7 +78,7 @@ def write_embedded(table: Embedded, out: Path) -> None:
     .npz: arrays ``paths``, ``features``, ``probabilities``, ``classes``. .parquet: a row for each image with the
     columns ``path``, ``features`` and ``probabilities`` (lists), the class names as JSON in the metadata ``classes``.
     """
-    check_table_file(out, overwrite=True)
+    check_features_file(out, overwrite=True)
     with atomic(out) as part:
         if out.suffix == ".npz":
             with open(part, "wb") as file:

@@ -27,15 +27,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune101.data.sheet import PAPER, caption
-from finetune101.deploy.network import ranked_classes, thumbnail_of
+from finetune101.deploy.network import ranked_classes
+from finetune101.deploy.prediction import thumbnail_of
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.models.map_layers import as_maps, map_layers
 
 if TYPE_CHECKING:
     from finetune101.deploy.neighbours import Neighbour, TrainingImages
-    from finetune101.deploy.network import Image as GivenImage
     from finetune101.deploy.network import Network
+    from finetune101.deploy.prediction import Image as GivenImage
 
 SIDE = 320  # pixels of the longer side of a picture
 SMALL = 128  # and of a training image

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import functools
-import html
-import io
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image as Pillow
 from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
-from finetune101.data.decode import Pixels, Unreadable, decode, decode_image, opened, upright
+from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
+from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
 from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
@@ -30,58 +25,18 @@ from finetune101.run import Run, open_run, run_name
 
 if TYPE_CHECKING:
     from finetune101.deploy.explain import Explainer, Explanation
-
-Image = str | Path | Pillow.Image | NDArray[np.uint8]
-"""A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
-IMAGES = "give a file, a Pillow image, an array of uint8, or a list of them"
-THUMBNAIL = 128  # pixels of its longer side
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The classes of one image with their probabilities from 0 to 1, most probable first."""
-
-    classes: tuple[tuple[str, float], ...]
-    image: Image = field(repr=False, compare=False)
-    """The image as it was given."""
-
-    @property
-    def source(self) -> str:
-        """The image's file; "" for an image that is no file."""
-        return str(self.image) if isinstance(self.image, str | Path) else ""
-
-    @property
-    def label(self) -> str:
-        """The most probable class."""
-        return self.classes[0][0]
-
-    @property
-    def probability(self) -> float:
-        """The probability of ``label``."""
-        return self.classes[0][1]
-
-    def __repr__(self) -> str:
-        names = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in self.classes)
-        return f"{self.source}: {names}" if self.source else names
-
-    def _repr_html_(self) -> str:
-        """The image beside bars, for notebooks."""
-        bar = "background:#4c72b0;height:0.8em"
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(name)}</td><td style='text-align:left'>"
-            f"<div style='{bar};width:{120 * p:.0f}px'></div></td><td>{100 * p:.1f} %</td></tr>"
-            for name, p in self.classes
-        )
-        picture = f"<img src='{_data_url(self.image)}' alt=''>"
-        return f"<div style='display:flex;gap:1em;align-items:center'>{picture}<table>{rows}</table></div>"
+    from finetune101.deploy.export import Exported, Format
+    from finetune101.deploy.neighbours import TrainingImages
 
 
 class Network:
     """A trained network, ready for images: ``load`` opens one."""
 
-    def __init__(self, trained: TrainedNetwork) -> None:
-        self.trained = trained
+    def __init__(self, trained: TrainedNetwork, run: Run | None = None) -> None:
+        self.trained, self.run = trained, run
         self.forward = trained.forward()
+        self.training: TrainingImages | None = None
+        """What ``explain`` looks for the nearest training images in: see ``find_training_images``."""
 
     @property
     def name(self) -> str:
@@ -114,15 +69,27 @@ class Network:
 
         Raises Refused for what is no image, for numbers below 1, and where the network's output is not finite.
         """
-        top_k = typed(Count, top_k, "top_k is")
-        batch_size = typed(Count, batch_size, "batch_size is")
-        if isinstance(images, str | Path | Pillow.Image | np.ndarray):
-            return self._classify([images], top_k)[0]
-        if isinstance(images, bytes | bytearray) or not isinstance(images, Iterable):
-            raise Refused(f"{type(images).__name__} is no image; {IMAGES}")
-        several = list(images)
-        starts = range(0, len(several), batch_size)
-        return [one for start in starts for one in self._classify(several[start : start + batch_size], top_k)]
+        return in_batches(images, top_k, batch_size, self._classify)
+
+    def export(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        format: Format = "onnx",
+        *,
+        resized: bool = False,
+        parity: str | None = None,
+        data: str | None = None,
+        overwrite: bool = False,
+    ) -> Exported:
+        """Writes the network as one file for other programs; see ``deploy.export.export_network``.
+
+        ``data`` is the folder of the images that it was trained on, if not where its run found them.
+        """
+        from finetune101.deploy.export import export_network, open_source, usual_file
+
+        source = open_source(self.run or self.name, data)
+        file = usual_file(source, format) if out is None else Path(out)
+        return export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite)
 
     def logits(self, images: Sequence[Image]) -> Tensor:
         """Outputs of the network, float (N, classes), before temperature and softmax. Raises Refused for no image."""
@@ -143,12 +110,22 @@ class Network:
     def explain(self, image: Image, target: str | Sequence[str] | None = None, top_k: int = 1) -> Explanation:
         """Where the network looks in an image for a class, or for each of a list: by default its first ``top_k``.
 
-        In a notebook the result is the picture beside its overlays; ``maps`` holds the numbers. Raises Refused for
-        what is no image, and for a class that is not there.
+        In a notebook the result is the picture beside its overlays; ``maps`` holds the numbers. After
+        ``find_training_images`` it names the five nearest of these as well. Raises Refused for what is no image, and
+        for a class that is not there.
         """
         from finetune101.deploy.explain import explained
 
-        return explained(self, image, target, top_k=typed(Count, top_k, "top_k is"))
+        return explained(self, image, target, top_k=typed(Count, top_k, "top_k is"), training=self.training)
+
+    def find_training_images(self, data: str | None = None) -> None:
+        """Prepares the nearest training images for ``explain``: at first, one forward pass of each of them.
+
+        ``data`` is where they are, if not where the run found them. Raises Refused where they are not there.
+        """
+        from finetune101.deploy.neighbours import training_images
+
+        self.training = training_images(self.run or self.name, data)
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
         ranked = ranked_classes(self.trained, self.logits(images), top_k)
@@ -161,25 +138,7 @@ class Network:
                 return decode(Path(image), size, interpolation)
             except Unreadable as error:
                 raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
-        return decode_image(_pillow(image), size, interpolation)
-
-
-def _pillow(image: Image) -> Pillow.Image:
-    """An image that is no file as a Pillow image. Raises Refused for what is no image."""
-    if isinstance(image, np.ndarray):
-        fits = image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] == (3,))
-        if not fits:
-            raise Refused(
-                f"an array of {image.dtype} of shape {image.shape} is no image; give uint8 of height x width x 3"
-            )
-        return Pillow.fromarray(image)
-    if not isinstance(image, Pillow.Image):
-        raise Refused(f"{type(image).__name__} is no image; {IMAGES}")
-    try:
-        image.load()
-    except (OSError, ValueError) as error:  # Pillow's, of a closed or damaged file
-        raise Refused(f"the Pillow image cannot be read ({error}); open it again") from error
-    return image
+        return decode_image(pillow_image(image), size, interpolation)
 
 
 def ranked_classes(network: TrainedNetwork, output: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
@@ -206,28 +165,11 @@ def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:
     if isinstance(run, Network):
         return run
     if isinstance(run, Run):
-        return Network(open_network(run))
+        return Network(open_network(run), run)
     name = run_name(run)
     if name in RELEASED:
         return Network(open_released(name)[0])
     if name.endswith(".safetensors") and Path(name).is_file():
         return Network(open_file(Path(name)))
-    return Network(open_network(open_run(name, runs)))
-
-
-def _data_url(image: Image) -> str:
-    """A thumbnail of ``image`` for a page."""
-    file = io.BytesIO()
-    thumbnail_of(image, THUMBNAIL).save(file, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def thumbnail_of(image: Image, side: int) -> Pillow.Image:
-    """A small copy of ``image``, upright, in RGB, its longer side at most ``side`` pixels."""
-    with contextlib.ExitStack() as stack:
-        if isinstance(image, str | Path):
-            small = stack.enter_context(opened(Path(image), side)).image.copy()
-        else:
-            small = upright(_pillow(image))
-    small.thumbnail((side, side))
-    return small
+    opened = open_run(name, runs)
+    return Network(open_network(opened), opened)

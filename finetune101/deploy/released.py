@@ -12,6 +12,7 @@ from typing import Any
 from finetune101.config import DataConfig, SystemConfig
 from finetune101.data import splits
 from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
+from finetune101.deploy.inputs import is_list
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_file, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
@@ -77,7 +78,7 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
         raise Refused("no image given; name files, folders or patterns")
     first, rest = words[0], list(words[1:])
     released, file = available(), Path(first)
-    run = None if first in released else find_run(first, runs)
+    run = None if first in released or is_list(first) else find_run(first, runs)
     checkpoint = file.suffix == ".safetensors" and file.is_file()
     if run or checkpoint or first in released:
         if not rest:
@@ -93,7 +94,9 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
 
 
 def _names_images(word: str) -> bool:
-    """Whether the first word of a command can mean images: a file, a pattern, or a folder of images without runs."""
+    """Whether the first word of a command can mean images: a file, a list, a pattern, a folder without runs."""
+    if is_list(word):
+        return True
     suffix = Path(word).suffix.lower()
     if os.path.isdir(word):
         below = {name for _, _, names in os.walk(word) for name in names}
@@ -120,15 +123,13 @@ def score_reference(
     Raises Refused when the images are of other classes or another split, or when ``batch_size`` is below 1.
     """
     check_batch_size(batch_size)
-    result = scores(*open_reference(network, data, name, split).logits("test", batch_size))
+    opened = open_reference(network, data, name, split)
+    result = scores(*opened.logits("test", batch_size))
     return result | ({"frozen_backbone": True} if network.frozen_backbone else {})
 
 
 def open_reference(network: TrainedNetwork, data: str | None, name: str, split: SplitOf | None = None) -> Opened:
-    """``network`` with the images of the reference split; ``split`` as in ``score_reference``.
-
-    Raises Refused when the images are of other classes or another split.
-    """
+    """``network`` with the images of the reference split. Raises Refused as ``score_reference`` does."""
     config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
     index = index_images(find_data(data))
     manifest = splits.make_split(index, config)

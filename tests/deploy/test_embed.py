@@ -44,7 +44,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     assert "--overwrite" in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert main([*words, str(tmp_path / "features.parquet")]) == 2
-    assert "pip install pyarrow" in capsys.readouterr().err
+    assert "needs pyarrow; pip install" in capsys.readouterr().err
 
 
 def test_images_that_cannot_be_read_are_named(

@@ -1,24 +1,21 @@
 """Predictions of a small real network, from a run directory on disk."""
 
-import csv
 import io
 import json
-import os
 import shutil
-import threading
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from finetune101.cli.main import main
 from finetune101.config import TrainConfig, to_dict
 from finetune101.data.batches import to_input
 from finetune101.data.decode import decode
-from finetune101.deploy import predict
+from finetune101.deploy.inputs import image_inputs
+from finetune101.deploy.predict import predict_files
+from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import FROZEN, open_network
-from finetune101.evaluation.predictions import name_in_cell
 from finetune101.machine import World
 from finetune101.models.build import build
 from finetune101.run import Run
@@ -67,19 +64,24 @@ def folder(tiny_data, tmp_path):
     return tmp_path
 
 
+def labels_of(run, *words, **numbers):
+    """The predictions for ``words``, and what failed."""
+    inputs = image_inputs(map(str, words))
+    return list(predict_files(open_network(run), inputs, **numbers)), inputs.failed
+
+
 def test_probabilities_are_those_of_the_network(run, built, tiny_data):
     file = str(tiny_data / "ball" / "image_0001.jpg")
     pixels = torch.tensor(decode(file, built.preprocessing.cache_size, built.preprocessing.interpolation))
     x = to_input(pixels.permute(2, 0, 1)[None], built.preprocessing, World(torch.device("cpu"), "fp32", False))
     with torch.inference_mode():
         expected = built.model.eval()(x).softmax(1)[0]
-    rows, failed = predict.predict_files(open_network(run), [file])
-    assert not failed
-    assert rows[0]["path"] == file
-    assert sorted(name for name, _ in rows[0]["predictions"]) == CLASSES
-    for name, probability in rows[0]["predictions"]:
+    (one,), failed = labels_of(run, file)
+    assert not failed and one.source == file
+    assert sorted(name for name, _ in one.classes) == CLASSES
+    for name, probability in one.classes:
         assert probability == pytest.approx(float(expected[CLASSES.index(name)]), abs=1e-5)
-    probabilities = [probability for _, probability in rows[0]["predictions"]]
+    probabilities = [probability for _, probability in one.classes]
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) == pytest.approx(1, abs=1e-5)
 
@@ -98,80 +100,37 @@ def test_a_frozen_backbone_is_told_once_and_beside_the_output(run, tiny_data, ca
 
 
 def test_a_folder_with_bad_files_is_finished(run, folder):
-    rows, failed = predict.predict_files(open_network(run), [str(folder)], top_k=1, batch_size=2)
+    predictions, failed = labels_of(run, folder, top_k=1, batch_size=2)
     expected = [folder / name / f"image_{i:04d}.jpg" for name in ("ball", "box") for i in (1, 2, 3)]
-    assert [row["path"] for row in rows] == [str(path) for path in expected]
-    assert all(len(row["predictions"]) == 1 for row in rows)
+    assert [one.source for one in predictions] == [str(path) for path in expected]
+    assert all(len(one.classes) == 1 for one in predictions)
     assert [path for path, _ in failed] == [str(folder / "box" / "cut.jpg"), str(folder / "box" / "text.PNG")]
     assert "truncated" in failed[0][1]
 
 
 def test_batch_size_changes_nothing(run, folder):
-    one, _ = predict.predict_files(open_network(run), [str(folder)], batch_size=1)
-    many, _ = predict.predict_files(open_network(run), [str(folder)], batch_size=64)
-    for a, b in zip(one, many, strict=True):
-        assert a == b
+    one, _ = labels_of(run, folder, batch_size=1)
+    many, _ = labels_of(run, folder, batch_size=64)
+    assert one == many
 
 
 def test_only_bad_files(run, folder):
-    rows, failed = predict.predict_files(
-        open_network(run), [str(folder / "box" / "cut.jpg"), str(folder / "missing.jpg")]
-    )
-    assert rows == []
+    predictions, failed = labels_of(run, folder / "box" / "cut.jpg", folder / "missing.jpg")
+    assert predictions == []
     assert dict(failed)[str(folder / "missing.jpg")] == "no such file or folder"
     assert len(failed) == 2
 
 
-def test_inputs_may_be_files_folders_and_patterns(folder):
-    def names(*inputs):
-        files, failed = predict.expand([str(folder / given) for given in inputs])
-        return [os.path.relpath(file, folder).replace(os.sep, "/") for file in files], [reason for _, reason in failed]
-
-    assert names("ball/*_000[12].jpg") == (["ball/image_0001.jpg", "ball/image_0002.jpg"], [])
-    assert names("b*")[0] == names("ball", "box")[0] == names("**")[0] == names("")[0]
-    assert len(names("ball", "ball/image_0001.jpg")[0]) == 3
-    assert names("box/notes.txt") == (["box/notes.txt"], [])
-    assert names("box/*.txt")[0] == names("none/*.jpg")[0] == []
-    assert "no image there" in names("box/*.txt")[1][0]
-    assert names("none/*.jpg")[1] == ["no such file or folder"]
-    (folder / "empty").mkdir()
-    assert "no image there" in names("empty")[1][0]
-
-
-def test_a_name_that_looks_like_a_pattern(folder):
-    odd = folder / "photo[1].jpg"
-    shutil.copy(folder / "ball" / "image_0001.jpg", odd)
-    assert predict.expand([str(odd)]) == ([str(odd)], [])
-
-
-def test_unusual_images_are_read(run, tmp_path):
-    picture = Image.new("RGB", (40, 30), (200, 30, 30))
-    picture.convert("L").save(tmp_path / "gray.png")
-    picture.convert("RGBA").save(tmp_path / "alpha.png")
-    picture.convert("P").save(tmp_path / "palette.png", transparency=0)
-    picture.convert("CMYK").save(tmp_path / "cmyk.jpg")
-    picture.save(tmp_path / "pixels.webp")
-    picture.resize((1, 1)).save(tmp_path / "one.bmp")
-    rows, failed = predict.predict_files(open_network(run), [str(tmp_path)])
-    assert (len(rows), failed) == (6, [])
-
-
-def test_what_is_no_file_is_named_at_once(run, tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "dead.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    given = [str(tmp_path / "pipe.png"), str(tmp_path / "dead.jpg"), "/dev/null", str(tmp_path / "*.png"), "a\0b.jpg"]
-    results = []
-    thread = threading.Thread(target=lambda: results.append(predict.expand(given)), daemon=True)
-    thread.start()
-    thread.join(20)  # opening a pipe that nobody writes to waits for ever
-    files, failed = results[0]
-    assert files == [] and [path for path, _ in failed] == given
+def test_predictions_come_batch_by_batch(run, tiny_data):
+    images = image_inputs([str(tiny_data)])
+    predictions = predict_files(open_network(run), images, batch_size=4)
+    assert [next(predictions).source for _ in range(4)] == list(images.files)[:4]
 
 
 @pytest.mark.parametrize("numbers", [{"top_k": 0}, {"batch_size": 0}])
-def test_impossible_numbers_are_a_value_error(run, numbers):
-    with pytest.raises(ValueError, match="give at least 1"):
-        predict.predict_files(open_network(run), ["x.jpg"], **numbers)
+def test_impossible_numbers_are_refused_before_an_image_is_read(run, numbers):
+    with pytest.raises(Refused, match="of at least 1"):
+        predict_files(open_network(run), image_inputs(["x.jpg"]), **numbers)
 
 
 def test_a_run_without_checkpoint_is_a_value_error(tmp_path):
@@ -179,50 +138,59 @@ def test_a_run_without_checkpoint_is_a_value_error(tmp_path):
         open_network(Run(tmp_path))
 
 
-ROWS = [
-    {"path": "a, b.jpg", "predictions": [("ball", 0.75), ("box", 0.25)]},
-    {"path": "贝.jpg", "predictions": [("box", 1.0), ("ball", 0.0)]},
-]
+def predict(run, *words):
+    return main(["predict", str(run.path), *map(str, words)])
 
 
-def test_text():
-    lines = predict.as_text(ROWS).splitlines()
-    assert lines == ["a, b.jpg", "   75.0 %  ball", "   25.0 %  box", "贝.jpg", "  100.0 %  box", "    0.0 %  ball"]
+def test_a_table_is_written_whole_and_never_replaced_unasked(run, folder, tmp_path, capsys):
+    out = tmp_path / "labels.csv"
+    assert predict(run, folder, "--out", out) == 1  # two images cannot be read
+    printed = capsys.readouterr()
+    assert len(out.read_text().splitlines()) == 7 and "6 images" in printed.out
+    assert "1 files that are no images by their names" in printed.err and "notes.txt" in printed.err
+    before = out.read_bytes()
+    assert predict(run, folder, "--out", out) == 2 and "--overwrite" in capsys.readouterr().err
+    assert predict(run, folder, "--out", out, "--top-k", "1", "--overwrite") == 1
+    assert len(before.splitlines()[0]) > len(out.read_bytes().splitlines()[0])
 
 
-def test_csv():
-    table = list(csv.DictReader(io.StringIO(predict.as_csv(ROWS))))
-    assert table[0] == {
-        "path": "a, b.jpg",
-        "class_1": "ball",
-        "probability_1": "0.750000",
-        "class_2": "box",
-        "probability_2": "0.250000",
-    }
-    assert predict.as_csv([]) == "path,class_1,probability_1"
+def test_an_output_that_is_no_number_leaves_no_table(run, folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "finetune101.evaluation.forward.Forward.__call__", lambda self, x: torch.full((len(x), 3), torch.nan)
+    )
+    assert predict(run, folder / "ball", "--out", folder / "labels.json") == 2
+    assert "not finite" in capsys.readouterr().err and not (folder / "labels.json").exists()
 
 
-STRANGE = [{"path": "d/\x1b[2Jphoto\udce9.jpg", "predictions": [("=cmd|' /C calc'!A1", 0.5), ("猫\u202e", 0.5)]}]
+CONTRADICTIONS = (
+    "--csv --json", "--csv --out x.csv", "--link", "--unsure-below 0.1", "--out x.txt", "--into x --unsure-below 2",
+)  # fmt: skip
 
 
-def test_names_are_printed_without_control_characters_or_bytes():
-    text = predict.as_text(STRANGE)
-    assert "\\x1b[2Jphoto\\xe9.jpg" in text and "猫" in text and text.isprintable() is False  # newlines alone
-    assert all(line.isprintable() for line in text.splitlines())
-    table = predict.as_csv(STRANGE)
-    assert "\x1b" not in table and table.encode("utf-8")
-    row = next(csv.DictReader(io.StringIO(table)))
-    assert row["class_1"].startswith("'=") and name_in_cell(row["class_1"]) == STRANGE[0]["predictions"][0][0]
-    assert name_in_cell(row["path"]) == STRANGE[0]["path"]
-    assert json.loads(predict.as_json(STRANGE, []))["predictions"][0]["path"] == STRANGE[0]["path"]
+@pytest.mark.parametrize("words", CONTRADICTIONS)
+def test_flags_that_contradict_are_refused(run, tiny_data, here, words, capsys):
+    assert predict(run, tiny_data, *words.split()) == 2
+    assert list(here.iterdir()) == [] and "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_json_fits_any_console(encoding):
-    assert json.loads(predict.as_json(ROWS, []).encode(encoding))["predictions"][1]["path"] == "贝.jpg"
+def test_images_are_sorted_and_the_rows_still_printed(run, folder, tmp_path_factory, capsys):
+    into = tmp_path_factory.mktemp("sorted") / "photos"
+    assert predict(run, folder, "--into", into, "--unsure-below", "0", "--csv") == 1
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 7 and "6 images copied" in printed.err
+    assert len([file for file in into.rglob("*") if file.is_file()]) == 6
+    assert predict(run, folder, "--into", into, "--unsure-below", "0") == 1
+    assert "0 images copied" in (out := capsys.readouterr().out) and "6 were there already" in out
 
 
-def test_json():
-    value = json.loads(predict.as_json(ROWS, [("x.jpg", "no such file or folder")]))
-    assert value["predictions"][1]["classes"][0] == {"class": "box", "probability": 1.0}
-    assert value["failed"] == [{"path": "x.jpg", "reason": "no such file or folder"}]
+def test_a_list_of_images_and_standard_input(run, tiny_data, here, monkeypatch, capsys):
+    files = [str(tiny_data / "box" / f"image_{i:04d}.jpg") for i in (1, 2)]
+    (here / "list.txt").write_text("\n".join(files) + "\n")
+    assert predict(run, "@list.txt", "--csv") == 0
+    listed = capsys.readouterr().out
+    assert [line.split(",")[0] for line in listed.splitlines()[1:]] == files
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\0".join(files).encode())))
+    assert predict(run, "-", "--csv") == 0
+    assert capsys.readouterr().out == listed
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(files[0].encode())))
+    assert main(["predict", "-", "--csv", "--top-k", "1"]) == 0  # without a run

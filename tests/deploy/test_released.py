@@ -13,6 +13,7 @@ import release
 from finetune101 import original
 from finetune101.cli.main import main
 from finetune101.deploy import released
+from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.predict import predict_files
 from finetune101.run import Run
 
@@ -144,9 +145,10 @@ def test_what_is_released(name: str, caltech101: Path) -> None:
     assert file.stat().st_size < (400_000 if name == "released_probe" else 10_000_000)
     with open(RESULTS / EVIDENCE[name] / "predictions.csv", newline="", encoding="utf-8") as lines:
         published = {str(caltech101 / row["path"]): row["prediction"] for row in list(csv.DictReader(lines))[::12]}
-    rows, failed = predict_files(released.open_released(name)[0], list(published), top_k=1)
-    same = sum(row["predictions"][0][0] == published[row["path"]] for row in rows)
-    assert len(rows) == 148 and not failed
+    inputs = image_inputs(published)
+    predictions = list(predict_files(released.open_released(name)[0], inputs, top_k=1))
+    same = sum(one.label == published[one.source] for one in predictions)
+    assert len(predictions) == 148 and not inputs.failed
     assert same >= 146  # half precision, another machine
 
 

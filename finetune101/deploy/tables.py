@@ -1,0 +1,144 @@
+"""Predictions of image files as text, CSV, JSON and Parquet; each is written image by image."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from finetune101.deploy.inputs import Inputs
+from finetune101.deploy.prediction import Prediction
+from finetune101.errors import Refused, escaped
+from finetune101.evaluation.predictions import cell
+from finetune101.files import atomic
+
+ENDINGS = (".csv", ".json", ".parquet")
+DIGITS = 6  # of a probability
+ROWS_AT_ONCE = 1000  # of a Parquet file
+
+
+@dataclass(frozen=True)
+class Column:
+    """One value of an image in a table: ``kind`` is str, float or bool; None is an empty cell."""
+
+    name: str
+    kind: type
+    value: Callable[[Prediction], Any]
+
+
+COLUMNS: tuple[Column, ...] = ()
+"""What every table holds of an image after its path and its classes: the one place to add a column."""
+
+
+def table_columns(width: int) -> list[Column]:
+    """The columns of a CSV or Parquet table: path, class_1, probability_1, ... class_``width``, then ``COLUMNS``."""
+    classes = [column for k in range(width) for column in _class_columns(k)]
+    return [Column("path", str, lambda one: one.source), *classes, *COLUMNS]
+
+
+def _class_columns(k: int) -> tuple[Column, Column]:
+    """The columns of the class at place ``k``, empty for an image with fewer classes."""
+
+    def value(one: Prediction, part: int) -> str | float | None:
+        return one.classes[k][part] if k < len(one.classes) else None
+
+    return (
+        Column(f"class_{k + 1}", str, lambda one: value(one, 0)),
+        Column(f"probability_{k + 1}", float, lambda one: value(one, 1)),
+    )
+
+
+def write_text(predictions: Iterable[Prediction], out: TextIO) -> None:
+    """Lines for a terminal: each path, and below it its classes with their probability in percent; names escaped."""
+    for one in predictions:
+        lines = [f"  {100 * probability:5.1f} %  {escaped(name)}" for name, probability in one.classes]
+        out.write("\n".join([escaped(one.source), *lines]) + "\n")
+
+
+def write_csv(predictions: Iterable[Prediction], out: TextIO, width: int) -> None:
+    """``table_columns`` and a line per image; names are written as ``evaluation.predictions.cell`` does."""
+    columns = table_columns(width)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([column.name for column in columns])
+    for one in predictions:
+        writer.writerow([_csv_cell(column.value(one)) for column in columns])
+
+
+def write_json(predictions: Iterable[Prediction], out: TextIO, inputs: Inputs) -> None:
+    """An object in ASCII, an image per line, ``COLUMNS`` beside its classes.
+
+    {"predictions": [{"path", "classes": [{"class", "probability"}]}], "failed": [{"path", "reason"}],
+    "left_out": {reason: number}}
+    """
+    out.write('{"predictions": [')
+    for number, one in enumerate(predictions):
+        classes = [{"class": name, "probability": round(probability, DIGITS)} for name, probability in one.classes]
+        row = {"path": one.source, "classes": classes, **{column.name: column.value(one) for column in COLUMNS}}
+        out.write(f"{',' if number else ''}\n {json.dumps(row)}")
+    failed = json.dumps([{"path": path, "reason": reason} for path, reason in inputs.failed])
+    left_out = json.dumps({reason: len(paths) for reason, paths in inputs.left_out.items()})
+    out.write(f'\n],\n"failed": {failed},\n"left_out": {left_out}}}\n')
+
+
+def write_parquet(predictions: Iterable[Prediction], file: Path, width: int) -> None:
+    """``table_columns`` and a row per image, ``ROWS_AT_ONCE`` in memory. Raises Refused without pyarrow."""
+    pa, parquet = _pyarrow()
+    columns = table_columns(width)
+    kinds = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
+    schema = pa.schema([(column.name, kinds[column.kind]) for column in columns])
+    rest = iter(predictions)
+    with parquet.ParquetWriter(file, schema) as writer:
+        while rows := list(itertools.islice(rest, ROWS_AT_ONCE)):
+            values = [[_plain(column.value(one)) for one in rows] for column in columns]
+            writer.write_table(pa.table(values, schema=schema))
+
+
+def check_table_file(file: Path, overwrite: bool) -> None:
+    """Raises Refused for an unknown ending, a file that exists unless ``overwrite``, and Parquet without pyarrow."""
+    name = escaped(str(file))
+    if file.suffix.lower() not in ENDINGS:
+        raise Refused(f"--out {name} is no table; name a file that ends in {' or '.join(ENDINGS)}")
+    if file.is_dir():
+        raise Refused(f"--out {name} is a folder; name a file")
+    if file.exists() and not overwrite:
+        raise Refused(f"{name} exists; name another file, or give --overwrite")
+    if file.suffix.lower() == ".parquet":
+        _pyarrow()
+
+
+def write_table_file(predictions: Iterable[Prediction], file: Path, inputs: Inputs, width: int) -> None:
+    """Writes ``file`` in the format of its ending, whole or not at all. Raises Refused as ``check_table_file``."""
+    with atomic(file) as part:
+        if file.suffix.lower() == ".parquet":
+            write_parquet(predictions, part, width)
+            return
+        with open(part, "w", newline="", encoding="utf-8") as out:
+            if file.suffix.lower() == ".json":
+                write_json(predictions, out, inputs)
+            else:
+                write_csv(predictions, out, width)
+
+
+def _csv_cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return "" if value is None else str(value).lower()
+    return f"{value:.{DIGITS}f}" if isinstance(value, float) else cell(value)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as Parquet takes it: bytes of a name that are not UTF-8 as \\udcNN."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _pyarrow() -> Sequence[Any]:
+    """The modules pyarrow and pyarrow.parquet. Raises Refused where they are not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise Refused("Parquet needs pyarrow: pip install 'finetune101[parquet]', or name a .csv file") from error
+    return pyarrow, pyarrow.parquet
