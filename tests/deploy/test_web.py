@@ -185,6 +185,36 @@ def test_the_page_works_by_keyboard_on_a_phone_and_in_chinese(
         assert tab.problems == []
 
 
+@needs_browser
+def test_pictures_come_by_drop_paste_and_folder(exported: Path, photos: list[Path], tmp_path: Path) -> None:
+    with page("serve", exported, tmp_path) as address, browser(tmp_path) as tab:
+        tab.screen(1280, 800)
+        tab.open(address)
+        tab.wait("document.documentElement.dataset.ready")
+        tab.evaluate(PASTE)
+        tab.wait("document.querySelector('#status').innerText.includes('pasted.png:')")
+        data = {"items": [], "files": [str(photos[0]), str(photos[0].parent)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            tab.call("Input.dispatchDragEvent", type=kind, x=600, y=200, data=data)
+        tab.wait("document.querySelector('#status').innerText.startsWith('5 pictures')")
+        names = tab.evaluate("Array.from(document.querySelectorAll('#rows button'), one => one.innerText)")
+        assert sorted(names) == sorted(["=sum.png", *(f"{photo.parent.name}/{photo.name}" for photo in photos)])
+        tab.choose("#tree", photos[0].parent)
+        tab.wait(FINISHED)
+        assert tab.problems == []
+
+
+PASTE = """
+new Promise(done => {
+  const canvas = document.createElement("canvas");
+  canvas.toBlob(blob => {
+    const clipboardData = new DataTransfer();
+    clipboardData.items.add(new File([blob], "pasted.png", {type: "image/png"}));
+    document.dispatchEvent(new ClipboardEvent("paste", {clipboardData}));
+    done(1);
+  });
+})
+"""
 FINISHED = "document.querySelector('#status').innerText.match(/^4 |4 张/) && document.querySelector('#stop').hidden"
 CHINESE = "Object.defineProperty(navigator, 'languages', {get: () => ['zh-CN', 'en']})"
 
