@@ -18,6 +18,7 @@ VERBS = {
     "train": "one_run:train",
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
+    "export": "export:export",
     "serve": "serve:serve",
     "ensemble": "many_runs:ensemble",
     "compare": "many_runs:compare",
@@ -39,6 +40,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
   predict    label images with a run
+  export     a network as one file for other programs (ONNX, int8, ...), its answers compared
   serve      a page on this machine that tries a network in the browser
   ensemble   score the mean probabilities of several runs
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves

@@ -60,13 +60,8 @@ def program(network: TrainedNetwork) -> torch.export.ExportedProgram:
         )
 
 
-def onnx_graph(network: TrainedNetwork, *, resized: bool = False) -> onnx.ModelProto:
-    """``Classifier`` of ``network`` as ONNX (opset 18).
-
-    The input is ``PICTURES``: RGB pictures of one size, which are resized as the network was trained. Pictures of the
-    network's own size stay as they are. With ``resized`` the input is ``RESIZED``, for runtimes whose resize does not
-    filter as Pillow's does.
-    """
+def onnx_graph(network: TrainedNetwork) -> onnx.ModelProto:
+    """``Classifier`` of ``network`` as ONNX (opset 18); its input is ``RESIZED``, uint8 (N, 3, size, size)."""
     with _quiet():
         exported = torch.onnx.export(
             program(network), input_names=[RESIZED], output_names=list(OUTPUTS), opset_version=OPSET, dynamo=True,
@@ -81,16 +76,15 @@ def onnx_graph(network: TrainedNetwork, *, resized: bool = False) -> onnx.ModelP
     del graph.graph.value_info[:]  # shapes that runtimes find themselves
     for value in [*graph.graph.input, *graph.graph.output]:
         value.type.tensor_type.shape.dim[0].dim_param = "N"
-    if not resized:
-        _prepend_resize(graph, network.preprocessing)
     onnx.checker.check_model(graph, full_check=True)
     return graph
 
 
-def _prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> None:
-    """Puts what ``data.decode`` and ``batches.to_input`` do to a picture before the input ``RESIZED``.
+def prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> None:
+    """Makes the input of ``graph`` pictures of any size, by what ``data.decode`` and ``batches.resized`` do to them.
 
-    Whole picture -> cache_size -> size, each by Pillow's filter; a picture of ``size`` skips both.
+    The new input is ``PICTURES``, RGB pictures of one size. Whole picture -> cache_size -> size, each by Pillow's
+    filter; a picture of ``size`` skips both.
     """
     size, cache_size = preprocessing.size, preprocessing.cache_size
     numbers = {"own": [3, size, size], "cached": [3, cache_size, cache_size], "sides": [size, size]}
@@ -126,6 +120,7 @@ def _prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> Non
     graph.graph.node.extend([*nodes, *body])
     del graph.graph.input[:]
     graph.graph.input.append(helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["N", "H", "W", 3]))
+    onnx.checker.check_model(graph, full_check=True)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +21,15 @@ from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
 from finetune101.run import Run, open_run, run_name
 
+if TYPE_CHECKING:
+    from finetune101.deploy.export import Exported, Format
+
 
 class Network:
     """A trained network, ready for images: ``load`` opens one."""
 
-    def __init__(self, trained: TrainedNetwork) -> None:
-        self.trained = trained
+    def __init__(self, trained: TrainedNetwork, run: Run | None = None) -> None:
+        self.trained, self.run = trained, run
         self._forward = trained.forward()
 
     @property
@@ -59,6 +64,26 @@ class Network:
         Raises Refused for what is no image, for numbers below 1, and where the network's output is not finite.
         """
         return in_batches(images, top_k, batch_size, self._classify)
+
+    def export(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        format: Format = "onnx",
+        *,
+        resized: bool = False,
+        parity: str | None = None,
+        data: str | None = None,
+        overwrite: bool = False,
+    ) -> Exported:
+        """Writes the network as one file for other programs; see ``deploy.export.export_network``.
+
+        ``data`` is the folder of the images that it was trained on, if not where its run found them.
+        """
+        from finetune101.deploy.export import export_network, open_source, usual_file
+
+        source = open_source(self.run or self.name, data)
+        file = usual_file(source, format) if out is None else Path(out)
+        return export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite)
 
     def logits(self, images: Sequence[Image]) -> Tensor:
         """Outputs of the network, float (N, classes), before temperature and softmax. Raises Refused for no image."""
@@ -103,10 +128,11 @@ def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:
     if isinstance(run, Network):
         return run
     if isinstance(run, Run):
-        return Network(open_network(run))
+        return Network(open_network(run), run)
     name = run_name(run)
     if name in RELEASED:
         return Network(open_released(name)[0])
     if name.endswith(".safetensors") and Path(name).is_file():
         return Network(open_file(Path(name)))
-    return Network(open_network(open_run(name, runs)))
+    opened = open_run(name, runs)
+    return Network(open_network(opened), opened)

@@ -140,11 +140,15 @@ class OnnxNetwork:
         return in_batches(images, top_k, batch_size, self._classify)
 
     def outputs(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Resized pictures, uint8 (N, size, size, 3) -> probabilities (N, classes) and features (N, D)."""
+        """As ``probabilities``, with the features (N, D). A file for resized pictures takes its own size only."""
         if self.info.input == "resized":
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
         probabilities, features = self.session.run(["probabilities", "features"], {self.info.input: pixels})
         return probabilities, features
+
+    def probabilities(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pictures of one size, uint8 (N, H, W, 3) -> probabilities (N, classes); the file resizes them if need be."""
+        return self.outputs(pictures)[0]
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
         probabilities, _ = self.outputs(np.stack([self._pixels(image) for image in images]))

@@ -120,6 +120,13 @@ def score_reference(
     Raises Refused when the images are of other classes or another split, or when ``batch_size`` is below 1.
     """
     check_batch_size(batch_size)
+    opened = open_reference(network, data, name, split)
+    result = scores(*opened.logits("test", batch_size))
+    return result | ({"frozen_backbone": True} if network.frozen_backbone else {})
+
+
+def open_reference(network: TrainedNetwork, data: str | None, name: str, split: SplitOf | None = None) -> Opened:
+    """``network`` with the images of the reference split. Raises Refused as ``score_reference`` does."""
     config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
     index = index_images(find_data(data))
     manifest = splits.make_split(index, config)
@@ -128,5 +135,4 @@ def score_reference(
         raise Refused(f"{name} knows {trained} classes, the data set has {present}; give the --data it was trained on")
     if split and manifest.hash() != split.hash:
         raise Refused(f"the images in {index.root} are not those that {name} was trained on; give them by --data")
-    result = scores(*Opened(network, manifest, index, config).logits("test", batch_size))
-    return result | ({"frozen_backbone": True} if network.frozen_backbone else {})
+    return Opened(network, manifest, index, config)
