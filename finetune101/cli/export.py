@@ -8,7 +8,6 @@ from typing import Literal
 import tyro
 
 from finetune101.cli.parse import Flag
-from finetune101.errors import Refused
 
 
 def export(
@@ -18,9 +17,9 @@ def export(
     out: str | None = None,
     resized: Flag = False,
     parity: str | None = None,
+    runtime: str | None = None,
     data: str | None = None,
     overwrite: Flag = False,
-    runtime: str = "node_modules/onnxruntime-web/dist",
     runs: str = "runs",
 ) -> int:
     """Write a network as one file for other programs, and compare its answers with the network's.
@@ -28,29 +27,22 @@ def export(
     Args:
         run: Folder or name of a run, a best.safetensors, or released_finetune, released_random or released_probe.
         format: onnx: pictures in, calibrated probabilities out. onnx-int8: the same in 8-bit integers. torch-export:
-            PyTorch's own format. safetensors: weights with classes, preprocessing and temperature. web: a folder with
-            a page in which the network runs in the visitor's browser.
-        out: File to write, or the folder of the page. Without: NAME.onnx (NAME_web) in the working folder.
+            PyTorch's own format. safetensors: weights with classes, preprocessing and temperature. web: a folder for a
+            static web host; the network runs in the visitor's browser.
+        out: File to write. Without: NAME.onnx in the working folder.
         resized: The ONNX file takes pictures that are resized already, N x 3 x size x size.
         parity: Folder of pictures to compare the answers on. Without: the validation images of the run.
+        runtime: For web: the folder dist of the npm package onnxruntime-web, if not in node_modules.
         data: Where the images of the run are, if not where the run found them.
-        overwrite: Replace what is there.
-        runtime: Folder dist of the npm package onnxruntime-web, for --format web.
+        overwrite: Replace a file that is there.
         runs: Folder of all runs.
     """
     from finetune101.deploy.export import export_network, open_source, usual_file
 
-    if format == "web":
-        from finetune101.deploy.web import check_runtime, export_web
-
-        if resized:
-            raise Refused("the page takes pictures of any size; leave --resized out")
-        check_runtime(Path(runtime))
-        source = open_source(run, data, runs)
-        page = Path(out or f"{Path(source.network.name).stem or 'network'}_web")
-        print(export_web(source, page, Path(runtime), parity=parity, overwrite=overwrite))
-        return 0
     source = open_source(run, data, runs)
     file = usual_file(source, format) if out is None else Path(out)
-    print(export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite))
+    exported = export_network(
+        source, file, format=format, resized=resized, parity=parity, runtime=runtime, overwrite=overwrite
+    )
+    print(exported)
     return 0

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from finetune101.deploy.onnx_network import read_exported_info
 from finetune101.errors import Refused
 from finetune101.files import atomic
 from finetune101.run import check_folder
-
-if TYPE_CHECKING:
-    from finetune101.deploy.export import Source
 
 TEMPLATES = Path(__file__).parent / "templates"
 RUNTIME = Path("node_modules/onnxruntime-web/dist")
@@ -38,7 +32,7 @@ def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
     info = read_exported_info(onnx_file)
     if info.input != "images":
         raise Refused(f"{onnx_file} takes resized pictures only; export it without --resized")
-    check_runtime(runtime)
+    find_runtime(runtime)
     check_folder(folder)
     network = {"name": info.name or onnx_file.stem, "model": info.model, "classes": info.classes}
     page = (TEMPLATES / "page.html").read_text(encoding="utf-8")
@@ -58,31 +52,12 @@ def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
     return folder / "index.html"
 
 
-def check_runtime(runtime: Path) -> None:
-    """Raises Refused where the folder ``runtime`` does not hold what runs a network in a browser."""
-    missing = [name for name in RUNTIME_FILES if not (runtime / name).is_file()]
+def find_runtime(folder: Path) -> Path:
+    """``folder`` itself. Raises Refused where onnxruntime-web is not in it."""
+    missing = [name for name in RUNTIME_FILES if not (folder / name).is_file()]
     if missing:
         raise Refused(
-            f"{runtime} does not hold {missing[0]} of onnxruntime-web; get it by: npm install onnxruntime-web, or give "
+            f"{folder} does not hold {missing[0]} of onnxruntime-web; get it by: npm install onnxruntime-web, or give "
             "its folder dist by --runtime"
         )
-
-
-def export_web(
-    source: Source, folder: Path, runtime: Path = RUNTIME, *, parity: str | None = None, overwrite: bool = False
-) -> str:
-    """Exports the network of ``source`` as ``export_network`` does, then ``write_web``; returns lines for a terminal.
-
-    Raises Refused as both do, and for a ``folder`` that holds something, unless ``overwrite``.
-    """
-    from finetune101.deploy.export import export_network
-
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise Refused(f"{folder} is not empty; give another --out, or --overwrite")
-    with TemporaryDirectory() as place:
-        exported = export_network(source, Path(place) / "network.onnx", parity=parity)
-        page = write_web(exported.file, folder, runtime)
-        size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-        comparison = str(exported).splitlines()[1:]
-    command = shlex.join(["python", "-m", "http.server", "--directory", str(folder)])
-    return "\n".join([f"{page} ({size:.1f} MB in {folder})", *comparison, f"Try it: {command}, then localhost:8000"])
+    return folder

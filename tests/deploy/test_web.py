@@ -298,6 +298,6 @@ def test_a_run_becomes_a_page(
     assert main([*command, "--runtime", str(runtime)]) == 0
     assert "http.server --directory page" in capsys.readouterr().out
     assert OnnxNetwork(here / "page" / "network.onnx").classes == sorted(path.name for path in tiny_data.iterdir())
-    assert "not empty" in refused(capsys, *command, "--runtime", str(runtime))
+    assert "exists" in refused(capsys, *command, "--runtime", str(runtime))
     assert "npm install" in refused(capsys, *command, "--overwrite")
     assert main([*command, "--runtime", str(runtime), "--overwrite"]) == 0
