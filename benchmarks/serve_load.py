@@ -145,7 +145,7 @@ def main() -> int:
     loads = {
         "load_before": round(load, 2),
         "load_after": round(os.getloadavg()[0], 2),
-    }  # the server's own in the second
+    }
     machine = {"cpu": names[0] if names else platform.machine(), "cores": usable_cores(), **loads}
     record = {
         "network": arguments.network,
