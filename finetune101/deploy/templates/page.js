@@ -329,6 +329,7 @@ document.addEventListener("paste", (event) => {
   if (files.length) take(files.map((file) => ({ file, name: file.name || say("pasted") })));
 });
 
+element("stuck").remove(); // it is for browsers that do not run modules of a file
 translate();
 try {
   network = await about();
