@@ -30,6 +30,7 @@ WRITTEN = (
     "test_*.json",
     "predictions_*.csv",
     "events.out.tfevents.*",
+    "card.md",
     "error.log",
 )
 MOST_CONFIG = 2**20  # bytes

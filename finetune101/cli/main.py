@@ -18,6 +18,11 @@ VERBS = {
     "train": "one_run:train",
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
+    "card": "one_run:card",
+    "explain": "explain:explain",
+    "embed": "explain:embed",
+    "export": "export:export",
+    "serve": "serve:serve",
     "ensemble": "many_runs:ensemble",
     "compare": "many_runs:compare",
     "report": "many_runs:report",
@@ -37,7 +42,12 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   data download|verify|show   get Caltech-101, check every image, draw a contact sheet
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
-  predict    label images with a run
+  predict    label images with a run; write a table, sort them into folders
+  card       a model card: data, accuracy, limits and licences of a run
+  explain    show where a network looks in images, and the nearest training images
+  embed      write what a network sees in images to a file: features and probabilities
+  export     a network as one file for other programs (ONNX, int8, ...), its answers compared
+  serve      a page on this machine that tries a network in the browser
   ensemble   score the mean probabilities of several runs
   compare    tested runs or groups of runs: paired difference with interval, tests, cost, curves
   report     one page about a run, a comparison or a study

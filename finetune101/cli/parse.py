@@ -8,17 +8,15 @@ import difflib
 import functools
 import inspect
 import io
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro._errors import BadValue, InstantiationFailure, InvalidChoice, MissingArgs, UnrecognizedArgs, on_parse_error
 
 from finetune101.cli.help import verb_help
-from finetune101.config import TrainConfig, check_name, flag_of, read_recipe
-from finetune101.errors import Refused, bare, shortened
+from finetune101.config import ModelConfig, TrainConfig, check_name, flag_of, read_recipe
+from finetune101.errors import Refused, bare, must_be, shortened, shown
 from finetune101.experiments.settings import SearchOptions
 from finetune101.recipes import fitted, from_recipe, usual
 
@@ -27,20 +25,6 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 RecipeFile = Annotated[str | None, tyro.conf.arg(name="config")]
 HELP = ("-h", "--help", "--help-all")
 Verb = Callable[..., int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beginning:
-    """The flags that decide from which settings a training begins; all flags come on top of these settings."""
-
-    recipe: str | None = None
-    config: str | None = None
-    model: str = ""
-    device: str = "auto"
-    pretrain: bool = True
-    resume: Flag = False
-    exp: str = ""
-    runs: str = "runs"
 
 
 def call(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") -> int:
@@ -61,44 +45,47 @@ def arguments(verb: Verb, argv: Sequence[str], *, prog: str, model: str = "") ->
 
 
 def _defaults(verb: Verb, argv: Sequence[str], prog: str, model: str) -> dict[str, Any]:
-    """The settings of a training on top of which the flags come, for the verbs that take them."""
+    """The settings of a training on top of which the flags come, for the verbs that take them.
+
+    The flags are read twice: here on top of none, to see which recipe, file or run the settings begin with.
+    """
     kinds = {name: bare(hint) for name, hint in get_type_hints(verb, include_extras=True).items()}
     if TrainConfig not in kinds.values():
         return {}
-    words = [word for word in argv if word != "--resume" or "--resume" in flags_of(verb)]  # unknown to the others
-    original = bool(model) or (SearchOptions in kinds.values() and not _search_options(words, prog).is_automatic)
-    return {"config": first_settings(words, model, original, prog)}
-
-
-def _search_options(argv: Sequence[str], prog: str) -> SearchOptions:
-    """The options of a search in ``argv``, before its settings are known."""
-    options: SearchOptions = _by_tyro(SearchOptions, [word for word in argv if word not in HELP], prog=prog)[0]
-    return options
-
-
-def first_settings(
-    argv: Sequence[str], model: str = "", original: bool = False, prog: str = "finetune101 train"
-) -> TrainConfig:
-    """The settings before the flags of ``argv``: those of --recipe or --config, or with --resume of the run itself.
-
-    Without any of them, the recipe that suits network and machine, or the ``original``.
-    """
     words = [word for word in argv if word not in HELP]
-    begin, _ = _by_tyro(Beginning, words, prog=prog)
-    if begin.resume and begin.exp:
+    positional, named = parse(verb, words, prog=prog, defaults={"config": UNSET})
+    values = inspect.signature(verb).bind(*positional, **named).arguments
+    options = values.get("options")
+    is_plain_search = isinstance(options, SearchOptions) and not options.is_automatic
+    file = values.get("recipe_file") or getattr(options, "recipe_file", None)
+    resume = getattr(options, "resume", False)
+    return {"config": first_settings(values["config"], file, resume, model, bool(model) or is_plain_search)}
+
+
+UNSET = TrainConfig(exp="", model=ModelConfig(name=""))
+
+
+def first_settings(flags: TrainConfig, file: str | None, resume: bool, model: str, original: bool) -> TrainConfig:
+    """The settings before the ``flags``: those of --recipe, of the recipe ``file``, or to ``resume`` of the run itself.
+
+    Without any of them, the recipe that suits network and machine, or the ``original``; ``model`` is the network of
+    the original's scripts. Raises Refused.
+    """
+    if resume and flags.exp:
         from finetune101.run import open_run
 
-        check_name(begin.exp)
-        recorded = open_run(begin.exp, begin.runs, anywhere=False).config()
-        return dataclasses.replace(recorded, runs=begin.runs)  # it may have moved
-    if begin.config:
-        if begin.recipe:
+        check_name(flags.exp)
+        recorded = open_run(flags.exp, flags.runs, anywhere=False).config()
+        return dataclasses.replace(recorded, runs=flags.runs)  # it may have moved
+    if file:
+        if flags.recipe:
             raise Refused("--recipe and --config both say where to start; give one of them")
-        return read_recipe(begin.config, tyro.MISSING)
-    name = "original" if original else usual(begin.model, begin.device, pretrain=begin.pretrain)
+        return read_recipe(file, tyro.MISSING)
+    pretrain = flags.model.pretrain
+    name = "original" if original else usual(flags.model.name, flags.system.device, pretrain=pretrain)
     # a recipe file says itself where training starts
-    config = from_recipe(begin.recipe or name, tyro.MISSING, pretrain=None if begin.pretrain else False)
-    if model and begin.recipe in (None, "original"):
+    config = from_recipe(flags.recipe or name, tyro.MISSING, pretrain=None if pretrain else False)
+    if model and flags.recipe in (None, "original"):
         return dataclasses.replace(config, model=dataclasses.replace(config.model, name=model))
     return config
 
@@ -137,7 +124,7 @@ def _by_tyro(form: Any, argv: Sequence[str], *, prog: str) -> Any:
     """What tyro makes of ``argv`` and the words that it does not know. Raises Refused."""
 
     def refuse(event: Any) -> None:
-        raise Refused(f"{_sentence(event)}; see {prog} --help")
+        raise Refused(f"{_sentence(event, argv)}; see {prog} --help")
 
     said = io.StringIO()  # neither a terminal nor UTF-8: tyro draws no colours, and frames that every console has
     try:
@@ -167,8 +154,8 @@ def _flags(hints: dict[str, Any]) -> list[str]:
     return names
 
 
-def _sentence(event: Any) -> str:
-    """What is wrong with a command line, of which tyro's parser made ``event``."""
+def _sentence(event: Any, argv: Sequence[str]) -> str:
+    """What is wrong with the command line ``argv``, of which tyro's parser made ``event``."""
     if isinstance(event, MissingArgs):
         return f"missing: {', '.join(_flag(one.arg) for one in event.missing_arguments)}"
     if isinstance(event, InvalidChoice):
@@ -177,11 +164,12 @@ def _sentence(event: Any) -> str:
         got = "" if event.offending_value is None else f", not {shortened(repr(event.offending_value))}"
         return f"{_flag(event.argument)} needs {'no' if got else 'a'} value{got}"
     if isinstance(event, InstantiationFailure):
-        if words := re.fullmatch(r"Could not find valid parse for arguments: \[(.*)\]\.?", event.message.strip()):
-            return f"{_flag(event.argument)} cannot be {shortened(words[1])}"
-        reason = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", event.message)
-        reason = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", reason).strip().rstrip(".")
-        return f"{_flag(event.argument)}: {shortened(reason)}" if event.argument else shortened(reason)
+        if not event.argument:
+            return shortened(event.message.strip().rstrip("."))
+        flag, kind = _flag(event.argument), _without_none(event.argument.field.type)
+        values = _values(argv, flag)
+        value = " ".join(values if get_origin(kind) is tuple else values[:1])
+        return f"{flag} is {shown(value)}; give {must_be(kind)}"
     if isinstance(event, UnrecognizedArgs):
         return f"unknown argument {event.tokens[0]}"
     return "the command line cannot be read"
@@ -190,3 +178,23 @@ def _sentence(event: Any) -> str:
 def _flag(argument: Any) -> str:
     """How the user writes an argument."""
     return str(argument.field.intern_name) if argument.is_positional() else str(argument.lowered.name_or_flags[-1])
+
+
+def _values(argv: Sequence[str], flag: str) -> list[str]:
+    """The words that ``argv`` gives to ``flag``, where it is given last."""
+    values: list[str] = []
+    is_own = False
+    for word in argv:
+        name, sign, value = word.partition("=")
+        if name.startswith("--"):
+            is_own = name.replace("_", "-") == flag
+            values = ([value] if sign else []) if is_own else values
+        elif is_own:
+            values.append(word)
+    return values
+
+
+def _without_none(hint: Any) -> Any:
+    """``hint`` without None: no flag is given the value None."""
+    options = [option for option in get_args(hint) if option is not type(None)]
+    return options[0] if type(None) in get_args(hint) and len(options) == 1 else hint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import itertools
 import logging
 import os
@@ -87,8 +88,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
+def opened(path: Path, side: int | None = None, content: bytes | None = None) -> Iterator[Picture]:
     """The picture in ``path`` as a viewer shows it; memory for it is kept free until the block ends.
+
+    With ``content``, the bytes of a picture that is no file here, ``path`` is its name for messages only.
 
     Turned by its EXIF orientation (Pillow's ``exif_transpose``), samples of more than 8 bits scaled to 8, transparent
     parts on white, the first of several frames. A JPEG of more than ``DRAFT_PIXELS`` may be decoded smaller, its sides
@@ -98,7 +101,7 @@ def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
     messages, pixels = _listener.start(), 0
     try:
         try:
-            picture, pixels = _load(path, side)
+            picture, pixels = _load(path, side) if content is None else _load_from(io.BytesIO(content), side)
         except Exception as error:  # a damaged file can raise nearly anything, MemoryError among it
             raise Unreadable(path, *_reason(error)) from error
         try:
@@ -108,7 +111,7 @@ def opened(path: Path, side: int | None = None) -> Iterator[Picture]:
     finally:
         _room.give(pixels)
         _listener.stop()
-    if messages:
+    if messages and content is None:
         _report(path, messages)
 
 
@@ -117,7 +120,13 @@ def _load(path: Path, side: int | None) -> tuple[Picture, int]:
     name = os.fspath(path)
     if not stat.S_ISREG(os.stat(name).st_mode):
         raise _Odd("it is no regular file")  # opening a named pipe would wait for ever
-    with open(name, "rb", buffering=65536) as file, _open(file) as image:
+    with open(name, "rb", buffering=65536) as file:
+        return _load_from(file, side)
+
+
+def _load_from(file: BinaryIO, side: int | None) -> tuple[Picture, int]:
+    """As ``_load``, of an open file."""
+    with _open(file) as image:
         pixels = _prepared(image, side)
         _room.take(pixels)
         try:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
-from finetune101.deploy.prediction import IMAGES, Image, Prediction, pillow_image
+from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
 from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
@@ -23,12 +25,20 @@ from finetune101.evaluation.features import FeatureExtractor
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
 
+if TYPE_CHECKING:
+    from finetune101.deploy.explain import Explainer, Explanation
+    from finetune101.deploy.export import Exported, Format
+    from finetune101.deploy.neighbours import TrainingImages
+
 
 class Network:
     """A trained network, ready for images: ``load`` opens one."""
 
-    def __init__(self, trained: TrainedNetwork) -> None:
-        self.trained = trained
+    def __init__(self, trained: TrainedNetwork, run: Run | None = None) -> None:
+        self.trained, self.run = trained, run
+        self.forward = trained.forward()
+        self.training: TrainingImages | None = None
+        """What ``explain`` looks for the nearest training images in: see ``find_training_images``."""
         self._label = Labeller(trained)
 
     @property
@@ -62,26 +72,66 @@ class Network:
 
         Raises Refused for what is no image, for numbers below 1, and where the network's output is not finite.
         """
-        top_k = typed(Count, top_k, "top_k is")
-        batch_size = typed(Count, batch_size, "batch_size is")
-        if isinstance(images, str | Path | Pillow.Image | np.ndarray):
-            return self._classify([images], top_k)[0]
-        if isinstance(images, bytes | bytearray) or not isinstance(images, Iterable):
-            raise Refused(f"{type(images).__name__} is no image; {IMAGES}")
-        several = list(images)
-        starts = range(0, len(several), batch_size)
-        return [one for start in starts for one in self._classify(several[start : start + batch_size], top_k)]
+        return in_batches(images, top_k, batch_size, self._classify)
+
+    def export(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        format: Format = "onnx",
+        *,
+        resized: bool = False,
+        parity: str | None = None,
+        data: str | None = None,
+        overwrite: bool = False,
+    ) -> Exported:
+        """Writes the network as one file for other programs; see ``deploy.export.export_network``.
+
+        ``data`` is the folder of the images that it was trained on, if not where its run found them.
+        """
+        from finetune101.deploy.export import export_network, open_source, usual_file
+
+        source = open_source(self.run or self.name, data)
+        file = usual_file(source, format) if out is None else Path(out)
+        return export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite)
 
     def logits(self, images: Sequence[Image]) -> Tensor:
         """Outputs of the network, float (N, classes), before temperature and softmax. Raises Refused for no image."""
-        return self._label.outputs(self._input(images))[0]
+        return self.forward(self.to_inputs(images)).cpu()
 
-    def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
-        return self._label(self._input(images), images, top_k)
-
-    def _input(self, images: Sequence[Image]) -> Tensor:
+    def to_inputs(self, images: Sequence[Image]) -> Tensor:
+        """Images as float (N, 3, size, size) on the network's device. Raises Refused for no image."""
         pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images])).permute(0, 3, 1, 2)
         return to_input(pixels, self.preprocessing, self.trained.world)
+
+    @functools.cached_property
+    def explainer(self) -> Explainer:
+        """What makes the maps of ``explain``; it has a copy of the network."""
+        from finetune101.deploy.explain import Explainer
+
+        return Explainer(self.trained)
+
+    def explain(self, image: Image, target: str | Sequence[str] | None = None, top_k: int = 1) -> Explanation:
+        """Where the network looks in an image for a class, or for each of a list: by default its first ``top_k``.
+
+        In a notebook the result is the picture beside its overlays; ``maps`` holds the numbers. After
+        ``find_training_images`` it names the five nearest of these as well. Raises Refused for what is no image, and
+        for a class that is not there.
+        """
+        from finetune101.deploy.explain import explained
+
+        return explained(self, image, target, top_k=typed(Count, top_k, "top_k is"), training=self.training)
+
+    def find_training_images(self, data: str | None = None) -> None:
+        """Prepares the nearest training images for ``explain``: at first, one forward pass of each of them.
+
+        ``data`` is where they are, if not where the run found them. Raises Refused where they are not there.
+        """
+        from finetune101.deploy.neighbours import training_images
+
+        self.training = training_images(self.run or self.name, data)
+
+    def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
+        return self._label(self.to_inputs(images), images, top_k)
 
     def _pixels(self, image: Image) -> Pixels:
         size, interpolation = self.preprocessing.cache_size, self.preprocessing.interpolation
@@ -146,10 +196,11 @@ def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:
     if isinstance(run, Network):
         return run
     if isinstance(run, Run):
-        return Network(open_network(run))
+        return Network(open_network(run), run)
     name = run_name(run)
     if name in RELEASED:
         return Network(open_released(name)[0])
     if name.endswith(".safetensors") and Path(name).is_file():
         return Network(open_file(Path(name)))
-    return Network(open_network(open_run(name, runs)))
+    opened = open_run(name, runs)
+    return Network(open_network(opened), opened)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import html
 import io
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
+from finetune101.config import Count
 from finetune101.data.decode import opened, upright
 from finetune101.errors import Refused
+from finetune101.files import typed
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
@@ -72,6 +75,26 @@ class Prediction:
         return f"<div style='display:flex;gap:1em;align-items:center'>{picture}<table>{rows}</table></div>"
 
 
+def in_batches(
+    images: Image | Sequence[Image],
+    top_k: int,
+    batch_size: int,
+    classify: Callable[[Sequence[Image], int], list[Prediction]],
+) -> Prediction | list[Prediction]:
+    """``classify`` (images, top_k) of one image, or of a list, ``batch_size`` at a time.
+
+    Raises Refused for what is no image, and for numbers below 1.
+    """
+    top_k, batch_size = typed(Count, top_k, "top_k is"), typed(Count, batch_size, "batch_size is")
+    if isinstance(images, str | Path | Pillow.Image | np.ndarray):
+        return classify([images], top_k)[0]
+    if isinstance(images, bytes | bytearray) or not isinstance(images, Iterable):
+        raise Refused(f"{type(images).__name__} is no image; {IMAGES}")
+    several = list(images)
+    starts = range(0, len(several), batch_size)
+    return [one for start in starts for one in classify(several[start : start + batch_size], top_k)]
+
+
 def pillow_image(image: Image) -> Pillow.Image:
     """An image that is no file as a Pillow image. Raises Refused for what is no image."""
     if isinstance(image, np.ndarray):
@@ -93,11 +116,16 @@ def pillow_image(image: Image) -> Pillow.Image:
 def _data_url(image: Image) -> str:
     """A thumbnail of ``image`` for a page."""
     file = io.BytesIO()
+    thumbnail_of(image, THUMBNAIL).save(file, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def thumbnail_of(image: Image, side: int) -> Pillow.Image:
+    """A small copy of ``image``, upright, in RGB, its longer side at most ``side`` pixels."""
     with contextlib.ExitStack() as stack:
         if isinstance(image, str | Path):
-            small = stack.enter_context(opened(Path(image), THUMBNAIL)).image.copy()
+            small = stack.enter_context(opened(Path(image), side)).image.copy()
         else:
             small = upright(pillow_image(image))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(file, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    small.thumbnail((side, side))
+    return small

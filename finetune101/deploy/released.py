@@ -18,7 +18,7 @@ from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, loa
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
 from finetune101.evaluation.unlike import UNLIKE
 from finetune101.machine import detect
-from finetune101.run import find_run, open_run
+from finetune101.run import Run, find_run, is_run, open_run
 
 FOLDER = Path(__file__).parent.parent / "weights"
 RELEASED = {
@@ -67,6 +67,8 @@ class Chosen:
     network: TrainedNetwork
     inputs: list[str]
     named: bool
+    run: Run | None = None
+    """The run of the network; None for a released network and for a checkpoint outside of a run."""
 
 
 def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
@@ -84,7 +86,8 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
         if not rest:
             raise Refused("no image given; name files, folders or patterns after the run")
         network = open_network(run) if run else open_file(file) if checkpoint else open_released(first)[0]
-        return Chosen(network, rest, named=True)
+        beside = Run(file.parent) if checkpoint and is_run(file.parent) else None
+        return Chosen(network, rest, named=True, run=run or beside)
     if not _names_images(first):
         if file.is_file():
             raise Refused(f"{first} is no network that predict reads; name a run, or a best.safetensors of one")
@@ -122,15 +125,13 @@ def score_reference(
     Raises Refused when the images are of other classes or another split, or when ``batch_size`` is below 1.
     """
     check_batch_size(batch_size)
-    result = scores(*open_reference(network, data, name, split).logits("test", batch_size))
+    opened = open_reference(network, data, name, split)
+    result = scores(*opened.logits("test", batch_size))
     return result | ({"frozen_backbone": True} if network.frozen_backbone else {})
 
 
 def open_reference(network: TrainedNetwork, data: str | None, name: str, split: SplitOf | None = None) -> Opened:
-    """``network`` with the images of the reference split; ``split`` as in ``score_reference``.
-
-    Raises Refused when the images are of other classes or another split.
-    """
+    """``network`` with the images of the reference split. Raises Refused as ``score_reference`` does."""
     config = DataConfig(root=data, split_seed=split.seed if split else DataConfig().split_seed)
     index = index_images(find_data(data))
     manifest = splits.make_split(index, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +54,7 @@ class Info:
     temperature: Temperature | None = None
     temperature_reason: Annotated[str, Meta(max_length=1000)] = ""
     part: Literal["head"] | None = None
+    frozen_backbone: bool = False
     split: SplitOf | None = None
 
 
@@ -187,7 +188,7 @@ def _open(file: Path, name: str) -> TrainedNetwork:
         temperature_reason=reason,
         epoch=info.epoch,
         name=name,
-        frozen_backbone=info.part == "head" or info.epoch == 0,
+        frozen_backbone=info.frozen_backbone or info.part == "head" or info.epoch == 0,
         checkpoint_hash=checkpoint_hash,
         architecture=info.model,
     )
@@ -203,6 +204,27 @@ def _temperature_beside(file: Path, checkpoint_hash: str) -> tuple[float | None,
     if kept.weights == checkpoint_hash:
         return kept.temperature, kept.reason
     return None, "its temperature is of other weights"
+
+
+def checkpoint_info(model: str, classes: Sequence[str], preprocessing: Preprocessing, **others: Any) -> dict[str, str]:
+    """The metadata of a checkpoint of ``model``: an ``Info`` as text; ``others`` that are None are left out."""
+    values: dict[str, Any] = {"classes": list(classes), "preprocessing": dataclasses.asdict(preprocessing)}
+    values |= {key: value for key, value in others.items() if value is not None}
+    return {"model": model} | {key: v if key in TEXTS else json.dumps(v) for key, v in values.items()}
+
+
+def as_checkpoint(network: TrainedNetwork) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of ``network``, and the metadata with which ``open_file`` makes the same network of them."""
+    info = checkpoint_info(
+        network.architecture,
+        network.classes,
+        network.preprocessing,
+        epoch=network.epoch,
+        temperature=network.temperature,
+        temperature_reason=network.temperature_reason or None,
+        frozen_backbone=network.frozen_backbone or None,
+    )
+    return network.model.state_dict(), info
 
 
 def keep_temperature(run: Run, network: TrainedNetwork, result: Calibrated) -> None:

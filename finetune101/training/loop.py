@@ -14,10 +14,9 @@ from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from finetune101.config import to_dict
 from finetune101.data.batches import mix, step_count
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import read_checkpoint
+from finetune101.evaluation.checkpoint import checkpoint_info, read_checkpoint
 from finetune101.evaluation.metrics import calibrate
 from finetune101.fast import fast_layers
 from finetune101.files import checked, parse_json
@@ -211,12 +210,9 @@ class Trainer:
         return record
 
     def _save_best(self, record: dict[str, Any]) -> None:
-        info = {
-            "model": self.job.config.model.name,
-            "classes": json.dumps(self.job.manifest.classes),
-            "preprocessing": json.dumps(to_dict(self.job.built.preprocessing)),
-            "epoch": str(record["epoch"]),
-        }
+        job = self.job
+        own, classes = job.built.preprocessing, job.manifest.classes
+        info = checkpoint_info(job.config.model.name, classes, own, epoch=record["epoch"])
         save_checkpoint(self.job.run.best, self.saved_model.state_dict(), info)
 
     def calibrate(self) -> None:

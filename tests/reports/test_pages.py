@@ -15,7 +15,7 @@ from written_runs import write_run
 
 from finetune101.cli.main import main
 from finetune101.errors import Refused
-from finetune101.evaluation.tested import Answer
+from finetune101.evaluation.tested import Answer, confused_pairs
 from finetune101.reports import groups, mistakes
 from finetune101.reports.page import TEMPLATES, Name, Page, words
 from finetune101.reports.pages import _details
@@ -100,6 +100,21 @@ def test_without_gallery_the_images_need_not_be_there(
     assert "--no-gallery" in capsys.readouterr().err
     assert main(["report", "nope", "--runs", str(runs)]) == 2
     assert "no run named nope; there are: r0, r1" in capsys.readouterr().err
+
+
+def test_mistakes_show_where_the_network_looked_and_what_is_near(runs: Path, tmp_path: Path) -> None:
+    read = Reader(make(runs / "r0", tmp_path))
+    alts = [attrs["alt"] for tag, attrs in read.tags if tag == "img"]
+    looked, near = sum("where it looked" in alt for alt in alts), alts.count("nearest training image")
+    assert looked > 0 and near == 3 * looked
+    assert "where it looked" not in make(runs / "r0", tmp_path, "--no-explain")
+
+
+def test_a_page_whose_network_cannot_be_read_says_so(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "r0", tmp_path / "r0")
+    (tmp_path / "r0/best.safetensors").write_text("damaged")
+    page = make(tmp_path / "r0", tmp_path / "out")
+    assert "Where the network looked is left out: " in page and "is damaged" in page
 
 
 HOSTILE = (
@@ -234,7 +249,7 @@ def test_confused_classes_stand_together() -> None:
         frozenset({names[5], names[33]}),
     }
     assert np.array_equal(np.diag(matrix.counts), [4] * 4) and matrix.counts.sum() == 20
-    assert mistakes.confused_pairs(answers)[0] == (names[0], names[20], 1)
+    assert confused_pairs(answers)[0] == (names[0], names[20], 1)
     assert [e["confidence"] for e in mistakes.examples(answers, False, None)] == [0.8, 0.8, 0.7, 0.7]
 
 

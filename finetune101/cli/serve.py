@@ -1,0 +1,67 @@
+"""The verb serve: a page on this machine that tries a network."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from finetune101.cli.console import watched
+from finetune101.errors import Refused
+
+if TYPE_CHECKING:
+    from finetune101.deploy.worker import Classifier
+
+
+def serve(
+    network: tyro.conf.Positional[str] = "released_finetune",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_mb: int = 32,
+    runs: str = "runs",
+) -> int:
+    """Open a page on this machine that tries a network in the browser, and answers POST /predict.
+
+    Ctrl-C ends it. GET /openapi.json describes the interface for programs.
+
+    Args:
+        network: A run (folder or name), a best.safetensors, a released network, or an exported FILE.onnx.
+        host: Address to listen at; with another than 127.0.0.1 others on the network can use the page.
+        port: Port to listen at; 0 takes a free one.
+        max_mb: Megabytes that one request may have.
+        runs: Folder of all runs.
+    """
+    try:
+        from finetune101.deploy import listen, serve
+        from finetune101.deploy.uploads import Limits
+    except ModuleNotFoundError as error:
+        raise Refused(f"serve needs {error.name}; install it by: pip install 'finetune101[serve]'") from error
+    if not 0 <= port <= 65535:
+        raise Refused(f"--port is {port}; give a number from 0 to 65535")
+    if not 1 <= max_mb <= 1000:
+        raise Refused(f"--max-mb is {max_mb}; give a number from 1 to 1000")
+    limits = Limits(megabytes=max_mb)
+    with listen.listening(host, port) as server:
+        classifier = open_classifier(network, runs)
+        if host not in serve.LOOPBACK:
+            print(f"warning: everybody who reaches {host} can use this page; it asks for no password", file=sys.stderr)
+        app = serve.application(classifier, limits, host)
+        serve.warm_up(classifier)
+        print(f"Try {network} at {listen.address_of(server)} (Ctrl-C ends it)", flush=True)
+        with watched(Path(network), lambda: "the page is closed"):
+            listen.http_server(app, limits).run(sockets=[server])
+    return 0
+
+
+def open_classifier(name: str, runs: str) -> Classifier:
+    """The network that ``name`` means. Raises Refused where there is none."""
+    if name.endswith(".onnx"):
+        from finetune101.deploy.onnx_network import OnnxNetwork
+
+        return OnnxNetwork(name)
+    from finetune101.deploy.network import load
+
+    return load(name, runs)

@@ -1,0 +1,137 @@
+"""A trained network as an ONNX graph: pictures of any size in, calibrated probabilities and features out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from finetune101.config import Preprocessing
+from finetune101.evaluation.checkpoint import TrainedNetwork
+
+OPSET = 18  # the first whose Resize filters as Pillow does (antialias)
+IR_VERSION = 10  # what runtimes of 2024 read
+PICTURES, RESIZED = "images", "resized"
+"""The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
+OUTPUTS = ("probabilities", "features")
+
+
+class Classifier(nn.Module):
+    """uint8 (N, 3, size, size) RGB -> probabilities (N, classes) over the temperature, features (N, D); in float32."""
+
+    def __init__(self, network: TrainedNetwork) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(network.model).cpu().eval()
+        self.output_layer = network.head
+        self.temperature = network.temperature or 1.0
+        own = network.preprocessing
+        self.mean, self.std = (nn.Buffer(torch.tensor(value).view(3, 1, 1) * 255) for value in (own.mean, own.std))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        inputs: list[Tensor] = []
+        layer = self.model.get_submodule(self.output_layer)
+        hook = layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0]))
+        try:
+            logits = self.model((pixels.to(torch.float32) - self.mean) / self.std)
+        finally:
+            hook.remove()
+        features = inputs[0].mean((2, 3)) if inputs[0].dim() == 4 else inputs[0]  # a convolution, before the pooling
+        return torch.softmax(logits / self.temperature, 1), features
+
+
+def program(network: TrainedNetwork) -> torch.export.ExportedProgram:
+    """``Classifier`` of ``network`` for any number of images, as PyTorch's own format."""
+    size = network.preprocessing.size
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    with _quiet():
+        return torch.export.export(
+            Classifier(network).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("N", min=1, max=4096)},)
+        )
+
+
+def onnx_graph(network: TrainedNetwork) -> onnx.ModelProto:
+    """``Classifier`` of ``network`` as ONNX (opset 18); its input is ``RESIZED``, uint8 (N, 3, size, size)."""
+    with _quiet():
+        exported = torch.onnx.export(
+            program(network), input_names=[RESIZED], output_names=list(OUTPUTS), opset_version=OPSET, dynamo=True,
+            verbose=False,
+        )  # fmt: skip
+        assert exported is not None
+        graph: onnx.ModelProto = exported.model_proto
+    graph.ir_version = min(graph.ir_version, IR_VERSION)
+    for node in graph.graph.node:  # file names and lines of this machine
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del graph.graph.value_info[:]  # shapes that runtimes find themselves
+    for value in [*graph.graph.input, *graph.graph.output]:
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    onnx.checker.check_model(graph, full_check=True)
+    return graph
+
+
+def prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> None:
+    """Makes the input of ``graph`` pictures of any size, by what ``data.decode`` and ``batches.resized`` do to them.
+
+    The new input is ``PICTURES``, RGB pictures of one size. Whole picture -> cache_size -> size, each by Pillow's
+    filter; a picture of ``size`` skips both.
+    """
+    size, cache_size = preprocessing.size, preprocessing.cache_size
+    numbers = {"own": [3, size, size], "cached": [3, cache_size, cache_size], "sides": [size, size]}
+    constants = [numpy_helper.from_array(np.array(value, np.int64), f"resize_{key}") for key, value in numbers.items()]
+    filters: dict[str, Any] = {"mode": "linear"}
+    if preprocessing.interpolation == "bicubic":
+        filters = {"mode": "cubic", "cubic_coeff_a": -0.5}
+    filters |= {"antialias": 1, "exclude_outside": 1, "coordinate_transformation_mode": "half_pixel"}
+    make = helper.make_node
+    nodes = [
+        make("Transpose", [PICTURES], ["resize_channels"], perm=[0, 3, 1, 2]),
+        make("Shape", [PICTURES], ["resize_count"], start=0, end=1),
+        make("Shape", [PICTURES], ["resize_picture"], start=1, end=3),
+        make("Concat", ["resize_count", "resize_own"], ["resize_shape"], axis=0),
+    ]
+    pixels = "resize_channels"
+    if cache_size != size:
+        nodes += [
+            make("Equal", ["resize_picture", "resize_sides"], ["resize_equal"]),
+            make("Cast", ["resize_equal"], ["resize_numbers"], to=TensorProto.INT64),
+            make("ReduceMin", ["resize_numbers"], ["resize_both"], keepdims=0),
+            make("Cast", ["resize_both"], ["resize_is_own"], to=TensorProto.BOOL),
+            make("Where", ["resize_is_own", "resize_own", "resize_cached"], ["resize_first"]),
+            make("Concat", ["resize_count", "resize_first"], ["resize_first_shape"], axis=0),
+            make("Resize", [pixels, "", "", "resize_first_shape"], ["resize_decoded"], **filters),
+        ]
+        pixels = "resize_decoded"
+    nodes.append(make("Resize", [pixels, "", "", "resize_shape"], [RESIZED], **filters))
+    used = {name for node in nodes for name in node.input}
+    graph.graph.initializer.extend(constant for constant in constants if constant.name in used)
+    body = list(graph.graph.node)
+    del graph.graph.node[:]
+    graph.graph.node.extend([*nodes, *body])
+    del graph.graph.input[:]
+    graph.graph.input.append(helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["N", "H", "W", 3]))
+    onnx.checker.check_model(graph, full_check=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's own lines and warnings, which name its insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,63 @@
+"""An exported network as a folder for any static web host: one page, the network runs in the visitor's browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from finetune101.deploy.onnx_network import read_exported_info
+from finetune101.errors import Refused
+from finetune101.files import atomic
+from finetune101.run import check_folder
+
+TEMPLATES = Path(__file__).parent / "templates"
+RUNTIME = Path("node_modules/onnxruntime-web/dist")
+RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+PAGE_FILES = {"page.css": "page.css", "page.js": "page.js", "words.js": "words.js", "browser.js": "backend.js"}
+"""File in ``templates/`` -> its name in the folder."""
+MEGABYTES = 100  # of a picture: more than a browser decodes
+POLICY = (
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'"
+)
+
+
+def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
+    """Writes the page, the network and onnxruntime-web into ``folder``; returns the page.
+
+    ``runtime`` is the folder ``dist`` of the npm package onnxruntime-web; three of its files are copied. Raises Refused
+    where they are not there, and for a file that finetune101 did not export or that takes resized pictures.
+    """
+    info = read_exported_info(onnx_file)
+    if info.input != "images":
+        raise Refused(f"{onnx_file} takes resized pictures only; export it without --resized")
+    find_runtime(runtime)
+    check_folder(folder)
+    network = {"name": info.name or onnx_file.stem, "model": info.model, "classes": info.classes}
+    page = (TEMPLATES / "page.html").read_text(encoding="utf-8")
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    texts = {
+        "index.html": page.replace("<!-- policy -->", policy),
+        "network.json": json.dumps({**network, "megabytes": MEGABYTES, "explains": False}, ensure_ascii=False),
+        **{new: (TEMPLATES / name).read_text(encoding="utf-8") for name, new in PAGE_FILES.items()},
+    }
+    for name, text in texts.items():
+        with atomic(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
+    copies = {"network.onnx": onnx_file, **{name: runtime / name for name in RUNTIME_FILES}}
+    for name, source in copies.items():
+        with atomic(folder / name) as part:
+            shutil.copyfile(source, part)
+    return folder / "index.html"
+
+
+def find_runtime(folder: Path) -> Path:
+    """``folder`` itself. Raises Refused where onnxruntime-web is not in it."""
+    missing = [name for name in RUNTIME_FILES if not (folder / name).is_file()]
+    if missing:
+        raise Refused(
+            f"{folder} does not hold {missing[0]} of onnxruntime-web; get it by: npm install onnxruntime-web, or give "
+            "its folder dist by --runtime"
+        )
+    return folder
