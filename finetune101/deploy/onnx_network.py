@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +19,9 @@ from PIL import Image as Pillow
 
 from finetune101.config import Preprocessing
 from finetune101.data.decode import FILTERS, Unreadable, decode, decode_image
-from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
+from finetune101.deploy.prediction import Image, Prediction, in_batches, marked, pillow_image
 from finetune101.errors import Refused, escaped, shortened
+from finetune101.evaluation.unlike import Unlike, parsed_unlike
 from finetune101.files import checked, parse_json
 from finetune101.host import usable_cores
 
@@ -87,6 +90,8 @@ class ExportedInfo:
     parity: Parity | None = None
     weights: str = ""
     """sha256 (hex) of the checkpoint."""
+    unlike: Annotated[str, Meta(max_length=2**28)] = ""
+    """The score for images unlike the training images: the file that a run keeps it in, in base64; "" without one."""
     version: str = ""
     """Of finetune101."""
     format: Literal[1] = 1
@@ -160,6 +165,19 @@ class OnnxNetwork:
         """Why there is no temperature."""
         return "" if self.info.temperature else "no temperature was known at its export"
 
+    @functools.cached_property
+    def unlike(self) -> Unlike | None:
+        """The score for images unlike the training images. Raises Refused where it is damaged."""
+        if not self.info.unlike:
+            return None
+        content = base64.b64decode(self.info.unlike)
+        return parsed_unlike(content, str(self.file), _REMEDY)[0]
+
+    @property
+    def unlike_reason(self) -> str:
+        """Why there is no score for unlike images."""
+        return "" if self.info.unlike else "its network had no such score at its export"
+
     @property
     def frozen_backbone(self) -> bool:
         """Whether only the output layer was trained."""
@@ -173,14 +191,18 @@ class OnnxNetwork:
 
         Raises Refused when the output is not finite.
         """
-        probabilities, _ = self.outputs(pixels)
+        probabilities, features = self.outputs(pixels)
         if not np.isfinite(probabilities).all():
             raise Refused(f"the output of {self.name} is not finite; export it again")
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-        return [
+        predictions = [
             Prediction(tuple((self.info.classes[k], float(row[k])) for k in best), image)
             for row, best, image in zip(probabilities, order, images, strict=True)
         ]
+        if self.unlike is None:
+            return predictions
+        logits = (self.temperature or 1.0) * np.log(np.maximum(probabilities.astype(np.float64), 1e-30))
+        return marked(predictions, self.unlike, self.unlike.score(features, logits))
 
     def _pixels(self, image: Image) -> NDArray[np.uint8]:
         own = self.preprocessing
