@@ -121,7 +121,7 @@ def _torch_ways(network: TrainedNetwork) -> Iterator[tuple[str, Pass]]:
 
 def _copy(network: TrainedNetwork, world: Any) -> torch.nn.Module:
     model = copy.deepcopy(network.model).to(world.device)
-    return model.to(memory_format=world.memory_format).eval()  # type: ignore[call-overload, no-any-return]
+    return model.to(memory_format=world.memory_format).eval()
 
 
 def _runtime_ways(network: TrainedNetwork, folder: Path) -> Iterator[tuple[str, Pass]]:
