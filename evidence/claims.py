@@ -275,6 +275,17 @@ def load_number(name: str, folder: Path, results: Path) -> float:
     return float(np.percentile(latencies, int(kind[1:]))) if kind[0] == "p" else sum(record["errors_by_kind"].values())
 
 
+def pointing_number(name: str, folder: Path, results: Path) -> float:
+    """The share of pictures whose map is largest on the object's mask (or ``outline``, ``box``: the end of ``name``),
+    counted over the points of pointing.json. Raises ValueError where a class has no picture."""
+    points = read_json(folder / "pointing.json")["points"]
+    classes = Counter(one["class"] for one in points)
+    if len(classes) < 12 or len(set(classes.values())) > 1:
+        raise ValueError(f"pointing.json has the pictures {dict(classes)}, not as many of each of 12 classes")
+    measure = name.rpartition(".")[2]
+    return float(np.mean([one["mask" if measure == "pointing" else measure] for one in points]))
+
+
 COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"auto\.(small\.)?(seconds|budget)": auto_number,
     r".*\.minutes": lambda name, folder, results: minutes(folder, results),
@@ -282,6 +293,7 @@ COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"search\..*(lead|standard_error)|search\.overhead.*": search_number,
     r"compare\.curve": curve_number,
     r"serve\.load\..*": load_number,
+    r"use\.explain\.pointing.*": pointing_number,
     r"report\.size\.study": lambda name, folder, results: (folder / "report" / "report.html").stat().st_size / 1e6,
 }
 """Pattern of an id -> what makes its number of (id, folder of the evidence, results/)."""
