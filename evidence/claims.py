@@ -263,6 +263,34 @@ def auto_number(name: str, folder: Path, results: Path) -> float:
     return seconds if name.endswith("seconds") else 100 * seconds / (60 * int(budget[1]))
 
 
+def unlike_number(name: str, folder: Path, results: Path) -> float:
+    """Of the scores of test and background images in the CSV files of ``folder``, one per network, the mean over the
+    networks: the AUROC, or for ``fpr95`` the percent of background images kept where 95 % of the test images are."""
+    from finetune101.evaluation.metrics import auroc, false_positive_rate
+
+    numbers = []
+    for file in sorted(folder.glob("*.csv")):
+        scores: dict[str, list[float]] = {"test": [], "background": []}
+        with open(file, newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                scores[row["subset"]].append(float(row["score"]))
+        rate = 100 * false_positive_rate(scores["background"], scores["test"])
+        numbers.append(rate if ".fpr95." in name else auroc(scores["background"], scores["test"]))
+    return float(np.mean(numbers))
+
+
+def load_number(name: str, folder: Path, results: Path) -> float:
+    """Of a server under load, by the end of ``name``: ``errors``, ``rate`` (answers per second), ``p50``, ``p99``."""
+    record = read_json(folder / "load.json")
+    latencies = [float(line) for line in (folder / "latencies.txt").read_text(encoding="utf-8").split()]
+    if len(latencies) != record["requests"]:
+        raise ValueError(f"latencies.txt holds {len(latencies)} requests, load.json {record['requests']}")
+    kind = name.rpartition(".")[2]
+    if kind == "rate":
+        return len(latencies) / float(record["seconds"])
+    return float(np.percentile(latencies, int(kind[1:]))) if kind[0] == "p" else sum(record["errors_by_kind"].values())
+
+
 def pointing_number(name: str, folder: Path, results: Path) -> float:
     """The share of pictures whose map is largest on the object's mask (or ``outline``, ``box``: the end of ``name``),
     counted over the points of pointing.json. Raises ValueError where a class has no picture."""
@@ -280,6 +308,8 @@ COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"speed\..*": lambda name, folder, results: speed(results)[name],
     r"search\..*(lead|standard_error)|search\.overhead.*": search_number,
     r"compare\.curve": curve_number,
+    r"ood\.(auroc|fpr95)\.background": unlike_number,
+    r"serve\.load\..*": load_number,
     r"use\.explain\.pointing.*": pointing_number,
     r"report\.size\.study": lambda name, folder, results: (folder / "report" / "report.html").stat().st_size / 1e6,
 }

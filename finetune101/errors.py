@@ -5,6 +5,7 @@ Every other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 import reprlib
 import types
 from collections.abc import Iterator
@@ -41,6 +42,13 @@ def escaped(name: str) -> str:
         else f"\\u{ord(c):04x}"
         for c in name
     )  # fmt: skip
+
+
+def markdown(value: object) -> str:
+    """``value`` so that Markdown shows it as it is: no HTML, link, picture, emphasis, cell or line of its own."""
+    text = re.sub(r"([\\`*\[\]|])", r"\\\1", escaped(str(value)))
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word they emphasise nothing
 
 
 def parts(value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -26,9 +26,11 @@ WRITTEN = (
     "best.safetensors",
     "predictions.csv",
     "temperature.json",
+    "unlike.safetensors",
     "test_*.json",
     "predictions_*.csv",
     "events.out.tfevents.*",
+    "card.md",
     "error.log",
 )
 MOST_CONFIG = 2**20  # bytes

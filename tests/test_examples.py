@@ -41,7 +41,7 @@ PAGES = {
     for page in sorted((ROOT / "docs").glob("*.md"))
     if (blocks := re.findall(r"^```(sh|python) runnable\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M))
 }
-ELSEWHERE = ("data download", "demo", "auto")  # needs the network; the others have tests of their own
+ELSEWHERE = ("data download", "demo", "auto", "serve")  # needs the network; the others have tests of their own
 
 
 def test_every_verb_has_an_example() -> None:

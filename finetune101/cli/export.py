@@ -13,10 +13,11 @@ from finetune101.cli.parse import Flag
 def export(
     run: tyro.conf.Positional[str],
     *,
-    format: Literal["onnx", "onnx-int8", "torch-export", "safetensors"] = "onnx",
+    format: Literal["onnx", "onnx-int8", "torch-export", "safetensors", "web"] = "onnx",
     out: str | None = None,
     resized: Flag = False,
     parity: str | None = None,
+    runtime: str | None = None,
     data: str | None = None,
     overwrite: Flag = False,
     runs: str = "runs",
@@ -26,10 +27,12 @@ def export(
     Args:
         run: Folder or name of a run, a best.safetensors, or released_finetune, released_random or released_probe.
         format: onnx: pictures in, calibrated probabilities out. onnx-int8: the same in 8-bit integers. torch-export:
-            PyTorch's own format. safetensors: weights with classes, preprocessing and temperature.
+            PyTorch's own format. safetensors: weights with classes, preprocessing and temperature. web: a folder for a
+            static web host; the network runs in the visitor's browser.
         out: File to write. Without: NAME.onnx in the working folder.
         resized: The ONNX file takes pictures that are resized already, N x 3 x size x size.
         parity: Folder of pictures to compare the answers on. Without: the validation images of the run.
+        runtime: For web: the folder dist of the npm package onnxruntime-web, if not in node_modules.
         data: Where the images of the run are, if not where the run found them.
         overwrite: Replace a file that is there.
         runs: Folder of all runs.
@@ -38,5 +41,8 @@ def export(
 
     source = open_source(run, data, runs)
     file = usual_file(source, format) if out is None else Path(out)
-    print(export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite))
+    exported = export_network(
+        source, file, format=format, resized=resized, parity=parity, runtime=runtime, overwrite=overwrite
+    )
+    print(exported)
     return 0

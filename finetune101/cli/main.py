@@ -18,6 +18,7 @@ VERBS = {
     "train": "one_run:train",
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
+    "card": "one_run:card",
     "explain": "explain:explain",
     "embed": "explain:embed",
     "export": "export:export",
@@ -41,7 +42,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   data download|verify|show   get Caltech-101, check every image, draw a contact sheet
   train      fine-tune a pretrained network, or train from random initialisation (--no-pretrain)
   evaluate   score a run on its test images
-  predict    label images with a run
+  predict    label images with a run; write a table, sort them into folders
+  card       a model card: data, accuracy, limits and licences of a run
   explain    show where a network looks in images, and the nearest training images
   embed      write what a network sees in images to a file: features and probabilities
   export     a network as one file for other programs (ONNX, int8, ...), its answers compared
@@ -54,7 +56,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   search     hyper-parameters: grid, random or TPE, with pruning; search report DIR explains it
   lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
-  benchmark  how fast this machine trains
+  benchmark  how fast this machine trains; --inference RUN: how fast a network answers
   cache      list or clear the folder of decoded images and features
   demo       all of it on a small drawn data set
 

@@ -1,4 +1,4 @@
-"""The verbs of one run: train, evaluate, predict, lr-find. A signature is its flags; bodies import lazily."""
+"""The verbs of one run: train, evaluate, predict, card, lr-find. A signature is its flags; bodies import lazily."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from finetune101.errors import Refused, escaped
 from finetune101.host import place
 
 if TYPE_CHECKING:
-    from finetune101.deploy.released import Chosen
+    from finetune101.deploy.onnx_network import OnnxNetwork
+    from finetune101.evaluation.checkpoint import TrainedNetwork
     from finetune101.run import Run
 
 
@@ -133,6 +134,7 @@ def predict(
     into: str | None = None,
     link: Flag = False,
     unsure_below: float | None = None,
+    reject: Flag = False,
     batch_size: int = 64,
     runs: str = "runs",
 ) -> int:
@@ -142,8 +144,8 @@ def predict(
 
     Args:
         inputs: Images, folders or globs, @FILE with a path per line, or - for paths from standard input; before them a
-            run (folder or name), a best.safetensors, or released_finetune, released_random or released_probe. Without:
-            released_finetune.
+            run (folder or name), a best.safetensors, an exported FILE.onnx, or released_finetune, released_random or
+            released_probe. Without: released_finetune.
         top_k: Classes to show for each image.
         csv: Print CSV.
         json: Print JSON.
@@ -153,13 +155,13 @@ def predict(
         link: With --into, make links instead of copies.
         unsure_below: With --into, images whose best class has a lower probability go into the folder unsure. Default:
             0.5.
+        reject: Give no label to images unlike the training pictures.
         batch_size: Images per step.
         runs: Folder of all runs.
     """
     from finetune101.deploy import tables
     from finetune101.deploy.inputs import image_inputs, left_out_text
     from finetune101.deploy.predict import predict_files
-    from finetune101.deploy.released import choose
     from finetune101.deploy.sorting import SortedFolder
 
     if (csv and json) or (out and (csv or json)):
@@ -169,16 +171,19 @@ def predict(
     file = Path(out) if out else None
     if file:
         tables.check_table_file(file, overwrite)
-    chosen = choose(inputs, runs)
-    network = chosen.network
+    network, words = _network_and_images(inputs, runs)
     folder = SortedFolder(Path(into), network.classes, link, unsure_below) if into else None
-    images = image_inputs(chosen.inputs)
+    images = image_inputs(words)
     if folder:
         folder.check(images)
-    _print_notes(chosen)
+    if reject and network.unlike is None:
+        raise Refused(f"--reject cannot tell which images are unlike the training pictures: {network.unlike_reason}")
+    _print_notes(network)
     prints_rows = not file and (csv or json or not folder)
     show_progress = not (prints_rows and sys.stdout.isatty())  # on a terminal the rows themselves show it
     predictions = predict_files(network, images, top_k, batch_size, show_progress)
+    if reject:
+        predictions = (one.without_label() for one in predictions)
     if folder:
         predictions = folder.add_all(predictions)
     width = min(top_k, len(network.classes))
@@ -202,17 +207,64 @@ def predict(
     return 1 if images.failed else 0
 
 
-def _print_notes(chosen: Chosen) -> None:
+def _network_and_images(words: Sequence[str], runs: str) -> tuple[TrainedNetwork | OnnxNetwork, list[str]]:
+    """The network that ``words`` begin with (see ``deploy.released.choose``), or an exported one; the other words."""
+    if words and words[0].endswith(".onnx") and Path(words[0]).is_file():
+        from finetune101.deploy.onnx_network import OnnxNetwork
+
+        if not words[1:]:
+            raise Refused("no image given; name files, folders or patterns after the exported network")
+        return OnnxNetwork(words[0]), list(words[1:])
+    from finetune101.deploy.released import choose
+
+    chosen = choose(words, runs)
+    if not chosen.named:
+        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    return chosen.network, chosen.inputs
+
+
+def _print_notes(network: TrainedNetwork | OnnxNetwork) -> None:
     """Prints to standard error what a user should know of the network that labels the images."""
     from finetune101.evaluation.checkpoint import FROZEN
 
-    network = chosen.network
-    if not chosen.named:
-        print(f"No run was named: {network.name} answers (Caltech-101's classes)", file=sys.stderr)
     if network.temperature is None:
         print(f"Probabilities are not calibrated: {network.temperature_reason}", file=sys.stderr)
+    if network.unlike is None:
+        print(f"Images unlike the training pictures are not marked: {network.unlike_reason}", file=sys.stderr)
     if network.frozen_backbone:
         print(FROZEN, file=sys.stderr)
+
+
+def card(
+    run: tyro.conf.Positional[str],
+    *,
+    out: str | None = None,
+    lang: Literal["en", "zh"] = "en",
+    overwrite: Flag = False,
+    runs: str = "runs",
+) -> int:
+    """Write a model card about a run or a released network: data, accuracy, limits, licences and use.
+
+    Its header is the one that the Hugging Face hub reads: there the card is the README.md of the network.
+
+    Args:
+        run: Folder or name of a run, or released_finetune, released_random or released_probe.
+        out: File to write. Default: card.md in the folder of the run, or here.
+        lang: Language of the card.
+        overwrite: Replace the file.
+        runs: Folder of all runs.
+    """
+    from finetune101.deploy.card import write_card
+    from finetune101.deploy.released import RELEASED
+    from finetune101.run import open_run
+
+    opened = None if run in RELEASED else open_run(run, runs)
+    print(f"Card: {write_card(run, opened, Path(out) if out else None, lang, overwrite)}")
+    if opened and not opened.has("test.json"):
+        from finetune101.evaluation.tested import evaluate_command
+
+        print(f"It says that the run is not tested; test it: {evaluate_command(opened)}")
+    return 0
 
 
 def lr_find(

@@ -150,8 +150,30 @@ class OnnxNetwork:
         """Pictures of one size, uint8 (N, H, W, 3) -> probabilities (N, classes); the file resizes them if need be."""
         return self.outputs(pictures)[0]
 
+    @property
+    def temperature(self) -> float | None:
+        """What the logits were divided by; None where none was known at the export."""
+        return self.info.temperature
+
+    @property
+    def temperature_reason(self) -> str:
+        """Why there is no temperature."""
+        return "" if self.info.temperature else "no temperature was known at its export"
+
+    @property
+    def frozen_backbone(self) -> bool:
+        """Whether only the output layer was trained."""
+        return self.info.frozen_backbone
+
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
-        probabilities, _ = self.outputs(np.stack([self._pixels(image) for image in images]))
+        return self.label(np.stack([self._pixels(image) for image in images]), images, top_k)
+
+    def label(self, pixels: NDArray[np.uint8], images: Sequence[Image], top_k: int) -> list[Prediction]:
+        """The ``top_k`` most probable classes of each of ``images``, whose pixels are uint8 (N, size, size, 3).
+
+        Raises Refused when the output is not finite.
+        """
+        probabilities, _ = self.outputs(pixels)
         if not np.isfinite(probabilities).all():
             raise Refused(f"the output of {self.name} is not finite; export it again")
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.network import ranked_classes
+from finetune101.deploy.network import Labeller
 from finetune101.deploy.prediction import Prediction
 from finetune101.evaluation.checkpoint import TrainedNetwork
-from finetune101.evaluation.photos import decoded
+from finetune101.evaluation.photos import decoded, decoded_pixels
 from finetune101.fast import tune_allocator
 from finetune101.files import typed
 
+if TYPE_CHECKING:
+    from finetune101.deploy.onnx_network import OnnxNetwork
+
 
 def predict_files(
-    network: TrainedNetwork, inputs: Inputs, top_k: int = 5, batch_size: int = 64, show_progress: bool = True
+    network: TrainedNetwork | OnnxNetwork,
+    inputs: Inputs,
+    top_k: int = 5,
+    batch_size: int = 64,
+    show_progress: bool = True,
 ) -> Iterator[Prediction]:
     """The ``top_k`` most probable classes of every image in ``inputs``, in order; ``Prediction.image`` is its path.
 
@@ -27,18 +36,31 @@ def predict_files(
     """
     top_k = typed(Count, top_k, "--top-k is")
     batch_size = typed(Count, batch_size, "--batch-size is")
-    return _predictions(network, inputs, top_k, batch_size, show_progress)
+    if isinstance(network, TrainedNetwork):
+        batches = _labels(network, inputs, top_k, batch_size)
+    else:
+        batches = _exported_labels(network, inputs, top_k, batch_size)
+    return _with_progress(batches, len(inputs.files), show_progress)
 
 
-def _predictions(
-    network: TrainedNetwork, inputs: Inputs, top_k: int, batch_size: int, show_progress: bool
-) -> Iterator[Prediction]:
+def _with_progress(batches: Iterator[list[Prediction]], total: int, show_progress: bool) -> Iterator[Prediction]:
+    with tqdm(total=total, unit="img", leave=False, disable=None if show_progress else True) as bar:
+        for predictions in batches:
+            yield from predictions
+            bar.update(len(predictions))
+
+
+def _labels(network: TrainedNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:
     if network.fast_kernels:
         tune_allocator()
-    forward = network.forward()
-    files = list(inputs.files)
-    with tqdm(total=len(files), unit="img", leave=False, disable=None if show_progress else True) as bar:
-        for paths, x in decoded(files, network.preprocessing, network.world, batch_size, inputs.failed):
-            ranked = ranked_classes(network, forward(x).cpu(), top_k)
-            yield from (Prediction(tuple(classes), path) for path, classes in zip(paths, ranked, strict=True))
-            bar.update(len(paths))
+    label = Labeller(network)
+    for paths, x in decoded(list(inputs.files), network.preprocessing, network.world, batch_size, inputs.failed):
+        yield label(x, paths, top_k)
+
+
+def _exported_labels(network: OnnxNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:
+    from finetune101.deploy.onnx_network import resize_pixels  # ONNX Runtime is needed for such files only
+
+    own = network.preprocessing
+    for paths, pixels in decoded_pixels(list(inputs.files), own, batch_size, inputs.failed):
+        yield network.label(np.stack([resize_pixels(one, own) for one in pixels]), paths, top_k)

@@ -32,12 +32,7 @@ def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
     info = read_exported_info(onnx_file)
     if info.input != "images":
         raise Refused(f"{onnx_file} takes resized pictures only; export it without --resized")
-    missing = [name for name in RUNTIME_FILES if not (runtime / name).is_file()]
-    if missing:
-        raise Refused(
-            f"{runtime} does not hold {missing[0]} of onnxruntime-web; get it by: npm install onnxruntime-web, or give "
-            "its folder dist by --runtime"
-        )
+    find_runtime(runtime)
     check_folder(folder)
     network = {"name": info.name or onnx_file.stem, "model": info.model, "classes": info.classes}
     page = (TEMPLATES / "page.html").read_text(encoding="utf-8")
@@ -55,3 +50,14 @@ def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
         with atomic(folder / name) as part:
             shutil.copyfile(source, part)
     return folder / "index.html"
+
+
+def find_runtime(folder: Path) -> Path:
+    """``folder`` itself. Raises Refused where onnxruntime-web is not in it."""
+    missing = [name for name in RUNTIME_FILES if not (folder / name).is_file()]
+    if missing:
+        raise Refused(
+            f"{folder} does not hold {missing[0]} of onnxruntime-web; get it by: npm install onnxruntime-web, or give "
+            "its folder dist by --runtime"
+        )
+    return folder

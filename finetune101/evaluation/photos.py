@@ -22,6 +22,14 @@ def decoded(
     files: Sequence[str], preprocessing: Preprocessing, world: World, batch_size: int, failed: list[Failure]
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Batches of those ``files`` that can be read and their input (N, 3, size, size); the others go to ``failed``."""
+    for paths, pixels in decoded_pixels(files, preprocessing, batch_size, failed):
+        yield paths, to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2), preprocessing, world)
+
+
+def decoded_pixels(
+    files: Sequence[str], preprocessing: Preprocessing, batch_size: int, failed: list[Failure]
+) -> Iterator[tuple[list[str], Pixels]]:
+    """As ``decoded``, with pixels uint8 (N, cache_size, cache_size, 3)."""
 
     def pixels_of(file: str) -> Pixels | str:
         try:
@@ -35,5 +43,4 @@ def decoded(
         failed += [(file, result) for file, result in results.items() if isinstance(result, str)]
         pixels = {file: result for file, result in results.items() if not isinstance(result, str)}
         if pixels:
-            x = torch.from_numpy(np.stack(list(pixels.values()))).permute(0, 3, 1, 2)
-            yield list(pixels), to_input(x, preprocessing, world)
+            yield list(pixels), np.stack(list(pixels.values()))

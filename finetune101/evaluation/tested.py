@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import shlex
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from finetune101.evaluation.predictions import read_rows
 from finetune101.files import read_json
 from finetune101.run import Run, kind_of, winner_command
 from finetune101.schemas import Split
+
+PAIRS = 12  # of confused classes
 
 
 class Answer(NamedTuple):
@@ -78,3 +82,10 @@ def read_answers(run: Run) -> dict[str, Answer]:
     if not all(0 <= answer.confidence <= 1.0001 for answer in answers.values()):
         raise Refused(f"{file} has a confidence that is not from 0 to 1; {again}")
     return dict(sorted(answers.items()))
+
+
+def confused_pairs(answers: Mapping[str, Answer], most: int = PAIRS) -> list[tuple[str, str, int]]:
+    """(true class, prediction, images) of the ``most`` frequent kinds of mistakes, most frequent first."""
+    wrong = Counter((answer.label, answer.prediction) for answer in answers.values() if not answer.right)
+    ranked = sorted(wrong.items(), key=lambda one: (-one[1], one[0]))
+    return [(label, prediction, count) for (label, prediction), count in ranked[:most]]

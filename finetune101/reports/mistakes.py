@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from scipy.spatial.distance import squareform
 from finetune101.data.decode import Unreadable, opened
 from finetune101.data.images import class_of, find_data
 from finetune101.errors import Refused
-from finetune101.evaluation.tested import Answer, is_inside
+from finetune101.evaluation.tested import Answer, confused_pairs, is_inside
 from finetune101.reports.groups import Tested
 from finetune101.run import Run
 
@@ -27,7 +26,6 @@ THUMBNAIL = 150  # px, the longer side of an example image
 SMALL = 80  # and of a training image beside it
 NEAREST = 3  # training images beside a mistake
 EXAMPLES = 12  # images of a gallery
-PAIRS = 12  # of confused classes
 MAY_HIDE = 30  # with more classes than this, those that are never confused are left out of the matrix
 FRAMED = 0.04  # classes are in one block when this share of their images, two at least, are taken for one another
 
@@ -71,13 +69,6 @@ def confusion_of(answers: Mapping[str, Answer]) -> Confusion:
         blocks = [int(n) for n in np.diff([0, *np.flatnonzero(np.diff(cluster)) + 1, len(cluster)])]
     counts, hidden = counts[np.ix_(order, order)], len(names) - len(kept)
     return Confusion(names=[names[i] for i in kept[order]], counts=counts, blocks=blocks, hidden=hidden)
-
-
-def confused_pairs(answers: Mapping[str, Answer]) -> list[tuple[str, str, int]]:
-    """(true class, prediction, images) of the most frequent mistakes, most frequent first."""
-    wrong = Counter((answer.label, answer.prediction) for answer in answers.values() if not answer.right)
-    ranked = sorted(wrong.items(), key=lambda one: (-one[1], one[0]))
-    return [(label, prediction, count) for (label, prediction), count in ranked[:PAIRS]]
 
 
 def pair_examples(run: Tested, root: Path) -> list[dict[str, Any]]:

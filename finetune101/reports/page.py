@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finetune101.errors import Refused, escaped
+from finetune101.errors import Refused, escaped, markdown
 from finetune101.files import atomic
 from finetune101.run import check_folder
 
@@ -123,13 +123,6 @@ class Page:
 
 # control characters, and what a byte that is no UTF-8 becomes in a file's name
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-
-
-def markdown(value: object) -> str:
-    """``value`` so that Markdown shows it as it is: no HTML, link, picture, emphasis, cell or line of its own."""
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", escaped(str(value)))
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word they emphasise nothing
 
 
 def _fence(lines: Sequence[str]) -> str:

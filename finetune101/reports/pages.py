@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
-from finetune101.evaluation.tested import evaluate_command, is_inside
+from finetune101.evaluation.tested import confused_pairs, evaluate_command, is_inside
 from finetune101.models.table import lookup
 from finetune101.redaction import redacted
 from finetune101.reports import compare, figures, groups, mistakes
@@ -341,7 +341,7 @@ def _reach_table(page: Page, comparisons: Sequence[Comparison], network: str) ->
 def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
     """Confusions, examples and calibration of one run; with ``root`` also the images."""
     matrix = mistakes.confusion_of(run.answers)
-    pairs = mistakes.confused_pairs(run.answers)
+    pairs = confused_pairs(run.answers)
     alt = page.say("confusion_alt", pairs="; ".join(f"{a} → {b} ({n})" for a, b, n in pairs[:3]))
     total = len(matrix.names) + matrix.hidden
     hidden = page.say("confusion_hidden", shown=len(matrix.names), total=total) if matrix.hidden else ""

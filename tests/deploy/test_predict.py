@@ -194,3 +194,19 @@ def test_a_list_of_images_and_standard_input(run, tiny_data, here, monkeypatch, 
     assert capsys.readouterr().out == listed
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(files[0].encode())))
     assert main(["predict", "-", "--csv", "--top-k", "1"]) == 0  # without a run
+
+
+@pytest.mark.slow
+def test_an_exported_file_labels_as_its_network(run, folder, here, capsys):
+    assert main(["export", str(run.path), "--out", "tiny.onnx", "--parity", str(folder / "ball")]) == 0
+    capsys.readouterr()
+    assert main(["predict", "tiny.onnx", str(folder), "--json"]) == 1  # two images cannot be read
+    exported = json.loads(capsys.readouterr().out)
+    assert predict(run, folder, "--json") == 1
+    own = json.loads(capsys.readouterr().out)
+    assert exported["failed"] == own["failed"] and len(exported["predictions"]) == 6
+    for one, other in zip(exported["predictions"], own["predictions"], strict=True):
+        assert one["path"] == other["path"]
+        probabilities = [{label["class"]: label["probability"] for label in row["classes"]} for row in (one, other)]
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-4)
+    assert main(["predict", "tiny.onnx"]) == 2

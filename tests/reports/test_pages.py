@@ -15,7 +15,7 @@ from written_runs import write_run
 
 from finetune101.cli.main import main
 from finetune101.errors import Refused
-from finetune101.evaluation.tested import Answer
+from finetune101.evaluation.tested import Answer, confused_pairs
 from finetune101.reports import groups, mistakes
 from finetune101.reports.page import TEMPLATES, Name, Page, words
 from finetune101.reports.pages import _details
@@ -249,7 +249,7 @@ def test_confused_classes_stand_together() -> None:
         frozenset({names[5], names[33]}),
     }
     assert np.array_equal(np.diag(matrix.counts), [4] * 4) and matrix.counts.sum() == 20
-    assert mistakes.confused_pairs(answers)[0] == (names[0], names[20], 1)
+    assert confused_pairs(answers)[0] == (names[0], names[20], 1)
     assert [e["confidence"] for e in mistakes.examples(answers, False, None)] == [0.8, 0.8, 0.7, 0.7]
 
 
