@@ -79,6 +79,8 @@ class Card:
     classes: tuple[str, ...]
     counts: dict[str, int]
     """Subset -> images."""
+    val_use: Literal["epoch", "weights", "nothing"]
+    """What the validation images were used for; "weights": they trained the network too."""
     protocol: str
     seed: int
     split_hash: str
@@ -177,6 +179,7 @@ def card_of(run: Run) -> Card:
         data=Path(run.image_folder() or environment.get("data") or "").name,
         classes=manifest.classes,
         counts={subset: len(paths) for subset, paths in manifest.subsets.items()},
+        val_use="weights" if config.data.fit_on == "train+val" else "epoch" if manifest.subsets["val"] else "nothing",
         protocol=manifest.protocol,
         seed=manifest.seed,
         split_hash=manifest.hash(),

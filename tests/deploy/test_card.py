@@ -131,6 +131,13 @@ def test_settings_that_differ_from_the_recipe_are_named() -> None:
     assert changed_settings(dataclasses.replace(other, recipe="gone", optim=OptimConfig())) == ()
 
 
+def test_validation_images_that_trained_the_network_are_told(run: Run) -> None:
+    settings = run.read_json("config.json")
+    assert "choice of the epoch" in card_text(card_of(run))
+    run.write_json("config.json", {**settings, "data": {**settings["data"], "fit_on": "train+val"}})
+    assert "the weights too" in card_text(card_of(run)) and "choice of the epoch" not in card_text(card_of(run))
+
+
 def test_caltech_101_is_known_by_its_classes() -> None:
     run = Run(Path(__file__).parents[2] / "results/study_gain/efficientnet_lite0/finetune/all/split42_seed1")
     text = card_text(card_of(run))
