@@ -141,11 +141,12 @@ def main() -> int:
         process.terminate()
         process.wait()
     size = sum(map(len, pictures)) / len(pictures) / 1000
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": usable_cores(),
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    loads = {
         "load_before": round(load, 2),
+        "load_after": round(os.getloadavg()[0], 2),
     }
+    machine = {"cpu": names[0] if names else platform.machine(), "cores": usable_cores(), **loads}
     record = {
         "network": arguments.network,
         "clients": arguments.clients,

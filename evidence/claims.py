@@ -263,12 +263,25 @@ def auto_number(name: str, folder: Path, results: Path) -> float:
     return seconds if name.endswith("seconds") else 100 * seconds / (60 * int(budget[1]))
 
 
+def load_number(name: str, folder: Path, results: Path) -> float:
+    """Of a server under load, by the end of ``name``: ``errors``, ``rate`` (answers per second), ``p50``, ``p99``."""
+    record = read_json(folder / "load.json")
+    latencies = [float(line) for line in (folder / "latencies.txt").read_text(encoding="utf-8").split()]
+    if len(latencies) != record["requests"]:
+        raise ValueError(f"latencies.txt holds {len(latencies)} requests, load.json {record['requests']}")
+    kind = name.rpartition(".")[2]
+    if kind == "rate":
+        return len(latencies) / float(record["seconds"])
+    return float(np.percentile(latencies, int(kind[1:]))) if kind[0] == "p" else sum(record["errors_by_kind"].values())
+
+
 COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"auto\.(small\.)?(seconds|budget)": auto_number,
     r".*\.minutes": lambda name, folder, results: minutes(folder, results),
     r"speed\..*": lambda name, folder, results: speed(results)[name],
     r"search\..*(lead|standard_error)|search\.overhead.*": search_number,
     r"compare\.curve": curve_number,
+    r"serve\.load\..*": load_number,
     r"report\.size\.study": lambda name, folder, results: (folder / "report" / "report.html").stat().st_size / 1e6,
 }
 """Pattern of an id -> what makes its number of (id, folder of the evidence, results/)."""

@@ -360,7 +360,7 @@ def auto(
         work.decide("test", f"{tested['top1']:.2f} %", "test_once", n=tested["n"])
         work.stage(6)
         work.save()
-        report(run, run.path / "report", lang=lang)
+        report(run, run.path / "report", lang=lang, explain=False)  # its pass of all training images is not planned
         work.save(is_done=True)
     print(f"Page: {page}\nLabel a photo: {shlex.join(['finetune101', 'predict', str(run.path)])} PHOTO")
     return run
@@ -411,6 +411,7 @@ def report(
     *,
     lang: Literal["en", "zh"] = "en",
     gallery: bool = True,
+    explain: bool = True,
     data: str | os.PathLike[str] | None = None,
     runs: str = "runs",
 ) -> Path:
@@ -421,11 +422,12 @@ def report(
         out: folder for report.html, report.md and the pictures.
         lang: language of the page.
         gallery: show example images, which must be there.
+        explain: show beside confident mistakes where the network looked, and the nearest training images.
         data: where the images are, if not where the run found them.
 
     Raises Refused for a folder that holds none of these.
     """
-    gallery = typed(bool, gallery, "gallery is")
+    gallery, explain = typed(bool, gallery, "gallery is"), typed(bool, explain, "explain is")
     name = str(target.path.resolve()) if isinstance(target, Run) else run_name(target)
     search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
     if search:
@@ -434,7 +436,7 @@ def report(
         return write_search_report(search, out=Path(out), lang=lang)
     from finetune101.reports.pages import write_report
 
-    return write_report(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data))
+    return write_report(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data), explain=explain)
 
 
 def check_subset(subset: str) -> None:

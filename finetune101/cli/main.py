@@ -19,6 +19,8 @@ VERBS = {
     "evaluate": "one_run:evaluate",
     "predict": "one_run:predict",
     "card": "one_run:card",
+    "explain": "explain:explain",
+    "embed": "explain:embed",
     "export": "export:export",
     "serve": "serve:serve",
     "ensemble": "many_runs:ensemble",
@@ -42,6 +44,8 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   evaluate   score a run on its test images
   predict    label images with a run; write a table, sort them into folders
   card       a model card: data, accuracy, limits and licences of a run
+  explain    show where a network looks in images, and the nearest training images
+  embed      write what a network sees in images to a file: features and probabilities
   export     a network as one file for other programs (ONNX, int8, ...), its answers compared
   serve      a page on this machine that tries a network in the browser
   ensemble   score the mean probabilities of several runs

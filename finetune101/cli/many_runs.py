@@ -93,6 +93,7 @@ def report(
     out: str = "report",
     lang: Literal["en", "zh"] = "en",
     gallery: bool = True,
+    explain: bool = True,
     data: str | None = None,
     runs: str = "runs",
 ) -> int:
@@ -103,12 +104,13 @@ def report(
         out: Folder for report.html, report.md and the pictures.
         lang: Language of the page.
         gallery: Show example images; --no-gallery leaves them out, so that the images need not be there.
+        explain: Show beside mistakes where the network looked, and the nearest training images (a pass of all of them).
         data: Where the images are, if not where the run found them.
         runs: Folder of all runs.
     """
     from finetune101 import api
 
-    page = api.report(target, out, lang=lang, gallery=gallery, data=data, runs=runs)
+    page = api.report(target, out, lang=lang, gallery=gallery, explain=explain, data=data, runs=runs)
     print(f"Report: {page} ({page.stat().st_size / 1e6:.2f} MB), also as {page.with_suffix('.md')}")
     return 0
 

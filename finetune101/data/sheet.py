@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,9 +88,20 @@ def _geometry(classes: int, per_class: int) -> tuple[int, int, int]:
     return width, 2 * MARGIN + rows * (LINE + SIDE + GAP), columns
 
 
-def _text(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, room: int) -> None:
+@functools.cache
+def _wide_font() -> Any:
+    """A font of this machine that has Chinese characters, else Pillow's own."""
+    from matplotlib import font_manager
+
+    wanted = ("Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
+    name = next((name for name in wanted if name in font_manager.get_font_names()), None)
+    return ImageFont.truetype(font_manager.findfont(name), 12) if name else ImageFont.load_default(12)
+
+
+def caption(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, room: int) -> None:
     """Writes ``text`` in one line, shortened to ``room`` pixels."""
-    font, text = ImageFont.load_default(12), escaped(text[:1000])
+    text = escaped(text[:1000])
+    font = ImageFont.load_default(12) if text.isascii() else _wide_font()
     while draw.textlength(text, font) > room and len(text) > 2:
         text = text.rstrip("…")[:-1] + "…"
     draw.text((x, y), text, INK, font)
@@ -99,7 +112,7 @@ def _draw_classes(sheet: Image.Image, root: Path, chosen: dict[str, list[str]], 
     room = per_class * SIDE
     for k, (name, paths) in enumerate(chosen.items()):
         x, y = MARGIN + k % columns * (room + GAP), MARGIN + k // columns * (LINE + SIDE + GAP)
-        _text(draw, x, y, name, room)
+        caption(draw, x, y, name, room)
         for i, path in enumerate(paths):
             sheet.paste(Image.fromarray(decode(root / path, SIDE, "bicubic")), (x + i * SIDE, y + LINE))
 
@@ -112,7 +125,7 @@ def _draw_augmented(sheet: Image.Image, files: Sequence[Path], config: AugmentCo
     title += f" --policy {config.policy}" * (config.policy != "none") + f" --erasing {config.erasing:g}" * (
         config.erasing > 0
     )
-    _text(draw, MARGIN, top, title, sheet.width - 2 * MARGIN)
+    caption(draw, MARGIN, top, title, sheet.width - 2 * MARGIN)
     generator = torch.Generator().manual_seed(seed)
     versions = (sheet.width - 2 * MARGIN) // (LARGE + GAP) - 1
     for row, file in enumerate(files):

@@ -121,6 +121,11 @@ def _lit(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def picture(name: str, rng: np.random.Generator) -> Image.Image:
     """One RGB picture of class ``name``, 160 to 240 pixels wide and high."""
+    return picture_and_mask(name, rng)[0]
+
+
+def picture_and_mask(name: str, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """``picture``, and where its object is: bool (height, width), with the parts that something in front hides."""
     size = (int(rng.integers(160, 241)), int(rng.integers(160, 241)))
     layer = _object(name, size, rng)
     alpha = layer.getchannel("A")
@@ -131,7 +136,8 @@ def picture(name: str, rng: np.random.Generator) -> Image.Image:
     _clutter(scene, rng, int(rng.integers(0, 4)), 0.25)  # in front: hides parts
     values = np.asarray(scene) * rng.uniform(0.7, 1.15) + rng.normal(0, 6, (size[1], size[0], 1))
     scene = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-    return scene.convert("L").convert("RGB") if rng.random() < 0.05 else scene
+    scene = scene.convert("L").convert("RGB") if rng.random() < 0.05 else scene
+    return scene, np.asarray(alpha) > 127
 
 
 def draw(target: Path, classes: int = 12, images_per_class: int = 45, seed: int = 0) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune101.config import Preprocessing
+from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
 from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
@@ -19,10 +20,13 @@ from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
+from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
 
 if TYPE_CHECKING:
+    from finetune101.deploy.explain import Explainer, Explanation
     from finetune101.deploy.export import Exported, Format
+    from finetune101.deploy.neighbours import TrainingImages
 
 
 class Network:
@@ -30,7 +34,9 @@ class Network:
 
     def __init__(self, trained: TrainedNetwork, run: Run | None = None) -> None:
         self.trained, self.run = trained, run
-        self._forward = trained.forward()
+        self.forward = trained.forward()
+        self.training: TrainingImages | None = None
+        """What ``explain`` looks for the nearest training images in: see ``find_training_images``."""
 
     @property
     def name(self) -> str:
@@ -87,8 +93,39 @@ class Network:
 
     def logits(self, images: Sequence[Image]) -> Tensor:
         """Outputs of the network, float (N, classes), before temperature and softmax. Raises Refused for no image."""
+        return self.forward(self.to_inputs(images)).cpu()
+
+    def to_inputs(self, images: Sequence[Image]) -> Tensor:
+        """Images as float (N, 3, size, size) on the network's device. Raises Refused for no image."""
         pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images])).permute(0, 3, 1, 2)
-        return self._forward(to_input(pixels, self.preprocessing, self.trained.world)).cpu()
+        return to_input(pixels, self.preprocessing, self.trained.world)
+
+    @functools.cached_property
+    def explainer(self) -> Explainer:
+        """What makes the maps of ``explain``; it has a copy of the network."""
+        from finetune101.deploy.explain import Explainer
+
+        return Explainer(self.trained)
+
+    def explain(self, image: Image, target: str | Sequence[str] | None = None, top_k: int = 1) -> Explanation:
+        """Where the network looks in an image for a class, or for each of a list: by default its first ``top_k``.
+
+        In a notebook the result is the picture beside its overlays; ``maps`` holds the numbers. After
+        ``find_training_images`` it names the five nearest of these as well. Raises Refused for what is no image, and
+        for a class that is not there.
+        """
+        from finetune101.deploy.explain import explained
+
+        return explained(self, image, target, top_k=typed(Count, top_k, "top_k is"), training=self.training)
+
+    def find_training_images(self, data: str | None = None) -> None:
+        """Prepares the nearest training images for ``explain``: at first, one forward pass of each of them.
+
+        ``data`` is where they are, if not where the run found them. Raises Refused where they are not there.
+        """
+        from finetune101.deploy.neighbours import training_images
+
+        self.training = training_images(self.run or self.name, data)
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
         ranked = ranked_classes(self.trained, self.logits(images), top_k)

@@ -105,11 +105,16 @@ def pillow_image(image: Image) -> Pillow.Image:
 def _data_url(image: Image) -> str:
     """A thumbnail of ``image`` for a page."""
     file = io.BytesIO()
+    thumbnail_of(image, THUMBNAIL).save(file, "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def thumbnail_of(image: Image, side: int) -> Pillow.Image:
+    """A small copy of ``image``, upright, in RGB, its longer side at most ``side`` pixels."""
     with contextlib.ExitStack() as stack:
         if isinstance(image, str | Path):
-            small = stack.enter_context(opened(Path(image), THUMBNAIL)).image.copy()
+            small = stack.enter_context(opened(Path(image), side)).image.copy()
         else:
             small = upright(pillow_image(image))
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(file, "JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    small.thumbnail((side, side))
+    return small

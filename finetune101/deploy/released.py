@@ -17,7 +17,7 @@ from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_file, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
 from finetune101.machine import detect
-from finetune101.run import find_run, open_run
+from finetune101.run import Run, find_run, is_run, open_run
 
 FOLDER = Path(__file__).parent.parent / "weights"
 RELEASED = {
@@ -65,6 +65,8 @@ class Chosen:
     network: TrainedNetwork
     inputs: list[str]
     named: bool
+    run: Run | None = None
+    """The run of the network; None for a released network and for a checkpoint outside of a run."""
 
 
 def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
@@ -82,7 +84,8 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
         if not rest:
             raise Refused("no image given; name files, folders or patterns after the run")
         network = open_network(run) if run else open_file(file) if checkpoint else open_released(first)[0]
-        return Chosen(network, rest, named=True)
+        beside = Run(file.parent) if checkpoint and is_run(file.parent) else None
+        return Chosen(network, rest, named=True, run=run or beside)
     if not _names_images(first):
         if file.is_file():
             raise Refused(f"{first} is no network that predict reads; name a run, or a best.safetensors of one")

@@ -162,7 +162,8 @@ class Worker:
         predictions = self.network.predict([image for *_, image in batch], top_k=top_k)
         for (job, name, image), prediction in zip(batch, predictions, strict=True):
             classes = [ClassShare(label, probability) for label, probability in prediction.classes[: job.top_k]]
-            answered = Answered(name, classes, unlike=getattr(prediction, "unlike", UNSET))
+            unlike = getattr(prediction, "unlike", None)
+            answered = Answered(name, classes, unlike=UNSET if unlike is None else unlike)
             if job.explain and hasattr(self.network, "explain"):
                 add_explanation(answered, self.network.explain(image))
             answers[id(job)].predictions.append(answered)

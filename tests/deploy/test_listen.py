@@ -103,6 +103,19 @@ def test_a_gigabyte_is_refused_while_it_comes(network: Colours) -> None:
         assert json.loads(good.split(b"\r\n\r\n", 1)[1])["predictions"]
 
 
+def test_all_uploads_together_are_bounded(network: Colours) -> None:
+    limits = Limits(megabytes=1, together=1, pause=5, linger=0.5)
+    with running(network, limits) as address, socket.create_connection(address, timeout=10) as first:
+        first.sendall(head("Content-Length: 900000") + bytes(800_000))
+        time.sleep(0.2)
+        second, _ = exchange(address, head("Content-Length: 300000", "Connection: close") + bytes(300_000))
+        assert second.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in second
+        first.sendall(bytes(100_000))
+        assert first.recv(65536).startswith(b"HTTP/1.1 422")
+        third, _ = exchange(address, head("Content-Length: 300000", "Connection: close") + bytes(300_000))
+        assert third.startswith(b"HTTP/1.1 422")
+
+
 def test_a_client_that_goes_is_forgotten(network: Colours) -> None:
     network.free.clear()
     with running(network, QUICK) as address:

@@ -8,6 +8,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +17,14 @@ import numpy as np
 import onnx
 import pytest
 from browser import CHROMIUM, Tab, browser
+from commands import refused
 from exported import CLASSES, save, small_model
 from PIL import Image
 
+from finetune101.cli.main import main
 from finetune101.deploy.listen import http_server, listening
-from finetune101.deploy.onnx_network import ExportedInfo, OnnxNetwork
+from finetune101.deploy.network import load
+from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.serve import application
 from finetune101.deploy.uploads import Limits
 from finetune101.deploy.web import RUNTIME_FILES, write_web
@@ -185,35 +189,64 @@ def test_the_page_works_by_keyboard_on_a_phone_and_in_chinese(
         assert tab.problems == []
 
 
+@needs_browser
+def test_pictures_come_by_drop_paste_and_folder(exported: Path, photos: list[Path], tmp_path: Path) -> None:
+    with page("serve", exported, tmp_path) as address, browser(tmp_path) as tab:
+        tab.screen(1280, 800)
+        tab.open(address)
+        tab.wait("document.documentElement.dataset.ready")
+        tab.evaluate(PASTE)
+        tab.wait("document.querySelector('#status').innerText.includes('pasted.png:')")
+        data = {"items": [], "files": [str(photos[0]), str(photos[0].parent)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            tab.call("Input.dispatchDragEvent", type=kind, x=600, y=200, data=data)
+        tab.wait("document.querySelector('#status').innerText.startsWith('5 pictures')")
+        names = tab.evaluate("Array.from(document.querySelectorAll('#rows button'), one => one.innerText)")
+        assert sorted(names) == sorted(["=sum.png", *(f"{photo.parent.name}/{photo.name}" for photo in photos)])
+        tab.choose("#tree", photos[0].parent)
+        tab.wait(FINISHED)
+        assert tab.problems == []
+
+
+PASTE = """
+new Promise(done => {
+  const canvas = document.createElement("canvas");
+  canvas.toBlob(blob => {
+    const clipboardData = new DataTransfer();
+    clipboardData.items.add(new File([blob], "pasted.png", {type: "image/png"}));
+    document.dispatchEvent(new ClipboardEvent("paste", {clipboardData}));
+    done(1);
+  });
+})
+"""
 FINISHED = "document.querySelector('#status').innerText.match(/^4 |4 张/) && document.querySelector('#stop').hidden"
 CHINESE = "Object.defineProperty(navigator, 'languages', {get: () => ['zh-CN', 'en']})"
+
+
+@pytest.fixture(scope="module")
+def real(caltech101: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """A released network as an exported file, and real photos."""
+    folder = tmp_path_factory.mktemp("real")
+    photos = [folder / "few" / f"{name}.jpg" for name in ("accordion", "lotus", "panda")]
+    (folder / "few").mkdir()
+    for photo in photos:
+        shutil.copyfile(caltech101 / photo.stem / "image_0003.jpg", photo)
+    words = ["export", "released_finetune", "--out", str(folder / "net.onnx"), "--parity", str(folder / "few")]
+    assert main(words) == 0
+    return folder / "net.onnx", photos
 
 
 @needs_browser
 @pytest.mark.slow
 @pytest.mark.caltech101
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_real_photo(kind: str, caltech101: Path, tmp_path: Path) -> None:
-    from finetune101.deploy.graph import onnx_graph
-    from finetune101.deploy.network import load
-
-    network, file = load("released_finetune"), tmp_path / "released.onnx"
-    model = onnx_graph(network.trained)
-    info = ExportedInfo(
-        name="released",
-        model="lite0",
-        classes=tuple(network.classes),
-        preprocessing=network.preprocessing,
-        input="images",
-    )
-    onnx.helper.set_model_props(model, info.to_metadata())
-    onnx.save(model, file)
-    photos = [caltech101 / name / "image_0003.jpg" for name in ("accordion", "lotus", "panda")]
+def test_a_real_photo(kind: str, real: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    file, photos = real
+    network = load("released_finetune")
     with page(kind, file, tmp_path) as address, browser(tmp_path) as tab:
         tab.open(address)
         tab.wait("document.documentElement.dataset.ready")
         for photo in photos:
-            tab.evaluate("document.querySelector('#status').replaceChildren()")
             best, percent = answer(tab, photo)[0]
             expected = network.predict(photo)
             assert best == expected.label
@@ -255,3 +288,16 @@ def test_what_cannot_be_a_page_is_refused(exported: Path, runtime: Path, tmp_pat
     with pytest.raises(Refused):
         write_web(runtime / "ort.all.js", tmp_path / "web", runtime)
     assert not (tmp_path / "web").exists()
+
+
+@pytest.mark.slow
+def test_a_run_becomes_a_page(
+    runs: Path, tiny_data: Path, runtime: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(runs / "a"), "--format", "web", "--out", "page", "--parity", str(tiny_data / "ball")]
+    assert main([*command, "--runtime", str(runtime)]) == 0
+    assert "http.server --directory page" in capsys.readouterr().out
+    assert OnnxNetwork(here / "page" / "network.onnx").classes == sorted(path.name for path in tiny_data.iterdir())
+    assert "exists" in refused(capsys, *command, "--runtime", str(runtime))
+    assert "npm install" in refused(capsys, *command, "--overwrite")
+    assert main([*command, "--runtime", str(runtime), "--overwrite"]) == 0

@@ -102,6 +102,21 @@ def test_without_gallery_the_images_need_not_be_there(
     assert "no run named nope; there are: r0, r1" in capsys.readouterr().err
 
 
+def test_mistakes_show_where_the_network_looked_and_what_is_near(runs: Path, tmp_path: Path) -> None:
+    read = Reader(make(runs / "r0", tmp_path))
+    alts = [attrs["alt"] for tag, attrs in read.tags if tag == "img"]
+    looked, near = sum("where it looked" in alt for alt in alts), alts.count("nearest training image")
+    assert looked > 0 and near == 3 * looked
+    assert "where it looked" not in make(runs / "r0", tmp_path, "--no-explain")
+
+
+def test_a_page_whose_network_cannot_be_read_says_so(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "r0", tmp_path / "r0")
+    (tmp_path / "r0/best.safetensors").write_text("damaged")
+    page = make(tmp_path / "r0", tmp_path / "out")
+    assert "Where the network looked is left out: " in page and "is damaged" in page
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',

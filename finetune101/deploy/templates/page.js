@@ -217,11 +217,14 @@ async function explain() {
   const row = current;
   row.overlaid = !row.overlaid;
   if (row.overlaid && !row.answer.overlay) {
-    const before = row.answer;
     tell("looking", { file: row.name });
     await look(row, true);
-    row.answer ??= before;
-    if (row.error) return tell("failed", { reason: row.error.message }, true);
+    const { error } = row;
+    delete row.error; // the classes are there still
+    if (error) {
+      row.overlaid = false;
+      return tell(error.key ?? "failed", { reason: error.message }, true);
+    }
   }
   if (row !== current) return;
   show(row);
@@ -326,6 +329,7 @@ document.addEventListener("paste", (event) => {
   if (files.length) take(files.map((file) => ({ file, name: file.name || say("pasted") })));
 });
 
+element("stuck").remove(); // it is for browsers that do not run modules of a file
 translate();
 try {
   network = await about();

@@ -1,0 +1,108 @@
+"""Features and probabilities of many images as a table: for clustering, searching and models of one's own."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from finetune101.config import Count
+from finetune101.deploy.inputs import Inputs
+from finetune101.errors import Refused
+from finetune101.evaluation import metrics
+from finetune101.evaluation.checkpoint import TrainedNetwork
+from finetune101.evaluation.features import FeatureExtractor
+from finetune101.evaluation.photos import decoded
+from finetune101.files import atomic, typed
+
+SUFFIXES = (".npz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a network sees in N images."""
+
+    paths: list[str]
+    """As they were given or found."""
+    features: NDArray[np.float32]
+    """(N, D): the input of the output layer."""
+    probabilities: NDArray[np.float32]
+    """(N, classes), calibrated, each row from 0 to 1."""
+    classes: list[str]
+    """The names of the columns of ``probabilities``."""
+
+
+def embed_files(network: TrainedNetwork, inputs: Inputs, batch_size: int = 64) -> Embedded:
+    """Features and probabilities of every image in ``inputs``, decoded as ``predict`` does.
+
+    (path, reason) of images that cannot be read are added to ``inputs.failed``. Raises Refused where no image is left,
+    and for a ``batch_size`` below 1.
+    """
+    batch_size = typed(Count, batch_size, "--batch-size is")
+    files, extract = list(inputs.files), FeatureExtractor(network)
+    paths: list[str] = []
+    features, probabilities = [], []
+    with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
+        for good, x in decoded(files, network.preprocessing, network.world, batch_size, inputs.failed):
+            values, output = extract(x)
+            paths += good
+            features.append(values.cpu().numpy())
+            probabilities.append(metrics.probabilities(output.cpu(), network.temperature or 1.0).float().numpy())
+            bar.update(len(good))
+    if not paths:
+        raise Refused(
+            f"no image can be read ({inputs.failed[0][1] if inputs.failed else 'none is there'}); give others"
+        )
+    return Embedded(paths, np.concatenate(features), np.concatenate(probabilities), list(network.classes))
+
+
+def check_features_file(out: Path, *, overwrite: bool = False) -> None:
+    """Raises Refused where ``write_embedded`` could not write ``out``: before the work of an hour."""
+    if out.suffix not in SUFFIXES:
+        raise Refused(f"{out} ends in neither .npz nor .parquet; give a name such as features.npz")
+    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise Refused(
+            "a .parquet file needs pyarrow; pip install 'finetune101[parquet]', or give a name that ends in .npz"
+        )
+    if out.exists() and not overwrite:
+        raise Refused(f"{out} is there; give another --out, or --overwrite")
+
+
+def write_embedded(table: Embedded, out: Path) -> None:
+    """Writes ``table`` to ``out``, whole or not at all.
+
+    .npz: arrays ``paths``, ``features``, ``probabilities``, ``classes``. .parquet: a row for each image with the
+    columns ``path``, ``features`` and ``probabilities`` (lists), the class names as JSON in the metadata ``classes``.
+    """
+    check_features_file(out, overwrite=True)
+    with atomic(out) as part:
+        if out.suffix == ".npz":
+            with open(part, "wb") as file:
+                np.savez(
+                    file,
+                    paths=np.array(table.paths),
+                    features=table.features,
+                    probabilities=table.probabilities,
+                    classes=np.array(table.classes),
+                )
+        else:
+            _write_parquet(table, part)
+
+
+def _write_parquet(table: Embedded, part: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    from finetune101.files import as_json
+
+    columns = {
+        "path": [path.encode("utf-8", "backslashreplace").decode() for path in table.paths],
+        "features": list(table.features),
+        "probabilities": list(table.probabilities),
+    }
+    rows = pyarrow.table(columns).replace_schema_metadata({"classes": as_json(table.classes)})
+    pyarrow.parquet.write_table(rows, part)

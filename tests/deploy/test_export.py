@@ -1,0 +1,240 @@
+"""Export: the file gives the answers of the network, whatever the network, and says of which classes it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finetune101.api import load
+from finetune101.cli.main import main
+from finetune101.config import SystemConfig
+from finetune101.deploy.export import Source, export_network, open_source
+from finetune101.deploy.onnx_network import METADATA, Difference, OnnxNetwork, Parity
+from finetune101.deploy.parity import LabelledImages, check_parity
+from finetune101.errors import Refused
+from finetune101.evaluation.checkpoint import TrainedNetwork, open_file
+from finetune101.machine import detect
+from finetune101.models.build import build
+from finetune101.models.table import lookup, names
+
+TIMM = ("timm:resnetv2_50x1_bit", "timm:vit_tiny_patch16_224", "timm:convnext_atto")
+CLASSES = ("ant", "bee", "cat")
+SHAPES = ((40, 64), (64, 40), (90, 90), (300, 200), (64, 64), (33, 150))
+
+
+def random_network(name: str, cache_size: int | None = None) -> TrainedNetwork:
+    """The network ``name`` for three classes with random weights, as small as it can be."""
+    size = None if lookup(name).fixed_size else 64
+    built = build(name, len(CLASSES), pretrain=False, size=size, cache_size=cache_size, seed=3)
+    model, layer, noise = built.model.eval(), built.output_layer, torch.Generator().manual_seed(1)
+    assert isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is not None
+    with torch.no_grad():  # an output layer whose logits differ by about 1 between images
+        layer.weight.normal_(generator=noise)
+        output = model(torch.randn(8, 3, *[built.preprocessing.size] * 2, generator=noise))
+        spread = output.std(0).mean()
+        layer.weight.div_(spread)
+        if isinstance(layer, nn.Linear):
+            layer.bias.copy_((layer.bias - output.mean(0)) / spread)
+    return TrainedNetwork(
+        model=model, preprocessing=built.preprocessing, classes=list(CLASSES),
+        world=detect(SystemConfig(precision="fp32")), temperature=1.7, name="random", architecture=name,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+    """Pictures of several shapes, smooth as photos are."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = []
+    for i, (height, width) in enumerate(SHAPES * 2):
+        rough = Image.fromarray(rng.integers(0, 256, (7, 5, 3), np.uint8))
+        rough.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        files.append(folder / f"{i}.png")
+    return LabelledImages(files, "drawn", [i % 3 for i in range(len(files))])
+
+
+@pytest.mark.parametrize("name", [*names(), *TIMM])
+def test_every_architecture_gives_the_same_answers(name: str, pictures: LabelledImages, tmp_path: Path) -> None:
+    network = random_network(name)
+    exported = export_network(Source(network, pictures), tmp_path / "network.onnx")
+    assert exported.parity and exported.parity.pictures
+    assert exported.parity.resized.largest < 1e-4
+    assert exported.parity.resized.changed == 0
+    assert exported.parity.pictures.largest < 0.05  # a level of brightness here and there
+    runtime = OnnxNetwork(exported.file)
+    pixels = np.random.default_rng(1).integers(0, 256, (3, *[network.preprocessing.size] * 2, 3), np.uint8)
+    probabilities, features = runtime.outputs(pixels)
+    expected = network.model.get_submodule(network.head)
+    width = next(int(weight.shape[1]) for weight in expected.parameters() if weight.dim() > 1)
+    assert features.shape == (3, width)
+    assert np.ptp(probabilities, axis=0).max() > 1e-4  # images differ, so that equal answers say something
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pictures_are_resized_as_in_training(interpolation: str, pictures: LabelledImages, tmp_path: Path) -> None:
+    network = random_network("squeezenet1_1", cache_size=80)
+    own = dataclasses.replace(network.preprocessing, interpolation=interpolation)
+    network = dataclasses.replace(network, preprocessing=own)
+    exported = export_network(Source(network, pictures), tmp_path / "network.onnx")
+    assert exported.parity and exported.parity.pictures
+    assert exported.parity.pictures.largest < 0.02
+    assert exported.parity.resized.largest < 0.02
+    small = export_network(Source(network, pictures), tmp_path / "small.onnx", resized=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    ours, theirs = (OnnxNetwork(file).probabilities(pixels) for file in (exported.file, small.file))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)  # a picture of the network's own size stays as it is
+
+
+def test_the_file_says_what_it_is(pictures: LabelledImages, tmp_path: Path) -> None:
+    exported = export_network(Source(random_network("squeezenet1_1"), pictures), tmp_path / "network.onnx")
+    info = OnnxNetwork(exported.file).info
+    assert (info.classes, info.temperature, info.model, info.precision) == (CLASSES, 1.7, "squeezenet1_1", "fp32")
+    assert info.parity == exported.parity
+    raw = {one.key: one.value for one in onnx.load(exported.file).metadata_props}
+    assert json.loads(raw[METADATA])["preprocessing"]["size"] == 64
+    assert not any(node.doc_string or node.metadata_props for node in onnx.load(exported.file).graph.node)
+
+
+class _OtherWhenExported(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.model(x)
+        return -output if torch.compiler.is_compiling() else output
+
+
+def test_a_file_with_other_answers_is_not_kept(pictures: LabelledImages, tmp_path: Path) -> None:
+    network = random_network("squeezenet1_1")
+    entry = lookup("squeezenet1_1")
+    odd = _OtherWhenExported(network.model)
+    odd.classifier = network.model.classifier  # type: ignore[assignment]
+    assert entry.head.startswith("classifier.")
+    with pytest.raises(Refused, match="another class"):
+        export_network(Source(dataclasses.replace(network, model=odd), pictures), tmp_path / "network.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_many_answers_may_change() -> None:
+    def parity(images: int, changed: int) -> Parity:
+        return Parity(images=images, of="drawn", resized=Difference(largest=0.1, changed=changed))
+
+    check_parity(parity(900, 1))
+    check_parity(parity(3000, 3))
+    for images, changed in ((900, 2), (3000, 4)):
+        with pytest.raises(Refused, match=f"{changed} of {images}"):
+            check_parity(parity(images, changed))
+
+
+def test_eight_bits_are_smaller_and_nearly_as_good(pictures: LabelledImages, tmp_path: Path) -> None:
+    source = Source(random_network("resnet18"), pictures, training=pictures)
+    whole = export_network(source, tmp_path / "whole.onnx")
+    small = export_network(source, tmp_path / "small.onnx", format="onnx-int8")
+    assert small.file.stat().st_size < 0.5 * whole.file.stat().st_size
+    runtime = OnnxNetwork(small.file)
+    assert runtime.info.precision == "int8"
+    assert runtime.info.parity == small.parity
+    assert small.parity and small.parity.resized.largest < 0.2
+    kinds = [node.op_type for node in onnx.load(small.file).graph.node]
+    assert "QuantizeLinear" in kinds
+    with pytest.raises(Refused, match="training images"):
+        export_network(Source(source.network, pictures), tmp_path / "no.onnx", format="onnx-int8")
+
+
+def test_torch_export_and_safetensors(pictures: LabelledImages, tmp_path: Path) -> None:
+    network = random_network("squeezenet1_1")
+    source = Source(network, pictures)
+    program = export_network(source, tmp_path / "network.pt2", format="torch-export")
+    extra = {METADATA: ""}
+    module = torch.export.load(program.file, extra_files=extra).module()
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    own = network.preprocessing
+    mean, std = (torch.tensor(value).view(3, 1, 1) * 255 for value in (own.mean, own.std))
+    with torch.no_grad():
+        expected = torch.softmax(network.model((pixels - mean) / std) / 1.7, 1)
+        torch.testing.assert_close(module(pixels)[0], expected, atol=1e-5, rtol=1e-4)
+    assert json.loads(extra[METADATA])["classes"] == list(CLASSES)
+    weights = export_network(source, tmp_path / "network.safetensors", format="safetensors")
+    again = open_file(weights.file)
+    assert (again.classes, again.temperature, again.preprocessing) == (list(CLASSES), 1.7, own)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(pixels.float()), network.model(pixels.float()))
+
+
+def test_a_run_from_the_command_line_and_from_python(
+    runs: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = next(path for path in sorted(runs.iterdir()) if (path / "best.safetensors").is_file())
+    assert main(["export", str(run), "--out", "a.onnx"]) == 0
+    assert "validation images" in capsys.readouterr().out
+    assert main(["export", str(run), "--out", "a.onnx"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    network = load(str(run))
+    exported = network.export("b.onnx", resized=True)
+    assert exported.parity and exported.parity.pictures is None
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    for file in ("a.onnx", "b.onnx"):
+        ours, own = OnnxNetwork(file).predict(picture), network.predict(picture)
+        assert not isinstance(ours, list) and not isinstance(own, list)
+        assert ours.label == own.label
+        assert ours.probability == pytest.approx(own.probability, abs=0.02)
+    source = open_source(str(run))
+    assert source.validation and source.validation.of in ("validation", "training")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "damaged"), (b"no network", "damaged"), (None, "there is no file")]
+)
+def test_files_that_are_no_networks(content: bytes | None, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "network.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(Refused, match=reason):
+        OnnxNetwork(file)
+
+
+def test_a_network_of_another_program(tmp_path: Path) -> None:
+    one = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [one], [other])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(Refused, match="classes"):
+        OnnxNetwork(tmp_path / "other.onnx")
+
+
+def test_a_checkpoint_without_images_says_so(tmp_path: Path, pictures: LabelledImages) -> None:
+    network = random_network("squeezenet1_1")
+    export_network(Source(network), tmp_path / "network.safetensors", format="safetensors")
+    source = open_source(str(tmp_path / "network.safetensors"))
+    exported = export_network(source, tmp_path / "network.onnx")
+    assert exported.parity is None and "NOT compared" in str(exported)
+    folder = str(pictures.files[0].parent)
+    assert export_network(source, tmp_path / "other.onnx", parity=folder).parity
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    with pytest.raises(Refused):
+        open_source(str(tmp_path / "bare.safetensors"))
+
+
+def test_an_exported_network_needs_no_torch(pictures: LabelledImages, tmp_path: Path) -> None:
+    exported = export_network(Source(random_network("squeezenet1_1"), pictures), tmp_path / "network.onnx")
+    code = (
+        "import sys; from finetune101.deploy.onnx_network import OnnxNetwork;"
+        f"print(OnnxNetwork({str(exported.file)!r}).predict({str(pictures.files[0])!r}).label);"
+        "assert not {'torch', 'onnx', 'scipy', 'matplotlib'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in CLASSES
