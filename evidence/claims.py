@@ -263,6 +263,22 @@ def auto_number(name: str, folder: Path, results: Path) -> float:
     return seconds if name.endswith("seconds") else 100 * seconds / (60 * int(budget[1]))
 
 
+def unlike_number(name: str, folder: Path, results: Path) -> float:
+    """Of the scores of test and background images in the CSV files of ``folder``, one per network, the mean over the
+    networks: the AUROC, or for ``fpr95`` the percent of background images kept where 95 % of the test images are."""
+    from finetune101.evaluation.metrics import auroc, false_positive_rate
+
+    numbers = []
+    for file in sorted(folder.glob("*.csv")):
+        scores: dict[str, list[float]] = {"test": [], "background": []}
+        with open(file, newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                scores[row["subset"]].append(float(row["score"]))
+        rate = 100 * false_positive_rate(scores["background"], scores["test"])
+        numbers.append(rate if ".fpr95." in name else auroc(scores["background"], scores["test"]))
+    return float(np.mean(numbers))
+
+
 def load_number(name: str, folder: Path, results: Path) -> float:
     """Of a server under load, by the end of ``name``: ``errors``, ``rate`` (answers per second), ``p50``, ``p99``."""
     record = read_json(folder / "load.json")
@@ -275,13 +291,26 @@ def load_number(name: str, folder: Path, results: Path) -> float:
     return float(np.percentile(latencies, int(kind[1:]))) if kind[0] == "p" else sum(record["errors_by_kind"].values())
 
 
+def pointing_number(name: str, folder: Path, results: Path) -> float:
+    """The share of pictures whose map is largest on the object's mask (or ``outline``, ``box``: the end of ``name``),
+    counted over the points of pointing.json. Raises ValueError where a class has no picture."""
+    points = read_json(folder / "pointing.json")["points"]
+    classes = Counter(one["class"] for one in points)
+    if len(classes) < 12 or len(set(classes.values())) > 1:
+        raise ValueError(f"pointing.json has the pictures {dict(classes)}, not as many of each of 12 classes")
+    measure = name.rpartition(".")[2]
+    return float(np.mean([one["mask" if measure == "pointing" else measure] for one in points]))
+
+
 COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"auto\.(small\.)?(seconds|budget)": auto_number,
     r".*\.minutes": lambda name, folder, results: minutes(folder, results),
     r"speed\..*": lambda name, folder, results: speed(results)[name],
     r"search\..*(lead|standard_error)|search\.overhead.*": search_number,
     r"compare\.curve": curve_number,
+    r"ood\.(auroc|fpr95)\.background": unlike_number,
     r"serve\.load\..*": load_number,
+    r"use\.explain\.pointing.*": pointing_number,
     r"report\.size\.study": lambda name, folder, results: (folder / "report" / "report.html").stat().st_size / 1e6,
 }
 """Pattern of an id -> what makes its number of (id, folder of the evidence, results/)."""

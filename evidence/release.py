@@ -1,8 +1,10 @@
 """Puts the best epoch of a tested run into the package, in half precision, with its card.
 
 python evidence/release.py RUN released_finetune|released_random|released_probe [--card]
+python evidence/release.py released_finetune|released_random|released_probe
 
-With --card the weights stay as they are: published evidence of the run is enough.
+With --card the weights stay as they are: published evidence of the run is enough. Without RUN, only the score for
+images unlike its training images is fitted again, on the images in $FINETUNE101_DATA.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import json
 from pathlib import Path
 
 from finetune101.deploy.card import card_of, card_text
-from finetune101.deploy.released import FOLDER, RELEASED, open_released, score_released
+from finetune101.deploy.released import FOLDER, RELEASED, open_reference, open_released, score_released
 from finetune101.evaluation.checkpoint import read_checkpoint
+from finetune101.evaluation.unlike import UNLIKE, no_unlike_reason, write_unlike
+from finetune101.evaluation.unlike_run import unlike_of
 from finetune101.files import atomic
 from finetune101.run import Run, save_checkpoint
 
@@ -74,12 +78,30 @@ def release_card(run: Run, name: str) -> None:
     print(f"{file}")
 
 
+def release_unlike(name: str, data: str | None) -> None:
+    """Writes the score for images unlike the training images of the released network ``name`` beside its weights."""
+    network, info = open_released(name)
+    opened = open_reference(network, data, name, info.split)
+    if reason := no_unlike_reason(len(opened.manifest.subsets["val"]), opened.config.fit_on):
+        print(f"No score for unlike images: {reason}")
+        return
+    file = FOLDER / f"{RELEASED[name]}.{UNLIKE}"
+    unlike = unlike_of(network, opened.manifest, opened.images())
+    write_unlike(file, unlike, network.checkpoint_hash)
+    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB): threshold {unlike.threshold:.4f}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("name", choices=list(RELEASED))
     parser.add_argument("--card", action="store_true", help="write the card only")
     arguments = parser.parse_args()
-    if not arguments.card:
-        release(Run(arguments.run), arguments.name)
-    release_card(Run(arguments.run), arguments.name)
+    if arguments.run is None:
+        release_unlike(arguments.name, None)
+    else:
+        run = Run(arguments.run)
+        if not arguments.card:
+            release(run, arguments.name)
+            release_unlike(arguments.name, run.config().data.root)
+        release_card(run, arguments.name)

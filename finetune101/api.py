@@ -23,8 +23,9 @@ from finetune101.deploy.network import Network, load
 from finetune101.deploy.prediction import Image, Prediction
 from finetune101.deploy.released import RELEASED, score_released
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import has_frozen_backbone
+from finetune101.evaluation.checkpoint import has_frozen_backbone, open_network
 from finetune101.evaluation.result import Evaluation
+from finetune101.evaluation.unlike_run import keep_unlike
 from finetune101.experiments.settings import USUAL_WORKERS, WorkerOptions
 from finetune101.files import typed
 from finetune101.machine import leave
@@ -86,6 +87,7 @@ def train(
 def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> Run:
     """Trains ``config``, printing a line per epoch; writes TensorBoard events and curves.png as well.
 
+    At the end the score for images unlike the training images is fitted (see ``evaluation.unlike_run``).
     Under torchrun every process calls it; rank 0 prints and writes. Raises Refused as ``train`` does.
     """
     validate(config)  # before anything is downloaded
@@ -108,6 +110,8 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         tqdm.write(epoch_line(record, config.optim.epochs), file=sys.stdout)
     _draw_curves(job.run)
     leave()
+    if unlike := keep_unlike(job.run, open_network(job.run), job.manifest, lambda: job.images):
+        print(f"Unlike the training pictures: a score above {unlike.threshold:.3f} ({unlike.images} validation images)")
     return job.run
 
 
@@ -190,7 +194,9 @@ def evaluate(
         subset = "val"
         note = "The split has no test images: the validation images are scored, which chose the epoch."
         print(note, file=sys.stderr)
-    record = score(opened, subset=subset, data=_text(data), batch_size=batch_size, mirror=mirror)
+    record = score(
+        opened, subset=subset, data=_text(data), batch_size=batch_size, mirror=mirror, with_unlike=subset == "test"
+    )
     return Evaluation.of(record, subset, opened.path if subset == "test" else None)
 
 

@@ -26,6 +26,7 @@ WRITTEN = (
     "best.safetensors",
     "predictions.csv",
     "temperature.json",
+    "unlike.safetensors",
     "test_*.json",
     "predictions_*.csv",
     "events.out.tfevents.*",

@@ -134,6 +134,7 @@ def predict(
     into: str | None = None,
     link: Flag = False,
     unsure_below: float | None = None,
+    reject: Flag = False,
     batch_size: int = 64,
     runs: str = "runs",
 ) -> int:
@@ -154,6 +155,7 @@ def predict(
         link: With --into, make links instead of copies.
         unsure_below: With --into, images whose best class has a lower probability go into the folder unsure. Default:
             0.5.
+        reject: Give no label to images unlike the training pictures.
         batch_size: Images per step.
         runs: Folder of all runs.
     """
@@ -174,10 +176,14 @@ def predict(
     images = image_inputs(words)
     if folder:
         folder.check(images)
+    if reject and network.unlike is None:
+        raise Refused(f"--reject cannot tell which images are unlike the training pictures: {network.unlike_reason}")
     _print_notes(network)
     prints_rows = not file and (csv or json or not folder)
     show_progress = not (prints_rows and sys.stdout.isatty())  # on a terminal the rows themselves show it
     predictions = predict_files(network, images, top_k, batch_size, show_progress)
+    if reject:
+        predictions = (one.without_label() for one in predictions)
     if folder:
         predictions = folder.add_all(predictions)
     width = min(top_k, len(network.classes))
@@ -223,6 +229,8 @@ def _print_notes(network: TrainedNetwork | OnnxNetwork) -> None:
 
     if network.temperature is None:
         print(f"Probabilities are not calibrated: {network.temperature_reason}", file=sys.stderr)
+    if network.unlike is None:
+        print(f"Images unlike the training pictures are not marked: {network.unlike_reason}", file=sys.stderr)
     if network.frozen_backbone:
         print(FROZEN, file=sys.stderr)
 

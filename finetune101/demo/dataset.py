@@ -73,7 +73,7 @@ def _clutter(picture: Image.Image, rng: np.random.Generator, count: int, largest
         picture.paste(_colour(rng), (x, y), mask.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR))
 
 
-def _background(size: Size, rng: np.random.Generator) -> Image.Image:
+def clutter_picture(size: Size, rng: np.random.Generator) -> Image.Image:
     """Two colours mixed by stripes, a gradient, a chessboard or noise alone, with clutter on top."""
     first, second = np.array(_colour(rng)), np.array(_colour(rng))
     x, y = _grid(size)
@@ -129,7 +129,7 @@ def picture_and_mask(name: str, rng: np.random.Generator) -> tuple[Image.Image, 
     size = (int(rng.integers(160, 241)), int(rng.integers(160, 241)))
     layer = _object(name, size, rng)
     alpha = layer.getchannel("A")
-    scene = _background(size, rng)
+    scene = clutter_picture(size, rng)
     shadow = alpha.filter(ImageFilter.BoxBlur(5)).point(lambda v: v * 0.5)
     scene.paste((0, 0, 0), (int(rng.integers(-6, 7)), int(rng.integers(2, 8))), shadow)
     scene.paste(_lit(layer, rng), (0, 0), alpha)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
@@ -20,6 +21,7 @@ from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
+from finetune101.evaluation.features import FeatureExtractor
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
 
@@ -37,6 +39,7 @@ class Network:
         self.forward = trained.forward()
         self.training: TrainingImages | None = None
         """What ``explain`` looks for the nearest training images in: see ``find_training_images``."""
+        self._label = Labeller(trained)
 
     @property
     def name(self) -> str:
@@ -128,8 +131,7 @@ class Network:
         self.training = training_images(self.run or self.name, data)
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
-        ranked = ranked_classes(self.trained, self.logits(images), top_k)
-        return [Prediction(tuple(classes), image) for image, classes in zip(images, ranked, strict=True)]
+        return self._label(self.to_inputs(images), images, top_k)
 
     def _pixels(self, image: Image) -> Pixels:
         size, interpolation = self.preprocessing.cache_size, self.preprocessing.interpolation
@@ -139,6 +141,35 @@ class Network:
             except Unreadable as error:
                 raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
         return decode_image(pillow_image(image), size, interpolation)
+
+
+class Labeller:
+    """Images as a network's input -> their predictions."""
+
+    def __init__(self, network: TrainedNetwork) -> None:
+        self.network = network
+        self._extract = FeatureExtractor(network) if network.unlike else None
+        self._forward = None if self._extract else network.forward()
+
+    def __call__(self, x: Tensor, images: Sequence[Image], top_k: int) -> list[Prediction]:
+        """The ``top_k`` most probable classes of each of ``images``, whose input is ``x`` (N, 3, size, size).
+
+        Raises Refused when the network's output is not finite.
+        """
+        logits, scores = self.outputs(x)
+        ranked, unlike = ranked_classes(self.network, logits, top_k), self.network.unlike
+        if unlike is None or scores is None:
+            return [Prediction(tuple(classes), image) for image, classes in zip(images, ranked, strict=True)]
+        rows = zip(images, ranked, unlike.is_unlike(scores).tolist(), scores.tolist(), strict=True)
+        return [Prediction(tuple(classes), image, flag, score) for image, classes, flag, score in rows]
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, NDArray[np.float64] | None]:
+        """Logits (N, classes) on the CPU, and the scores (N,) of ``network.unlike`` where there is one."""
+        if self._forward:
+            return self._forward(x).cpu(), None
+        assert self._extract and self.network.unlike
+        features, logits = (values.cpu() for values in self._extract(x))
+        return logits, self.network.unlike.score(features, logits)
 
 
 def ranked_classes(network: TrainedNetwork, output: Tensor, top_k: int) -> list[list[tuple[str, float]]]:

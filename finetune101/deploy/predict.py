@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.network import ranked_classes
+from finetune101.deploy.network import Labeller
 from finetune101.deploy.prediction import Prediction
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.photos import decoded, decoded_pixels
@@ -53,10 +53,9 @@ def _with_progress(batches: Iterator[list[Prediction]], total: int, show_progres
 def _labels(network: TrainedNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:
     if network.fast_kernels:
         tune_allocator()
-    forward = network.forward()
+    label = Labeller(network)
     for paths, x in decoded(list(inputs.files), network.preprocessing, network.world, batch_size, inputs.failed):
-        ranked = ranked_classes(network, forward(x).cpu(), top_k)
-        yield [Prediction(tuple(classes), path) for path, classes in zip(paths, ranked, strict=True)]
+        yield label(x, paths, top_k)
 
 
 def _exported_labels(network: OnnxNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:

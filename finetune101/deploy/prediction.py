@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import html
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from finetune101.files import typed
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
 IMAGES = "give a file, a Pillow image, an array of uint8, or a list of them"
+UNLIKE_TEXT = "unlike the training pictures"
 THUMBNAIL = 128  # pixels of its longer side
 
 
@@ -32,6 +34,10 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
     image: Image = field(repr=False, compare=False)
     """The image as it was given."""
+    unlike: bool | None = None
+    """Whether the image is unlike the training images; None where the network cannot tell."""
+    unlike_score: float | None = None
+    """The score behind ``unlike``: higher is more unlike (see ``evaluation.unlike``)."""
 
     @property
     def source(self) -> str:
@@ -48,8 +54,13 @@ class Prediction:
         """The probability of ``label``."""
         return self.classes[0][1]
 
+    def without_label(self) -> Prediction:
+        """This prediction; without its classes where the image is unlike the training images."""
+        return dataclasses.replace(self, classes=()) if self.unlike else self
+
     def __repr__(self) -> str:
         names = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in self.classes)
+        names += f" ({UNLIKE_TEXT})" if self.unlike else ""
         return f"{self.source}: {names}" if self.source else names
 
     def _repr_html_(self) -> str:

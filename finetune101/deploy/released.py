@@ -14,8 +14,9 @@ from finetune101.data import splits
 from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
 from finetune101.deploy.inputs import is_list
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_file, open_file, open_network
+from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_hashed, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
+from finetune101.evaluation.unlike import UNLIKE
 from finetune101.machine import detect
 from finetune101.run import Run, find_run, is_run, open_run
 
@@ -44,7 +45,7 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
     """
     if name not in available():
         raise Refused(f"this package does not hold {name}; it holds {', '.join(available()) or 'none'}")
-    model, info = load_file(FOLDER / f"{RELEASED[name]}.safetensors")
+    model, info, checkpoint_hash = load_hashed(FOLDER / f"{RELEASED[name]}.safetensors")
     network = TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
@@ -53,9 +54,10 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
         temperature=info.temperature,
         name=name,
         frozen_backbone=info.part == "head",
+        checkpoint_hash=checkpoint_hash,
         architecture=info.model,
     )
-    return network, info
+    return network.with_unlike(FOLDER / f"{RELEASED[name]}.{UNLIKE}"), info
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from finetune101.errors import Refused, escaped
 
 UNSURE = "unsure"
 """The folder of images whose best class has a low probability."""
-RESERVED = (UNSURE,)
+UNLIKE = "unlike"
+"""The folder of images without a label: with --reject those that are unlike the training images."""
+RESERVED = (UNSURE, UNLIKE)
 """Folders that are of no class; a class of such a name gets a number."""
 LONGEST = 100  # characters of a folder's name
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{name}{i}" for name in ("com", "lpt") for i in range(10))}  # of Windows
@@ -57,6 +59,8 @@ class SortedFolder:
 
     def place(self, prediction: Prediction) -> str:
         """The name of the folder that the image of ``prediction`` belongs into."""
+        if not prediction.classes:
+            return UNLIKE
         if prediction.probability < self.unsure_below:
             return UNSURE
         return self.names[prediction.label]
@@ -75,11 +79,12 @@ class SortedFolder:
 
     def summary(self) -> str:
         """What was added, in one line."""
-        total, unsure = self.added.total(), self.added[UNSURE]
+        total, unsure, unlike = self.added.total(), self.added[UNSURE], self.added[UNLIKE]
         act = "linked" if self.link else "copied"
         folders = sum(1 for name, count in self.added.items() if count and name not in RESERVED)
-        where, sure = escaped(str(self.folder)), total - unsure
+        where, sure = escaped(str(self.folder)), total - unsure - unlike
         line = f"{total} images {act} into {where}: {sure} into {folders} folders of classes, {unsure} into {UNSURE}"
+        line += f", {unlike} into {UNLIKE}" if unlike else ""
         return f"{line}; {self.present} were there already" if self.present else line
 
 

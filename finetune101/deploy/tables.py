@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.prediction import Prediction
+from finetune101.deploy.prediction import UNLIKE_TEXT, Prediction
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation.predictions import cell
 from finetune101.files import atomic
@@ -30,7 +30,10 @@ class Column:
     value: Callable[[Prediction], Any]
 
 
-COLUMNS: tuple[Column, ...] = ()
+COLUMNS: tuple[Column, ...] = (
+    Column("unlike", bool, lambda one: one.unlike),
+    Column("unlike_score", float, lambda one: None if one.unlike_score is None else round(one.unlike_score, DIGITS)),
+)
 """What every table holds of an image after its path and its classes: the one place to add a column."""
 
 
@@ -55,7 +58,8 @@ def _class_columns(k: int) -> tuple[Column, Column]:
 def write_text(predictions: Iterable[Prediction], out: TextIO) -> None:
     """Lines for a terminal: each path, and below it its classes with their probability in percent; names escaped."""
     for one in predictions:
-        lines = [f"  {100 * probability:5.1f} %  {escaped(name)}" for name, probability in one.classes]
+        lines = [f"  {UNLIKE_TEXT}"] if one.unlike else []
+        lines += [f"  {100 * probability:5.1f} %  {escaped(name)}" for name, probability in one.classes]
         out.write("\n".join([escaped(one.source), *lines]) + "\n")
 
 

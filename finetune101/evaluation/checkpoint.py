@@ -19,6 +19,7 @@ from finetune101.config import Preprocessing, SystemConfig, TrainConfig
 from finetune101.errors import Refused, shortened
 from finetune101.evaluation.forward import Forward
 from finetune101.evaluation.metrics import Calibrated
+from finetune101.evaluation.unlike import FEWEST, UNLIKE, Unlike, no_unlike_reason, read_unlike
 from finetune101.files import checked, parse_json, read_json
 from finetune101.machine import World, detect
 from finetune101.models.build import build
@@ -89,11 +90,25 @@ class TrainedNetwork:
     checkpoint_hash: str = ""
     architecture: str = ""
     """The name of the network in ``models/table.py``."""
+    unlike: Unlike | None = None
+    """The score for images unlike the training images; ``unlike_reason`` says why there is none."""
+    unlike_reason: str = ""
 
     @property
     def head(self) -> str:
         """The name of the output layer, a module of ``model``, such as "fc". Raises Refused without architecture."""
         return lookup(self.architecture).head.rstrip(".")
+
+    @property
+    def width(self) -> int:
+        """The number of features that the output layer sees."""
+        layer = self.model.get_submodule(self.head)
+        return next(int(weight.shape[1]) for weight in layer.parameters() if weight.dim() > 1)
+
+    def with_unlike(self, file: Path) -> TrainedNetwork:
+        """This network with the score for unlike images in ``file``, or with the reason why it holds none."""
+        unlike, reason = read_unlike(file, self.checkpoint_hash, self.width, len(self.classes))
+        return dataclasses.replace(self, unlike=unlike, unlike_reason=reason)
 
     def forward(self, mirror: bool = False) -> Forward:
         """Its only forward pass."""
@@ -144,6 +159,10 @@ def open_network(run: Run, file: Path | None = None) -> TrainedNetwork:
         elif run.has("split.json") and not run.read_json("split.json")["subsets"]["val"]:
             reason = "the split of this run has no validation images to find a temperature"
         network = dataclasses.replace(network, temperature_reason=reason)
+    if network.unlike is None:
+        validation = len(run.read_json("split.json")["subsets"]["val"]) if run.has("split.json") else FEWEST
+        reason = no_unlike_reason(validation, config.data.fit_on) or "evaluate the run first"
+        network = dataclasses.replace(network, unlike_reason=reason)
     return network
 
 
@@ -160,7 +179,7 @@ def _open(file: Path, name: str) -> TrainedNetwork:
     temperature, reason = info.temperature, info.temperature_reason
     if temperature is None:
         temperature, reason = _temperature_beside(file, checkpoint_hash)
-    return TrainedNetwork(
+    network = TrainedNetwork(
         model=model,
         preprocessing=info.preprocessing,
         classes=list(info.classes),
@@ -173,6 +192,7 @@ def _open(file: Path, name: str) -> TrainedNetwork:
         checkpoint_hash=checkpoint_hash,
         architecture=info.model,
     )
+    return network.with_unlike(file.parent / UNLIKE)
 
 
 def _temperature_beside(file: Path, checkpoint_hash: str) -> tuple[float | None, str]:

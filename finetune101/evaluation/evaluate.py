@@ -20,6 +20,7 @@ from finetune101.evaluation.checkpoint import TrainedNetwork, keep_temperature, 
 from finetune101.evaluation.forward import logits
 from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.predictions import write_pair
+from finetune101.evaluation.unlike_run import keep_unlike
 from finetune101.files import FORMAT
 from finetune101.run import Run
 
@@ -63,11 +64,14 @@ class Opened:
         paths, labels, network = self.manifest.subsets[subset], self.manifest.labels(subset), self.network
         if not paths:
             raise Refused(f"the split has no {subset} images; {_instead(subset)}")
-        wanted, skipped = (path for paths in self.manifest.subsets.values() for path in paths), self.manifest.skipped
-        images = cache.open_images(self.index, network.preprocessing, self.config.cache, skipped, wanted)
-        batches = eval_batches(images, paths, labels, batch_size=batch_size, world=network.world)
+        batches = eval_batches(self.images(), paths, labels, batch_size=batch_size, world=network.world)
         fast = network.fast_kernels
         return logits(network.model, batches, network.world, fast=fast, mirror=self.mirror)
+
+    def images(self) -> cache.Images:
+        """The images of the split, as the network's preprocessing wants them."""
+        wanted, skipped = (path for paths in self.manifest.subsets.values() for path in paths), self.manifest.skipped
+        return cache.open_images(self.index, self.network.preprocessing, self.config.cache, skipped, wanted)
 
     @property
     def chosen_on_val(self) -> bool:
@@ -119,12 +123,19 @@ def open_scored(run: Run, data: str | None = None, index: Index | None = None, m
 
 
 def evaluate(
-    run: Run, *, subset: str = "test", data: str | None = None, batch_size: int = 64, mirror: bool = False
+    run: Run,
+    *,
+    subset: str = "test",
+    data: str | None = None,
+    batch_size: int = 64,
+    mirror: bool = False,
+    with_unlike: bool = False,
 ) -> dict[str, Any]:
     """Scores the best checkpoint of ``run`` on ``subset`` of its own split; "test" is written to the run directory.
 
     ``data`` overrides where the images are; with ``mirror`` each is seen twice (see ``forward.Forward``). The loss is
     that of the outputs as they are; the confidence in predictions.csv is calibrated by the temperature in the result.
+    ``with_unlike`` fits the score for images unlike the training images where the run has none.
     Raises Refused when the images are not those of the split, before anything is written.
     """
     check_batch_size(batch_size)
@@ -150,6 +161,8 @@ def evaluate(
             keep_temperature(run, opened.network, calibrated)
         rows = prediction_rows(opened.manifest, output, calibrated.temperature)
         write_pair(run.path, "", {"format": FORMAT, **result}, rows)
+    if with_unlike:
+        keep_unlike(run, opened.network, opened.manifest, opened.images)
     return result
 
 

@@ -39,7 +39,7 @@ class FeatureExtractor:
         self.network = network
         self.model = copy.deepcopy(network.model).eval()
         layer = self.model.get_submodule(network.head)
-        self.width = next(int(weight.shape[1]) for weight in layer.parameters() if weight.dim() > 1)
+        self.width = network.width
         self.model.set_submodule(network.head, _WithInput(layer))
         self._forward = Forward(self.model, network.world, fast=network.fast_kernels)
 

@@ -248,6 +248,22 @@ def ece(bins: list[dict[str, Any]]) -> float:
     return float(sum(one["n"] * abs(one["confidence"] - one["top1"]) for one in bins if one["n"]) / n / 100)
 
 
+def auroc(high: npt.ArrayLike, low: npt.ArrayLike) -> float:
+    """Area under the ROC curve of scores ``high`` (N,) against ``low`` (M,): the share of pairs in the right order.
+
+    A pair of equal scores counts a half.
+    """
+    ordered = np.sort(np.asarray(low, np.float64))
+    below = np.searchsorted(ordered, high, side="left") + np.searchsorted(ordered, high, side="right")
+    return float(below.mean() / 2 / len(ordered))
+
+
+def false_positive_rate(high: npt.ArrayLike, low: npt.ArrayLike, kept: float = 0.95) -> float:
+    """The share of scores ``high`` (N,) at or below the threshold that keeps the share ``kept`` of ``low`` (M,)."""
+    threshold = np.sort(np.asarray(low, np.float64))[int(np.ceil(kept * len(np.asarray(low)))) - 1]
+    return float((np.asarray(high) <= threshold).mean())
+
+
 def _same_images(a: int, b: int) -> None:
     """Raises Refused when there are no images, or one side has more of them."""
     if a != b:
