@@ -314,7 +314,8 @@ def test_the_example_in_javascript(exported: Path, photos: list[Path], tmp_path:
     text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
     code = text.partition("```js\n")[2].partition("```")[0]
     write_web(exported, tmp_path / "web", RUNTIME)
-    (tmp_path / "web" / "example.html").write_text(f"<body></body><script type=module>{code}</script>")
+    (tmp_path / "web" / "example.js").write_text(code)
+    (tmp_path / "web" / "example.html").write_text("<body><script type=module src=example.js></script></body>")
     shutil.copyfile(photos[-1], tmp_path / "web" / "photo.jpg")
     with web(tmp_path / "web") as address, browser(tmp_path) as tab:
         tab.open(f"{address}example.html")
