@@ -316,7 +316,7 @@ def export_number(name: str, folder: Path, results: Path) -> float:
 
 
 def inference_number(name: str, rows: Sequence[dict[str, Any]]) -> float:
-    """How many times as fast one way answers as another: ``use.onnx.speedup.batch_1``, ``use.int8.speedup.batch_32``."""
+    """How many times as fast one way answers as another; ``name`` ends in .batch_1 or .batch_32."""
     kind, batch = name.split(".")[1], int(name.rpartition("_")[2])
     ours, other = {
         "onnx": ("ONNX Runtime fp32", "PyTorch fp32"), "int8": ("ONNX Runtime int8", "ONNX Runtime fp32")

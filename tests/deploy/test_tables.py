@@ -43,9 +43,16 @@ def test_text():
 
 
 def test_csv():
-    expected = {"path": "a, b.jpg", "class_1": "ball", "probability_1": "0.750000", "class_2": "box"}
-    assert list(csv_rows(ROWS)[0][0].items())[:5] == [*expected.items(), ("probability_2", "0.250000")]
-    assert csv_rows([], 1)[1].startswith("path,class_1,probability_1")
+    assert csv_rows(ROWS)[0][0] == {
+        "path": "a, b.jpg",
+        "class_1": "ball",
+        "probability_1": "0.750000",
+        "class_2": "box",
+        "probability_2": "0.250000",
+        "unlike": "",
+        "unlike_score": "",
+    }
+    assert csv_rows([], 1)[1] == "path,class_1,probability_1,unlike,unlike_score\n"
 
 
 def test_names_are_printed_without_control_characters_or_bytes():
@@ -80,7 +87,8 @@ def test_parquet(tmp_path):
     table = parquet.read_table(file)
     assert table.column("class_1").to_pylist()[:2] == ["ball", "box"]
     assert table.column("probability_2").to_pylist() == [0.25, 0.0, 0.5]
-    assert [str(kind) for kind in table.schema.types][:5] == ["string", "string", "double", "string", "double"]
+    kinds = ["string", "string", "double", "string", "double", "bool", "double"]
+    assert [str(kind) for kind in table.schema.types] == kinds
 
 
 def test_a_column_is_added_in_one_place(monkeypatch, tmp_path):
@@ -95,7 +103,8 @@ def test_a_column_is_added_in_one_place(monkeypatch, tmp_path):
 
 def test_an_image_without_labels_has_empty_cells():
     (row,), _ = csv_rows([Prediction((), "a.jpg")])
-    assert row.pop("path") == "a.jpg" and {"class_1", "probability_2"} <= row.keys() and not any(row.values())
+    names = ("class_1", "probability_1", "class_2", "probability_2", "unlike", "unlike_score")
+    assert row == {"path": "a.jpg", **dict.fromkeys(names, "")}
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.json", "labels.parquet"])

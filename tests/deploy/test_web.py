@@ -306,3 +306,22 @@ def test_a_run_becomes_a_page(
     assert "exists" in refused(capsys, *command, "--runtime", str(runtime))
     assert "npm install" in refused(capsys, *command, "--overwrite")
     assert main([*command, "--runtime", str(runtime), "--overwrite"]) == 0
+
+
+@needs_browser
+@needs_runtime
+def test_the_example_in_javascript(exported: Path, photos: list[Path], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    code = text.partition("```js\n")[2].partition("```")[0]
+    write_web(exported, tmp_path / "web", RUNTIME)
+    (tmp_path / "web" / "example.js").write_text(code)
+    (tmp_path / "web" / "example.html").write_text("<body><script type=module src=example.js></script></body>")
+    shutil.copyfile(photos[-1], tmp_path / "web" / "photo.jpg")
+    with web(tmp_path / "web") as address, browser(tmp_path) as tab:
+        tab.open(f"{address}example.html")
+        tab.wait("document.body.textContent")
+        label, _, probability = tab.evaluate("document.body.textContent").rpartition(" ")
+    expected = OnnxNetwork(exported).predict(photos[-1])
+    assert not isinstance(expected, list)
+    assert label == expected.label
+    assert float(probability) == pytest.approx(expected.probability, abs=0.01)
