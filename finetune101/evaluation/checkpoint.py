@@ -161,7 +161,8 @@ def open_network(run: Run, file: Path | None = None) -> TrainedNetwork:
         network = dataclasses.replace(network, temperature_reason=reason)
     if network.unlike is None:
         validation = len(run.read_json("split.json")["subsets"]["val"]) if run.has("split.json") else FEWEST
-        reason = no_unlike_reason(validation, config.data.fit_on) or "evaluate the run first"
+        missing = network.unlike_reason if run.has(UNLIKE) else "evaluate the run first"
+        reason = no_unlike_reason(validation, config.data.fit_on) or missing
         network = dataclasses.replace(network, unlike_reason=reason)
     return network
 

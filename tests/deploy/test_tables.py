@@ -49,8 +49,10 @@ def test_csv():
         "probability_1": "0.750000",
         "class_2": "box",
         "probability_2": "0.250000",
+        "unlike": "",
+        "unlike_score": "",
     }
-    assert csv_rows([], 1)[1] == "path,class_1,probability_1\n"
+    assert csv_rows([], 1)[1] == "path,class_1,probability_1,unlike,unlike_score\n"
 
 
 def test_names_are_printed_without_control_characters_or_bytes():
@@ -85,7 +87,8 @@ def test_parquet(tmp_path):
     table = parquet.read_table(file)
     assert table.column("class_1").to_pylist()[:2] == ["ball", "box"]
     assert table.column("probability_2").to_pylist() == [0.25, 0.0, 0.5]
-    assert [str(kind) for kind in table.schema.types] == ["string", "string", "double", "string", "double"]
+    kinds = ["string", "string", "double", "string", "double", "bool", "double"]
+    assert [str(kind) for kind in table.schema.types] == kinds
 
 
 def test_a_column_is_added_in_one_place(monkeypatch, tmp_path):
@@ -100,7 +103,8 @@ def test_a_column_is_added_in_one_place(monkeypatch, tmp_path):
 
 def test_an_image_without_labels_has_empty_cells():
     (row,), _ = csv_rows([Prediction((), "a.jpg")])
-    assert row == {"path": "a.jpg", "class_1": "", "probability_1": "", "class_2": "", "probability_2": ""}
+    names = ("class_1", "probability_1", "class_2", "probability_2", "unlike", "unlike_score")
+    assert row == {"path": "a.jpg", **dict.fromkeys(names, "")}
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "labels.json", "labels.parquet"])
