@@ -291,6 +291,54 @@ def load_number(name: str, folder: Path, results: Path) -> float:
     return float(np.percentile(latencies, int(kind[1:]))) if kind[0] == "p" else sum(record["errors_by_kind"].values())
 
 
+def export_number(name: str, folder: Path, results: Path) -> float:
+    """Of exported networks, counted over predictions.csv: ``changed`` answers, points of accuracy lost, size, speed.
+
+    ``use.onnx.changed`` compares the exported file, given whole pictures, with predict; ``.fp32`` with predict in fp32,
+    ``.resized`` the file given resized pictures with predict in fp32. Speeds are those of inference.json.
+    """
+    if ".speedup" in name:
+        return inference_number(name, read_json(folder / "inference.json")["rows"])
+    if name.endswith(".size"):
+        facts = read_json(folder / "export.json")
+        return float(facts["int8"]["bytes"]) / float(facts["onnx"]["bytes"])
+    with open(folder / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    if name.startswith("use.int8.loss"):
+        right = {way: np.mean([row[way] == row["label"] for row in rows]) for way in ("onnx_resized", "int8_resized")}
+        return float(100 * (right["onnx_resized"] - right["int8_resized"]))
+    ours, others = {
+        "use.onnx.changed": ("onnx_pictures", "predict"),
+        "use.onnx.changed.fp32": ("onnx_pictures", "predict_fp32"),
+        "use.onnx.changed.resized": ("onnx_resized", "predict_fp32"),
+    }[name]
+    return float(sum(row[ours] != row[others] for row in rows))
+
+
+def inference_number(name: str, rows: Sequence[dict[str, Any]]) -> float:
+    """How many times as fast one way answers as another; ``name`` ends in .batch_1 or .batch_32."""
+    kind, batch = name.split(".")[1], int(name.rpartition("_")[2])
+    ours, other = {
+        "onnx": ("ONNX Runtime fp32", "PyTorch fp32"), "int8": ("ONNX Runtime int8", "ONNX Runtime fp32")
+    }[kind]  # fmt: skip
+
+    def milliseconds(way: str) -> float:
+        return next(float(row["ms_per_image"]) for row in rows if row["way"] == way and row["batch"] == batch)
+
+    return milliseconds(other) / milliseconds(ours)
+
+
+def pointing_number(name: str, folder: Path, results: Path) -> float:
+    """The share of pictures whose map is largest on the object's mask (or ``outline``, ``box``: the end of ``name``),
+    counted over the points of pointing.json. Raises ValueError where a class has no picture."""
+    points = read_json(folder / "pointing.json")["points"]
+    classes = Counter(one["class"] for one in points)
+    if len(classes) < 12 or len(set(classes.values())) > 1:
+        raise ValueError(f"pointing.json has the pictures {dict(classes)}, not as many of each of 12 classes")
+    measure = name.rpartition(".")[2]
+    return float(np.mean([one["mask" if measure == "pointing" else measure] for one in points]))
+
+
 COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"auto\.(small\.)?(seconds|budget)": auto_number,
     r".*\.minutes": lambda name, folder, results: minutes(folder, results),
@@ -299,6 +347,8 @@ COMPUTED: dict[str, Callable[[str, Path, Path], float | None]] = {
     r"compare\.curve": curve_number,
     r"ood\.(auroc|fpr95)\.background": unlike_number,
     r"serve\.load\..*": load_number,
+    r"use\.explain\.pointing.*": pointing_number,
+    r"use\.(onnx|int8)\..*": export_number,
     r"report\.size\.study": lambda name, folder, results: (folder / "report" / "report.html").stat().st_size / 1e6,
 }
 """Pattern of an id -> what makes its number of (id, folder of the evidence, results/)."""

@@ -69,6 +69,7 @@ def release_card(run: Run, name: str) -> None:
     )
     card = dataclasses.replace(
         card_of(run), name=name, file=name, licence=LICENCE, input=info.preprocessing, temperature=network.temperature,
+        marks_unlike=network.unlike is not None,
         command=f"{command} --seed {config.system.seed} --exp NAME",
         notes=(note, "These weights are released under Apache-2.0: to try the tool, to teach, and as a baseline."),
     )  # fmt: skip

@@ -37,7 +37,8 @@ class Colours:
         pixel = image.resize((1, 1)).getpixel((0, 0))
         total = sum(pixel) or 1
         ranked = sorted(zip(self.classes, (value / total for value in pixel), strict=True), key=lambda one: -one[1])
-        return Prediction(tuple(ranked[:top_k]), image)
+        white = min(pixel) > 200
+        return Prediction(tuple(ranked[:top_k]), image, white, 2.0 if white else 0.5)
 
 
 def picture(colour: Any = (200, 20, 20), kind: str = "png", size: tuple[int, int] = (40, 30)) -> bytes:

@@ -56,7 +56,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   search     hyper-parameters: grid, random or TPE, with pruning; search report DIR explains it
   lr-find    a learning-rate range test: the loss at growing rates, and a suggestion
   recipes    the named recipes of train
-  benchmark  how fast this machine trains
+  benchmark  how fast this machine trains; --inference RUN: how fast a network answers
   cache      list or clear the folder of decoded images and features
   demo       all of it on a small drawn data set
 

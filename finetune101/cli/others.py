@@ -106,6 +106,7 @@ def cache(action: tyro.conf.Positional[Literal["list", "clear"]] = "list", *, ol
 def benchmark(
     *,
     models: tuple[str, ...] = ("resnet18", "efficientnet_lite0"),
+    inference: tuple[str, ...] = (),
     data: str | None = None,
     size: int | None = None,
     batch_size: int = 64,
@@ -113,11 +114,14 @@ def benchmark(
     repeats: int = 5,
     every: Flag = False,
     out: str = "benchmark.json",
+    runs: str = "runs",
 ) -> int:
     """Images/s of the bare training step, of the data alone and of both, on this machine.
 
     Args:
         models: Networks to measure.
+        inference: Measure instead how fast these answer, one image and 32 at a time: runs, released networks or
+            FILE.onnx; by PyTorch, by the fused layers, by ONNX Runtime and by OpenVINO where it is installed.
         data: Folder with one folder per class (or its parent). Without any, images are drawn.
         size: Height and width of the input in pixels. Default: the network's own.
         batch_size: Images per step.
@@ -125,6 +129,7 @@ def benchmark(
         repeats: Measurements; the median counts.
         every: Measure fp32 and bf16, contiguous and channels_last, not only what the machine would choose.
         out: File for the numbers.
+        runs: Folder of all runs.
     """
     from tempfile import TemporaryDirectory
 
@@ -138,6 +143,13 @@ def benchmark(
     for name, value in (("batch-size", batch_size), ("steps", steps), ("repeats", repeats)):
         if value < 1:
             raise Refused(f"--{name} is {value}; give at least 1")
+    if inference:
+        from finetune101.deploy.inference_speed import inference_table, measure_inference
+
+        speeds = measure_inference(inference, runs, repeats=repeats)
+        print(inference_table(speeds))
+        write_json(Path(out), speeds)
+        return 0
     with TemporaryDirectory() as folder:
         try:
             root = find_data(data)

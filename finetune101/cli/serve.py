@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from finetune101.cli.console import watched
+from finetune101.cli.parse import Flag
 from finetune101.errors import Refused
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_mb: int = 32,
+    neighbours: Flag = False,
+    data: str | None = None,
     runs: str = "runs",
 ) -> int:
     """Open a page on this machine that tries a network in the browser, and answers POST /predict.
@@ -32,6 +35,9 @@ def serve(
         host: Address to listen at; with another than 127.0.0.1 others on the network can use the page.
         port: Port to listen at; 0 takes a free one.
         max_mb: Megabytes that one request may have.
+        neighbours: Show the nearest training images beside where the network looked. The first time this takes one
+            pass over all training images.
+        data: Where the training images are, if not where the run found them.
         runs: Folder of all runs.
     """
     try:
@@ -45,7 +51,7 @@ def serve(
         raise Refused(f"--max-mb is {max_mb}; give a number from 1 to 1000")
     limits = Limits(megabytes=max_mb)
     with listen.listening(host, port) as server:
-        classifier = open_classifier(network, runs)
+        classifier = open_classifier(network, runs, neighbours=neighbours or data is not None, data=data)
         if host not in serve.LOOPBACK:
             print(f"warning: everybody who reaches {host} can use this page; it asks for no password", file=sys.stderr)
         app = serve.application(classifier, limits, host)
@@ -56,12 +62,20 @@ def serve(
     return 0
 
 
-def open_classifier(name: str, runs: str) -> Classifier:
-    """The network that ``name`` means. Raises Refused where there is none."""
+def open_classifier(name: str, runs: str, neighbours: bool = False, data: str | None = None) -> Classifier:
+    """The network that ``name`` means, with its training images if ``neighbours`` are wanted.
+
+    Raises Refused where one of both is not there.
+    """
     if name.endswith(".onnx"):
         from finetune101.deploy.onnx_network import OnnxNetwork
 
+        if neighbours:
+            raise Refused(f"{name} names no training images; serve its run, or leave --neighbours out")
         return OnnxNetwork(name)
     from finetune101.deploy.network import load
 
-    return load(name, runs)
+    network = load(name, runs)
+    if neighbours:
+        network.find_training_images(data)
+    return network

@@ -48,6 +48,8 @@ class Answered(Struct, forbid_unknown_fields=True):
     classes: list[ClassShare]
     unlike: bool | UnsetType = UNSET
     """Whether the picture is unlike the training pictures; absent where the network cannot tell."""
+    unlike_score: float | UnsetType = UNSET
+    """The score behind ``unlike``: higher is more unlike."""
     overlay: str | UnsetType = UNSET
     """Where the network looked: the data URL of the picture under a heat map; only with ``explain``."""
     nearest: list[Neighbour] | UnsetType = UNSET

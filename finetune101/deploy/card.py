@@ -17,6 +17,7 @@ from finetune101.deploy.released import FOLDER, RELEASED, available
 from finetune101.errors import Refused, escaped, markdown
 from finetune101.evaluation.checkpoint import Info, described, has_frozen_backbone, read_checkpoint
 from finetune101.evaluation.tested import Answer, confused_pairs, evaluate_command, read_answers, read_manifest
+from finetune101.evaluation.unlike import UNLIKE
 from finetune101.files import atomic
 from finetune101.models.table import Entry, Package, Timm, lookup
 from finetune101.recipes import from_recipe
@@ -79,6 +80,8 @@ class Card:
     classes: tuple[str, ...]
     counts: dict[str, int]
     """Subset -> images."""
+    val_use: Literal["epoch", "weights", "nothing"]
+    """What the validation images were used for; "weights": they trained the network too."""
     protocol: str
     seed: int
     split_hash: str
@@ -86,6 +89,8 @@ class Card:
     size: int
     temperature: float | None
     temperature_reason: str
+    marks_unlike: bool
+    """Whether ``predict`` marks images unlike the training images."""
     test: dict[str, Any] | None
     """The content of test.json; None for a run that was not tested."""
     rows: tuple[ClassRow, ...]
@@ -177,12 +182,14 @@ def card_of(run: Run) -> Card:
         data=Path(run.image_folder() or environment.get("data") or "").name,
         classes=manifest.classes,
         counts={subset: len(paths) for subset, paths in manifest.subsets.items()},
+        val_use="weights" if config.data.fit_on == "train+val" else "epoch" if manifest.subsets["val"] else "nothing",
         protocol=manifest.protocol,
         seed=manifest.seed,
         split_hash=manifest.hash(),
         input=info.preprocessing if info else None,
         size=info.preprocessing.size if info else config.model.size or entry.preprocessing.size,
         **_temperature(info, test),
+        marks_unlike=run.has(UNLIKE),
         test=test,
         rows=_class_rows(manifest.classes, manifest.subsets["train"], answers),
         pairs=tuple(confused_pairs(answers)),

@@ -43,6 +43,7 @@ SMALL = 128  # and of a training image
 GAP, LINE = 10, 18
 DIM, STRENGTH = 0.75, 0.85  # brightness of the grey picture; opacity of the colour where the map is 1
 WARM, HOT = (230, 90, 0), (255, 225, 40)
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
 
 
 class Explainer:
@@ -64,7 +65,7 @@ class Explainer:
         layers = [layer for part in self._parts for layer in part]
         modules = [self._model.get_submodule(layer.name) for layer in layers]
         batch = x.float().expand(len(classes), -1, -1, -1).contiguous()
-        with self._alone, torch.autocast(x.device.type, enabled=False):
+        with self._alone, torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             values = LayerGradientXActivation(self._model, modules).attribute(
                 batch, target=torch.tensor(classes, device=x.device)
             )
@@ -187,6 +188,8 @@ def picture_names(files: Sequence[str], out: Path, *, overwrite: bool = False) -
     taken: set[str] = set()  # some file systems do not tell A from a
     for file in files:
         stem = re.sub(r"[^\w.+-]+", "_", Path(escaped(file)).stem).strip("._")[:80] or "image"
+        if RESERVED.fullmatch(stem):
+            stem = f"image_{stem}"
         number, name = 1, stem
         while name.lower() in taken:
             number += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import shlex
@@ -27,7 +26,6 @@ from finetune101.deploy.released import RELEASED, open_reference, open_released
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, as_checkpoint, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, open_scored
-from finetune101.evaluation.unlike import unlike_bytes
 from finetune101.files import atomic
 from finetune101.run import Run, open_run, save_checkpoint
 
@@ -194,7 +192,6 @@ def _pictures_in(folder: str) -> LabelledImages:
 
 def _info(source: Source, input_: Literal["images", "resized"]) -> ExportedInfo:
     network = source.network
-    score = unlike_bytes(network.unlike, network.checkpoint_hash) if network.unlike else b""
     return ExportedInfo(
         name=network.name,
         model=network.architecture,
@@ -202,12 +199,14 @@ def _info(source: Source, input_: Literal["images", "resized"]) -> ExportedInfo:
         preprocessing=network.preprocessing,
         input=input_,
         temperature=network.temperature,
+        temperature_reason=network.temperature_reason,
+        unlike_threshold=network.unlike.threshold if network.unlike else None,
+        unlike_reason=network.unlike_reason,
         frozen_backbone=network.frozen_backbone,
         protocol=source.protocol,
         split=source.split,
         accuracy=source.accuracy,
         weights=network.checkpoint_hash,
-        unlike=base64.b64encode(score).decode(),
         version=finetune101.__version__,
     )
 

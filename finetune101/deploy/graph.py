@@ -15,19 +15,27 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from finetune101.config import Preprocessing
 from finetune101.evaluation.checkpoint import TrainedNetwork
+from finetune101.evaluation.unlike import PROBABILITY
 
 OPSET = 18  # the first whose Resize filters as Pillow does (antialias)
 IR_VERSION = 10  # what runtimes of 2024 read
 PICTURES, RESIZED = "images", "resized"
 """The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
-OUTPUTS = ("probabilities", "features")
+OUTPUTS = ("probabilities", "features", "unlike")
+"""The names of the outputs; the last only of a network with a score for unlike images (see ``evaluation.unlike``)."""
+MEANS = "class_means"
+"""The name of the score's parameters."""
 
 
 class Classifier(nn.Module):
-    """uint8 (N, 3, size, size) RGB -> probabilities (N, classes) over the temperature, features (N, D); in float32."""
+    """uint8 (N, 3, size, size) RGB -> probabilities (N, classes) over the temperature, features (N, D), scores (N,).
+
+    In float32. The scores are those of ``evaluation.unlike``, and are left out where the network has none.
+    """
 
     def __init__(self, network: TrainedNetwork) -> None:
         super().__init__()
@@ -37,7 +45,10 @@ class Classifier(nn.Module):
         own = network.preprocessing
         self.mean, self.std = (nn.Buffer(torch.tensor(value).view(3, 1, 1) * 255) for value in (own.mean, own.std))
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        means = network.unlike.means.T if network.unlike else None
+        self.class_means = None if means is None else nn.Buffer(torch.from_numpy(means.astype(np.float32)))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         inputs: list[Tensor] = []
         layer = self.model.get_submodule(self.output_layer)
@@ -47,7 +58,12 @@ class Classifier(nn.Module):
         finally:
             hook.remove()
         features = inputs[0].mean((2, 3)) if inputs[0].dim() == 4 else inputs[0]  # a convolution, before the pooling
-        return torch.softmax(logits / self.temperature, 1), features
+        probabilities = torch.softmax(logits / self.temperature, 1)
+        if self.class_means is None:
+            return probabilities, features
+        cosine = (F.normalize(features, dim=1) @ self.class_means).amax(1)
+        certain = torch.softmax(logits, 1).amax(1)
+        return probabilities, features, 1 - cosine + PROBABILITY * (1 - certain)
 
 
 def program(network: TrainedNetwork) -> torch.export.ExportedProgram:
@@ -64,8 +80,8 @@ def onnx_graph(network: TrainedNetwork) -> onnx.ModelProto:
     """``Classifier`` of ``network`` as ONNX (opset 18); its input is ``RESIZED``, uint8 (N, 3, size, size)."""
     with _quiet():
         exported = torch.onnx.export(
-            program(network), input_names=[RESIZED], output_names=list(OUTPUTS), opset_version=OPSET, dynamo=True,
-            verbose=False,
+            program(network), input_names=[RESIZED], output_names=list(OUTPUTS[: 3 if network.unlike else 2]),
+            opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
         assert exported is not None
         graph: onnx.ModelProto = exported.model_proto

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
-from finetune101.deploy.prediction import Image, Prediction, in_batches, marked, pillow_image
+from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
 from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation import metrics
@@ -157,11 +157,11 @@ class Labeller:
         Raises Refused when the network's output is not finite.
         """
         logits, scores = self.outputs(x)
-        ranked = ranked_classes(self.network, logits, top_k)
-        predictions = [Prediction(tuple(classes), image) for image, classes in zip(images, ranked, strict=True)]
-        if self.network.unlike is None or scores is None:
-            return predictions
-        return marked(predictions, self.network.unlike, scores)
+        ranked, unlike = ranked_classes(self.network, logits, top_k), self.network.unlike
+        if unlike is None or scores is None:
+            return [Prediction(tuple(classes), image) for image, classes in zip(images, ranked, strict=True)]
+        rows = zip(images, ranked, unlike.is_unlike(scores).tolist(), scores.tolist(), strict=True)
+        return [Prediction(tuple(classes), image, flag, score) for image, classes, flag, score in rows]
 
     def outputs(self, x: Tensor) -> tuple[Tensor, NDArray[np.float64] | None]:
         """Logits (N, classes) on the CPU, and the scores (N,) of ``network.unlike`` where there is one."""

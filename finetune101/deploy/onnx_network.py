@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -19,9 +17,8 @@ from PIL import Image as Pillow
 
 from finetune101.config import Preprocessing
 from finetune101.data.decode import FILTERS, Unreadable, decode, decode_image
-from finetune101.deploy.prediction import Image, Prediction, in_batches, marked, pillow_image
+from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
 from finetune101.errors import Refused, escaped, shortened
-from finetune101.evaluation.unlike import Unlike, parsed_unlike
 from finetune101.files import checked, parse_json
 from finetune101.host import usable_cores
 
@@ -31,6 +28,7 @@ MOST_BYTES = 2 * 10**9  # of a file: protobuf's own bound
 _REMEDY = "give a file that finetune101 export wrote"
 
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
+Reason = Annotated[str, Meta(max_length=1000)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -82,6 +80,10 @@ class ExportedInfo:
     precision: Literal["fp32", "int8"] = "fp32"
     temperature: Annotated[float, Meta(gt=0, le=1e3)] | None = None
     """The logits were divided by this; None where none is known."""
+    temperature_reason: Reason = ""
+    unlike_threshold: Annotated[float, Meta(ge=-1, le=10)] | None = None
+    """Images with a higher score (the output "unlike") are unlike the training images; None without such an output."""
+    unlike_reason: Reason = ""
     frozen_backbone: bool = False
     protocol: str | None = None
     split: str | None = None
@@ -90,8 +92,6 @@ class ExportedInfo:
     parity: Parity | None = None
     weights: str = ""
     """sha256 (hex) of the checkpoint."""
-    unlike: Annotated[str, Meta(max_length=2**28)] = ""
-    """The score for images unlike the training images: the file that a run keeps it in, in base64; "" without one."""
     version: str = ""
     """Of finetune101."""
     format: Literal[1] = 1
@@ -99,6 +99,17 @@ class ExportedInfo:
     def to_metadata(self) -> dict[str, str]:
         """Key and value for the metadata of a file."""
         return {METADATA: json.dumps(dataclasses.asdict(self), allow_nan=False)}
+
+
+class Outputs(NamedTuple):
+    """What a file gives for N pictures, float32."""
+
+    probabilities: NDArray[np.float32]
+    """(N, classes), calibrated."""
+    features: NDArray[np.float32]
+    """(N, D): what the output layer sees."""
+    unlike: NDArray[np.float32] | None = None
+    """(N,): how unlike the training images each is (see ``evaluation.unlike``)."""
 
 
 class OnnxNetwork:
@@ -144,16 +155,16 @@ class OnnxNetwork:
         """The ``top_k`` most probable classes of an image, or of each of a list, as ``Network.predict`` gives them."""
         return in_batches(images, top_k, batch_size, self._classify)
 
-    def outputs(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """As ``probabilities``, with the features (N, D). A file for resized pictures takes its own size only."""
+    def outputs(self, pixels: NDArray[np.uint8]) -> Outputs:
+        """As ``probabilities``, with all outputs. A file for resized pictures takes its own size only."""
         if self.info.input == "resized":
             pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        probabilities, features = self.session.run(["probabilities", "features"], {self.info.input: pixels})
-        return probabilities, features
+        names = ["probabilities", "features", *(["unlike"] if self.unlike is not None else [])]
+        return Outputs(*self.session.run(names, {self.info.input: pixels}))
 
     def probabilities(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pictures of one size, uint8 (N, H, W, 3) -> probabilities (N, classes); the file resizes them if need be."""
-        return self.outputs(pictures)[0]
+        return self.outputs(pictures).probabilities
 
     @property
     def temperature(self) -> float | None:
@@ -162,21 +173,18 @@ class OnnxNetwork:
 
     @property
     def temperature_reason(self) -> str:
-        """Why there is no temperature."""
-        return "" if self.info.temperature else "no temperature was known at its export"
+        """Why there is no temperature, or why it is 1."""
+        return self.info.temperature_reason or "no temperature was known when it was exported"
 
-    @functools.cached_property
-    def unlike(self) -> Unlike | None:
-        """The score for images unlike the training images. Raises Refused where it is damaged."""
-        if not self.info.unlike:
-            return None
-        content = base64.b64decode(self.info.unlike)
-        return parsed_unlike(content, str(self.file), _REMEDY)[0]
+    @property
+    def unlike(self) -> float | None:
+        """The score above which an image is unlike the training images; None where the file holds no score."""
+        return self.info.unlike_threshold
 
     @property
     def unlike_reason(self) -> str:
-        """Why there is no score for unlike images."""
-        return "" if self.info.unlike else "its network had no such score at its export"
+        """Why the file holds no score."""
+        return self.info.unlike_reason or "it was exported without a score"
 
     @property
     def frozen_backbone(self) -> bool:
@@ -191,18 +199,18 @@ class OnnxNetwork:
 
         Raises Refused when the output is not finite.
         """
-        probabilities, features = self.outputs(pixels)
+        probabilities, _, scores = self.outputs(pixels)
         if not np.isfinite(probabilities).all():
             raise Refused(f"the output of {self.name} is not finite; export it again")
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-        predictions = [
-            Prediction(tuple((self.info.classes[k], float(row[k])) for k in best), image)
-            for row, best, image in zip(probabilities, order, images, strict=True)
+        classes = [
+            tuple((self.info.classes[k], float(row[k])) for k in best)
+            for row, best in zip(probabilities, order, strict=True)
         ]
-        if self.unlike is None:
-            return predictions
-        logits = (self.temperature or 1.0) * np.log(np.maximum(probabilities.astype(np.float64), 1e-30))
-        return marked(predictions, self.unlike, self.unlike.score(features, logits))
+        if scores is None or self.unlike is None:
+            return [Prediction(one, image) for one, image in zip(classes, images, strict=True)]
+        rows = zip(classes, images, (scores > self.unlike).tolist(), scores.tolist(), strict=True)
+        return [Prediction(*row) for row in rows]
 
     def _pixels(self, image: Image) -> NDArray[np.uint8]:
         own = self.preprocessing

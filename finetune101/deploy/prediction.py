@@ -10,7 +10,6 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +19,6 @@ from finetune101.config import Count
 from finetune101.data.decode import opened, upright
 from finetune101.errors import Refused
 from finetune101.files import typed
-
-if TYPE_CHECKING:
-    from finetune101.evaluation.unlike import Unlike
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
@@ -97,12 +93,6 @@ def in_batches(
     several = list(images)
     starts = range(0, len(several), batch_size)
     return [one for start in starts for one in classify(several[start : start + batch_size], top_k)]
-
-
-def marked(predictions: Sequence[Prediction], unlike: Unlike, scores: NDArray[np.float64]) -> list[Prediction]:
-    """``predictions`` with their ``scores`` (N,), and whether each image is ``unlike`` the training images."""
-    rows = zip(predictions, unlike.is_unlike(scores).tolist(), scores.tolist(), strict=True)
-    return [dataclasses.replace(one, unlike=flag, unlike_score=score) for one, flag, score in rows]
 
 
 def pillow_image(image: Image) -> Pillow.Image:

@@ -18,7 +18,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from tqdm import tqdm
 
-from finetune101.deploy.graph import RESIZED
+from finetune101.deploy.graph import MEANS, RESIZED
 from finetune101.host import usable_cores
 
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -55,7 +55,9 @@ def quantized(graph: onnx.ModelProto, pixels: Pixels) -> Quantized:
         onnx.save(graph, whole)
         quant_pre_process(str(whole), str(whole), skip_symbolic_shape=True)
         trial = _Trial(folder, whole, pixels)
-        layers = [node.name for node in onnx.load(whole).graph.node if node.op_type in LAYERS]
+        nodes = onnx.load(whole).graph.node
+        trial.never = [node.name for node in nodes if MEANS in node.input]
+        layers = [node.name for node in nodes if node.op_type in LAYERS and node.name not in trial.never]
         kept: dict[str, float] = {}
         if trial.divergence(keep=()) > LOSS:
             bar = tqdm(layers, desc="layers", unit="layer", leave=False, disable=None)
@@ -76,6 +78,7 @@ class _Trial:
         cut = min(FROM, max(1, len(pixels) * 4 // 5))
         self.ranges, self.others = pixels[:cut], (pixels[cut:] if len(pixels) > cut else pixels)[:TRIED]
         self.reference = self._answers(whole)
+        self.never: list[str] = []  # nodes that are no part of the network
 
     def divergence(self, *, keep: Sequence[str] = (), only: str | None = None) -> float:
         """Mean Kullback-Leibler divergence (nats) of the answers without quantization from those with it."""
@@ -99,7 +102,7 @@ class _Trial:
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_quantize=[only] if only else None,
-            nodes_to_exclude=list(keep),
+            nodes_to_exclude=[*keep, *self.never],
             calibrate_method=CalibrationMethod.MinMax,
             calibration_cache_path=self.folder / "ranges.json",
         )

@@ -82,8 +82,9 @@ class SortedFolder:
         total, unsure, unlike = self.added.total(), self.added[UNSURE], self.added[UNLIKE]
         act = "linked" if self.link else "copied"
         folders = sum(1 for name, count in self.added.items() if count and name not in RESERVED)
+        plural = "" if folders == 1 else "s"
         where, sure = escaped(str(self.folder)), total - unsure - unlike
-        line = f"{total} images {act} into {where}: {sure} into {folders} folders of classes, {unsure} into {UNSURE}"
+        line = f"{total} images {act} into {where}: {sure} into {folders} class folder{plural}, {unsure} into {UNSURE}"
         line += f", {unlike} into {UNLIKE}" if unlike else ""
         return f"{line}; {self.present} were there already" if self.present else line
 

@@ -37,9 +37,10 @@ def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
     network = {"name": info.name or onnx_file.stem, "model": info.model, "classes": info.classes}
     page = (TEMPLATES / "page.html").read_text(encoding="utf-8")
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    about = {**network, "megabytes": MEGABYTES, "explains": False, "unlike_above": info.unlike_threshold}
     texts = {
         "index.html": page.replace("<!-- policy -->", policy),
-        "network.json": json.dumps({**network, "megabytes": MEGABYTES, "explains": False}, ensure_ascii=False),
+        "network.json": json.dumps(about, ensure_ascii=False),
         **{new: (TEMPLATES / name).read_text(encoding="utf-8") for name, new in PAGE_FILES.items()},
     }
     for name, text in texts.items():

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from msgspec import UNSET
 from PIL import Image as Pillow
 
 from finetune101.config import Preprocessing
@@ -162,8 +161,9 @@ class Worker:
         predictions = self.network.predict([image for *_, image in batch], top_k=top_k)
         for (job, name, image), prediction in zip(batch, predictions, strict=True):
             classes = [ClassShare(label, probability) for label, probability in prediction.classes[: job.top_k]]
-            unlike = getattr(prediction, "unlike", None)
-            answered = Answered(name, classes, unlike=UNSET if unlike is None else unlike)
+            answered = Answered(name, classes)
+            if prediction.unlike is not None:
+                answered.unlike, answered.unlike_score = prediction.unlike, prediction.unlike_score or 0.0
             if job.explain and hasattr(self.network, "explain"):
                 add_explanation(answered, self.network.explain(image))
             answers[id(job)].predictions.append(answered)

@@ -93,7 +93,7 @@ def unlike_bytes(unlike: Unlike, weights: str) -> bytes:
     return save_arrays({"means": unlike.means}, {"unlike": json.dumps(said)})
 
 
-def parsed_unlike(content: bytes, source: str, remedy: str = REMEDY) -> tuple[Unlike, str]:
+def parsed_unlike(content: bytes, source: str) -> tuple[Unlike, str]:
     """What ``unlike_bytes`` wrote: the score, and the sha256 of its checkpoint. Raises Refused for anything else."""
     try:
         means = load_arrays(content)["means"]
@@ -105,7 +105,7 @@ def parsed_unlike(content: bytes, source: str, remedy: str = REMEDY) -> tuple[Un
             raise ValueError("values out of bounds")
         return unlike, said["weights"]
     except Exception as error:  # a damaged file can raise nearly anything
-        raise Refused(f"{escaped(source)} is damaged ({shortened(str(error))}); {remedy}") from error
+        raise Refused(f"{escaped(source)} is damaged ({shortened(str(error))}); {REMEDY}") from error
 
 
 def write_unlike(file: Path, unlike: Unlike, weights: str) -> None:

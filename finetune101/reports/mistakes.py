@@ -94,10 +94,11 @@ def examples(answers: Mapping[str, Answer], right: bool, root: Path | None) -> l
     ]
 
 
-def add_reasons(run: Run, root: Path, chosen: Sequence[dict[str, Any]]) -> str:
+def add_reasons(run: Run, root: Path, chosen: Sequence[dict[str, Any]], words: Mapping[str, str]) -> str:
     """Adds to the ``examples`` of ``run`` where it looked and the nearest training images, as data URIs.
 
-    Returns why nothing was added, in words, or "". The first use takes one forward pass of each training image.
+    Returns what was added, or why nothing was, in the ``words`` of the page. The first use takes one forward pass of
+    each training image.
     """
     from finetune101.deploy.network import load  # these take long to import, and few pages need them
 
@@ -113,8 +114,8 @@ def add_reasons(run: Run, root: Path, chosen: Sequence[dict[str, Any]]) -> str:
             near = [(small, other.label) for other in explanation.neighbours if (small := other.thumbnail(SMALL))]
             one["near"] = [(_data_uri(small, SMALL), label) for small, label in near[:NEAREST]]
     except Refused as error:
-        return str(error)
-    return ""
+        return words["unexplained"].format(reason=error)
+    return words["explained"]
 
 
 def picture(root: Path, path: str) -> str | None:

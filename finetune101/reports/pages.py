@@ -359,11 +359,7 @@ def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
         unread = sum(one["image"] is None for one in chosen) if root else 0
         notes = [page.say("unread", n=unread)] if unread else []
         if root and page.explains and not right:
-            reason = mistakes.add_reasons(run.run, root, chosen)
-            if reason:
-                notes.append(page.say("unexplained", reason=reason))
-            elif any("overlay" in one for one in chosen):
-                notes.append(page.words["explained"])
+            notes.append(mistakes.add_reasons(run.run, root, chosen, page.words))
         page.add("gallery", key, name, examples=chosen)
         page.sections[-1]["note"] += " ".join(notes)
     if "calibration" in run.test:

@@ -58,9 +58,14 @@ def measure_machine(root: Path, models: Sequence[str], work: Workload, every: bo
         for precision, layout in formats:
             system = SystemConfig(precision=precision, memory_format=layout)  # type: ignore[arg-type]
             rows.append(_measure(root, name, join(system), work))
-    packages = {name: version(name) for name in ("torch", "torchvision", "timm")}
+    return {**machine_facts(), "batch_size": work.batch_size, "rows": rows}
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a measured speed belongs to: {"machine": cores, processor, system, "versions": of the packages}."""
+    packages = {name: version(name) for name in ("torch", "torchvision", "timm", "onnxruntime")}
     machine = {"cores": usable_cores(), "processor": _processor(), "system": platform.platform()}
-    return {"machine": machine, "versions": packages, "batch_size": work.batch_size, "rows": rows}
+    return {"machine": machine, "versions": packages}
 
 
 def _measure(root: Path, name: str, world: World, work: Workload) -> dict[str, Any]:

@@ -15,9 +15,13 @@ import msgspec
 import pytest
 from commands import refused
 from exported import save, small_model
+from starlette.testclient import TestClient
 
+from finetune101.cli.serve import open_classifier
 from finetune101.deploy.answers import Answers
 from finetune101.deploy.listen import address_of, listening
+from finetune101.deploy.serve import application
+from finetune101.errors import Refused
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +35,17 @@ def test_a_port_that_is_taken_and_other_mistakes_are_one_sentence(capsys: pytest
     assert "--max-mb" in refused(capsys, "serve", "--max-mb", "0")
     assert "--host" in refused(capsys, "serve", "--host", "203.0.113.1", "--port", "0")
     refused(capsys, "serve", "no_such_run", "--port", "0")
+
+
+def test_the_nearest_training_images_of_a_run_are_shown(runs: Path, tiny_data: Path, here: Path) -> None:
+    network = open_classifier(str(runs / "a"), "runs", neighbours=True, data=str(tiny_data))
+    photo = (tiny_data / "box/image_0003.jpg").read_bytes()
+    with TestClient(application(network), base_url="http://127.0.0.1") as client:
+        answer = client.post("/predict?explain=1", content=photo).json()["predictions"][0]
+    assert answer["overlay"].startswith("data:image/jpeg;base64,")
+    assert len(answer["nearest"]) == 5 and all(one["image"] for one in answer["nearest"])
+    with pytest.raises(Refused, match="its run"):
+        open_classifier(str(save(small_model(), here / "small.onnx")), "runs", neighbours=True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")

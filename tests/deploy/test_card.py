@@ -131,6 +131,20 @@ def test_settings_that_differ_from_the_recipe_are_named() -> None:
     assert changed_settings(dataclasses.replace(other, recipe="gone", optim=OptimConfig())) == ()
 
 
+def test_a_network_that_marks_unlike_images_says_so(run: Run) -> None:
+    (run.path / "unlike.safetensors").unlink(missing_ok=True)
+    assert "unlike" not in card_text(card_of(run))
+    (run.path / "unlike.safetensors").touch()
+    assert "unlike the training pictures" in card_text(card_of(run)) and "不相像" in card_text(card_of(run), "zh")
+
+
+def test_validation_images_that_trained_the_network_are_told(run: Run) -> None:
+    settings = run.read_json("config.json")
+    assert "choice of the epoch" in card_text(card_of(run))
+    run.write_json("config.json", {**settings, "data": {**settings["data"], "fit_on": "train+val"}})
+    assert "the weights too" in card_text(card_of(run)) and "choice of the epoch" not in card_text(card_of(run))
+
+
 def test_caltech_101_is_known_by_its_classes() -> None:
     run = Run(Path(__file__).parents[2] / "results/study_gain/efficientnet_lite0/finetune/all/split42_seed1")
     text = card_text(card_of(run))

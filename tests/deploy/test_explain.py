@@ -123,7 +123,7 @@ def test_the_overlay_colours_only_where_the_map_is() -> None:
 
 
 def test_names_of_pictures_are_safe_and_different(tmp_path: Path) -> None:
-    files = ["a/cat.jpg", "b/cat.png", "c/Cat.gif", "a/..%2f\n<x>.jpg", "é.jpg"]
+    files = ["a/cat.jpg", "b/cat.png", "c/Cat.gif", "a/..%2f\n<x>.jpg", "é.jpg", "nul.jpg"]
     pictures = picture_names(files, tmp_path)
     assert [picture.name for picture in pictures.values()] == [
         "cat.png",
@@ -131,6 +131,7 @@ def test_names_of_pictures_are_safe_and_different(tmp_path: Path) -> None:
         "Cat_3.png",
         "2f_x0a_x.png",
         "é.png",
+        "image_nul.png",
     ]
     (tmp_path / "cat_2.png").touch()
     with pytest.raises(Refused, match=r"cat_2\.png is there"):

@@ -20,10 +20,12 @@ from finetune101.api import load
 from finetune101.cli.main import main
 from finetune101.config import SystemConfig
 from finetune101.deploy.export import Source, export_network, open_source
+from finetune101.deploy.network import Network
 from finetune101.deploy.onnx_network import METADATA, Difference, OnnxNetwork, Parity
 from finetune101.deploy.parity import LabelledImages, check_parity
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file
+from finetune101.evaluation.unlike import fit_unlike
 from finetune101.machine import detect
 from finetune101.models.build import build
 from finetune101.models.table import lookup, names
@@ -74,7 +76,8 @@ def test_every_architecture_gives_the_same_answers(name: str, pictures: Labelled
     assert exported.parity.pictures.largest < 0.05  # a level of brightness here and there
     runtime = OnnxNetwork(exported.file)
     pixels = np.random.default_rng(1).integers(0, 256, (3, *[network.preprocessing.size] * 2, 3), np.uint8)
-    probabilities, features = runtime.outputs(pixels)
+    probabilities, features, scores = runtime.outputs(pixels)
+    assert scores is None
     expected = network.model.get_submodule(network.head)
     width = next(int(weight.shape[1]) for weight in expected.parameters() if weight.dim() > 1)
     assert features.shape == (3, width)
@@ -105,6 +108,22 @@ def test_the_file_says_what_it_is(pictures: LabelledImages, tmp_path: Path) -> N
     raw = {one.key: one.value for one in onnx.load(exported.file).metadata_props}
     assert json.loads(raw[METADATA])["preprocessing"]["size"] == 64
     assert not any(node.doc_string or node.metadata_props for node in onnx.load(exported.file).graph.node)
+
+
+def test_the_score_for_unlike_images_travels_with_the_file(pictures: LabelledImages, tmp_path: Path) -> None:
+    network = random_network("mobilenet_v3_small")
+    rng, width = np.random.default_rng(0), network.width
+    unlike = fit_unlike(rng.random((30, width)), np.arange(30) % 3, rng.random((40, width)), rng.normal(size=(40, 3)))
+    network = dataclasses.replace(network, unlike=unlike)
+    for name, options in (("a", {}), ("b", {"resized": True})):
+        exported = OnnxNetwork(export_network(Source(network, pictures), tmp_path / name, **options).file)
+        assert exported.unlike == pytest.approx(unlike.threshold)
+        ours = exported.predict(list(map(str, pictures.files)))
+        theirs = Network(network).predict(list(map(str, pictures.files)))
+        assert isinstance(ours, list) and isinstance(theirs, list)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.unlike_score == pytest.approx(other.unlike_score, abs=2e-3)
+        assert len({round(one.unlike_score or 0, 3) for one in ours}) > 3
 
 
 class _OtherWhenExported(nn.Module):

@@ -72,6 +72,12 @@ def test_a_picture_lies_as_a_viewer_shows_it_and_on_white(client: TestClient, ne
     assert {share["probability"] for share in shares} == {1 / 3}
 
 
+def test_a_picture_unlike_the_training_pictures_is_told(client: TestClient) -> None:
+    answers = [client.post("/predict", content=picture(colour)).json() for colour in ((255, 255, 255), (200, 20, 20))]
+    flags = [(answer["predictions"][0]["unlike"], answer["predictions"][0]["unlike_score"]) for answer in answers]
+    assert flags == [(True, 2.0), (False, 0.5)]
+
+
 def test_the_interface_is_described_as_it_answers(client: TestClient) -> None:
     description = client.get("/openapi.json").json()
     responses = description["paths"]["/predict"]["post"]["responses"]

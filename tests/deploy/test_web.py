@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import http.server
+import io
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from finetune101.deploy.listen import http_server, listening
 from finetune101.deploy.network import load
 from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.serve import application
+from finetune101.deploy.tables import write_csv
 from finetune101.deploy.uploads import Limits
 from finetune101.deploy.web import RUNTIME_FILES, write_web
 from finetune101.errors import Refused
@@ -139,10 +141,13 @@ def test_both_pages_answer_as_predict(kind: str, exported: Path, photos: list[Pa
         tab.evaluate("document.querySelector('#download').click()")
         tab.wait("true")
         table = read_table(tab, tmp_path / "predictions.csv")
-        assert [row["path"].removeprefix("'") for row in table] == [photo.name for photo in photos]
-        assert table[0]["path"] == "'=sum.png"
-        best = [network.predict(photo).label for photo in photos]
-        assert [row["class_1"].removeprefix("'") for row in table] == best
+        text = io.StringIO()
+        write_csv(network.predict(photos), text, 5)
+        expected_table = list(csv.DictReader(io.StringIO(text.getvalue())))
+        assert table[0]["path"] == "'=sum.png" and table[0].keys() == expected_table[0].keys()
+        for row, expected_row in zip(table, expected_table, strict=True):
+            assert row["class_1"] == expected_row["class_1"] and row["unlike"] == expected_row["unlike"]
+            assert float(row["probability_1"]) == pytest.approx(float(expected_row["probability_1"]), abs=0.01)
         assert tab.problems == []
 
 
@@ -301,3 +306,22 @@ def test_a_run_becomes_a_page(
     assert "exists" in refused(capsys, *command, "--runtime", str(runtime))
     assert "npm install" in refused(capsys, *command, "--overwrite")
     assert main([*command, "--runtime", str(runtime), "--overwrite"]) == 0
+
+
+@needs_browser
+@needs_runtime
+def test_the_example_in_javascript(exported: Path, photos: list[Path], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    code = text.partition("```js\n")[2].partition("```")[0]
+    write_web(exported, tmp_path / "web", RUNTIME)
+    (tmp_path / "web" / "example.js").write_text(code)
+    (tmp_path / "web" / "example.html").write_text("<body><script type=module src=example.js></script></body>")
+    shutil.copyfile(photos[-1], tmp_path / "web" / "photo.jpg")
+    with web(tmp_path / "web") as address, browser(tmp_path) as tab:
+        tab.open(f"{address}example.html")
+        tab.wait("document.body.textContent")
+        label, _, probability = tab.evaluate("document.body.textContent").rpartition(" ")
+    expected = OnnxNetwork(exported).predict(photos[-1])
+    assert not isinstance(expected, list)
+    assert label == expected.label
+    assert float(probability) == pytest.approx(expected.probability, abs=0.01)

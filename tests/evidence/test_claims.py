@@ -221,3 +221,14 @@ def test_a_calibration_error_is_averaged_again(project: Path) -> None:
 def test_another_split_is_noticed(project: Path) -> None:
     (project / "results" / "a" / "test.json").write_text('{"manifest": "tiny", "manifest_hash": "sha256:1"}')
     assert "another split" in problems(project, claim())
+
+
+def test_pointing_is_counted_over_all_classes(project: Path) -> None:
+    points = [{"class": str(k % 12), "mask": k < 18, "outline": k < 24, "box": True} for k in range(24)]
+    file = project / "results" / "a" / "pointing.json"
+    file.write_text(json.dumps({"points": points}))
+    true = claim(id="use.explain.pointing", value=0.75, unit="share")
+    assert problems(project, true, claim(id="use.explain.pointing.outline", value=1.0, unit="share")) == ""
+    assert "gives 0.75" in problems(project, {**true, "value": 0.85})
+    file.write_text(json.dumps({"points": points[:23]}))
+    assert "has no number" in problems(project, true)

@@ -10,7 +10,7 @@ let network;
 ort.env.wasm.numThreads = 1; // threads need headers that a plain host does not send
 ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
 
-/** The network: {name, classes, megabytes, explains}; loads it. */
+/** The network: {name, classes, megabytes, explains, unlike_above}; loads it. */
 export async function about() {
   network = await (await reach("network.json")).json();
   const content = await (await reach("network.onnx")).arrayBuffer();
@@ -18,14 +18,18 @@ export async function about() {
   return network;
 }
 
-/** What the network says of a file: {classes: [{class, probability}]}. */
+/** What the network says of a file: {classes: [{class, probability}], unlike?, unlike_score?}. */
 export async function classify(file) {
   const { pixels, height, width } = await rgb(file);
   const images = new ort.Tensor("uint8", pixels, [1, height, width, 3]);
-  const outputs = await session.run({ images }, ["probabilities"]);
+  const tells = typeof network.unlike_above === "number";
+  const outputs = await session.run({ images }, tells ? ["probabilities", "unlike"] : ["probabilities"]);
   const shares = Array.from(outputs.probabilities.data);
   const order = shares.map((_, index) => index).sort((a, b) => shares[b] - shares[a] || a - b);
-  return { classes: order.slice(0, 5).map((index) => ({ class: network.classes[index], probability: shares[index] })) };
+  const classes = order.slice(0, 5).map((index) => ({ class: network.classes[index], probability: shares[index] }));
+  if (!tells) return { classes };
+  const score = outputs.unlike.data[0];
+  return { classes, unlike: score > network.unlike_above, unlike_score: score };
 }
 
 /** The pixels of a picture as a viewer shows it: upright, in RGB, transparent parts on white. */

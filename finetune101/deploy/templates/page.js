@@ -235,14 +235,14 @@ async function explain() {
 function csv() {
   const width = Math.max(1, ...table.map((row) => row.answer?.classes.length ?? 0));
   const numbers = Array.from({ length: width }, (_, k) => k + 1);
-  const unlike = table.some((row) => row.answer?.unlike !== undefined);
-  const head = ["path", ...numbers.flatMap((k) => [`class_${k}`, `probability_${k}`]), ...(unlike ? ["unlike"] : [])];
+  const head = ["path", ...numbers.flatMap((k) => [`class_${k}`, `probability_${k}`]), "unlike", "unlike_score"];
   const lines = table
     .filter((row) => row.answer)
     .map(({ name, answer }) => [
       cell(name),
       ...answer.classes.flatMap((one) => [cell(one.class), one.probability.toFixed(6)]),
-      ...(unlike ? [String(Boolean(answer.unlike))] : []),
+      String(answer.unlike ?? ""),
+      answer.unlike_score?.toFixed(6) ?? "",
     ]);
   const quoted = (text) => (/[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   return [head, ...lines].map((line) => `${line.map(quoted).join(",")}\n`).join("");
