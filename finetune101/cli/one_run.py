@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -18,7 +19,9 @@ from finetune101.errors import Refused, escaped
 from finetune101.host import place
 
 if TYPE_CHECKING:
+    from finetune101.deploy.inputs import Inputs
     from finetune101.deploy.onnx_network import OnnxNetwork
+    from finetune101.deploy.prediction import Prediction
     from finetune101.evaluation.checkpoint import TrainedNetwork
     from finetune101.run import Run
 
@@ -190,21 +193,28 @@ def predict(
     if file:
         tables.write_table_file(predictions, file, images, width)
         print(f"{images.readable} images: {file}")
-    elif json:
-        tables.write_json(predictions, sys.stdout, images)
-    elif csv:
-        tables.write_csv(predictions, sys.stdout, width)
-    elif folder:
-        for _ in predictions:
-            pass
+    elif prints_rows:
+        _print_rows(predictions, images, width, csv=csv, json=json)
     else:
-        tables.write_text(predictions, sys.stdout)
+        collections.deque(predictions, maxlen=0)  # the images are sorted as they come
     if folder:
         print(folder.summary(), file=sys.stderr if csv or json else sys.stdout)
     for line in [left_out_text(images), *(escaped(f"failed: {path}: {reason}") for path, reason in images.failed)]:
         if line:
             print(line, file=sys.stderr)
     return 1 if images.failed else 0
+
+
+def _print_rows(predictions: Iterator[Prediction], images: Inputs, width: int, *, csv: bool, json: bool) -> None:
+    """Prints ``predictions`` as they come."""
+    from finetune101.deploy import tables
+
+    if json:
+        tables.write_json(predictions, sys.stdout, images)
+    elif csv:
+        tables.write_csv(predictions, sys.stdout, width)
+    else:
+        tables.write_text(predictions, sys.stdout)
 
 
 def _network_and_images(words: Sequence[str], runs: str) -> tuple[TrainedNetwork | OnnxNetwork, list[str]]:
