@@ -65,7 +65,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        state |= {"complete": False, "linger": self.linger}
+        state |= {"complete": False, "started": False, "linger": self.linger}
 
         async def reading() -> Message:
             message = await receive()
@@ -75,6 +75,7 @@ class Guard:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
+                state["started"] = True
                 extra = [(name.encode(), value.encode()) for name, value in SECURITY.items()]
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
@@ -87,7 +88,14 @@ class Guard:
             app = Answer(Problem("this Host is not the server's; open the address that serve printed"), 421)
         elif self._is_foreign(headers):
             app = Answer(Problem("requests of pages of other sites are refused"), 403)
-        await app(scope, reading, guarded)
+        try:
+            await app(scope, reading, guarded)
+        except asyncio.CancelledError:  # the server ends, and this request has had its last seconds
+            if not state["started"]:
+                state["complete"] = True
+                await Answer(Problem("the server is about to end"), 503, {"connection": "close"})(
+                    scope, receive, guarded
+                )
 
     def _is_here(self, host: str) -> bool:
         name = host_name(host)
