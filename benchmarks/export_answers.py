@@ -1,8 +1,8 @@
 """The answers of exported networks beside those of predict, on the test images of the reference split.
 
-``python benchmarks/export_answers.py --data FOLDER [--network released_finetune]`` exports the network as ONNX and as 8-bit
-ONNX (calibrated on training images), asks all of them for every test image and writes results/export/: predictions.csv
-(one column for each way) and export.json (sizes, layers that stay in fp32, parity, machine).
+``python benchmarks/export_answers.py --data FOLDER [--network released_finetune]`` exports the network as ONNX and as
+8-bit ONNX (calibrated on training images), asks all of them for every test image and writes results/export/:
+predictions.csv (one column for each way) and export.json (sizes, layers that stay in fp32, parity, machine).
 """
 
 from __future__ import annotations

@@ -11,8 +11,6 @@ results/pointing/pointing.json with every point, and some overlays with ``--pict
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +93,8 @@ def main() -> None:
     result = {
         "network": network.trained.architecture,
         "size": network.preprocessing.size,
-        "command": shlex.join(["python", "benchmarks/pointing.py", *sys.argv[1:]]),
+        "weights": network.trained.checkpoint_hash,
+        "command": f"python benchmarks/pointing.py {args.run}",
         "seed": SEED,
         "n": len(points),
         "right": sum(one["class"] == one["prediction"] for one in points) / len(points),
