@@ -45,6 +45,7 @@ def folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (released, release):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "weights")
     release.release(run, "released_random")
+    release.release_card(run, "released_random")
     return tmp_path / "weights"
 
 
