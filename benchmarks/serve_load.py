@@ -87,10 +87,10 @@ def start_server(network: str) -> tuple[subprocess.Popen[str], int]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     line = process.stdout.readline()
-    found = re.search(r":(\d+)/", line)
-    if not found:
+    address = re.search(r":(\d+)/", line)
+    if not address:
         raise SystemExit(f"the server did not start: {line}")
-    return process, int(found[1])
+    return process, int(address[1])
 
 
 async def crowd(

@@ -88,8 +88,8 @@ def test_slow_clients_are_sent_away_while_others_are_answered(network: Colours) 
 
 def test_a_gigabyte_is_refused_while_it_comes(network: Colours) -> None:
     with running(network, QUICK) as address:
-        told, _ = exchange(address, head("Content-Length: 1000000000"))
-        assert told.startswith(b"HTTP/1.1 413") and b"1 MB" in told
+        refused, _ = exchange(address, head("Content-Length: 1000000000"))
+        assert refused.startswith(b"HTTP/1.1 413") and b"1 MB" in refused
         # without a length nothing tells but the bytes themselves
         piece = b"%x\r\n" % 65536 + bytes(65536) + b"\r\n"
         chunked, seconds = exchange(address, head("Transfer-Encoding: chunked"), *[piece] * 1000)

@@ -148,27 +148,27 @@ async function take(files) {
   const rows = pictures.length || files.length !== 1 ? pictures : files;
   if (!network) return;
   if (!rows.length) return tell("nothing", {}, true);
-  const mine = (round += 1);
+  const turn = (round += 1);
   for (const row of table) if (row.url) URL.revokeObjectURL(row.url);
   table = rows;
   current = null;
   element("many").hidden = rows.length === 1;
   element("one").hidden = true;
-  if (rows.length === 1) await one(rows[0], mine);
-  else await many(rows, mine);
+  if (rows.length === 1) await one(rows[0], turn);
+  else await many(rows, turn);
 }
 
-async function one(row, mine) {
+async function one(row, turn) {
   show(row);
   tell("looking", { file: row.name });
   await look(row);
-  if (mine !== round) return;
+  if (turn !== round) return;
   show(row);
   if (row.error) tell(row.error.key ?? "failed", { reason: row.error.message, megabytes: network.megabytes }, true);
   else tell("done", { file: row.name, class: row.answer.classes[0].class, share: share(row.answer.classes[0].probability) });
 }
 
-async function many(rows, mine) {
+async function many(rows, turn) {
   element("summary").textContent = say("summary", { total: rows.length });
   element("progress").max = rows.length;
   element("progress").value = 0;
@@ -181,10 +181,10 @@ async function many(rows, mine) {
   let next = 0;
   let count = 0;
   const worker = async () => {
-    while (next < rows.length && mine === round) {
+    while (next < rows.length && turn === round) {
       const row = rows[next++];
       await look(row);
-      if (mine !== round) return;
+      if (turn !== round) return;
       fill(row);
       element("progress").value = count += 1;
       if (count % 10 === 0) tell("working", { count, total: rows.length });
@@ -192,7 +192,7 @@ async function many(rows, mine) {
   };
   tell("working", { count, total: rows.length });
   await Promise.all(Array.from({ length: parallel }, worker));
-  if (mine === round) finish();
+  if (turn === round) finish();
 }
 
 function finish() {
