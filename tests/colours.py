@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune101.config import Preprocessing
 from finetune101.deploy.prediction import Prediction
-from finetune101.deploy.uploads import Limits
+from finetune101.serve.uploads import Limits
 
 QUICK = Limits(megabytes=1, pictures=4, head=0.5, pause=0.3, upload=1, answer=5, linger=0.5)
 

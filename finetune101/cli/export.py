@@ -41,8 +41,10 @@ def export(
 
     source = open_source(run, data, runs)
     file = usual_file(source, format) if out is None else Path(out)
-    exported = export_network(
-        source, file, format=format, resized=resized, parity=parity, runtime=runtime, overwrite=overwrite
-    )
-    print(exported)
+    if format == "web":
+        from finetune101.serve.web import RUNTIME, export_web
+
+        print(export_web(source, file, RUNTIME if runtime is None else Path(runtime), parity, overwrite))
+        return 0
+    print(export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite))
     return 0

@@ -13,7 +13,7 @@ from finetune101.cli.parse import Flag
 from finetune101.errors import Refused
 
 if TYPE_CHECKING:
-    from finetune101.deploy.worker import Classifier
+    from finetune101.serve.worker import Classifier
 
 
 def serve(
@@ -41,8 +41,9 @@ def serve(
         runs: Folder of all runs.
     """
     try:
-        from finetune101.deploy import listen, serve
-        from finetune101.deploy.uploads import Limits
+        from finetune101.serve import app as pages
+        from finetune101.serve import listen
+        from finetune101.serve.uploads import Limits
     except ModuleNotFoundError as error:
         raise Refused(f"serve needs {error.name}; install it by: pip install 'finetune101[serve]'") from error
     if not 0 <= port <= 65535:
@@ -52,10 +53,10 @@ def serve(
     limits = Limits(megabytes=max_mb)
     with listen.listening(host, port) as server:
         classifier = open_classifier(network, runs, neighbours=neighbours or data is not None, data=data)
-        if host not in serve.LOOPBACK:
+        if host not in pages.LOOPBACK:
             print(f"warning: everybody who reaches {host} can use this page; it asks for no password", file=sys.stderr)
-        app = serve.application(classifier, limits, host)
-        serve.warm_up(classifier)
+        app = pages.application(classifier, limits, host)
+        pages.warm_up(classifier)
         print(f"Try {network} at {listen.address_of(server)} (Ctrl-C ends it)", flush=True)
         with watched(Path(network), lambda: "the page is closed"):
             listen.http_server(app, limits).run(sockets=[server])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +27,9 @@ from finetune101.evaluation.evaluate import Opened, open_scored
 from finetune101.files import atomic
 from finetune101.run import Run, open_run, save_checkpoint
 
-Format = Literal["onnx", "onnx-int8", "torch-export", "safetensors", "web"]
+Format = Literal["onnx", "onnx-int8", "torch-export", "safetensors"]
 SUFFIXES: dict[str, str] = {
-    "onnx": ".onnx", "onnx-int8": ".int8.onnx", "torch-export": ".pt2", "safetensors": ".safetensors", "web": "_web"
+    "onnx": ".onnx", "onnx-int8": ".int8.onnx", "torch-export": ".pt2", "safetensors": ".safetensors"
 }  # fmt: skip
 BATCH = 64  # images per forward pass
 
@@ -58,13 +56,20 @@ class Exported:
     """A file that ``export_network`` wrote."""
 
     file: Path
-    format: Format
+    """Or the folder of a web page."""
+    format: Format | Literal["web"]
     seconds: float
     parity: Parity | None
     notes: tuple[str, ...] = ()
 
+    @property
+    def bytes(self) -> int:
+        """Bytes on the disk."""
+        files = [self.file] if self.file.is_file() else self.file.rglob("*")
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def __str__(self) -> str:
-        size = f"{self.file.stat().st_size / 1e6:.1f} MB"
+        size = f"{self.bytes / 1e6:.1f} MB"
         lines = [f"{self.file} ({self.format}, {size}, {self.seconds:.0f} s)", *self.notes]
         return "\n".join([*lines, *([parity_text(self.parity)] if self.parity else [])])
 
@@ -122,7 +127,6 @@ def export_network(
     format: Format = "onnx",
     resized: bool = False,
     parity: str | None = None,
-    runtime: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Writes the network of ``source`` to the file ``out``, and measures whether it gives the same answers.
@@ -131,12 +135,10 @@ def export_network(
         source: see ``open_source``.
         out: the file to write, whole or not at all.
         format: "onnx"; "onnx-int8", in 8-bit integers; "torch-export", PyTorch's own; "safetensors", the weights with
-            classes, preprocessing and temperature, which finetune101 reads; "web", a folder for a static web host
-            with a page that runs the network in the visitor's browser.
+            classes, preprocessing and temperature, which finetune101 reads.
         resized: the ONNX file takes resized pictures, uint8 (N, 3, size, size), in place of pictures of any size.
         parity: a folder of pictures to compare the answers on; by default the validation images of the split.
-        runtime: the folder dist of the npm package onnxruntime-web, for "web".
-        overwrite: replace a file that is there; a folder is written into.
+        overwrite: replace a file that is there.
 
     Raises Refused for a file that is there, and where the answers differ: no file is left then.
     """
@@ -155,8 +157,6 @@ def export_network(
             f"The answers were NOT compared with the network's ({source.missing or 'its split has no images'}): "
             "give --data, or --parity FOLDER"
         )
-    if format == "web":
-        return _as_web(source, out, parity, runtime, started)
     if format == "torch-export":
         measured = _write_program(source.network, info, images, out)
         return Exported(out, format, time.perf_counter() - started, measured, tuple(notes))
@@ -169,18 +169,6 @@ def export_network(
         prepend_resize(graph, source.network.preprocessing)
     measured = _write_graph(graph, source.network, info, images, out)
     return Exported(out, format, time.perf_counter() - started, measured, tuple(notes))
-
-
-def _as_web(source: Source, out: Path, parity: str | None, runtime: str | None, started: float) -> Exported:
-    """The ONNX file, and the page around it, in the folder ``out``."""
-    from finetune101.deploy.web import RUNTIME, find_runtime, write_web
-
-    folder = find_runtime(RUNTIME if runtime is None else Path(runtime))  # before the work
-    with tempfile.TemporaryDirectory(prefix="finetune101_") as name:
-        exported = export_network(source, Path(name) / "network.onnx", parity=parity)
-        page = write_web(exported.file, out, folder)
-    notes = (*exported.notes, f"Try it: python -m http.server --directory {shlex.quote(str(out))}")
-    return Exported(page, "web", time.perf_counter() - started, exported.parity, notes)
 
 
 def _pictures_in(folder: str) -> LabelledImages:
@@ -272,6 +260,6 @@ def _write_program(
     return measured
 
 
-def usual_file(source: Source, format: Format) -> Path:
-    """The file that an export is written to where none is named: NAME.onnx in the working folder."""
-    return Path(f"{Path(source.network.name).stem or 'network'}{SUFFIXES[format]}")
+def usual_file(source: Source, format: Format | Literal["web"]) -> Path:
+    """Where an export is written to when no place is named: NAME.onnx in the working folder, for a page NAME_web."""
+    return Path(f"{Path(source.network.name).stem or 'network'}{SUFFIXES.get(format, '_web')}")

@@ -22,7 +22,7 @@ from finetune101.evaluation.metrics import Calibrated
 from finetune101.evaluation.unlike import FEWEST, UNLIKE, Unlike, no_unlike_reason, read_unlike
 from finetune101.files import checked, parse_json, read_json
 from finetune101.machine import World, detect
-from finetune101.models.build import build
+from finetune101.models.build import build, feature_width
 from finetune101.models.table import lookup
 from finetune101.run import Run
 from finetune101.schemas import Machine
@@ -102,8 +102,7 @@ class TrainedNetwork:
     @property
     def width(self) -> int:
         """The number of features that the output layer sees."""
-        layer = self.model.get_submodule(self.head)
-        return next(int(weight.shape[1]) for weight in layer.parameters() if weight.dim() > 1)
+        return feature_width(self.model.get_submodule(self.head))
 
     def with_unlike(self, file: Path) -> TrainedNetwork:
         """This network with the score for unlike images in ``file``, or with the reason why it holds none."""

@@ -45,6 +45,11 @@ class Built:
         return self.model.get_submodule(self.head.rstrip("."))
 
 
+def feature_width(layer: nn.Module) -> int:
+    """The number of features that an output layer (linear, or a convolution of 1 x 1) sees."""
+    return next(int(weight.shape[1]) for weight in layer.parameters() if weight.dim() > 1)
+
+
 def build(
     name: str,
     num_classes: int,

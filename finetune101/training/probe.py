@@ -14,7 +14,7 @@ from finetune101.data.cache import Images
 from finetune101.errors import Refused
 from finetune101.evaluation.features import Outputs, kept_outputs
 from finetune101.machine import World
-from finetune101.models.build import Built
+from finetune101.models.build import Built, feature_width
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -94,5 +94,4 @@ def features(built: Built, images: Images, paths: Sequence[str], world: World, f
     """What the head of ``built.model`` sees of the whole images ``paths``, kept in the cache folder."""
     model = copy.deepcopy(built.model).eval()
     model.set_submodule(built.head.rstrip("."), nn.Identity())
-    width: int = built.output_layer.in_features  # type: ignore[assignment]
-    return kept_outputs(model, width, built.preprocessing, images, paths, world, fast)
+    return kept_outputs(model, feature_width(built.output_layer), built.preprocessing, images, paths, world, fast)

@@ -21,10 +21,10 @@ from exported import save, small_model
 from starlette.testclient import TestClient
 
 from finetune101.cli.serve import open_classifier
-from finetune101.deploy.answers import Answers
-from finetune101.deploy.listen import address_of, listening
-from finetune101.deploy.serve import application
 from finetune101.errors import Refused
+from finetune101.serve.answers import Answers
+from finetune101.serve.app import application
+from finetune101.serve.listen import address_of, listening
 
 ROOT = Path(__file__).parents[2]
 

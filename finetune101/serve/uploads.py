@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from finetune101.deploy.answers import Problem
+from finetune101.serve.answers import Problem
 
 MB = 1_000_000
 

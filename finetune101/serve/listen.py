@@ -12,8 +12,8 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from finetune101.deploy.uploads import Limits
 from finetune101.errors import Refused
+from finetune101.serve.uploads import Limits
 
 CONNECTIONS = 500
 LAST_SECONDS = 2  # for the requests at hand when the server ends

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 from colours import QUICK, Colours, picture
 
-from finetune101.deploy.listen import http_server, listening
-from finetune101.deploy.serve import application
-from finetune101.deploy.uploads import Limits
+from finetune101.serve.app import application
+from finetune101.serve.listen import http_server, listening
+from finetune101.serve.uploads import Limits
 
 
 @pytest.fixture

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
+from finetune101.deploy.export import Exported, Source, export_network
 from finetune101.deploy.onnx_network import read_exported_info
 from finetune101.errors import Refused
 from finetune101.files import atomic
@@ -51,6 +56,24 @@ def write_web(onnx_file: Path, folder: Path, runtime: Path = RUNTIME) -> Path:
         with atomic(folder / name) as part:
             shutil.copyfile(source, part)
     return folder / "index.html"
+
+
+def export_web(
+    source: Source, out: Path, runtime: Path = RUNTIME, parity: str | None = None, overwrite: bool = False
+) -> Exported:
+    """Exports the network of ``source`` into the folder ``out`` with its page; see ``export_network`` for ``parity``.
+
+    Raises Refused as ``write_web`` and ``export_network`` do.
+    """
+    if out.exists() and not overwrite:
+        raise Refused(f"{out} exists; give another --out, or --overwrite")
+    started = time.perf_counter()
+    find_runtime(runtime)  # before the work
+    with tempfile.TemporaryDirectory(prefix="finetune101_") as name:
+        exported = export_network(source, Path(name) / "network.onnx", parity=parity)
+        write_web(exported.file, out, runtime)
+    notes = (*exported.notes, f"Try it: python -m http.server --directory {shlex.quote(str(out))}")
+    return replace(exported, file=out, format="web", seconds=time.perf_counter() - started, notes=notes)
 
 
 def find_runtime(folder: Path) -> Path:

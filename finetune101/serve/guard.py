@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finetune101.deploy.answers import Problem
+from finetune101.serve.answers import Problem
 
 SECURITY = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -28,7 +28,7 @@ SECURITY = {
 
 
 class Answer(Response):
-    """JSON of a struct of ``deploy.answers``. A refusal reads on for a moment, or the client would not see it."""
+    """JSON of a struct of ``serve.answers``. A refusal reads on for a moment, or the client would not see it."""
 
     def __init__(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(msgspec.json.encode(content), status, headers, "application/json")

@@ -23,14 +23,14 @@ from exported import CLASSES, save, small_model
 from PIL import Image
 
 from finetune101.cli.main import main
-from finetune101.deploy.listen import http_server, listening
 from finetune101.deploy.network import load
 from finetune101.deploy.onnx_network import OnnxNetwork
-from finetune101.deploy.serve import application
 from finetune101.deploy.tables import write_csv
-from finetune101.deploy.uploads import Limits
-from finetune101.deploy.web import RUNTIME_FILES, write_web
 from finetune101.errors import Refused
+from finetune101.serve.app import application
+from finetune101.serve.listen import http_server, listening
+from finetune101.serve.uploads import Limits
+from finetune101.serve.web import RUNTIME_FILES, write_web
 
 RUNTIME = Path(os.environ.get("FINETUNE101_ONNXRUNTIME_WEB", "node_modules/onnxruntime-web/dist")).absolute()
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")

@@ -1,7 +1,7 @@
 """A page and a JSON interface that try a trained network, for browsers on this machine or, by ``--host``, on others.
 
 Nothing that a client sends names a file: pages are read once, pictures stay bytes in memory. One thread runs the
-network (``deploy.worker``); what waits for it is bounded in number and in bytes.
+network (``serve.worker``); what waits for it is bounded in number and in bytes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 import finetune101
-from finetune101.deploy.answers import About, Answers, Problem, openapi
-from finetune101.deploy.guard import Answer, Guard
-from finetune101.deploy.uploads import MB, Body, Failed, Limits, Uploads
-from finetune101.deploy.worker import Busy, Classifier, Job, Worker
 from finetune101.errors import Refused, shortened
+from finetune101.serve.answers import About, Answers, Problem, openapi
+from finetune101.serve.guard import Answer, Guard
+from finetune101.serve.uploads import MB, Body, Failed, Limits, Uploads
+from finetune101.serve.worker import Busy, Classifier, Job, Worker
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = {

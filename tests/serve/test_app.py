@@ -18,9 +18,9 @@ from colours import QUICK, Colours, picture
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finetune101.deploy.answers import About, Answers, Problem
-from finetune101.deploy.serve import MB, Limits, application
-from finetune101.deploy.worker import Busy, Job, Worker
+from finetune101.serve.answers import About, Answers, Problem
+from finetune101.serve.app import MB, Limits, application
+from finetune101.serve.worker import Busy, Job, Worker
 
 
 @pytest.fixture
