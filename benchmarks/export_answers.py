@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--network", default="released_finetune")
     parser.add_argument("--out", type=Path, default=Path("results/export"))
+    parser.add_argument("--keep", type=Path, help="a folder that the exported files are copied to")
     arguments = parser.parse_args()
     trained, info = open_released(arguments.network)
     opened_split = open_reference(trained, arguments.data, arguments.network, info.split)
@@ -55,6 +57,8 @@ def main() -> None:
             assert one.parity
             parity = dataclasses.asdict(one.parity)
             facts[name] = {"bytes": one.file.stat().st_size, "parity": parity, "notes": one.notes}
+        if arguments.keep:
+            shutil.copytree(folder, arguments.keep, dirs_exist_ok=True)
         files = {name: OnnxNetwork(one.file) for name, one in exported.items()}
         rows = list(_rows([root / path for path in paths], source.network, files))
     arguments.out.mkdir(parents=True, exist_ok=True)
