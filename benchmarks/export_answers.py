@@ -24,8 +24,9 @@ from finetune101.data.batches import to_input
 from finetune101.data.decode import FILTERS, in_threads, opened
 from finetune101.data.images import class_of
 from finetune101.deploy.export import export_network, open_source
-from finetune101.deploy.onnx_network import OnnxNetwork, resize_pixels
+from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.released import open_reference, open_released
+from finetune101.deploy.resize import resize_pixels
 from finetune101.evaluation.predictions import cell
 from finetune101.files import write_json
 from finetune101.training.benchmark import machine_facts

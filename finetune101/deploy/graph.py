@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune101.config import Preprocessing
+from finetune101.deploy.resize import ResizeWeights, resize_weights
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.unlike import PROBABILITY
 
@@ -102,41 +103,80 @@ def prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> None
     The new input is ``PICTURES``, RGB pictures of one size. Whole picture -> cache_size -> size, each by Pillow's
     filter; a picture of ``size`` skips both.
     """
-    size, cache_size = preprocessing.size, preprocessing.cache_size
-    numbers = {"own": [3, size, size], "cached": [3, cache_size, cache_size], "sides": [size, size]}
-    constants = [numpy_helper.from_array(np.array(value, np.int64), f"resize_{key}") for key, value in numbers.items()]
+    size, cached = preprocessing.size, preprocessing.cache_size
     filters: dict[str, Any] = {"mode": "linear"}
     if preprocessing.interpolation == "bicubic":
         filters = {"mode": "cubic", "cubic_coeff_a": -0.5}
     filters |= {"antialias": 1, "exclude_outside": 1, "coordinate_transformation_mode": "half_pixel"}
     make = helper.make_node
-    nodes = [
-        make("Transpose", [PICTURES], ["resize_channels"], perm=[0, 3, 1, 2]),
+    constants = {"resize_first": np.array([3, cached, cached], np.int64)}
+    decode = [
         make("Shape", [PICTURES], ["resize_count"], start=0, end=1),
-        make("Shape", [PICTURES], ["resize_picture"], start=1, end=3),
-        make("Concat", ["resize_count", "resize_own"], ["resize_shape"], axis=0),
+        make("Concat", ["resize_count", "resize_first"], ["resize_shape"], axis=0),
+        make("Resize", ["resize_channels", "", "", "resize_shape"], ["resize_decoded"], **filters),
     ]
-    pixels = "resize_channels"
-    if cache_size != size:
+    nodes = [make("Transpose", [PICTURES], ["resize_channels"], perm=[0, 3, 1, 2])]
+    if cached == size:
+        decode[-1].output[0] = RESIZED
+        nodes += decode
+    else:
+        second, more = _second_resize(resize_weights(cached, size, preprocessing.interpolation))
+        constants |= more | {"resize_own": np.array([size, size], np.int64)}
         nodes += [
-            make("Equal", ["resize_picture", "resize_sides"], ["resize_equal"]),
+            make("Shape", [PICTURES], ["resize_sides"], start=1, end=3),
+            make("Equal", ["resize_sides", "resize_own"], ["resize_equal"]),
             make("Cast", ["resize_equal"], ["resize_numbers"], to=TensorProto.INT64),
             make("ReduceMin", ["resize_numbers"], ["resize_both"], keepdims=0),
             make("Cast", ["resize_both"], ["resize_is_own"], to=TensorProto.BOOL),
-            make("Where", ["resize_is_own", "resize_own", "resize_cached"], ["resize_first"]),
-            make("Concat", ["resize_count", "resize_first"], ["resize_first_shape"], axis=0),
-            make("Resize", [pixels, "", "", "resize_first_shape"], ["resize_decoded"], **filters),
         ]
-        pixels = "resize_decoded"
-    nodes.append(make("Resize", [pixels, "", "", "resize_shape"], [RESIZED], **filters))
-    used = {name for node in nodes for name in node.input}
-    graph.graph.initializer.extend(constant for constant in constants if constant.name in used)
+        as_it_is = [make("Identity", ["resize_channels"], ["resize_same"])]
+        branches = {"then_branch": (as_it_is, "resize_same"), "else_branch": ([*decode, *second], "resize_other")}
+        graphs = {
+            key: helper.make_graph(
+                part, key, [], [helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", 3, size, size])]
+            )
+            for key, (part, name) in branches.items()
+        }
+        nodes.append(make("If", ["resize_is_own"], [RESIZED], **graphs))
+    graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     body = list(graph.graph.node)
     del graph.graph.node[:]
     graph.graph.node.extend([*nodes, *body])
     del graph.graph.input[:]
     graph.graph.input.append(helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["N", "H", "W", 3]))
     onnx.checker.check_model(graph, full_check=True)
+
+
+def _second_resize(weights: ResizeWeights) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """Nodes from "resize_decoded" to "resize_other" as ``resize.resize_pixels`` computes it, and their constants."""
+    make, kind = helper.make_node, weights.matrix.dtype
+    number = helper.np_dtype_to_tensor_dtype(kind)
+    constants = {
+        "resize_right": np.ascontiguousarray(weights.matrix.T),
+        "resize_left": weights.matrix,
+        "resize_half": np.array(weights.divisor / 2, kind),
+        "resize_divisor": np.array(weights.divisor, kind),
+        "resize_black": np.array(0, kind),
+        "resize_white": np.array(255, kind),
+    }
+
+    def rounded(name: str) -> list[onnx.NodeProto]:
+        return [
+            make("Add", [f"{name}_sums", "resize_half"], [f"{name}_half"]),
+            make("Div", [f"{name}_half", "resize_divisor"], [f"{name}_level"]),
+            make("Floor", [f"{name}_level"], [f"{name}_floor"]),
+            make("Clip", [f"{name}_floor", "resize_black", "resize_white"], [name]),
+        ]
+
+    nodes = [
+        make("Cast", ["resize_decoded"], ["resize_real"], to=number),
+        make("MatMul", ["resize_real", "resize_right"], ["resize_columns_sums"]),
+        *rounded("resize_columns"),
+        make("MatMul", ["resize_left", "resize_columns"], ["resize_rows_sums"]),
+        *rounded("resize_rows"),
+        make("Cast", ["resize_rows"], ["resize_other"], to=TensorProto.UINT8),
+    ]
+    return nodes, constants
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ import numpy as np
 import onnxruntime
 from msgspec import Meta
 from numpy.typing import NDArray
-from PIL import Image as Pillow
 
 from finetune101.config import Preprocessing
-from finetune101.data.decode import FILTERS, Unreadable, decode, decode_image
+from finetune101.data.decode import Unreadable, decode, decode_image
 from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
+from finetune101.deploy.resize import resize_pixels
 from finetune101.errors import Refused, escaped, shortened
 from finetune101.files import checked, parse_json
 from finetune101.host import usable_cores
@@ -222,14 +222,6 @@ class OnnxNetwork:
         else:
             pixels = decode_image(pillow_image(image), own.cache_size, own.interpolation)
         return resize_pixels(pixels, own)
-
-
-def resize_pixels(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """uint8 (cache_size, cache_size, 3) -> (size, size, 3), by Pillow's filter."""
-    size = preprocessing.size
-    if pixels.shape[0] == size:
-        return pixels
-    return np.asarray(Pillow.fromarray(pixels).resize((size, size), FILTERS[preprocessing.interpolation]))
 
 
 def read_exported_info(file: Path) -> ExportedInfo:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from finetune101.data.batches import to_input
 from finetune101.data.decode import FILTERS, in_threads, opened
-from finetune101.deploy.onnx_network import Difference, Parity, resize_pixels
+from finetune101.deploy.onnx_network import Difference, Parity
+from finetune101.deploy.resize import resize_pixels
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork

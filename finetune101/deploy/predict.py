@@ -12,6 +12,7 @@ from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
 from finetune101.deploy.network import Labeller
 from finetune101.deploy.prediction import Prediction
+from finetune101.deploy.resize import resize_pixels
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.photos import decoded, decoded_pixels
 from finetune101.fast import tune_allocator
@@ -59,8 +60,6 @@ def _labels(network: TrainedNetwork, inputs: Inputs, top_k: int, batch_size: int
 
 
 def _exported_labels(network: OnnxNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:
-    from finetune101.deploy.onnx_network import resize_pixels  # ONNX Runtime is needed for such files only
-
     own = network.preprocessing
     for paths, pixels in decoded_pixels(list(inputs.files), own, batch_size, inputs.failed):
         yield network.label(np.stack([resize_pixels(one, own) for one in pixels]), paths, top_k)
