@@ -15,7 +15,7 @@ import onnx
 import torch
 
 import finetune101
-from finetune101.deploy.graph import onnx_graph, prepend_resize, program
+from finetune101.deploy.graph import halve, onnx_graph, prepend_resize, program
 from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.onnx_network import METADATA, Accuracy, ExportedInfo, OnnxNetwork, Parity
 from finetune101.deploy.parity import LabelledImages, check_parity, measure_parity, parity_text, resized_pictures
@@ -164,6 +164,7 @@ def export_network(
     if format == "onnx-int8":
         result = _in_8_bits(graph, source)
         graph, info = result.graph, dataclasses.replace(info, precision="int8")
+        halve(graph)  # the layers that stay in floats
         notes.append(_layers_text(result))
     if not resized:
         prepend_resize(graph, source.network.preprocessing)

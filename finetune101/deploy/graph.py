@@ -28,6 +28,7 @@ PICTURES, RESIZED = "images", "resized"
 """The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
 OUTPUTS = ("probabilities", "features", "unlike")
 """The names of the outputs; the last only of a network with a score for unlike images (see ``evaluation.unlike``)."""
+FEW = 1024  # numbers: below, half precision saves nothing
 MEANS = "class_means"
 """The name of the score's parameters."""
 
@@ -152,8 +153,7 @@ def _second_resize(weights: ResizeWeights) -> tuple[list[onnx.NodeProto], dict[s
     make, kind = helper.make_node, weights.matrix.dtype
     number = helper.np_dtype_to_tensor_dtype(kind)
     constants = {
-        "resize_right": np.ascontiguousarray(weights.matrix.T),
-        "resize_left": weights.matrix,
+        "resize_whole": weights.matrix.astype(np.int16),  # they have 15 bits
         "resize_half": np.array(weights.divisor / 2, kind),
         "resize_divisor": np.array(weights.divisor, kind),
         "resize_black": np.array(0, kind),
@@ -169,6 +169,8 @@ def _second_resize(weights: ResizeWeights) -> tuple[list[onnx.NodeProto], dict[s
         ]
 
     nodes = [
+        make("Cast", ["resize_whole"], ["resize_left"], to=number),
+        make("Transpose", ["resize_left"], ["resize_right"], perm=[1, 0]),
         make("Cast", ["resize_decoded"], ["resize_real"], to=number),
         make("MatMul", ["resize_real", "resize_right"], ["resize_columns_sums"]),
         *rounded("resize_columns"),
@@ -177,6 +179,21 @@ def _second_resize(weights: ResizeWeights) -> tuple[list[onnx.NodeProto], dict[s
         make("Cast", ["resize_rows"], ["resize_other"], to=TensorProto.UINT8),
     ]
     return nodes, constants
+
+
+def halve(graph: onnx.ModelProto) -> None:
+    """Stores the larger float constants of ``graph`` in half precision; a runtime casts them when it loads the file."""
+    constants, casts = graph.graph.initializer, []
+    for constant in constants:
+        values = numpy_helper.to_array(constant)
+        if constant.data_type != TensorProto.FLOAT or values.size < FEW:
+            continue
+        name = constant.name
+        constant.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
+        casts.append(helper.make_node("Cast", [constant.name], [name], to=TensorProto.FLOAT))
+    body = list(graph.graph.node)
+    del graph.graph.node[:]
+    graph.graph.node.extend([*casts, *body])
 
 
 @contextlib.contextmanager
