@@ -241,6 +241,8 @@ def open_run(name: str, runs: str = "runs", anywhere: bool = True) -> Run:
     below = Path(runs) / name
     if run := find_run(name, runs) if anywhere else (Run(below) if is_run(below) else None):
         return run
+    if name.endswith(".onnx"):
+        raise Refused(f"{name} is an exported file; name the run that it was made of")
     names = [path.relative_to(runs).as_posix() for path in runs_below(Path(runs))]
     existing = sorted(names, key=lambda name: (name.count("/"), name))
     if folder := next((path for path in (Path(name), below)[not anywhere :] if path.is_dir()), None):

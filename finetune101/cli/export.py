@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from finetune101.cli.parse import Flag
+from finetune101.errors import Refused
 
 
 def export(
@@ -39,6 +40,12 @@ def export(
     """
     from finetune101.deploy.export import export_network, open_source, usual_file
 
+    if resized and not format.startswith("onnx"):
+        raise Refused(f"--resized is for onnx and onnx-int8; leave it out for {format}")
+    if parity and format == "safetensors":
+        raise Refused("a file of weights has no answers to compare; leave --parity out")
+    if runtime and format != "web":
+        raise Refused("--runtime is for --format web; leave it out")
     source = open_source(run, data, runs)
     file = usual_file(source, format) if out is None else Path(out)
     if format == "web":

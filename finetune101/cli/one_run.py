@@ -219,7 +219,7 @@ def _print_rows(predictions: Iterator[Prediction], images: Inputs, width: int, *
 
 def _network_and_images(words: Sequence[str], runs: str) -> tuple[TrainedNetwork | OnnxNetwork, list[str]]:
     """The network that ``words`` begin with (see ``deploy.released.choose``), or an exported one; the other words."""
-    if words and words[0].endswith(".onnx") and Path(words[0]).is_file():
+    if words and words[0].endswith(".onnx"):
         from finetune101.deploy.onnx_network import OnnxNetwork
 
         if not words[1:]:

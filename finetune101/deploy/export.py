@@ -18,8 +18,15 @@ import finetune101
 from finetune101.deploy.graph import halve, onnx_graph, prepend_resize, program
 from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.onnx_network import METADATA, Accuracy, ExportedInfo, OnnxNetwork, Parity
-from finetune101.deploy.parity import LabelledImages, check_parity, measure_parity, parity_text, resized_pictures
-from finetune101.deploy.quantize import FROM, TRIED, Quantized, quantized
+from finetune101.deploy.parity import (
+    LabelledImages,
+    check_accuracy,
+    check_parity,
+    measure_parity,
+    parity_text,
+    resized_pictures,
+)
+from finetune101.deploy.quantize import FROM, LOSS, TRIED, Quantized, quantized
 from finetune101.deploy.released import RELEASED, open_reference, open_released
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, as_checkpoint, open_file, open_network
@@ -142,6 +149,9 @@ def export_network(
 
     Raises Refused for a file that is there, and where the answers differ: no file is left then.
     """
+    ending = Path(f"x{SUFFIXES[format]}").suffix
+    if out.suffix.lower() != ending:
+        raise Refused(f"{out} does not end in {ending}, as a file of --format {format} does; give another --out")
     if out.exists() and not overwrite:
         raise Refused(f"{out} exists; give another --out, or --overwrite")
     started = time.perf_counter()
@@ -211,8 +221,9 @@ def _in_8_bits(graph: onnx.ModelProto, source: Source) -> Quantized:
 def _layers_text(result: Quantized) -> str:
     if not result.kept:
         return f"All {result.layers} layers are in 8 bits"
+    rest = "" if result.divergence <= LOSS else f"; the answers still differ by {result.divergence:.1e} nats, see below"
     worst = ", ".join(f"{name} ({cost:.1e} nats)" for name, cost in result.kept.items())
-    return f"{len(result.kept)} of {result.layers} layers stay in fp32, as they lose most: {worst}"
+    return f"{len(result.kept)} of {result.layers} layers stay in fp32, as they lose most: {worst}{rest}"
 
 
 def _write_graph(
@@ -228,6 +239,8 @@ def _write_graph(
             measured = measure_parity(network, images, exported.probabilities, whole)
             if info.precision == "fp32":
                 check_parity(measured)
+            else:
+                check_accuracy(measured)
             _save_graph(graph, dataclasses.replace(info, parity=measured), part)
     return measured
 
@@ -263,4 +276,5 @@ def _write_program(
 
 def usual_file(source: Source, format: Format | Literal["web"]) -> Path:
     """Where an export is written to when no place is named: NAME.onnx in the working folder, for a page NAME_web."""
-    return Path(f"{Path(source.network.name).stem or 'network'}{SUFFIXES.get(format, '_web')}")
+    name = Path(source.network.name).name.removesuffix(".safetensors") or "network"
+    return Path(f"{name}{SUFFIXES.get(format, '_web')}")

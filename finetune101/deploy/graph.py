@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from finetune101.config import Preprocessing
 from finetune101.deploy.resize import ResizeWeights, resize_weights
+from finetune101.errors import Refused, shortened
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.unlike import PROBABILITY
 
@@ -72,7 +73,7 @@ def program(network: TrainedNetwork) -> torch.export.ExportedProgram:
     """``Classifier`` of ``network`` for any number of images, as PyTorch's own format."""
     size = network.preprocessing.size
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    with _quiet():
+    with _quiet(), _refused(network.architecture):
         return torch.export.export(
             Classifier(network).eval(), (example,), dynamic_shapes=({0: torch.export.Dim("N", min=1, max=4096)},)
         )
@@ -80,9 +81,10 @@ def program(network: TrainedNetwork) -> torch.export.ExportedProgram:
 
 def onnx_graph(network: TrainedNetwork) -> onnx.ModelProto:
     """``Classifier`` of ``network`` as ONNX (opset 18); its input is ``RESIZED``, uint8 (N, 3, size, size)."""
-    with _quiet():
+    exporting = program(network)
+    with _quiet(), _refused(network.architecture):
         exported = torch.onnx.export(
-            program(network), input_names=[RESIZED], output_names=list(OUTPUTS[: 3 if network.unlike else 2]),
+            exporting, input_names=[RESIZED], output_names=list(OUTPUTS[: 3 if network.unlike else 2]),
             opset_version=OPSET, dynamo=True, verbose=False,
         )  # fmt: skip
         assert exported is not None
@@ -194,6 +196,16 @@ def halve(graph: onnx.ModelProto) -> None:
     body = list(graph.graph.node)
     del graph.graph.node[:]
     graph.graph.node.extend([*casts, *body])
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Turns what the exporter raises, of whatever kind, into a sentence about the network ``name``."""
+    try:
+        yield
+    except Exception as error:
+        reason = shortened(str(error).strip().split("\n")[0]) or type(error).__name__
+        raise Refused(f"{name} cannot be exported ({reason}); take --format safetensors") from error
 
 
 @contextlib.contextmanager

@@ -129,6 +129,10 @@ class OnnxNetwork:
         self.info = _info(self.session.get_modelmeta().custom_metadata_map, self.file)
         if [one.name for one in self.session.get_inputs()] != [self.info.input]:
             raise Refused(f"{file} has other inputs than its metadata says; {_REMEDY}")
+        shapes = {one.name: one.shape for one in self.session.get_outputs()}
+        wanted = {"probabilities", "features"} | ({"unlike"} if self.info.unlike_threshold is not None else set())
+        if not wanted <= shapes.keys() or shapes["probabilities"][-1] not in (len(self.info.classes), None):
+            raise Refused(f"{file} has other outputs than its metadata says; {_REMEDY}")
 
     @property
     def name(self) -> str:

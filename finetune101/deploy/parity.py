@@ -23,6 +23,7 @@ from finetune101.evaluation.forward import Forward
 
 MOST_IMAGES = 1_000  # more tell little more, and take minutes
 MOST_CHANGED = 0.001  # share of the images; a single one may always differ, as two classes can be equally probable
+MOST_LOST = 2.0  # points of accuracy, by 8-bit integers
 BATCH = 16
 
 Numbers = NDArray[np.float32]
@@ -122,6 +123,16 @@ def check_parity(parity: Parity) -> None:
                 f"the exported network gives another class for {difference.changed} of {parity.images} {way} than the "
                 "network itself, and no file was written; export it as safetensors, and report the network's name"
             )
+
+
+def check_accuracy(parity: Parity) -> None:
+    """Raises Refused for an 8-bit file that is right on ``MOST_LOST`` points fewer images than its network."""
+    if parity.top1 is None or parity.top1_network is None or parity.top1_network - parity.top1 <= MOST_LOST:
+        return
+    raise Refused(
+        f"in 8 bits the network is right on {parity.top1:.1f} % of the {parity.of} images, in floats on "
+        f"{parity.top1_network:.1f} %, and no file was written; export it by --format onnx"
+    )
 
 
 def parity_text(parity: Parity) -> str:

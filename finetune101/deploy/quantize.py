@@ -39,6 +39,8 @@ class Quantized:
     kept: dict[str, float]
     layers: int
     """Layers with weights, in 8 bits or not."""
+    divergence: float
+    """How far (nats) the answers are from those in floats."""
 
 
 def quantized(graph: onnx.ModelProto, pixels: Pixels) -> Quantized:
@@ -59,15 +61,17 @@ def quantized(graph: onnx.ModelProto, pixels: Pixels) -> Quantized:
         trial.never = [node.name for node in nodes if MEANS in node.input]
         layers = [node.name for node in nodes if node.op_type in LAYERS and node.name not in trial.never]
         kept: dict[str, float] = {}
-        if trial.divergence(keep=()) > LOSS:
+        divergence = trial.divergence(keep=())
+        if divergence > LOSS:
             bar = tqdm(layers, desc="layers", unit="layer", leave=False, disable=None)
             costs = {layer: trial.divergence(only=layer) for layer in bar}
             for layer in sorted(costs, key=lambda layer: -costs[layer])[: max(1, len(layers) // 4)]:
                 kept[layer] = costs[layer]
-                if trial.divergence(keep=tuple(kept)) <= LOSS:
+                divergence = trial.divergence(keep=tuple(kept))
+                if divergence <= LOSS:
                     break
         result = onnx.load(trial.quantize(keep=tuple(kept)))
-    return Quantized(result, kept, len(layers))
+    return Quantized(result, kept, len(layers), divergence)
 
 
 class _Trial:

@@ -84,7 +84,11 @@ def no_unlike_reason(validation: int, fit_on: str) -> str:
         return "this run was trained on its validation images too, so that none are left to find a threshold"
     if not validation:
         return "the split of this run has no validation images to find a threshold"
-    return f"{validation} validation images are too few to find a threshold" if validation < FEWEST else ""
+    return (
+        f"{validation} validation images are too few to find a threshold, which takes {FEWEST}"
+        if validation < FEWEST
+        else ""
+    )
 
 
 def unlike_bytes(unlike: Unlike, weights: str) -> bytes:

@@ -63,14 +63,24 @@ class Service:
     async def predict(self, request: Request) -> Response:
         """POST /predict: the classes of the pictures in a multipart body, or of the one whose bytes the body is."""
         top_k, explain = number(request, "top_k", 5, 1, 1000), number(request, "explain", 0, 0, 1)
-        body = Body(request, self.limits, self.uploads)
+        body, job, loop = Body(request, self.limits, self.uploads), None, asyncio.get_running_loop()
         try:
             pictures = await self._pictures(request, body)
-            answers = await self._answers(request, Job(pictures, top_k, bool(explain)))
+            job = Job(pictures, top_k, bool(explain))
+            answers = await self._answers(request, job)
         except ClientDisconnect:
             return Response(status_code=499)
         finally:
-            body.release()
+            if job is None:
+                body.release()
+            else:  # a pass that has begun holds its pictures until its end, whoever has gone
+
+                def released(_: object) -> None:
+                    with contextlib.suppress(RuntimeError):  # the server has ended
+                        loop.call_soon_threadsafe(body.release)
+
+                job.answer.cancel()
+                job.answer.add_done_callback(released)
         if not answers.predictions:
             first = answers.failed[0]
             sentence = f"none of the pictures can be read ({first.reason}); send JPEG, PNG or WebP"

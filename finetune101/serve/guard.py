@@ -45,7 +45,8 @@ class Answer(Response):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(state["linger"]):
                 while not state["complete"]:
-                    await receive()
+                    if (await receive())["type"] == "http.disconnect":  # from then on it returns at once, for ever
+                        break
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -105,7 +106,10 @@ class Guard:
         origin = headers.get("origin")
         if origin is None:
             return headers.get("sec-fetch-site", "none") == "cross-site" and headers.get("sec-fetch-mode") != "navigate"
-        return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+        try:
+            return urlsplit(origin).netloc.lower() != headers.get("host", "").lower()
+        except ValueError:  # no browser sends such an Origin
+            return True
 
 
 def host_name(host: str) -> str:

@@ -22,6 +22,8 @@ from finetune101.serve.answers import Answered, Answers, ClassShare, Neighbour, 
 
 SMALL = 224  # px, the longer side of a training image
 PASS = 16  # pictures of one forward pass: ``evaluation.forward`` fills passes up to this number
+PIXELS_OF_A_REQUEST = 100_000_000  # a small file can hold them, and decoding them keeps everybody waiting
+TOO_MANY_PIXELS = f"the pictures before it have over {PIXELS_OF_A_REQUEST / 1e6:.0f} megapixels together; send fewer"
 
 
 class Classifier(Protocol):
@@ -104,7 +106,8 @@ class Worker:
             self._thread.join()
 
     def submit(self, job: Job) -> Future[Answers]:
-        """Puts ``job`` into the queue; cancelling the future takes the job out. Raises Busy when the queue is full."""
+        """Puts ``job`` into the queue; cancelling the future frees its pictures. Raises Busy when the queue is full."""
+        job.answer.add_done_callback(lambda answer: job.pictures.clear() if answer.cancelled() else None)
         try:
             self._queue.put_nowait(job)
         except queue.Full:
@@ -118,12 +121,25 @@ class Worker:
             try:
                 self._answer(alive)
             except Exception as error:  # the next request must find a worker
-                print(traceback_of(error), end="", file=sys.stderr)
+                if len(alive) == 1:
+                    print(traceback_of(error), end="", file=sys.stderr)
                 for job in alive:
-                    if not job.answer.done():
-                        job.answer.set_exception(error)
+                    self._answer_alone(job, error if len(alive) == 1 else None)
             if None in jobs:
                 return
+
+    def _answer_alone(self, job: Job, fault: Exception | None) -> None:
+        """Ends ``job`` with ``fault``; without one it is tried again by itself, as the fault may be another job's."""
+        if job.answer.done():
+            return
+        try:
+            if fault is None:
+                self._answer([job])
+        except Exception as error:
+            print(traceback_of(error), end="", file=sys.stderr)
+            fault = error
+        if fault is not None:
+            job.answer.set_exception(fault)
 
     def _waiting(self) -> list[Job | None]:
         """The next job, and those behind it that fit into the same pass; None is the end."""
@@ -140,10 +156,15 @@ class Worker:
         answers = {id(job): Answers([], []) for job in jobs}
         batch: list[tuple[Job, str, Pillow.Image]] = []
         for job in jobs:
+            pixels = 0
             for name, content in job.pictures:
+                if pixels > PIXELS_OF_A_REQUEST:
+                    answers[id(job)].failed.append(Unread(name, TOO_MANY_PIXELS))
+                    continue
                 try:
                     with opened(Path("picture"), self._side, content) as picture:
                         batch.append((job, name, picture.image))
+                        pixels += picture.image.width * picture.image.height
                 except Unreadable as error:
                     answers[id(job)].failed.append(Unread(name, error.reason))
                 if len(batch) >= PASS or sum(image.width * image.height for *_, image in batch) > MOST_PIXELS:

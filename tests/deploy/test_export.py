@@ -127,7 +127,7 @@ def test_the_score_for_unlike_images_travels_with_the_file(pictures: LabelledIma
     rng, width = np.random.default_rng(0), network.width
     unlike = fit_unlike(rng.random((30, width)), np.arange(30) % 3, rng.random((40, width)), rng.normal(size=(40, 3)))
     network = dataclasses.replace(network, unlike=unlike)
-    for name, options in (("a", {}), ("b", {"resized": True})):
+    for name, options in (("a.onnx", {}), ("b.onnx", {"resized": True})):
         exported = OnnxNetwork(export_network(Source(network, pictures), tmp_path / name, **options).file)
         assert exported.unlike == pytest.approx(unlike.threshold)
         ours = exported.predict(list(map(str, pictures.files)))
