@@ -15,6 +15,7 @@ from colours import QUICK, Colours, picture
 from finetune101.serve.app import application
 from finetune101.serve.listen import http_server, listening
 from finetune101.serve.uploads import Limits
+from finetune101.serve.worker import Job, Worker
 
 
 @pytest.fixture
@@ -129,3 +130,21 @@ def test_a_client_that_goes_is_forgotten(network: Colours) -> None:
         good, _ = exchange(address, head(f"Content-Length: {len(content)}", "Connection: close") + content)
         assert good.startswith(b"HTTP/1.1 200")
         assert sum(network.passes) == 2  # the first was at work already
+
+
+@pytest.mark.parametrize("origin", ["http://[::1", "null", "http://elsewhere.example"])
+def test_a_client_that_goes_at_a_refusal_leaves_a_server_that_answers(network: Colours, origin: str) -> None:
+    with running(network, QUICK) as address:
+        with socket.create_connection(address, timeout=10) as gone:
+            gone.sendall(head(f"Origin: {origin}", "Content-Length: 1000") + b"x")
+            assert gone.recv(65536).startswith(b"HTTP/1.1 403")
+        content = picture()
+        good, seconds = exchange(address, head(f"Content-Length: {len(content)}", "Connection: close") + content)
+        assert good.startswith(b"HTTP/1.1 200") and seconds < 5
+
+
+def test_a_cancelled_job_holds_no_pictures(network: Colours) -> None:
+    worker = Worker(network, 4)  # not started: jobs wait
+    job = Job([("a", picture())])
+    answer = worker.submit(job)
+    assert job.pictures and answer.cancel() and not job.pictures
