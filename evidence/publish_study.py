@@ -16,11 +16,11 @@ from typing import Any
 
 from publish import RESULTS, enter, keep_run
 
-from finetune101.api import run_comparison
 from finetune101.evaluation.tested import read_manifest
 from finetune101.experiments.costs import features_cached, mean_seconds
 from finetune101.experiments.plan import split_file
 from finetune101.files import write_json
+from finetune101.many_runs import run_comparison
 from finetune101.reports.compare import over_splits
 from finetune101.reports.comparison import Comparison
 from finetune101.reports.groups import Group, mean_sd

@@ -5,7 +5,6 @@ A user's mistake raises ``Refused``, one sentence that says what to do. Everythi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import shlex
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tqdm import tqdm
 
-from finetune101.config import DataConfig, TrainConfig, change, check_name, validate
-from finetune101.data.download import download
-from finetune101.data.images import find_data
+from finetune101.config import TrainConfig, change, check_name, validate
+from finetune101.data.download import ensure_data
 from finetune101.deploy.network import Network, load
 from finetune101.deploy.prediction import Image, Prediction
 from finetune101.deploy.released import RELEASED, score_released
@@ -26,20 +24,16 @@ from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import has_frozen_backbone, open_network
 from finetune101.evaluation.result import Evaluation
 from finetune101.evaluation.unlike_run import keep_unlike
-from finetune101.experiments.settings import USUAL_WORKERS, WorkerOptions
 from finetune101.files import typed
 from finetune101.machine import leave
-from finetune101.recipes import fitted, from_recipe, usual
-from finetune101.run import Run, check_folder, create_run, open_run, plots_folder, run_name
+from finetune101.recipes import fitted, from_recipe, recipe_line, usual
+from finetune101.run import Run, check_folder, create_run, open_run, run_name
 from finetune101.training.job import prepare
 from finetune101.training.log import log_records
 from finetune101.training.loop import fit
 
 if TYPE_CHECKING:
-    from finetune101.experiments.settings import SearchOptions, StudyConfig
-    from finetune101.experiments.space import Space
     from finetune101.reports.comparison import Comparison
-    from finetune101.reports.groups import Group
 
 Subset = Literal["test", "val", "train"]
 
@@ -92,7 +86,7 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     """
     validate(config)  # before anything is downloaded
     create_run(config, resume=resume, overwrite=overwrite)
-    ensure_data(config)
+    ensure_data(config.data)
     job = prepare(config, resume=resume, overwrite=overwrite)
     if not job.world.writes:
         for _ in fit(job):
@@ -113,12 +107,6 @@ def run_training(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     if unlike := keep_unlike(job.run, open_network(job.run), job.manifest, lambda: job.images):
         print(f"Unlike the training pictures: a score above {unlike.threshold:.3f} ({unlike.images} validation images)")
     return job.run
-
-
-def recipe_line(name: str | None) -> str:
-    """A recipe's name, and what it is made for where the machine decides."""
-    suits = {"scratch_fast": "for a CPU; scratch_long is for a GPU", "scratch_long": "for a GPU"}
-    return f"{name} ({suits[name]})" if name in suits else f"{name}"
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
@@ -142,21 +130,6 @@ def _draw_curves(run: Run) -> None:
     linear = has_frozen_backbone(run.config(), best["epoch"])
     start = ", a frozen backbone: only the linear output layer was trained" if linear else ""
     print(f"Best epoch {best['epoch']}{start}{score}. Curves: {run.path / 'curves.png'}")
-
-
-def ensure_data(config: TrainConfig) -> None:
-    """Downloads Caltech-101 when no data set is there and the user agrees (or gave --download)."""
-    try:
-        find_data(config.data.root)
-    except Refused:
-        if config.data.root is not None or os.environ.get("FINETUNE101_DATA"):
-            raise  # a place was named: another one would not be looked at
-        agreed = config.data.download
-        if not agreed and sys.stdin is not None and sys.stdin.isatty():
-            agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
-        if not agreed:
-            raise
-        download(Path("data"))
 
 
 def evaluate(
@@ -246,70 +219,6 @@ def ensemble(
     return Evaluation.of(record, subset, Path(out) if subset == "test" else None)
 
 
-def run_study(study: StudyConfig, workers: WorkerOptions = USUAL_WORKERS, *, dry_run: bool = False) -> dict[str, Any]:
-    """Trains and tests every run of ``study`` that is not done; returns what study.json holds.
-
-    With ``dry_run`` it only says how many runs there are and how long they take. Raises Refused for settings, data or
-    weights that cannot work.
-    """
-    from finetune101.data.images import index_images, index_notes
-    from finetune101.data.layouts import layout_for
-    from finetune101.experiments.folders import check_kind
-    from finetune101.experiments.plan import plan_study, scratch_recipe
-    from finetune101.experiments.runner import check_workers, make_workers
-    from finetune101.experiments.study import estimate, study_text
-    from finetune101.experiments.study import run_study as train_cells
-    from finetune101.reports.pages import draw_study
-    from finetune101.training.duration import nothing_kept
-
-    check_workers(workers)
-    check_name(study.exp)
-    folder = Path(study.runs) / study.exp
-    check_kind(folder, "study")
-    study = dataclasses.replace(study, scratch_recipe=scratch_recipe(study, folder))
-    ensure_data(TrainConfig(exp=study.exp, data=DataConfig(root=study.data)))
-    with nothing_kept() if dry_run else contextlib.nullcontext():
-        index = index_images(find_data(study.data), layout_for(study.protocol), ours=[study.runs])
-        for line in index_notes(index):
-            print(line)
-        cells = plan_study(study, index)
-        print(estimate(index, cells, workers.jobs or 1, 10 if dry_run else 15), flush=True)
-    if "scratch" in study.arms and study.scratch_recipe:
-        print(f"Arm scratch: recipe {recipe_line(study.scratch_recipe)}")
-    if dry_run:
-        return {"cells": []}
-    summary = train_cells(study, index, cells, make_workers(workers))
-    print(study_text(summary))
-    if any(cell["n"] for cell in summary["cells"]):
-        for picture in draw_study(folder):
-            print(f"Picture: {picture}")
-        print(f"A page with all of it: {shlex.join(['finetune101', 'report', str(folder)])}")
-    return summary
-
-
-def run_search(config: TrainConfig, space: Space, options: SearchOptions, table: Path, plots: Path) -> int:
-    """Searches ``space`` from the settings ``config`` on, and prints the ranking.
-
-    ``table`` gets the original's list of results, a folder in ``plots`` the curves. Returns 1 where a point failed by
-    a fault of the program or the machine, else 0. Raises Refused for what cannot work.
-    """
-    from finetune101.experiments import outcome, search
-    from finetune101.experiments.folders import check_kind
-    from finetune101.experiments.runner import make_workers
-    from finetune101.experiments.search_plan import check_plan, make_plan
-    from finetune101.reports.figures import draw_curves
-
-    plan = make_plan(config, space, options)
-    check_plan(plan)
-    check_kind(plan.folder, "search")
-    ensure_data(config)
-    if options.dry_run:
-        print(outcome.dry_run(plan))
-        return 0
-    plots /= plots_folder(config)
-    return search.run_search(plan, table, plots, draw_curves, make_workers(options))
-
-
 def auto(
     data: str | os.PathLike[str] | None = None,
     *,
@@ -383,32 +292,13 @@ def compare(*groups: Run | str | Path, out: str | os.PathLike[str] | None = None
     Returns the paired difference in percentage points (first minus second) with its interval. Raises Refused when a
     run is not tested, or the runs have different test images.
     """
+    from finetune101.many_runs import run_comparison
     from finetune101.reports.groups import open_group
 
     if out is not None:
         check_folder(Path(out))
     named = [open_group(one.path.as_posix() if isinstance(one, Run) else run_name(one), runs) for one in groups]
     return run_comparison(named, None if out is None else Path(out))
-
-
-def run_comparison(groups: Sequence[Group], out: Path | None) -> Comparison:
-    """Prints the comparisons of every two groups; writes comparison.json and comparison.png into ``out``.
-
-    Returns the first comparison.
-    """
-    from finetune101.files import write_json
-    from finetune101.reports import compare as comparing
-    from finetune101.reports.comparison import comparison_text
-    from finetune101.reports.pages import draw_groups
-
-    comparisons = comparing.all_pairs(groups)
-    print("\n\n".join(comparison_text(one) for one in comparisons))
-    if out is not None:
-        draw_groups(comparisons, groups, out / "comparison.png")
-        write_json(out / "comparison.json", comparing.comparison_json(comparisons, out))
-        page = shlex.join(["finetune101", "report", str(out)])
-        print(f"Picture: {out / 'comparison.png'}. A page with all of it: {page}")
-    return comparisons[0]
 
 
 def report(

@@ -210,3 +210,9 @@ def fitted(config: TrainConfig, names: Collection[str]) -> TrainConfig:
     if "size" in names and "train_sizes" not in names and model.size:
         config = change(config, {"train_sizes": tuple(min(size, model.size) for size in augment.train_sizes)})
     return config
+
+
+def recipe_line(name: str | None) -> str:
+    """A recipe's name, and what it is made for where the machine decides."""
+    suits = {"scratch_fast": "for a CPU; scratch_long is for a GPU", "scratch_long": "for a GPU"}
+    return f"{name} ({suits[name]})" if name in suits else f"{name}"

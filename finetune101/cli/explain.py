@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import tyro
 from tqdm import tqdm
 
+from finetune101.cli.images import end_of_images, say_which
 from finetune101.cli.parse import Flag
 from finetune101.errors import Refused, escaped
 
 if TYPE_CHECKING:
-    from finetune101.deploy.inputs import Inputs
     from finetune101.deploy.neighbours import TrainingImages
     from finetune101.deploy.released import Chosen
 
@@ -48,7 +48,7 @@ def explain(
         data: Where the training images are, if not where the run found them.
         runs: Folder of all runs.
     """
-    from finetune101.deploy.explain import class_numbers, explained, picture_names
+    from finetune101.deploy.explain import class_numbers, picture_names
     from finetune101.deploy.inputs import image_inputs
     from finetune101.deploy.network import Network
     from finetune101.deploy.released import choose
@@ -58,24 +58,24 @@ def explain(
     if top_k < 1 or (neighbours or 0) < 0:
         raise Refused("--top-k begins at 1 and --neighbours at 0; give a larger number")
     chosen = choose(inputs, runs)
-    _say_which(chosen)
+    say_which(chosen)
     class_numbers(target, chosen.network.classes)
     check_folder(Path(out))
     images = image_inputs(chosen.inputs)
     pictures = picture_names(list(images.files), Path(out), overwrite=overwrite)
     network = Network(chosen.network)
-    training = _training_images(chosen, data, neighbours)
+    network.training = _training_images(chosen, data, neighbours)
+    count = USUAL_NEIGHBOURS if neighbours is None else neighbours
     for file, picture in tqdm(pictures.items(), unit="img", leave=False, disable=None):
         try:
-            count = USUAL_NEIGHBOURS if neighbours is None else neighbours
-            explanation = explained(network, file, target, top_k=top_k, training=training, neighbours=count)
+            explanation = network.explain(file, target, top_k, count)
         except Refused as error:
             images.failed.append((file, str(error)))
             continue
         with atomic(picture) as part:
             explanation.picture().save(part, "PNG")
         tqdm.write(f"{escaped(file)} -> {escaped(str(picture))}\n{explanation}", file=sys.stdout)
-    return _end(images)
+    return end_of_images(images)
 
 
 def embed(
@@ -105,18 +105,13 @@ def embed(
 
     check_features_file(Path(out), overwrite=overwrite)
     chosen = choose(inputs, runs)
-    _say_which(chosen)
+    say_which(chosen)
     images = image_inputs(chosen.inputs)
     table = embed_files(chosen.network, images, batch_size)
     write_embedded(table, Path(out))
     count, width = table.features.shape
     print(f"{escaped(out)}: {width} features and {len(table.classes)} probabilities of each of {count} images")
-    return _end(images)
-
-
-def _say_which(chosen: Chosen) -> None:
-    if not chosen.named:
-        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    return end_of_images(images)
 
 
 def _training_images(chosen: Chosen, data: str | None, neighbours: int | None) -> TrainingImages | None:
@@ -132,13 +127,3 @@ def _training_images(chosen: Chosen, data: str | None, neighbours: int | None) -
             raise
         print(f"Nearest training images are left out: {error}", file=sys.stderr)
         return None
-
-
-def _end(images: Inputs) -> int:
-    """Says which images were left out; the exit code."""
-    from finetune101.deploy.inputs import left_out_text
-
-    for line in [left_out_text(images), *(escaped(f"failed: {path}: {reason}") for path, reason in images.failed)]:
-        if line:
-            print(line, file=sys.stderr)
-    return 1 if images.failed else 0

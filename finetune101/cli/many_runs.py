@@ -56,7 +56,7 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
         out: Folder for comparison.json and comparison.png.
         runs: Folder of all runs.
     """
-    from finetune101 import api
+    from finetune101 import many_runs
     from finetune101.reports.groups import open_group
     from finetune101.reports.pages import study_folder, study_groups
     from finetune101.run import check_folder
@@ -66,7 +66,7 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
     if folder:
         _print_study(folder)
     sides = study_groups(folder) if folder else [open_group(name, runs) for name in groups]
-    api.run_comparison(sides, Path(out))
+    many_runs.run_comparison(sides, Path(out))
     return 0
 
 
@@ -128,11 +128,11 @@ def study(
     Args:
         dry_run: Only say how many runs there are to do, and how long they take.
     """
-    from finetune101 import api
+    from finetune101 import many_runs
 
     folder = Path(study.runs) / study.exp
     with watched(folder, lambda: GOES_ON if not dry_run and folder.is_dir() else ""):
-        summary = api.run_study(study, workers, dry_run=dry_run)
+        summary = many_runs.run_study(study, workers, dry_run=dry_run)
     return int(any(cell["errors"] for cell in summary["cells"]))
 
 
@@ -198,17 +198,17 @@ def search(
 def search_watched(
     config: TrainConfig, options: SearchOptions, table: Path, plots: Path, usual: Mapping[str, Any] | None = None
 ) -> int:
-    """``api.run_search``; the exit code. The settings are checked before anything heavy is imported.
+    """``many_runs.run_search``; the exit code. The settings are checked before anything heavy is imported.
 
     ``table`` gets the original's list of results, folders in ``plots`` the curves; ``usual`` is the space without
     --grid and --space.
     """
     config, space = planned_search(config, options, usual)
-    from finetune101 import api
+    from finetune101 import many_runs
 
     folder = Path(config.runs) / config.exp
     with watched(folder, lambda: GOES_ON if not options.dry_run and folder.is_dir() else ""):
-        return api.run_search(config, space, options, table, plots)
+        return many_runs.run_search(config, space, options, table, plots)
 
 
 def search_report(folder: tyro.conf.Positional[str], *, pair: tyro.conf.UseAppendAction[tuple[str, ...]] = ()) -> int:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from finetune101.cli.console import watched
+from finetune101.cli.images import end_of_images, say_which
 from finetune101.cli.parse import Flag, RecipeFile, arguments
 from finetune101.config import Flat, TrainConfig
-from finetune101.errors import Refused, escaped
+from finetune101.errors import Refused
 from finetune101.host import place
 
 if TYPE_CHECKING:
@@ -126,17 +127,56 @@ def evaluate(
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How predict writes the labels; without any as text."""
+
+    csv: Flag = False
+    """Print CSV."""
+    json: Flag = False
+    """Print JSON."""
+    out: str | None = None
+    """Write a table into this file instead: .csv, .json or .parquet."""
+    overwrite: Flag = False
+    """Replace the file of --out."""
+
+    def file(self) -> Path | None:
+        """The file to write. Raises Refused for options that contradict each other, and a file that cannot be."""
+        from finetune101.deploy.tables import check_table_file
+
+        if (self.csv and self.json) or (self.out and (self.csv or self.json)):
+            raise Refused("--csv, --json and --out each choose how the labels are written; give one of them")
+        if self.out:
+            check_table_file(Path(self.out), self.overwrite)
+        return Path(self.out) if self.out else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SortingOptions:
+    """Whether predict sorts the image files, and how."""
+
+    into: str | None = None
+    """Copy every image into a folder of its class in this folder; no file is overwritten."""
+    link: Flag = False
+    """With --into, make links instead of copies."""
+    unsure_below: float | None = None
+    """With --into, images whose best class has a lower probability go into the folder unsure. Default: 0.5."""
+
+    def check(self) -> None:
+        """Raises Refused for options that need --into."""
+        if (self.link or self.unsure_below is not None) and not self.into:
+            raise Refused("--link and --unsure-below need --into FOLDER, the folder to sort the images into")
+
+
+AS_TEXT, UNSORTED = TableOptions(), SortingOptions()
+
+
 def predict(
     inputs: tyro.conf.Positional[tuple[str, ...]],
     *,
     top_k: int = 5,
-    csv: Flag = False,
-    json: Flag = False,
-    out: str | None = None,
-    overwrite: Flag = False,
-    into: str | None = None,
-    link: Flag = False,
-    unsure_below: float | None = None,
+    table: Annotated[TableOptions, Flat] = AS_TEXT,
+    sorting: Annotated[SortingOptions, Flat] = UNSORTED,
     reject: Flag = False,
     batch_size: int = 64,
     runs: str = "runs",
@@ -150,39 +190,28 @@ def predict(
             run (folder or name), a best.safetensors, an exported FILE.onnx, or released_finetune, released_random or
             released_probe. Without: released_finetune.
         top_k: Classes to show for each image.
-        csv: Print CSV.
-        json: Print JSON.
-        out: Write a table into this file instead: .csv, .json or .parquet.
-        overwrite: Replace the file of --out.
-        into: Copy every image into a folder of its class in this folder; no file is overwritten.
-        link: With --into, make links instead of copies.
-        unsure_below: With --into, images whose best class has a lower probability go into the folder unsure. Default:
-            0.5.
         reject: Give no label to images unlike the training pictures.
         batch_size: Images per step.
         runs: Folder of all runs.
     """
     from finetune101.deploy import tables
-    from finetune101.deploy.inputs import image_inputs, left_out_text
+    from finetune101.deploy.inputs import image_inputs
     from finetune101.deploy.predict import predict_files
     from finetune101.deploy.sorting import SortedFolder
 
-    if (csv and json) or (out and (csv or json)):
-        raise Refused("--csv, --json and --out each choose how the labels are written; give one of them")
-    if (link or unsure_below is not None) and not into:
-        raise Refused("--link and --unsure-below need --into FOLDER, the folder to sort the images into")
-    file = Path(out) if out else None
-    if file:
-        tables.check_table_file(file, overwrite)
+    file = table.file()
+    sorting.check()
     network, words = _network_and_images(inputs, runs)
-    folder = SortedFolder(Path(into), network.classes, link, unsure_below) if into else None
+    folder = None
+    if sorting.into:
+        folder = SortedFolder(Path(sorting.into), network.classes, sorting.link, sorting.unsure_below)
     images = image_inputs(words)
     if folder:
         folder.check(images)
     if reject and network.unlike is None:
         raise Refused(f"--reject cannot tell which images are unlike the training pictures: {network.unlike_reason}")
     _print_notes(network)
-    prints_rows = not file and (csv or json or not folder)
+    prints_rows = not file and (table.csv or table.json or not folder)
     show_progress = not (prints_rows and sys.stdout.isatty())  # on a terminal the rows themselves show it
     predictions = predict_files(network, images, top_k, batch_size, show_progress)
     if reject:
@@ -194,24 +223,21 @@ def predict(
         tables.write_table_file(predictions, file, images, width)
         print(f"{images.readable} images: {file}")
     elif prints_rows:
-        _print_rows(predictions, images, width, csv=csv, json=json)
+        _print_rows(predictions, images, width, table)
     else:
         collections.deque(predictions, maxlen=0)  # the images are sorted as they come
     if folder:
-        print(folder.summary(), file=sys.stderr if csv or json else sys.stdout)
-    for line in [left_out_text(images), *(escaped(f"failed: {path}: {reason}") for path, reason in images.failed)]:
-        if line:
-            print(line, file=sys.stderr)
-    return 1 if images.failed else 0
+        print(folder.summary(), file=sys.stderr if table.csv or table.json else sys.stdout)
+    return end_of_images(images)
 
 
-def _print_rows(predictions: Iterator[Prediction], images: Inputs, width: int, *, csv: bool, json: bool) -> None:
+def _print_rows(predictions: Iterator[Prediction], images: Inputs, width: int, table: TableOptions) -> None:
     """Prints ``predictions`` as they come."""
     from finetune101.deploy import tables
 
-    if json:
+    if table.json:
         tables.write_json(predictions, sys.stdout, images)
-    elif csv:
+    elif table.csv:
         tables.write_csv(predictions, sys.stdout, width)
     else:
         tables.write_text(predictions, sys.stdout)
@@ -228,8 +254,7 @@ def _network_and_images(words: Sequence[str], runs: str) -> tuple[TrainedNetwork
     from finetune101.deploy.released import choose
 
     chosen = choose(words, runs)
-    if not chosen.named:
-        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+    say_which(chosen)
     return chosen.network, chosen.inputs
 
 
@@ -297,12 +322,12 @@ def lr_find(
     """
     from tempfile import TemporaryDirectory
 
-    from finetune101.api import ensure_data
+    from finetune101.data.download import ensure_data
     from finetune101.reports.figures import draw_range_test as draw
     from finetune101.training.job import elsewhere, prepare
     from finetune101.training.lr_find import range_test
 
-    ensure_data(config)
+    ensure_data(config.data)
     with TemporaryDirectory() as runs:  # a job has a run, which nobody needs afterwards
         result = range_test(prepare(elsewhere(config, runs)), low, high, steps)
     print(f"Picture: {draw(result.rates, result.losses, result.suggestion, result.lowest, Path(out))}")

@@ -7,12 +7,14 @@ import errno
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from finetune101.config import DataConfig
 from finetune101.data import store
-from finetune101.data.images import FOLDER
+from finetune101.data.images import FOLDER, find_data
 from finetune101.data.layouts import holds_classes
 from finetune101.errors import Refused, escaped
 
@@ -173,3 +175,18 @@ def _unpack_tar(inner: Any, folder: Path, archive: Path) -> None:
         if not member.isfile() or name.startswith("."):
             continue
         inner.extract(member, folder, set_attrs=False, filter="data")
+
+
+def ensure_data(config: DataConfig) -> None:
+    """Downloads Caltech-101 when no data set is there and the user agrees (or gave --download)."""
+    try:
+        find_data(config.root)
+    except Refused:
+        if config.root is not None or os.environ.get("FINETUNE101_DATA"):
+            raise  # a place was named: another one would not be looked at
+        agreed = config.download
+        if not agreed and sys.stdin is not None and sys.stdin.isatty():
+            agreed = input("No data set found. Download Caltech-101 (137 MB) to data/? [y/N] ").lower().strip() == "y"
+        if not agreed:
+            raise
+        download(Path("data"))

@@ -27,16 +27,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune101.data.sheet import PAPER, caption
-from finetune101.deploy.network import ranked_classes
-from finetune101.deploy.prediction import thumbnail_of
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.models.map_layers import as_maps, map_layers
 
 if TYPE_CHECKING:
-    from finetune101.deploy.neighbours import Neighbour, TrainingImages
-    from finetune101.deploy.network import Network
-    from finetune101.deploy.prediction import Image as GivenImage
+    from finetune101.deploy.neighbours import Neighbour
 
 SIDE = 320  # pixels of the longer side of a picture
 SMALL = 128  # and of a training image
@@ -138,37 +134,6 @@ class Explanation:
         file = io.BytesIO()
         self.picture().save(file, "PNG")
         return file.getvalue()
-
-
-def explained(
-    network: Network,
-    image: GivenImage,
-    target: str | Sequence[str] | None = None,
-    *,
-    top_k: int = 1,
-    training: TrainingImages | None = None,
-    neighbours: int = 5,
-) -> Explanation:
-    """Where ``network`` looks for the classes ``target`` (None: its ``top_k`` most probable) of one image.
-
-    With ``training``, the ``neighbours`` nearest training images are found as well. Probabilities are those of
-    ``predict``. Raises Refused for what is no image, and for a class that is not there.
-    """
-    trained = network.trained
-    near: tuple[Neighbour, ...] = ()
-    names = [target] if isinstance(target, str) else list(target or ())
-    numbers = class_numbers(names, trained.classes)
-    x = network.to_inputs([image])
-    if training:
-        features, output = training.extract(x)
-        near = tuple(training.nearest(features, neighbours)[0])
-    else:
-        output = network.forward(x)
-    ranked = ranked_classes(trained, output.cpu(), len(trained.classes))[0]
-    numbers = numbers or class_numbers([name for name, _ in ranked[:top_k]], trained.classes)
-    chances = dict(ranked)
-    classes = tuple((trained.classes[number], chances[trained.classes[number]]) for number in numbers)
-    return Explanation(thumbnail_of(image, SIDE), classes, network.explainer.maps(x, numbers), near)
 
 
 def overlay(image: Image.Image, values: NDArray[np.float32]) -> Image.Image:

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
 from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
-from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
+from finetune101.deploy.labels import Labeller, ranked_classes
+from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image, thumbnail_of
 from finetune101.deploy.released import RELEASED, open_released
 from finetune101.errors import Refused, escaped
-from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
-from finetune101.evaluation.features import FeatureExtractor
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
 
@@ -110,16 +108,30 @@ class Network:
 
         return Explainer(self.trained)
 
-    def explain(self, image: Image, target: str | Sequence[str] | None = None, top_k: int = 1) -> Explanation:
+    def explain(
+        self, image: Image, target: str | Sequence[str] | None = None, top_k: int = 1, neighbours: int = 5
+    ) -> Explanation:
         """Where the network looks in an image for a class, or for each of a list: by default its first ``top_k``.
 
         In a notebook the result is the picture beside its overlays; ``maps`` holds the numbers. After
-        ``find_training_images`` it names the five nearest of these as well. Raises Refused for what is no image, and
-        for a class that is not there.
+        ``find_training_images`` it names the ``neighbours`` nearest of these as well. Probabilities are those of
+        ``predict``. Raises Refused for what is no image, and for a class that is not there.
         """
-        from finetune101.deploy.explain import explained
+        from finetune101.deploy.explain import SIDE, Explanation, class_numbers
 
-        return explained(self, image, target, top_k=typed(Count, top_k, "top_k is"), training=self.training)
+        top_k, names = typed(Count, top_k, "top_k is"), [target] if isinstance(target, str) else list(target or ())
+        numbers = class_numbers(names, self.classes)
+        x, near = self.to_inputs([image]), []
+        if self.training:
+            features, output = self.training.extract(x)
+            near = self.training.nearest(features, neighbours)[0]
+        else:
+            output = self.forward(x)
+        ranked = ranked_classes(self.trained, output.cpu(), len(self.trained.classes))[0]
+        numbers = numbers or class_numbers([name for name, _ in ranked[:top_k]], self.classes)
+        chances = dict(ranked)
+        classes = tuple((self.trained.classes[number], chances[self.trained.classes[number]]) for number in numbers)
+        return Explanation(thumbnail_of(image, SIDE), classes, self.explainer.maps(x, numbers), tuple(near))
 
     def find_training_images(self, data: str | None = None) -> None:
         """Prepares the nearest training images for ``explain``: at first, one forward pass of each of them.
@@ -141,51 +153,6 @@ class Network:
             except Unreadable as error:
                 raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
         return decode_image(pillow_image(image), size, interpolation)
-
-
-class Labeller:
-    """Images as a network's input -> their predictions."""
-
-    def __init__(self, network: TrainedNetwork) -> None:
-        self.network = network
-        self._extract = FeatureExtractor(network) if network.unlike else None
-        self._forward = None if self._extract else network.forward()
-
-    def __call__(self, x: Tensor, images: Sequence[Image], top_k: int) -> list[Prediction]:
-        """The ``top_k`` most probable classes of each of ``images``, whose input is ``x`` (N, 3, size, size).
-
-        Raises Refused when the network's output is not finite.
-        """
-        logits, scores = self.outputs(x)
-        ranked, unlike = ranked_classes(self.network, logits, top_k), self.network.unlike
-        if unlike is None or scores is None:
-            return [Prediction(tuple(classes), image) for image, classes in zip(images, ranked, strict=True)]
-        rows = zip(images, ranked, unlike.is_unlike(scores).tolist(), scores.tolist(), strict=True)
-        return [Prediction(tuple(classes), image, flag, score) for image, classes, flag, score in rows]
-
-    def outputs(self, x: Tensor) -> tuple[Tensor, NDArray[np.float64] | None]:
-        """Logits (N, classes) on the CPU, and the scores (N,) of ``network.unlike`` where there is one."""
-        if self._forward:
-            return self._forward(x).cpu(), None
-        assert self._extract and self.network.unlike
-        features, logits = (values.cpu() for values in self._extract(x))
-        return logits, self.network.unlike.score(features, logits)
-
-
-def ranked_classes(network: TrainedNetwork, output: Tensor, top_k: int) -> list[list[tuple[str, float]]]:
-    """(name, probability) of the ``top_k`` most probable classes for each row of the logits ``output``.
-
-    Raises Refused when a logit is not finite.
-    """
-    if not bool(torch.isfinite(output).all()):
-        raise Refused(f"the output of {network.name or 'the network'} is not finite; train it again")
-    # of equals the first, as argmax
-    order = output.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    best = metrics.probabilities(output, network.temperature or 1.0).gather(1, order)
-    return [
-        [(network.classes[number], share) for number, share in zip(numbers, shares, strict=True)]
-        for numbers, shares in zip(order.tolist(), best.tolist(), strict=True)
-    ]
 
 
 def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:

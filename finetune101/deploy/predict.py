@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.network import Labeller
+from finetune101.deploy.labels import Labeller
 from finetune101.deploy.prediction import Prediction
 from finetune101.deploy.resize import resize_pixels
 from finetune101.evaluation.checkpoint import TrainedNetwork

@@ -89,9 +89,7 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
         beside = Run(file.parent) if checkpoint and is_run(file.parent) else None
         return Chosen(network, rest, named=True, run=run or beside)
     if not _names_images(first):
-        if file.is_file():
-            if file.suffix == ".onnx":
-                raise Refused(f"{first} is an exported file; name the run that it was made of")
+        if file.is_file() and file.suffix != ".onnx":  # which open_run knows
             raise Refused(f"{first} is no network that predict reads; name a run, or a best.safetensors of one")
         open_run(first, runs)  # says which runs there are
     return Chosen(open_released((released or list(RELEASED))[0])[0], list(words), named=False)

@@ -23,7 +23,7 @@ from finetune101.data import splits
 from finetune101.data.images import Index, index_images
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import evaluate
-from finetune101.experiments import runner
+from finetune101.experiments import runner, workers
 from finetune101.experiments import study as experiment
 from finetune101.experiments.folders import alone
 from finetune101.experiments.plan import plan_study, write_splits
@@ -363,7 +363,7 @@ def test_the_command_says_how_long_and_ends_with_1_where_a_run_failed(
     assert main([*words, "--dry-run"]) == 0
     assert re.search("2 to do. This takes about .* second", capsys.readouterr().out) and not any(tmp_path.iterdir())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "make_workers", lambda *how: InProcess())
+        patch.setattr(workers, "make_workers", lambda *how: InProcess())
         patch.setattr(runner, "fit", lambda job, **how: 1 / 0)
         assert main([*words[:2], "all fail", *words[3:]]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().out
