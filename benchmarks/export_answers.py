@@ -18,20 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from finetune101.data.batches import to_input
-from finetune101.data.decode import FILTERS, in_threads, opened
 from finetune101.data.images import class_of
 from finetune101.deploy.export import export_network, open_source
 from finetune101.deploy.onnx_network import OnnxNetwork
+from finetune101.deploy.parity import picture_batches
 from finetune101.deploy.released import open_reference, open_released
 from finetune101.deploy.resize import resize_pixels
 from finetune101.evaluation.predictions import cell
 from finetune101.files import write_json
 from finetune101.training.benchmark import machine_facts
 
-BATCH = 16
 WAYS = ("predict", "predict_fp32", "onnx_pictures", "onnx_resized", "int8_pictures", "int8_resized")
 
 
@@ -81,13 +79,7 @@ def _rows(files: list[Path], network: object, exported: dict[str, OnnxNetwork]) 
     own, world = network.preprocessing, dataclasses.replace(network.world, precision="fp32")
     forward, exact = network.forward(), Forward(network.model, world)
 
-    def both(file: Path) -> tuple[np.ndarray, np.ndarray]:
-        with opened(file) as picture:
-            cached = picture.image.resize([own.cache_size] * 2, FILTERS[own.interpolation])
-            return np.asarray(picture.image), np.asarray(cached)
-
-    for start in tqdm(range(0, len(files), BATCH), unit="batch", disable=None):
-        batch = list(in_threads(both, files[start : start + BATCH]))
+    for batch in picture_batches(files, network):
         cached = np.stack([pixels for _, pixels in batch])
         x = torch.from_numpy(cached).permute(0, 3, 1, 2)
         answers = [f(to_input(x, own, w)).cpu().numpy() for f, w in ((forward, network.world), (exact, world))]

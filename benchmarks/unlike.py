@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -269,13 +270,42 @@ def measure_held_out(data: str | None, penalty: float = 0.3) -> None:
     record({**result, "methods": rows}, RESULTS / "held_out.json")
 
 
+def write_table() -> None:
+    """results/unlike/table.md of the JSON files there; numbers of several networks are means."""
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
+    sets = ("held_out", "drawn", "clutter", "noise", "background", "background_of_no_class")
+    networks = ", ".join(one["network"] for one in files)
+    lines = [
+        "# Scores for pictures unlike the training pictures",
+        "",
+        f"Made by `python benchmarks/unlike.py table`. Networks: {networks}. AUROC / share of the unlike pictures",
+        "that a threshold keeps that keeps 95 % of the known ones; held_out is of the frozen network, the rest are",
+        "means over the others.",
+        "",
+        f"| score | MB | {' | '.join(sets)} |",
+        "|---" * (2 + len(sets)) + "|",
+    ]
+    for method in files[0]["methods"]:
+        rows = [one["methods"][method] for one in files]
+        cells = []
+        for name in sets:
+            values = [row[name] for row in rows if name in row]
+            auroc, rate = (np.mean([value[key] for value in values]) for key in ("auroc", "fpr95"))
+            cells.append(f"{auroc:.3f} / {100 * rate:.0f} %")
+        size = max(row["megabytes"] for row in rows)
+        lines.append(f"| {method} | {size:.2f} | {' | '.join(cells)} |")
+    (RESULTS / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run")
     parser.add_argument("--data")
     arguments = parser.parse_args()
-    if arguments.run == "held_out":
+    if arguments.run == "table":
+        write_table()
+    elif arguments.run == "held_out":
         measure_held_out(arguments.data)
     else:
         measure(arguments.run, arguments.data)

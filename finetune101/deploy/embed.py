@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
+from finetune101.deploy.tables import check_out_file, plain_text, pyarrow_modules
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.features import FeatureExtractor
 from finetune101.evaluation.photos import decoded
-from finetune101.files import atomic, typed
+from finetune101.files import as_json, atomic, typed
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -62,14 +62,9 @@ def embed_files(network: TrainedNetwork, inputs: Inputs, batch_size: int = 64) -
 
 def check_features_file(out: Path, *, overwrite: bool = False) -> None:
     """Raises Refused where ``write_embedded`` could not write ``out``: before the work of an hour."""
-    if out.suffix not in SUFFIXES:
-        raise Refused(f"{out} ends in neither .npz nor .parquet; give a name such as features.npz")
-    if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise Refused(
-            "a .parquet file needs pyarrow; pip install 'finetune101[parquet]', or give a name that ends in .npz"
-        )
-    if out.exists() and not overwrite:
-        raise Refused(f"{out} is there; give another --out, or --overwrite")
+    check_out_file(out, SUFFIXES, overwrite)
+    if out.suffix.lower() == ".parquet":
+        pyarrow_modules()
 
 
 def write_embedded(table: Embedded, out: Path) -> None:
@@ -80,7 +75,7 @@ def write_embedded(table: Embedded, out: Path) -> None:
     """
     check_features_file(out, overwrite=True)
     with atomic(out) as part:
-        if out.suffix == ".npz":
+        if out.suffix.lower() == ".npz":
             with open(part, "wb") as file:
                 np.savez(
                     file,
@@ -94,15 +89,11 @@ def write_embedded(table: Embedded, out: Path) -> None:
 
 
 def _write_parquet(table: Embedded, part: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    from finetune101.files import as_json
-
+    pa, parquet = pyarrow_modules()
     columns = {
-        "path": [path.encode("utf-8", "backslashreplace").decode() for path in table.paths],
+        "path": [plain_text(path) for path in table.paths],
         "features": list(table.features),
         "probabilities": list(table.probabilities),
     }
-    rows = pyarrow.table(columns).replace_schema_metadata({"classes": as_json(table.classes)})
-    pyarrow.parquet.write_table(rows, part)
+    rows = pa.table(columns).replace_schema_metadata({"classes": as_json(table.classes)})
+    parquet.write_table(rows, part)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune101.data.sheet import PAPER, caption
+from finetune101.deploy.sorting import is_device
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.models.map_layers import as_maps, map_layers
@@ -39,7 +40,6 @@ SMALL = 128  # and of a training image
 GAP, LINE = 10, 18
 DIM, STRENGTH = 0.75, 0.85  # brightness of the grey picture; opacity of the colour where the map is 1
 WARM, HOT = (230, 90, 0), (255, 225, 40)
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
 
 
 class Explainer:
@@ -153,7 +153,7 @@ def picture_names(files: Sequence[str], out: Path, *, overwrite: bool = False) -
     taken: set[str] = set()  # some file systems do not tell A from a
     for file in files:
         stem = re.sub(r"[^\w.+-]+", "_", Path(escaped(file)).stem).strip("._")[:80] or "image"
-        if RESERVED.fullmatch(stem):
+        if is_device(stem):
             stem = f"image_{stem}"
         number, name = 1, stem
         while name.lower() in taken:

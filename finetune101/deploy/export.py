@@ -28,6 +28,7 @@ from finetune101.deploy.parity import (
 )
 from finetune101.deploy.quantize import FROM, LOSS, TRIED, Quantized, quantized
 from finetune101.deploy.released import RELEASED, open_reference, open_released
+from finetune101.deploy.tables import check_out_file
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, as_checkpoint, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, open_scored
@@ -149,11 +150,7 @@ def export_network(
 
     Raises Refused for a file that is there, and where the answers differ: no file is left then.
     """
-    ending = Path(f"x{SUFFIXES[format]}").suffix
-    if out.suffix.lower() != ending:
-        raise Refused(f"{out} does not end in {ending}, as a file of --format {format} does; give another --out")
-    if out.exists() and not overwrite:
-        raise Refused(f"{out} exists; give another --out, or --overwrite")
+    check_out_file(out, [f".{SUFFIXES[format].rpartition('.')[2]}"], overwrite)
     started = time.perf_counter()
     if format == "safetensors":
         with atomic(out) as part:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from finetune101.data.batches import to_input
 from finetune101.deploy.graph import RESIZED
 from finetune101.deploy.onnx_network import OnnxNetwork
-from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.forward import Forward
 from finetune101.fast import tune_allocator
@@ -88,10 +87,7 @@ def _ways(target: str, runs: str, folder: Path) -> tuple[int, dict[str, Pass]]:
         return exported.preprocessing.size, {f"ONNX Runtime {exported.info.precision}": exported.probabilities}
     from finetune101.deploy.network import load
 
-    network = load(target, runs)
-    if not hasattr(network, "trained"):
-        raise Refused(f"{target} is no run; name a run, a released network or a FILE.onnx")
-    trained: TrainedNetwork = network.trained
+    trained = load(target, runs).trained
     ways = dict(_torch_ways(trained)) | dict(_runtime_ways(trained, folder))
     return trained.preprocessing.size, ways
 

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
-from finetune101.data.decode import Pixels, Unreadable, decode, decode_image
 from finetune101.deploy.labels import Labeller, ranked_classes
-from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image, thumbnail_of
+from finetune101.deploy.prediction import Image, Prediction, cached_pixels, in_batches, thumbnail_of
 from finetune101.deploy.released import RELEASED, open_released
-from finetune101.errors import Refused, escaped
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name
@@ -98,8 +96,9 @@ class Network:
 
     def to_inputs(self, images: Sequence[Image]) -> Tensor:
         """Images as float (N, 3, size, size) on the network's device. Raises Refused for no image."""
-        pixels = torch.from_numpy(np.stack([self._pixels(image) for image in images])).permute(0, 3, 1, 2)
-        return to_input(pixels, self.preprocessing, self.trained.world)
+        own = self.preprocessing
+        pixels = torch.from_numpy(np.stack([cached_pixels(image, own) for image in images])).permute(0, 3, 1, 2)
+        return to_input(pixels, own, self.trained.world)
 
     @functools.cached_property
     def explainer(self) -> Explainer:
@@ -144,15 +143,6 @@ class Network:
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
         return self._label(self.to_inputs(images), images, top_k)
-
-    def _pixels(self, image: Image) -> Pixels:
-        size, interpolation = self.preprocessing.cache_size, self.preprocessing.interpolation
-        if isinstance(image, str | Path):
-            try:
-                return decode(Path(image), size, interpolation)
-            except Unreadable as error:
-                raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
-        return decode_image(pillow_image(image), size, interpolation)
 
 
 def load(run: str | Path | Run | Network, runs: str = "runs") -> Network:

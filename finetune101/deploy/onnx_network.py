@@ -15,10 +15,9 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from finetune101.config import Preprocessing
-from finetune101.data.decode import Unreadable, decode, decode_image
-from finetune101.deploy.prediction import Image, Prediction, in_batches, pillow_image
+from finetune101.deploy.prediction import Image, Prediction, cached_pixels, in_batches
 from finetune101.deploy.resize import resize_pixels
-from finetune101.errors import Refused, escaped, shortened
+from finetune101.errors import Refused, shortened
 from finetune101.files import checked, parse_json
 from finetune101.host import usable_cores
 
@@ -196,7 +195,9 @@ class OnnxNetwork:
         return self.info.frozen_backbone
 
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
-        return self.label(np.stack([self._pixels(image) for image in images]), images, top_k)
+        own = self.preprocessing
+        pixels = [resize_pixels(cached_pixels(image, own), own) for image in images]
+        return self.label(np.stack(pixels), images, top_k)
 
     def label(self, pixels: NDArray[np.uint8], images: Sequence[Image], top_k: int) -> list[Prediction]:
         """The ``top_k`` most probable classes of each of ``images``, whose pixels are uint8 (N, size, size, 3).
@@ -215,17 +216,6 @@ class OnnxNetwork:
             return [Prediction(one, image) for one, image in zip(classes, images, strict=True)]
         rows = zip(classes, images, (scores > self.unlike).tolist(), scores.tolist(), strict=True)
         return [Prediction(*row) for row in rows]
-
-    def _pixels(self, image: Image) -> NDArray[np.uint8]:
-        own = self.preprocessing
-        if isinstance(image, str | Path):
-            try:
-                pixels = decode(Path(image), own.cache_size, own.interpolation)
-            except Unreadable as error:
-                raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
-        else:
-            pixels = decode_image(pillow_image(image), own.cache_size, own.interpolation)
-        return resize_pixels(pixels, own)
 
 
 def read_exported_info(file: Path) -> ExportedInfo:

@@ -66,7 +66,7 @@ def measure_parity(
     world = dataclasses.replace(network.world, precision="fp32")
     forward, own = Forward(network.model, world, fast=network.fast_kernels), network.preprocessing
     rows: list[Numbers] = []
-    for batch in _batches(images.files, network):
+    for batch in picture_batches(images.files, network):
         whole = [picture for picture, _ in batch]
         cached = np.stack([pixels for _, pixels in batch])
         x = to_input(torch.from_numpy(cached).permute(0, 3, 1, 2), own, world)
@@ -87,8 +87,8 @@ def measure_parity(
     )
 
 
-def _batches(files: Sequence[Path], network: TrainedNetwork) -> Iterator[list[tuple[Pictures, Pictures]]]:
-    """Whole pictures, and each resized to the cache size."""
+def picture_batches(files: Sequence[Path], network: TrainedNetwork) -> Iterator[list[tuple[Pictures, Pictures]]]:
+    """Whole pictures of any size, and each resized to the cache size, ``BATCH`` at a time. Raises Unreadable."""
     own = network.preprocessing
 
     def both(file: Path) -> tuple[Pictures, Pictures]:
@@ -152,5 +152,5 @@ def resized_pictures(files: Sequence[Path], network: TrainedNetwork, count: int)
     """Up to ``count`` of the pictures ``files``, evenly chosen, resized: uint8 (N, size, size, 3)."""
     own = network.preprocessing
     chosen = LabelledImages(files, "").at_most(count).files
-    cached = [pixels for batch in _batches(chosen, network) for _, pixels in batch]
+    cached = [pixels for batch in picture_batches(chosen, network) for _, pixels in batch]
     return np.stack([resize_pixels(pixels, own) for pixels in cached])

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from finetune101.config import Count
-from finetune101.data.decode import opened, upright
-from finetune101.errors import Refused
+from finetune101.config import Count, Preprocessing
+from finetune101.data.decode import Pixels, Unreadable, decode, decode_image, opened, upright
+from finetune101.errors import Refused, escaped
 from finetune101.files import typed
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
@@ -93,6 +93,17 @@ def in_batches(
     several = list(images)
     starts = range(0, len(several), batch_size)
     return [one for start in starts for one in classify(several[start : start + batch_size], top_k)]
+
+
+def cached_pixels(image: Image, preprocessing: Preprocessing) -> Pixels:
+    """An image as ``preprocessing`` caches it: uint8 (cache_size, cache_size, 3), RGB. Raises Refused for no image."""
+    size, interpolation = preprocessing.cache_size, preprocessing.interpolation
+    if isinstance(image, str | Path):
+        try:
+            return decode(Path(image), size, interpolation)
+        except Unreadable as error:
+            raise Refused(f"{escaped(str(image))} cannot be read ({error.reason}); leave it out") from error
+    return decode_image(pillow_image(image), size, interpolation)
 
 
 def pillow_image(image: Image) -> Pillow.Image:

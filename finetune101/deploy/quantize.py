@@ -25,7 +25,7 @@ LAYERS = ("Conv", "Gemm", "MatMul")
 QUANTIZED = [*LAYERS, "Add", "Clip", "Relu", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"]
 FROM, TRIED = 128, 48  # images: those whose ranges are taken, and others on which layers are compared
 LOSS = 1e-3  # nats: Kullback-Leibler divergence of all answers that is good enough
-FOUR = 4  # images at once, so that the outputs of all layers fit into memory
+AT_ONCE = 4  # images, so that the outputs of all layers fit into memory
 
 Pixels = NDArray[np.uint8]
 Numbers = NDArray[np.float32]
@@ -122,10 +122,10 @@ class _Trial:
 
 
 class _Reader(CalibrationDataReader):
-    """Training images, ``FOUR`` at a time."""
+    """Training images, ``AT_ONCE`` at a time."""
 
     def __init__(self, pixels: Pixels) -> None:
-        self.parts = iter([pixels[i : i + FOUR] for i in range(0, len(pixels), FOUR)])
+        self.parts = iter([pixels[i : i + AT_ONCE] for i in range(0, len(pixels), AT_ONCE)])
 
     def get_next(self) -> dict[str, Any] | None:
         """One input of the graph, None at the end."""

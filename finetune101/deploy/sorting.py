@@ -108,7 +108,12 @@ def safe_name(name: str) -> str:
     short = re.sub(r"^[.~@-]|^ +| +$|\.+$", "_", plain)[:LONGEST].rstrip(". ") or "_"
     while len(short.encode()) > 2 * LONGEST:
         short = short[:-1]
-    return f"{short}_" if short.split(".")[0].lower() in _DEVICES else short
+    return f"{short}_" if is_device(short) else short
+
+
+def is_device(name: str) -> bool:
+    """Whether Windows takes a file of this name for a device, whatever its ending."""
+    return name.split(".")[0].lower() in _DEVICES
 
 
 def _add(file: Path, folder: Path, link: bool) -> bool:

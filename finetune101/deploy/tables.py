@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -90,28 +91,34 @@ def write_json(predictions: Iterable[Prediction], out: TextIO, inputs: Inputs) -
 
 def write_parquet(predictions: Iterable[Prediction], file: Path, width: int) -> None:
     """``table_columns`` and a row per image, ``ROWS_AT_ONCE`` in memory. Raises Refused without pyarrow."""
-    pa, parquet = _pyarrow()
+    pa, parquet = pyarrow_modules()
     columns = table_columns(width)
     kinds = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
     schema = pa.schema([(column.name, kinds[column.kind]) for column in columns])
     rest = iter(predictions)
     with parquet.ParquetWriter(file, schema) as writer:
         while rows := list(itertools.islice(rest, ROWS_AT_ONCE)):
-            values = [[_plain(column.value(one)) for one in rows] for column in columns]
+            values = [[plain_text(column.value(one)) for one in rows] for column in columns]
             writer.write_table(pa.table(values, schema=schema))
 
 
 def check_table_file(file: Path, overwrite: bool) -> None:
     """Raises Refused for an unknown ending, a file that exists unless ``overwrite``, and Parquet without pyarrow."""
+    check_out_file(file, ENDINGS, overwrite)
+    if file.suffix.lower() == ".parquet":
+        pyarrow_modules()
+
+
+def check_out_file(file: Path, endings: Sequence[str], overwrite: bool) -> None:
+    """Before long work: raises Refused for another ending, a folder, and a file that exists unless ``overwrite``."""
     name = escaped(str(file))
-    if file.suffix.lower() not in ENDINGS:
-        raise Refused(f"--out {name} is no table; name a file that ends in {' or '.join(ENDINGS)}")
+    if file.suffix.lower() not in endings:
+        listed = f"neither {' nor '.join(endings)}" if len(endings) > 1 else f"something other than {endings[0]}"
+        raise Refused(f"--out {name} ends in {listed}; give a name such as labels{endings[0]}")
     if file.is_dir():
         raise Refused(f"--out {name} is a folder; name a file")
     if file.exists() and not overwrite:
-        raise Refused(f"{name} exists; name another file, or give --overwrite")
-    if file.suffix.lower() == ".parquet":
-        _pyarrow()
+        raise Refused(f"{name} exists; give another --out, or --overwrite")
 
 
 def write_table_file(predictions: Iterable[Prediction], file: Path, inputs: Inputs, width: int) -> None:
@@ -133,16 +140,20 @@ def _csv_cell(value: Any) -> str:
     return f"{value:.{DIGITS}f}" if isinstance(value, float) else cell(value)
 
 
-def _plain(value: Any) -> Any:
+def plain_text(value: Any) -> Any:
     """``value`` as Parquet takes it: bytes of a name that are not UTF-8 as \\udcNN."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _pyarrow() -> Sequence[Any]:
+def pyarrow_modules() -> Sequence[Any]:
     """The modules pyarrow and pyarrow.parquet. Raises Refused where they are not installed."""
     try:
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ModuleNotFoundError("pyarrow")
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise Refused("Parquet needs pyarrow: pip install 'finetune101[parquet]', or name a .csv file") from error
+    except (ImportError, ValueError) as error:  # ValueError: find_spec's, of a module that is blocked
+        raise Refused(
+            "a .parquet file needs pyarrow; pip install 'finetune101[parquet]', or give another ending"
+        ) from error
     return pyarrow, pyarrow.parquet

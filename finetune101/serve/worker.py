@@ -118,28 +118,23 @@ class Worker:
         while True:
             jobs = self._waiting()
             alive = [job for job in jobs if job is not None and job.answer.set_running_or_notify_cancel()]
-            try:
-                self._answer(alive)
-            except Exception as error:  # the next request must find a worker
-                if len(alive) == 1:
-                    print(traceback_of(error), end="", file=sys.stderr)
-                for job in alive:
-                    self._answer_alone(job, error if len(alive) == 1 else None)
+            self._finish(alive)
             if None in jobs:
                 return
 
-    def _answer_alone(self, job: Job, fault: Exception | None) -> None:
-        """Ends ``job`` with ``fault``; without one it is tried again by itself, as the fault may be another job's."""
-        if job.answer.done():
-            return
+    def _finish(self, jobs: Sequence[Job]) -> None:
+        """Answers ``jobs`` in one pass. Where that fails, each is tried alone: the fault may be that of one."""
         try:
-            if fault is None:
-                self._answer([job])
-        except Exception as error:
+            self._answer(jobs)
+        except Exception as error:  # the next request must find a worker
+            waiting = [job for job in jobs if not job.answer.done()]
+            if len(jobs) > 1:
+                for job in waiting:
+                    self._finish([job])
+                return
             print(traceback_of(error), end="", file=sys.stderr)
-            fault = error
-        if fault is not None:
-            job.answer.set_exception(fault)
+            for job in waiting:
+                job.answer.set_exception(error)
 
     def _waiting(self) -> list[Job | None]:
         """The next job, and those behind it that fit into the same pass; None is the end."""

@@ -36,7 +36,7 @@ def header(text: str) -> dict[str, object]:
 def test_a_hub_reads_the_header(run: Run) -> None:
     text, test = card_text(card_of(run)), run.read_json("test.json")
     card = ModelCard(text)
-    assert card.data.library_name == "finetune101" and card.data.pipeline_tag == "image-classification"
+    assert card.data.to_dict()["library_name"] == "finetune101" and card.data.pipeline_tag == "image-classification"
     assert card.data.license and card.data.datasets == ["imagefolder"] and "accuracy" in (card.data.metrics or [])
     results = {result.metric_type: result for result in card.data.eval_results or []}
     assert results["accuracy"].metric_value == pytest.approx(test["top1"] / 100, abs=1e-4)
@@ -84,7 +84,7 @@ def test_names_of_others_stay_names(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", wrong=set(), test=8, classes=classes)
     text = card_text(card_of(run))
     assert "<script>" not in text and "\n# c" not in text and "a \\| b" in text
-    assert ModelCard(text).data.library_name == "finetune101"
+    assert ModelCard(text).data.to_dict()["library_name"] == "finetune101"
 
 
 def test_no_folder_of_the_machine_is_told(run: Run) -> None:

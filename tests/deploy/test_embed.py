@@ -39,6 +39,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(
     words = ["embed", str(runs / "a"), str(tiny_data / "box"), "--out"]
     assert main([*words, str(tmp_path / "features.csv")]) == 2
     assert "neither .npz nor .parquet" in capsys.readouterr().err
+    (tmp_path / "folder.npz").mkdir()
+    assert main([*words, str(tmp_path / "folder.npz"), "--overwrite"]) == 2
+    assert "is a folder" in capsys.readouterr().err
     (tmp_path / "features.npz").touch()
     assert main([*words, str(tmp_path / "features.npz")]) == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from finetune101.api import load
 from finetune101.cli.main import main
 from finetune101.config import Preprocessing, SystemConfig
-from finetune101.data.batches import resized
+from finetune101.data.batches import resized, to_input
 from finetune101.deploy.export import Source, export_network, open_source
 from finetune101.deploy.network import Network
 from finetune101.deploy.onnx_network import METADATA, Difference, OnnxNetwork, Parity
@@ -28,6 +28,7 @@ from finetune101.deploy.parity import LabelledImages, check_parity
 from finetune101.deploy.resize import resize_pixels
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file
+from finetune101.evaluation.features import FeatureExtractor
 from finetune101.evaluation.unlike import fit_unlike
 from finetune101.machine import detect
 from finetune101.models.build import build
@@ -81,9 +82,9 @@ def test_every_architecture_gives_the_same_answers(name: str, pictures: Labelled
     pixels = np.random.default_rng(1).integers(0, 256, (3, *[network.preprocessing.size] * 2, 3), np.uint8)
     probabilities, features, scores = runtime.outputs(pixels)
     assert scores is None
-    expected = network.model.get_submodule(network.head)
-    width = next(int(weight.shape[1]) for weight in expected.parameters() if weight.dim() > 1)
-    assert features.shape == (3, width)
+    x = to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2), network.preprocessing, network.world)
+    np.testing.assert_allclose(features, FeatureExtractor(network)(x)[0].numpy(), atol=1e-3, rtol=1e-3)
+    assert features.shape == (3, network.width)
     assert np.ptp(probabilities, axis=0).max() > 1e-4  # images differ, so that equal answers say something
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
 
