@@ -14,16 +14,8 @@ from finetune101.errors import Refused
 
 
 @pytest.fixture
-def folder(tiny_data, tmp_path):
-    for name in ("ball", "box"):
-        (tmp_path / name).mkdir()
-        for i in (1, 2, 3):
-            shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / name)
-    (tmp_path / "box" / "notes.txt").write_text("left alone")
-    for junk in (".hidden", "@eaDir"):  # what train ignores without a word
-        (tmp_path / junk).mkdir()
-        shutil.copy(tiny_data / "box" / "image_0001.jpg", tmp_path / junk / "x.jpg")
-    return tmp_path
+def folder(six_images):
+    return six_images
 
 
 def test_inputs_may_be_files_folders_and_patterns(folder):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 
 import pytest
 import torch
@@ -48,20 +47,12 @@ def run(built, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(tiny_data, tmp_path):
+def folder(six_images, tiny_data):
     """Six good images in two folders, one that is cut off and one that is text."""
-    for name in ("ball", "box"):
-        (tmp_path / name).mkdir()
-        for i in (1, 2, 3):
-            shutil.copy(tiny_data / name / f"image_{i:04d}.jpg", tmp_path / name)
     whole = (tiny_data / "box" / "image_0004.jpg").read_bytes()
-    (tmp_path / "box" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "box" / "text.PNG").write_text("not an image")
-    (tmp_path / "box" / "notes.txt").write_text("left alone")
-    for junk in (".hidden", "@eaDir"):  # what train ignores without a word
-        (tmp_path / junk).mkdir()
-        (tmp_path / junk / "x.jpg").write_bytes(whole)
-    return tmp_path
+    (six_images / "box" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (six_images / "box" / "text.PNG").write_text("not an image")
+    return six_images
 
 
 def labels_of(run, *words, **numbers):
