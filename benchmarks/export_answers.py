@@ -25,9 +25,8 @@ from finetune101.deploy.export import export_network, open_source
 from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.parity import picture_batches
 from finetune101.deploy.released import open_reference, open_released
-from finetune101.deploy.resize import resize_pixels
-from finetune101.evaluation.predictions import cell
 from finetune101.files import write_json
+from finetune101.standalone import csv_cell, resize_pixels
 from finetune101.training.benchmark import machine_facts
 
 WAYS = ("predict", "predict_fp32", "onnx_pictures", "onnx_resized", "int8_pictures", "int8_resized")
@@ -65,7 +64,9 @@ def main() -> None:
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(("path", "label", *WAYS))
         for path, numbers in zip(paths, rows, strict=True):
-            writer.writerow([cell(path), cell(class_of(path)), *(cell(trained.classes[k]) for k in numbers)])
+            writer.writerow(
+                [csv_cell(path), csv_cell(class_of(path)), *(csv_cell(trained.classes[k]) for k in numbers)]
+            )
     write_json(arguments.out / "export.json", facts)
     print(json.dumps({way: _changed(rows, way) for way in WAYS}, indent=1))
 
@@ -83,7 +84,7 @@ def _rows(files: list[Path], network: object, exported: dict[str, OnnxNetwork]) 
         cached = np.stack([pixels for _, pixels in batch])
         x = torch.from_numpy(cached).permute(0, 3, 1, 2)
         answers = [f(to_input(x, own, w)).cpu().numpy() for f, w in ((forward, network.world), (exact, world))]
-        small = np.stack([resize_pixels(pixels, own) for pixels in cached])
+        small = np.stack([resize_pixels(pixels, own.size, own.interpolation) for pixels in cached])
         for runtime in exported.values():
             answers.append(np.concatenate([runtime.probabilities(picture[None]) for picture, _ in batch]))
             answers.append(runtime.probabilities(small))

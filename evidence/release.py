@@ -1,10 +1,11 @@
 """Puts the best epoch of a tested run into the package, in half precision, with its card.
 
 python evidence/release.py RUN released_finetune|released_random|released_probe [--card]
-python evidence/release.py released_finetune|released_random|released_probe
+python evidence/release.py released_finetune|released_random|released_probe [--onnx]
 
 With --card the weights stay as they are: published evidence of the run is enough. Without RUN, only the score for
-images unlike its training images is fitted again, on the images in $FINETUNE101_DATA.
+images unlike its training images is fitted again, on the images in $FINETUNE101_DATA; with --onnx the ONNX file is
+made anew.
 """
 
 from __future__ import annotations
@@ -14,13 +15,22 @@ import dataclasses
 import json
 from pathlib import Path
 
+import onnx
+from onnx.numpy_helper import to_array
+
 from finetune101.deploy.card import card_of, card_text
-from finetune101.deploy.released import FOLDER, RELEASED, open_reference, open_released, score_released
+from finetune101.deploy.choose import FOLDER, RELEASED
+from finetune101.deploy.export import Source, exported_info, save_graph
+from finetune101.deploy.graph import MEANS, onnx_graph, prepend_resize, stored_in
+from finetune101.deploy.kept import check_same
+from finetune101.deploy.onnx_network import OnnxNetwork
+from finetune101.deploy.released import open_reference, open_released, score_released
 from finetune101.evaluation.checkpoint import read_checkpoint
 from finetune101.evaluation.unlike import UNLIKE, no_unlike_reason, write_unlike
 from finetune101.evaluation.unlike_run import unlike_of
 from finetune101.files import atomic
 from finetune101.run import Run, save_checkpoint
+from finetune101.standalone import PICTURES
 
 LICENCE = "apache-2.0"
 """Of all released weights, also of those from random initialisation."""
@@ -92,17 +102,55 @@ def release_unlike(name: str, data: str | None) -> None:
     print(f"{file} ({file.stat().st_size / 1e6:.2f} MB): threshold {unlike.threshold:.4f}")
 
 
+def release_onnx(name: str) -> None:
+    """Writes the released network ``name`` as ONNX, whose weights are those of the safetensors files beside it."""
+    network, info = open_released(name)
+    if info.part:
+        print(f"{name} stands on ImageNet weights, which are no part of the package: no ONNX file")
+        return
+    graph, stem = onnx_graph(network, fused=False), FOLDER / RELEASED[name]
+    prepend_resize(graph, network.preprocessing)
+    drop_zero_biases(graph)
+    constants = {one.name for one in graph.graph.initializer}
+    weights = {key: f"model.{key}" for key in network.model.state_dict() if f"model.{key}" in constants}
+    files = [(stem.with_name(f"{stem.name}.safetensors"), weights)]
+    if network.unlike:
+        files.append((stem.with_name(f"{stem.name}.{UNLIKE}"), {"means": MEANS}))
+    stored_in(graph, files)
+    file = stem.with_name(f"{stem.name}.onnx")
+    save_graph(graph, exported_info(Source(network, split=info.split.hash if info.split else None), PICTURES), file)
+    check_same(OnnxNetwork(file, in_place=True), network)
+    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB)")
+
+
+def drop_zero_biases(graph: onnx.ModelProto) -> None:
+    """Removes the biases of convolutions that are all 0: batch norm adds its own."""
+    zeros = {one.name for one in graph.graph.initializer if not to_array(one).any()}
+    convolutions = [node for node in graph.graph.node if node.op_type == "Conv" and len(node.input) == 3]
+    dropped = {node.input[2] for node in convolutions} & zeros
+    for node in convolutions:
+        if node.input[2] in dropped:
+            del node.input[2]
+    kept = [one for one in graph.graph.initializer if one.name not in dropped]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(kept)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("name", choices=list(RELEASED))
     parser.add_argument("--card", action="store_true", help="write the card only")
+    parser.add_argument("--onnx", action="store_true", help="write the ONNX file only")
     arguments = parser.parse_args()
-    if arguments.run is None:
+    if arguments.onnx:
+        release_onnx(arguments.name)
+    elif arguments.run is None:
         release_unlike(arguments.name, None)
     else:
         run = Run(arguments.run)
         if not arguments.card:
             release(run, arguments.name)
             release_unlike(arguments.name, run.config().data.root)
+            release_onnx(arguments.name)
         release_card(run, arguments.name)

@@ -15,6 +15,8 @@ from finetune101.errors import Refused
 from finetune101.files import as_json, atomic, checked, parse_json, read_json, read_text, write_json
 from finetune101.schemas import MOST_BYTES, REMEDIES, SCHEMAS, Record, Split
 
+KEPT = "network.onnx"
+"""The exported network of a run: see ``deploy.kept``."""
 WRITTEN = (
     "config.json",
     "env.json",
@@ -27,6 +29,7 @@ WRITTEN = (
     "predictions.csv",
     "temperature.json",
     "unlike.safetensors",
+    KEPT,
     "test_*.json",
     "predictions_*.csv",
     "events.out.tfevents.*",

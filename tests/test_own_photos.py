@@ -156,7 +156,7 @@ def test_without_a_home_the_cache_is_somewhere_else(photos: Path, variable: str 
         "from finetune101.config import Preprocessing\n"
         "from finetune101.data.images import index_images\n"
         "from finetune101.data.cache import cache_dir, open_images\n"
-        "from finetune101.data.decode import _decoders\n"
+        "from finetune101.standalone import _decoders\n"
         "_decoders()  # who is nobody may not read Python's own folder here\n"
         "os.getuid() or os.setuid(12345)\n"
         "shape = Preprocessing(size=8, cache_size=8, mean=(0,) * 3, std=(1,) * 3, interpolation='bilinear')\n"

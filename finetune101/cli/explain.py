@@ -14,8 +14,8 @@ from finetune101.cli.parse import Flag
 from finetune101.errors import Refused, escaped
 
 if TYPE_CHECKING:
+    from finetune101.deploy.choose import Chosen
     from finetune101.deploy.neighbours import TrainingImages
-    from finetune101.deploy.released import Chosen
 
 USUAL_NEIGHBOURS = 5
 
@@ -48,10 +48,10 @@ def explain(
         data: Where the training images are, if not where the run found them.
         runs: Folder of all runs.
     """
+    from finetune101.deploy.choose import choose
     from finetune101.deploy.explain import class_numbers, picture_names
     from finetune101.deploy.inputs import image_inputs
     from finetune101.deploy.network import Network
-    from finetune101.deploy.released import choose
     from finetune101.files import atomic
     from finetune101.run import check_folder
 
@@ -92,22 +92,23 @@ def embed(
 
     Args:
         inputs: Images, folders or globs, @FILE with a path per line, or - for paths from standard input; before them a
-            run (folder or name), a best.safetensors, or released_finetune, released_random or released_probe. Without:
-            released_finetune.
+            run (folder or name), a best.safetensors, an exported FILE.onnx, or released_finetune, released_random or
+            released_probe. Without: released_finetune.
         out: File to write, .npz (NumPy) or .parquet (needs pyarrow).
         overwrite: Replace a file that is there.
         batch_size: Images per step.
         runs: Folder of all runs.
     """
+    from finetune101.deploy.choose import choose
     from finetune101.deploy.embed import check_features_file, embed_files, write_embedded
     from finetune101.deploy.inputs import image_inputs
-    from finetune101.deploy.released import choose
+    from finetune101.deploy.kept import answering_network
 
     check_features_file(Path(out), overwrite=overwrite)
     chosen = choose(inputs, runs)
     say_which(chosen)
     images = image_inputs(chosen.inputs)
-    table = embed_files(chosen.network, images, batch_size)
+    table = embed_files(answering_network(chosen, len(images.files)), images, batch_size)
     write_embedded(table, Path(out))
     count, width = table.features.shape
     print(f"{escaped(out)}: {width} features and {len(table.classes)} probabilities of each of {count} images")

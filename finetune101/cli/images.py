@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from finetune101.errors import escaped
 
 if TYPE_CHECKING:
+    from finetune101.deploy.choose import Chosen
     from finetune101.deploy.inputs import Inputs
-    from finetune101.deploy.released import Chosen
 
 
 def say_which(chosen: Chosen) -> None:
     """Names on standard error the network that answers where none was named."""
     if not chosen.named:
-        print(f"No run was named: {chosen.network.name} answers (Caltech-101's classes)", file=sys.stderr)
+        print(f"No run was named: {chosen.name} answers (Caltech-101's classes)", file=sys.stderr)
 
 
 def end_of_images(images: Inputs) -> int:

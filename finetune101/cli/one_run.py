@@ -195,18 +195,20 @@ def predict(
         runs: Folder of all runs.
     """
     from finetune101.deploy import tables
+    from finetune101.deploy.choose import choose
     from finetune101.deploy.inputs import image_inputs
+    from finetune101.deploy.kept import answering_network
     from finetune101.deploy.predict import predict_files
     from finetune101.deploy.sorting import SortedFolder
 
     file = table.file()
     sorting.check()
-    network, words = _network_and_images(inputs, runs)
-    folder = None
+    chosen = choose(inputs, runs)
+    say_which(chosen)
+    images = image_inputs(chosen.inputs)
+    network, folder = answering_network(chosen, len(images.files)), None
     if sorting.into:
         folder = SortedFolder(Path(sorting.into), network.classes, sorting.link, sorting.unsure_below)
-    images = image_inputs(words)
-    if folder:
         folder.check(images)
     if reject and network.unlike is None:
         raise Refused(f"--reject cannot tell which images are unlike the training pictures: {network.unlike_reason}")
@@ -243,24 +245,9 @@ def _print_rows(predictions: Iterator[Prediction], images: Inputs, width: int, t
         tables.write_text(predictions, sys.stdout)
 
 
-def _network_and_images(words: Sequence[str], runs: str) -> tuple[TrainedNetwork | OnnxNetwork, list[str]]:
-    """The network that ``words`` begin with (see ``deploy.released.choose``), or an exported one; the other words."""
-    if words and words[0].endswith(".onnx"):
-        from finetune101.deploy.onnx_network import OnnxNetwork
-
-        if not words[1:]:
-            raise Refused("no image given; name files, folders or patterns after the exported network")
-        return OnnxNetwork(words[0]), list(words[1:])
-    from finetune101.deploy.released import choose
-
-    chosen = choose(words, runs)
-    say_which(chosen)
-    return chosen.network, chosen.inputs
-
-
 def _print_notes(network: TrainedNetwork | OnnxNetwork) -> None:
     """Prints to standard error what a user should know of the network that labels the images."""
-    from finetune101.evaluation.checkpoint import FROZEN
+    from finetune101.evaluation.result import FROZEN
 
     if network.temperature is None:
         print(f"Probabilities are not calibrated: {network.temperature_reason}", file=sys.stderr)
@@ -290,7 +277,7 @@ def card(
         runs: Folder of all runs.
     """
     from finetune101.deploy.card import write_card
-    from finetune101.deploy.released import RELEASED
+    from finetune101.deploy.choose import RELEASED
     from finetune101.run import open_run
 
     opened = None if run in RELEASED else open_run(run, runs)

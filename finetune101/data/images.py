@@ -13,7 +13,6 @@ from pathlib import Path
 import msgspec
 
 from finetune101.config import DataConfig
-from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.layouts import (
     FOLDER,
     LEFT_OUT,
@@ -34,6 +33,7 @@ from finetune101.data.layouts import (
 from finetune101.errors import Refused, escaped
 from finetune101.files import atomic, cache_dir, sha256
 from finetune101.host import usable_cores
+from finetune101.standalone import IMAGE_SUFFIXES
 
 __all__ = [
     "FOLDER", "IMAGE_SUFFIXES", "LEFT_OUT", "OFFICIAL_CLASSES", "OFFICIAL_IMAGES", "SUBSETS", "Index", "Layout",

@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.errors import Refused, escaped
 from finetune101.files import cache_dir
+from finetune101.standalone import IMAGE_SUFFIXES
 
 FOLDER = "101_ObjectCategories"
 LEFT_OUT = "BACKGROUND_Google"  # clutter, not an object class: the published protocols leave it out
@@ -50,7 +50,7 @@ NOT_IMAGES = "files that are no images by their names"
 SPECIAL = "pipes, devices or sockets"
 LOOPS = "links that lead back to a folder above"
 DEEP = f"folders more than {DEEPEST} deep"
-HEIF = "HEIC images, which need a decoder: pip install 'finetune101[heif]'"
+HEIF = "HEIC images, which need a decoder: pip install pillow-heif"
 BESIDE = "images beside the class folders"
 ELSEWHERE = "images in folders that are neither train, val nor test, or have no class folders"
 UNKNOWN = "images of classes that the training folder lacks"

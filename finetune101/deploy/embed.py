@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +13,13 @@ from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
+from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.tables import check_out_file, plain_text, pyarrow_modules
 from finetune101.errors import Refused
-from finetune101.evaluation import metrics
-from finetune101.evaluation.checkpoint import TrainedNetwork
-from finetune101.evaluation.features import FeatureExtractor
-from finetune101.evaluation.photos import decoded
 from finetune101.files import as_json, atomic, typed
+
+if TYPE_CHECKING:
+    from finetune101.evaluation.checkpoint import TrainedNetwork
 
 SUFFIXES = (".npz", ".parquet")
 
@@ -36,28 +38,49 @@ class Embedded:
     """The names of the columns of ``probabilities``."""
 
 
-def embed_files(network: TrainedNetwork, inputs: Inputs, batch_size: int = 64) -> Embedded:
+def embed_files(network: TrainedNetwork | OnnxNetwork, inputs: Inputs, batch_size: int = 64) -> Embedded:
     """Features and probabilities of every image in ``inputs``, decoded as ``predict`` does.
 
     (path, reason) of images that cannot be read are added to ``inputs.failed``. Raises Refused where no image is left,
     and for a ``batch_size`` below 1.
     """
     batch_size = typed(Count, batch_size, "--batch-size is")
-    files, extract = list(inputs.files), FeatureExtractor(network)
     paths: list[str] = []
     features, probabilities = [], []
-    with tqdm(total=len(files), unit="img", leave=False, disable=None) as bar:
-        for good, x in decoded(files, network.preprocessing, network.world, batch_size, inputs.failed):
-            values, output = extract(x)
+    rows = _exported_rows if isinstance(network, OnnxNetwork) else _rows
+    with tqdm(total=len(inputs.files), unit="img", leave=False, disable=None) as bar:
+        for good, values, shares in rows(network, inputs, batch_size):
             paths += good
-            features.append(values.cpu().numpy())
-            probabilities.append(metrics.probabilities(output.cpu(), network.temperature or 1.0).float().numpy())
+            features.append(values)
+            probabilities.append(shares)
             bar.update(len(good))
     if not paths:
         raise Refused(
             f"no image can be read ({inputs.failed[0][1] if inputs.failed else 'none is there'}); give others"
         )
     return Embedded(paths, np.concatenate(features), np.concatenate(probabilities), list(network.classes))
+
+
+Rows = Iterator[tuple[list[str], NDArray[np.float32], NDArray[np.float32]]]
+"""Paths of images, their features and their probabilities."""
+
+
+def _exported_rows(network: Any, inputs: Inputs, batch_size: int) -> Rows:
+    for paths, pixels in network.decoded(inputs.files, inputs.failed, batch_size):
+        outputs = network.outputs(pixels)
+        yield paths, outputs.features, outputs.probabilities
+
+
+def _rows(network: Any, inputs: Inputs, batch_size: int) -> Rows:
+    from finetune101.evaluation import metrics
+    from finetune101.evaluation.features import FeatureExtractor
+    from finetune101.evaluation.photos import decoded
+
+    extract, files = FeatureExtractor(network), list(inputs.files)
+    for paths, x in decoded(files, network.preprocessing, network.world, batch_size, inputs.failed):
+        values, output = extract(x)
+        shares = metrics.probabilities(output.cpu(), network.temperature or 1.0).float().numpy()
+        yield paths, values.cpu().numpy(), shares
 
 
 def check_features_file(out: Path, *, overwrite: bool = False) -> None:

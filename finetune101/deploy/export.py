@@ -15,9 +15,10 @@ import onnx
 import torch
 
 import finetune101
+from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.graph import halve, onnx_graph, prepend_resize, program
 from finetune101.deploy.inputs import image_inputs
-from finetune101.deploy.onnx_network import METADATA, Accuracy, ExportedInfo, OnnxNetwork, Parity
+from finetune101.deploy.onnx_network import Accuracy, ExportedInfo, OnnxNetwork, Parity
 from finetune101.deploy.parity import (
     LabelledImages,
     check_accuracy,
@@ -27,13 +28,14 @@ from finetune101.deploy.parity import (
     resized_pictures,
 )
 from finetune101.deploy.quantize import FROM, LOSS, TRIED, Quantized, quantized
-from finetune101.deploy.released import RELEASED, open_reference, open_released
+from finetune101.deploy.released import open_reference, open_released
 from finetune101.deploy.tables import check_out_file
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, as_checkpoint, open_file, open_network
 from finetune101.evaluation.evaluate import Opened, open_scored
 from finetune101.files import atomic
 from finetune101.run import Run, open_run, save_checkpoint
+from finetune101.standalone import METADATA, PICTURES
 
 Format = Literal["onnx", "onnx-int8", "torch-export", "safetensors"]
 SUFFIXES: dict[str, str] = {
@@ -136,6 +138,7 @@ def export_network(
     resized: bool = False,
     parity: str | None = None,
     overwrite: bool = False,
+    made_of: str = "",
 ) -> Exported:
     """Writes the network of ``source`` to the file ``out``, and measures whether it gives the same answers.
 
@@ -147,6 +150,7 @@ def export_network(
         resized: the ONNX file takes resized pictures, uint8 (N, 3, size, size), in place of pictures of any size.
         parity: a folder of pictures to compare the answers on; by default the validation images of the split.
         overwrite: replace a file that is there.
+        made_of: what ``deploy.kept`` knows the file by.
 
     Raises Refused for a file that is there, and where the answers differ: no file is left then.
     """
@@ -157,7 +161,8 @@ def export_network(
             save_checkpoint(part, *as_checkpoint(source.network))
         return Exported(out, format, time.perf_counter() - started, None)
     images = source.validation if parity is None else _pictures_in(parity)
-    info = _info(source, "images" if format.startswith("onnx") and not resized else "resized")
+    info = exported_info(source, "images" if format.startswith("onnx") and not resized else "resized")
+    info = dataclasses.replace(info, made_of=made_of)
     notes = []
     if images is None:
         notes.append(
@@ -186,14 +191,15 @@ def _pictures_in(folder: str) -> LabelledImages:
     return LabelledImages([Path(file) for file in inputs.files], "given")
 
 
-def _info(source: Source, input_: Literal["images", "resized"]) -> ExportedInfo:
+def exported_info(source: Source, input_: str) -> ExportedInfo:
+    """What an exported file of ``source`` says of its network; ``input_`` is the name of its input."""
     network = source.network
     return ExportedInfo(
         name=network.name,
         model=network.architecture,
         classes=tuple(network.classes),
         preprocessing=network.preprocessing,
-        input=input_,
+        input="images" if input_ == PICTURES else "resized",
         temperature=network.temperature,
         temperature_reason=network.temperature_reason,
         unlike_threshold=network.unlike.threshold if network.unlike else None,
@@ -229,7 +235,7 @@ def _write_graph(
     """Writes ``graph`` with ``info`` and the measured parity into its metadata."""
     measured = None
     with atomic(out) as part:
-        _save_graph(graph, info, part)
+        save_graph(graph, info, part)
         if images:
             exported = OnnxNetwork(part)
             whole = exported.probabilities if info.input == "images" else None
@@ -238,11 +244,12 @@ def _write_graph(
                 check_parity(measured)
             else:
                 check_accuracy(measured)
-            _save_graph(graph, dataclasses.replace(info, parity=measured), part)
+            save_graph(graph, dataclasses.replace(info, parity=measured), part)
     return measured
 
 
-def _save_graph(graph: onnx.ModelProto, info: ExportedInfo, file: Path) -> None:
+def save_graph(graph: onnx.ModelProto, info: ExportedInfo, file: Path) -> None:
+    """Writes ``graph`` with ``info`` as its metadata."""
     onnx.helper.set_model_props(graph, info.to_metadata())
     graph.producer_name, graph.producer_version = "finetune101", info.version
     file.write_bytes(graph.SerializeToString())

@@ -5,28 +5,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load as load_arrays
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune101.config import Preprocessing
-from finetune101.deploy.resize import ResizeWeights, resize_weights
 from finetune101.errors import Refused, shortened
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.unlike import PROBABILITY
+from finetune101.standalone import PICTURES, RESIZED, ResizeWeights, resize_weights
 
 OPSET = 18  # the first whose Resize filters as Pillow does (antialias)
 IR_VERSION = 10  # what runtimes of 2024 read
-PICTURES, RESIZED = "images", "resized"
-"""The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
 OUTPUTS = ("probabilities", "features", "unlike")
 """The names of the outputs; the last only of a network with a score for unlike images (see ``evaluation.unlike``)."""
 FEW = 1024  # numbers: below, half precision saves nothing
@@ -48,7 +49,7 @@ class Classifier(nn.Module):
         own = network.preprocessing
         self.mean, self.std = (nn.Buffer(torch.tensor(value).view(3, 1, 1) * 255) for value in (own.mean, own.std))
 
-        means = network.unlike.means.T if network.unlike else None
+        means = network.unlike.means if network.unlike else None
         self.class_means = None if means is None else nn.Buffer(torch.from_numpy(means.astype(np.float32)))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +65,8 @@ class Classifier(nn.Module):
         probabilities = torch.softmax(logits / self.temperature, 1)
         if self.class_means is None:
             return probabilities, features
-        cosine = (F.normalize(features, dim=1) @ self.class_means).amax(1)
+        zeros = torch.zeros(len(self.class_means))  # with a bias the weights stay as they are in the graph
+        cosine = F.linear(F.normalize(features, dim=1), self.class_means, zeros).amax(1)
         certain = torch.softmax(logits, 1).amax(1)
         return probabilities, features, 1 - cosine + PROBABILITY * (1 - certain)
 
@@ -79,15 +81,21 @@ def program(network: TrainedNetwork) -> torch.export.ExportedProgram:
         )
 
 
-def onnx_graph(network: TrainedNetwork) -> onnx.ModelProto:
-    """``Classifier`` of ``network`` as ONNX (opset 18); its input is ``RESIZED``, uint8 (N, 3, size, size)."""
+def onnx_graph(network: TrainedNetwork, fused: bool = True) -> onnx.ModelProto:
+    """``Classifier`` of ``network`` as ONNX (opset 18); its input is ``RESIZED``, uint8 (N, 3, size, size).
+
+    Without ``fused`` batch norm stays a layer of its own, and every weight is one of the checkpoint, named "model." +
+    its name there.
+    """
     exporting = program(network)
     with _quiet(), _refused(network.architecture):
         exported = torch.onnx.export(
             exporting, input_names=[RESIZED], output_names=list(OUTPUTS[: 3 if network.unlike else 2]),
-            opset_version=OPSET, dynamo=True, verbose=False,
+            opset_version=OPSET, dynamo=True, verbose=False, optimize=fused,
         )  # fmt: skip
         assert exported is not None
+        if not fused:
+            _fold_constants(exported.model)
         graph: onnx.ModelProto = exported.model_proto
     graph.ir_version = min(graph.ir_version, IR_VERSION)
     for node in graph.graph.node:  # file names and lines of this machine
@@ -98,6 +106,53 @@ def onnx_graph(network: TrainedNetwork) -> onnx.ModelProto:
         value.type.tensor_type.shape.dim[0].dim_param = "N"
     onnx.checker.check_model(graph, full_check=True)
     return graph
+
+
+def _fold_constants(model: Any) -> None:
+    """Makes ``model`` (of onnx_ir) small without fusing its layers."""
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass, NameFixPass
+    from onnxscript import optimizer
+
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    NameFixPass()(model)  # a constant and a value may have one name
+
+
+def stored_in(graph: onnx.ModelProto, files: Sequence[tuple[Path, Mapping[str, str]]]) -> None:
+    """Makes ``graph`` read its constants from safetensors files beside it, in their precision, cast when it is loaded.
+
+    ``files`` holds each file with the name of a constant for each of its tensors. Raises ValueError where a tensor does
+    not hold the values of its constant.
+    """
+    constants, casts = {one.name: one for one in graph.graph.initializer}, []
+    for file, names in files:
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        tensors, arrays = json.loads(content[8 : 8 + length]), load_arrays(content)
+        for tensor, name in names.items():
+            constant, values = constants[name], arrays[tensor]
+            if not np.array_equal(numpy_helper.to_array(constant), values.astype(np.float32)):
+                raise ValueError(f"{file} holds other values for {name}")
+            begin, end = tensors[tensor]["data_offsets"]
+            place = {"location": file.name, "offset": str(8 + length + begin), "length": str(end - begin)}
+            half = values.dtype == np.float16
+            constant.Clear()
+            constant.name = f"{name}_half" if half else name
+            constant.data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+            constant.data_location = TensorProto.EXTERNAL
+            constant.dims.extend(values.shape)
+            constant.external_data.extend(onnx.StringStringEntryProto(key=k, value=word) for k, word in place.items())
+            if half:
+                casts.append(helper.make_node("Cast", [constant.name], [name], to=TensorProto.FLOAT))
+    _prepend(graph, casts)
+
+
+def _prepend(graph: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    body = list(graph.graph.node)
+    del graph.graph.node[:]
+    graph.graph.node.extend([*nodes, *body])
 
 
 def prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> None:
@@ -142,16 +197,14 @@ def prepend_resize(graph: onnx.ModelProto, preprocessing: Preprocessing) -> None
         }
         nodes.append(make("If", ["resize_is_own"], [RESIZED], **graphs))
     graph.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-    body = list(graph.graph.node)
-    del graph.graph.node[:]
-    graph.graph.node.extend([*nodes, *body])
+    _prepend(graph, nodes)
     del graph.graph.input[:]
     graph.graph.input.append(helper.make_tensor_value_info(PICTURES, TensorProto.UINT8, ["N", "H", "W", 3]))
     onnx.checker.check_model(graph, full_check=True)
 
 
 def _second_resize(weights: ResizeWeights) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
-    """Nodes from "resize_decoded" to "resize_other" as ``resize.resize_pixels`` computes it, and their constants."""
+    """Nodes from "resize_decoded" to "resize_other" as ``standalone.resize_pixels`` computes it, and constants."""
     make, kind = helper.make_node, weights.matrix.dtype
     number = helper.np_dtype_to_tensor_dtype(kind)
     constants = {
@@ -193,9 +246,7 @@ def halve(graph: onnx.ModelProto) -> None:
         name = constant.name
         constant.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}_half"))
         casts.append(helper.make_node("Cast", [constant.name], [name], to=TensorProto.FLOAT))
-    body = list(graph.graph.node)
-    del graph.graph.node[:]
-    graph.graph.node.extend([*casts, *body])
+    _prepend(graph, casts)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune101.data.formats import IMAGE_SUFFIXES
 from finetune101.data.layouts import DEAD, NOT_IMAGES, OWN, SPECIAL, is_image_name, is_junk, list_folder
 from finetune101.errors import Refused, escaped
-from finetune101.evaluation.photos import Failure
+from finetune101.standalone import IMAGE_SUFFIXES
 
 STANDARD_INPUT = "-"
 LIST = "@"
@@ -28,8 +27,8 @@ class Inputs:
     """Paths as given, or below a folder as given; a dict for its order and quick look-up."""
     folders: list[str] = field(default_factory=list)
     """The folders that were searched for images."""
-    failed: list[Failure] = field(default_factory=list)
-    """Words that name no image; prediction adds the images that cannot be read."""
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    """(path, reason) of words that name no image; prediction adds the images that cannot be read."""
     left_out: dict[str, dict[str, None]] = field(default_factory=dict)
     """Reason -> paths in ``folders`` that are not used, each once."""
 

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
-import onnxruntime
 from msgspec import Meta
 from numpy.typing import NDArray
 
 from finetune101.config import Preprocessing
+from finetune101.data.decode import photo_reader
 from finetune101.deploy.prediction import Image, Prediction, cached_pixels, in_batches
-from finetune101.deploy.resize import resize_pixels
-from finetune101.errors import Refused, shortened
+from finetune101.errors import Refused
 from finetune101.files import checked, parse_json
 from finetune101.host import usable_cores
+from finetune101.standalone import (
+    METADATA,
+    PASS,
+    ExportedNetwork,
+    Outputs,
+    Pixels,
+    UnusableFile,
+    decoded_passes,
+    resize_pixels,
+)
 
-METADATA = "finetune101"
-"""The key of an exported file's metadata that holds an ``ExportedInfo`` as JSON."""
-MOST_BYTES = 2 * 10**9  # of a file: protobuf's own bound
 _REMEDY = "give a file that finetune101 export wrote"
 
 Name = Annotated[str, Meta(min_length=1, max_length=1000)]
@@ -91,6 +98,8 @@ class ExportedInfo:
     parity: Parity | None = None
     weights: str = ""
     """sha256 (hex) of the checkpoint."""
+    made_of: str = ""
+    """Hash of the files of a run that the file was made of: see ``deploy.kept``."""
     version: str = ""
     """Of finetune101."""
     format: Literal[1] = 1
@@ -100,43 +109,30 @@ class ExportedInfo:
         return {METADATA: json.dumps(dataclasses.asdict(self), allow_nan=False)}
 
 
-class Outputs(NamedTuple):
-    """What a file gives for N pictures, float32."""
-
-    probabilities: NDArray[np.float32]
-    """(N, classes), calibrated."""
-    features: NDArray[np.float32]
-    """(N, D): what the output layer sees."""
-    unlike: NDArray[np.float32] | None = None
-    """(N,): how unlike the training images each is (see ``evaluation.unlike``)."""
-
-
 class OnnxNetwork:
     """An exported network, ready for images. It needs ONNX Runtime, Pillow and NumPy, and no PyTorch."""
 
-    def __init__(self, file: str | Path, threads: int | None = None) -> None:
-        """Opens ``file``. Raises Refused when it is missing, damaged or not written by ``finetune101 export``."""
+    def __init__(
+        self, file: str | Path, threads: int | None = None, *, name: str | None = None, in_place: bool = False
+    ) -> None:
+        """Opens ``file``; ``name`` is what it is called where it is part of a run.
+
+        ``in_place``: see ``standalone.ExportedNetwork``. Raises Refused when the file is missing, damaged or not
+        written by ``finetune101 export``.
+        """
         self.file = Path(file)
-        content = _content(self.file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
-        options.log_severity_level = 3
         try:
-            self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise Refused(f"{file} is damaged ({shortened(str(error))}); {_REMEDY}") from error
-        self.info = _info(self.session.get_modelmeta().custom_metadata_map, self.file)
-        if [one.name for one in self.session.get_inputs()] != [self.info.input]:
-            raise Refused(f"{file} has other inputs than its metadata says; {_REMEDY}")
-        shapes = {one.name: one.shape for one in self.session.get_outputs()}
-        wanted = {"probabilities", "features"} | ({"unlike"} if self.info.unlike_threshold is not None else set())
-        if not wanted <= shapes.keys() or shapes["probabilities"][-1] not in (len(self.info.classes), None):
-            raise Refused(f"{file} has other outputs than its metadata says; {_REMEDY}")
+            self.exported = ExportedNetwork(os.fspath(file), threads or usable_cores(), in_place)
+        except UnusableFile as error:
+            raise Refused(f"{error}; {_REMEDY}") from error
+        value = parse_json(self.exported.metadata, f"the metadata of {file}", _REMEDY)
+        self.info: ExportedInfo = checked(value, ExportedInfo, f"{file}", remedy=_REMEDY)
+        self._name = name
 
     @property
     def name(self) -> str:
         """The name of the network that was exported."""
-        return self.info.name or str(self.file)
+        return self._name or self.info.name or str(self.file)
 
     @property
     def classes(self) -> list[str]:
@@ -158,14 +154,11 @@ class OnnxNetwork:
         """The ``top_k`` most probable classes of an image, or of each of a list, as ``Network.predict`` gives them."""
         return in_batches(images, top_k, batch_size, self._classify)
 
-    def outputs(self, pixels: NDArray[np.uint8]) -> Outputs:
-        """As ``probabilities``, with all outputs. A file for resized pictures takes its own size only."""
-        if self.info.input == "resized":
-            pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        names = ["probabilities", "features", *(["unlike"] if self.unlike is not None else [])]
-        return Outputs(*self.session.run(names, {self.info.input: pixels}))
+    def outputs(self, pixels: Pixels) -> Outputs:
+        """As ``standalone.ExportedNetwork.outputs``."""
+        return self.exported.outputs(pixels)
 
-    def probabilities(self, pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def probabilities(self, pictures: Pixels) -> NDArray[np.float32]:
         """Pictures of one size, uint8 (N, H, W, 3) -> probabilities (N, classes); the file resizes them if need be."""
         return self.outputs(pictures).probabilities
 
@@ -194,50 +187,37 @@ class OnnxNetwork:
         """Whether only the output layer was trained."""
         return self.info.frozen_backbone
 
+    def input_of(self, cached: Pixels) -> Pixels:
+        """Pixels of ``cache_size``, uint8 (cache_size, cache_size, 3), as its input, uint8 (size, size, 3)."""
+        return resize_pixels(cached, self.preprocessing.size, self.preprocessing.interpolation)
+
+    def decoded(
+        self, files: Iterable[str], failed: list[tuple[str, str]], batch_size: int = PASS
+    ) -> Iterator[tuple[list[str], Pixels]]:
+        """Files that can be read and their pixels, uint8 (N, size, size, 3); see ``standalone.decoded_passes``."""
+        read = photo_reader(self.preprocessing.cache_size, self.preprocessing.interpolation)
+        count = min(batch_size, PASS)
+        return decoded_passes(lambda file: self.input_of(read(file)), files, failed, count, usable_cores())
+
     def _classify(self, images: Sequence[Image], top_k: int) -> list[Prediction]:
-        own = self.preprocessing
-        pixels = [resize_pixels(cached_pixels(image, own), own) for image in images]
+        pixels = [self.input_of(cached_pixels(image, self.preprocessing)) for image in images]
         return self.label(np.stack(pixels), images, top_k)
 
-    def label(self, pixels: NDArray[np.uint8], images: Sequence[Image], top_k: int) -> list[Prediction]:
+    def label(self, pixels: Pixels, images: Sequence[Image], top_k: int) -> list[Prediction]:
         """The ``top_k`` most probable classes of each of ``images``, whose pixels are uint8 (N, size, size, 3).
 
         Raises Refused when the output is not finite.
         """
-        probabilities, _, scores = self.outputs(pixels)
-        if not np.isfinite(probabilities).all():
-            raise Refused(f"the output of {self.name} is not finite; export it again")
-        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-        classes = [
-            tuple((self.info.classes[k], float(row[k])) for k in best)
-            for row, best in zip(probabilities, order, strict=True)
+        try:
+            labels = self.exported.labels(pixels, [""] * len(images), top_k)
+        except UnusableFile as error:
+            raise Refused(f"{error}; export it again") from error
+        return [
+            Prediction(one.classes, image, one.unlike, one.unlike_score)
+            for one, image in zip(labels, images, strict=True)
         ]
-        if scores is None or self.unlike is None:
-            return [Prediction(one, image) for one, image in zip(classes, images, strict=True)]
-        rows = zip(classes, images, (scores > self.unlike).tolist(), scores.tolist(), strict=True)
-        return [Prediction(*row) for row in rows]
 
 
 def read_exported_info(file: Path) -> ExportedInfo:
     """What is written in the ONNX file ``file``. Raises Refused as ``OnnxNetwork`` does."""
     return OnnxNetwork(file).info
-
-
-def _content(file: Path) -> bytes:
-    try:
-        if not file.is_file():
-            raise Refused(f"there is no file {file}; {_REMEDY}")
-        if file.stat().st_size > MOST_BYTES:
-            raise Refused(f"{file} is larger than an ONNX file can be; {_REMEDY}")
-        return file.read_bytes()
-    except OSError as error:
-        raise Refused(f"{file} cannot be read ({error.strerror}); {_REMEDY}") from error
-
-
-def _info(metadata: dict[str, Any], file: Path) -> ExportedInfo:
-    """The metadata of ``file`` by its types and bounds. Raises Refused naming what is wrong."""
-    if METADATA not in metadata:
-        raise Refused(f"{file} does not say of which classes its network is; {_REMEDY}")
-    value = parse_json(metadata[METADATA], f"the metadata of {file}", _REMEDY)
-    info: ExportedInfo = checked(value, ExportedInfo, f"{file}", remedy=_REMEDY)
-    return info

@@ -15,11 +15,11 @@ from tqdm import tqdm
 from finetune101.data.batches import to_input
 from finetune101.data.decode import FILTERS, in_threads, opened
 from finetune101.deploy.onnx_network import Difference, Parity
-from finetune101.deploy.resize import resize_pixels
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.forward import Forward
+from finetune101.standalone import resize_pixels
 
 MOST_IMAGES = 1_000  # more tell little more, and take minutes
 MOST_CHANGED = 0.001  # share of the images; a single one may always differ, as two classes can be equally probable
@@ -72,7 +72,7 @@ def measure_parity(
         x = to_input(torch.from_numpy(cached).permute(0, 3, 1, 2), own, world)
         output = forward(x).cpu()
         reference = metrics.probabilities(output, network.temperature or 1.0).numpy().astype(np.float32)
-        small = resized(np.stack([resize_pixels(pixels, own) for pixels in cached]))
+        small = resized(np.stack([resize_pixels(pixels, own.size, own.interpolation) for pixels in cached]))
         large = np.concatenate([pictures(one[None]) for one in whole]) if pictures else small
         rows.append(np.stack([reference, small, large]))
     reference, small, large = np.concatenate(rows, axis=1)
@@ -153,4 +153,4 @@ def resized_pictures(files: Sequence[Path], network: TrainedNetwork, count: int)
     own = network.preprocessing
     chosen = LabelledImages(files, "").at_most(count).files
     cached = [pixels for batch in picture_batches(chosen, network) for _, pixels in batch]
-    return np.stack([resize_pixels(pixels, own) for pixels in cached])
+    return np.stack([resize_pixels(pixels, own.size, own.interpolation) for pixels in cached])

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tqdm import tqdm
 
 from finetune101.config import Count
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.labels import Labeller
+from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.prediction import Prediction
-from finetune101.deploy.resize import resize_pixels
-from finetune101.evaluation.checkpoint import TrainedNetwork
-from finetune101.evaluation.photos import decoded, decoded_pixels
-from finetune101.fast import tune_allocator
 from finetune101.files import typed
 
 if TYPE_CHECKING:
-    from finetune101.deploy.onnx_network import OnnxNetwork
+    from finetune101.evaluation.checkpoint import TrainedNetwork
 
 
 def predict_files(
@@ -31,16 +26,16 @@ def predict_files(
 ) -> Iterator[Prediction]:
     """The ``top_k`` most probable classes of every image in ``inputs``, in order; ``Prediction.image`` is its path.
 
-    One batch of images is in memory at a time. (path, reason) of images that cannot be read are added to
-    ``inputs.failed``. With fewer classes than ``top_k``, all are given. A progress bar counts images on a terminal.
-    Raises Refused when a number is below 1, or the network's output is not finite.
+    Threads decode while the network runs; few images are in memory at a time. (path, reason) of images that cannot be
+    read are added to ``inputs.failed``. With fewer classes than ``top_k``, all are given. A progress bar counts images
+    on a terminal. Raises Refused when a number is below 1, or the network's output is not finite.
     """
     top_k = typed(Count, top_k, "--top-k is")
     batch_size = typed(Count, batch_size, "--batch-size is")
-    if isinstance(network, TrainedNetwork):
-        batches = _labels(network, inputs, top_k, batch_size)
-    else:
+    if isinstance(network, OnnxNetwork):
         batches = _exported_labels(network, inputs, top_k, batch_size)
+    else:
+        batches = _labels(network, inputs, top_k, batch_size)
     return _with_progress(batches, len(inputs.files), show_progress)
 
 
@@ -52,6 +47,10 @@ def _with_progress(batches: Iterator[list[Prediction]], total: int, show_progres
 
 
 def _labels(network: TrainedNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:
+    from finetune101.deploy.labels import Labeller
+    from finetune101.evaluation.photos import decoded
+    from finetune101.fast import tune_allocator
+
     if network.fast_kernels:
         tune_allocator()
     label = Labeller(network)
@@ -60,6 +59,5 @@ def _labels(network: TrainedNetwork, inputs: Inputs, top_k: int, batch_size: int
 
 
 def _exported_labels(network: OnnxNetwork, inputs: Inputs, top_k: int, batch_size: int) -> Iterator[list[Prediction]]:
-    own = network.preprocessing
-    for paths, pixels in decoded_pixels(list(inputs.files), own, batch_size, inputs.failed):
-        yield network.label(np.stack([resize_pixels(one, own) for one in pixels]), paths, top_k)
+    for paths, pixels in network.decoded(inputs.files, inputs.failed, batch_size):
+        yield network.label(pixels, paths, top_k)

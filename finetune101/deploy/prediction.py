@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 
 from finetune101.config import Count, Preprocessing
-from finetune101.data.decode import Pixels, Unreadable, decode, decode_image, opened, upright
+from finetune101.data.decode import Unreadable, decode, decode_image, opened
 from finetune101.errors import Refused, escaped
 from finetune101.files import typed
+from finetune101.standalone import UNLIKE_TEXT, Pixels, upright
 
 Image = str | Path | Pillow.Image | NDArray[np.uint8]
 """A file, a Pillow image, or an array of height x width x 3 (RGB) or height x width (grey) of type uint8."""
 IMAGES = "give a file, a Pillow image, an array of uint8, or a list of them"
-UNLIKE_TEXT = "unlike the training pictures"
 THUMBNAIL = 128  # pixels of its longer side
 
 

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune101.config import DataConfig, SystemConfig
 from finetune101.data import splits
-from finetune101.data.images import IMAGE_SUFFIXES, find_data, index_images
-from finetune101.deploy.inputs import is_list
+from finetune101.data.images import find_data, index_images
+from finetune101.deploy.choose import FOLDER, RELEASED, available
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_hashed, open_file, open_network
+from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_hashed
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores
 from finetune101.evaluation.unlike import UNLIKE
 from finetune101.machine import detect
-from finetune101.run import Run, find_run, is_run, open_run
-
-FOLDER = Path(__file__).parent.parent / "weights"
-RELEASED = {
-    "released_finetune": "caltech101_finetune_efficientnet_lite0",
-    "released_random": "caltech101_scratch_efficientnet_lite0",
-    "released_probe": "caltech101_probe_efficientnet_lite0",
-}
-"""Name to use -> file in ``weights/``, and the card of the same name beside it; the first that is there predicts."""
-OF_RUNS = {"config.json", "env.json", "split.json", "metrics.jsonl", "last.pt", "best.safetensors", "study.json"}
-"""Files of runs: a folder with one of them below it is not taken for a folder of images."""
-OF_NETWORKS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".json"}
-"""Suffixes that no image has, and that whoever names a network may mean."""
-
-
-def available() -> list[str]:
-    """The names of the released networks that this package holds, the one to predict with first."""
-    return [name for name, file in RELEASED.items() if (FOLDER / f"{file}.safetensors").is_file()]
 
 
 def open_released(name: str) -> tuple[TrainedNetwork, Info]:
@@ -58,54 +35,6 @@ def open_released(name: str) -> tuple[TrainedNetwork, Info]:
         architecture=info.model,
     )
     return network.with_unlike(FOLDER / f"{RELEASED[name]}.{UNLIKE}"), info
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """The network that the words of a command name, the images that they name, and whether it was named at all."""
-
-    network: TrainedNetwork
-    inputs: list[str]
-    named: bool
-    run: Run | None = None
-    """The run of the network; None for a released network and for a checkpoint outside of a run."""
-
-
-def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
-    """The network that ``words`` begin with (a run, a checkpoint, a released one; else the first released one).
-
-    Raises Refused when no image is left, or the first word is neither a network nor images.
-    """
-    if not words:
-        raise Refused("no image given; name files, folders or patterns")
-    first, rest = words[0], list(words[1:])
-    released, file = available(), Path(first)
-    run = None if first in released or is_list(first) else find_run(first, runs)
-    checkpoint = file.suffix == ".safetensors" and file.is_file()
-    if run or checkpoint or first in released:
-        if not rest:
-            raise Refused("no image given; name files, folders or patterns after the run")
-        network = open_network(run) if run else open_file(file) if checkpoint else open_released(first)[0]
-        beside = Run(file.parent) if checkpoint and is_run(file.parent) else None
-        return Chosen(network, rest, named=True, run=run or beside)
-    if not _names_images(first):
-        if file.is_file() and file.suffix != ".onnx":  # which open_run knows
-            raise Refused(f"{first} is no network that predict reads; name a run, or a best.safetensors of one")
-        open_run(first, runs)  # says which runs there are
-    return Chosen(open_released((released or list(RELEASED))[0])[0], list(words), named=False)
-
-
-def _names_images(word: str) -> bool:
-    """Whether the first word of a command can mean images: a file, a list, a pattern, a folder without runs."""
-    if is_list(word):
-        return True
-    suffix = Path(word).suffix.lower()
-    if os.path.isdir(word):
-        below = {name for _, _, names in os.walk(word) for name in names}
-        return not below & OF_RUNS and any(Path(name).suffix.lower() in IMAGE_SUFFIXES for name in below)
-    if suffix in OF_NETWORKS:
-        return False
-    return suffix in IMAGE_SUFFIXES or os.path.lexists(word) or bool(glob.glob(word, recursive=True))
 
 
 def score_released(name: str, data: str | None = None, batch_size: int = 64) -> dict[str, Any]:

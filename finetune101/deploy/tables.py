@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import itertools
 import json
@@ -11,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from finetune101 import standalone
 from finetune101.deploy.inputs import Inputs
-from finetune101.deploy.prediction import UNLIKE_TEXT, Prediction
+from finetune101.deploy.prediction import Prediction
 from finetune101.errors import Refused, escaped
-from finetune101.evaluation.predictions import cell
 from finetune101.files import atomic
+from finetune101.standalone import DIGITS, Label, csv_header, text_lines
 
 ENDINGS = (".csv", ".json", ".parquet")
-DIGITS = 6  # of a probability
 ROWS_AT_ONCE = 1000  # of a Parquet file
 
 
@@ -35,42 +34,42 @@ COLUMNS: tuple[Column, ...] = (
     Column("unlike", bool, lambda one: one.unlike),
     Column("unlike_score", float, lambda one: None if one.unlike_score is None else round(one.unlike_score, DIGITS)),
 )
-"""What every table holds of an image after its path and its classes: the one place to add a column."""
+"""What Parquet and JSON hold of an image after its path and its classes."""
 
 
 def table_columns(width: int) -> list[Column]:
-    """The columns of a CSV or Parquet table: path, class_1, probability_1, ... class_``width``, then ``COLUMNS``."""
-    classes = [column for k in range(width) for column in _class_columns(k)]
-    return [Column("path", str, lambda one: one.source), *classes, *COLUMNS]
+    """The columns of a Parquet table, named as ``standalone.csv_header`` says."""
+    path, *classes = csv_header(width)[: 1 + 2 * width]
+    return [
+        Column(path, str, lambda one: one.source),
+        *(column for k in range(width) for column in _class_columns(k, classes[2 * k], classes[2 * k + 1])),
+        *COLUMNS,
+    ]
 
 
-def _class_columns(k: int) -> tuple[Column, Column]:
+def _class_columns(k: int, name: str, share: str) -> tuple[Column, Column]:
     """The columns of the class at place ``k``, empty for an image with fewer classes."""
 
     def value(one: Prediction, part: int) -> str | float | None:
         return one.classes[k][part] if k < len(one.classes) else None
 
-    return (
-        Column(f"class_{k + 1}", str, lambda one: value(one, 0)),
-        Column(f"probability_{k + 1}", float, lambda one: value(one, 1)),
-    )
+    return Column(name, str, lambda one: value(one, 0)), Column(share, float, lambda one: value(one, 1))
 
 
 def write_text(predictions: Iterable[Prediction], out: TextIO) -> None:
-    """Lines for a terminal: each path, and below it its classes with their probability in percent; names escaped."""
+    """Lines for a terminal, as ``standalone.text_lines`` gives them."""
     for one in predictions:
-        lines = [f"  {UNLIKE_TEXT}"] if one.unlike else []
-        lines += [f"  {100 * probability:5.1f} %  {escaped(name)}" for name, probability in one.classes]
-        out.write("\n".join([escaped(one.source), *lines]) + "\n")
+        out.write("\n".join(text_lines(as_label(one))) + "\n")
 
 
 def write_csv(predictions: Iterable[Prediction], out: TextIO, width: int) -> None:
-    """``table_columns`` and a line per image; names are written as ``evaluation.predictions.cell`` does."""
-    columns = table_columns(width)
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([column.name for column in columns])
-    for one in predictions:
-        writer.writerow([_csv_cell(column.value(one)) for column in columns])
+    """A line per image, as ``standalone.write_csv`` writes it."""
+    standalone.write_csv(map(as_label, predictions), out, width)
+
+
+def as_label(one: Prediction) -> Label:
+    """``one`` for ``standalone``."""
+    return Label(one.source, one.classes, one.unlike, one.unlike_score)
 
 
 def write_json(predictions: Iterable[Prediction], out: TextIO, inputs: Inputs) -> None:
@@ -132,12 +131,6 @@ def write_table_file(predictions: Iterable[Prediction], file: Path, inputs: Inpu
                 write_json(predictions, out, inputs)
             else:
                 write_csv(predictions, out, width)
-
-
-def _csv_cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return "" if value is None else str(value).lower()
-    return f"{value:.{DIGITS}f}" if isinstance(value, float) else cell(value)
 
 
 def plain_text(value: Any) -> Any:

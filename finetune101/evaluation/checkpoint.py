@@ -114,10 +114,6 @@ class TrainedNetwork:
         return Forward(self.model, self.world, fast=self.fast_kernels, mirror=mirror)
 
 
-FROZEN = "Frozen backbone: only the output layer of this network was trained"
-"""What every command says of such a network."""
-
-
 def has_frozen_backbone(config: TrainConfig, epoch: int | None) -> bool:
     """Whether the weights of ``epoch`` of a run have the backbone that it started with: only the output layer changed.
 

@@ -9,26 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from finetune101.files import as_json, atomic
+from finetune101.standalone import csv_cell
 
 COLUMNS = ("path", "label", "prediction", "confidence")
-# what a spreadsheet takes for a formula (OWASP, "CSV injection"), and the same as we write it
-_FORMULA, _GUARDED = re.compile("'*[-=+@]"), re.compile("''*[-=+@]")
-_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]|\\\\(?=u[0-9a-f]{4})")
+_GUARDED = re.compile("''*[-=+@]")
 _ESCAPE = re.compile(r"\\u([0-9a-f]{4})")
 
 
-def cell(name: str) -> str:
-    """``name`` for a CSV file: no formula, no control character, only characters that UTF-8 has.
-
-    A formula begins with ', other characters are \\uNNNN, as is a backslash before what looks like one.
-    ``name_in_cell`` undoes it.
-    """
-    escaped = _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", name)
-    return f"'{escaped}" if _FORMULA.match(escaped) else escaped
-
-
 def name_in_cell(text: str) -> str:
-    """The name that ``cell`` made ``text`` of."""
+    """The name that ``standalone.csv_cell`` made ``text`` of."""
     plain = text[1:] if _GUARDED.match(text) else text
     return _ESCAPE.sub(lambda match: chr(int(match[1], 16)), plain)
 
@@ -49,6 +38,6 @@ def write_pair(folder: Path, ending: str, result: dict[str, Any], rows: Iterable
         with open(table, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows([*map(cell, names), f"{confidence:.4f}"] for *names, confidence in rows)
+            writer.writerows([*map(csv_cell, names), f"{confidence:.4f}"] for *names, confidence in rows)
         with atomic(folder / f"test{ending}.json") as part:
             part.write_text(as_json(result, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune101.errors import escaped
-from finetune101.evaluation.checkpoint import FROZEN
+
+FROZEN = "Frozen backbone: only the output layer of this network was trained"
+"""What every command says of such a network."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from PIL import Image as Pillow
 
 from finetune101.config import Preprocessing
-from finetune101.data.decode import MOST_PIXELS, Unreadable, opened
+from finetune101.data.decode import Unreadable, opened
 from finetune101.redaction import traceback_of
 from finetune101.serve.answers import Answered, Answers, ClassShare, Neighbour, Unread
+from finetune101.standalone import MOST_PIXELS
 
 SMALL = 224  # px, the longer side of a training image
 PASS = 16  # pictures of one forward pass: ``evaluation.forward`` fills passes up to this number

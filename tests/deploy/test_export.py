@@ -25,7 +25,6 @@ from finetune101.deploy.export import Source, export_network, open_source
 from finetune101.deploy.network import Network
 from finetune101.deploy.onnx_network import METADATA, Difference, OnnxNetwork, Parity
 from finetune101.deploy.parity import LabelledImages, check_parity
-from finetune101.deploy.resize import resize_pixels
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file
 from finetune101.evaluation.features import FeatureExtractor
@@ -33,6 +32,7 @@ from finetune101.evaluation.unlike import fit_unlike
 from finetune101.machine import detect
 from finetune101.models.build import build
 from finetune101.models.table import lookup, names
+from finetune101.standalone import resize_pixels
 
 TIMM = ("timm:resnetv2_50x1_bit", "timm:vit_tiny_patch16_224", "timm:convnext_atto")
 CLASSES = ("ant", "bee", "cat")
@@ -110,7 +110,7 @@ def test_the_second_resize_is_that_of_training(source: int, size: int, interpola
     pixels = np.random.default_rng(size).integers(0, 256, (source, source, 3), np.uint8)
     own = Preprocessing(size=size, cache_size=source, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation=interpolation)
     expected = resized(torch.from_numpy(pixels).permute(2, 0, 1)[None], own)[0].permute(1, 2, 0)
-    assert np.array_equal(resize_pixels(pixels, own), expected.numpy())
+    assert np.array_equal(resize_pixels(pixels, own.size, own.interpolation), expected.numpy())
 
 
 def test_the_file_says_what_it_is(pictures: LabelledImages, tmp_path: Path) -> None:
