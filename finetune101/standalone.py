@@ -580,16 +580,16 @@ def write_csv(labels: Iterable[Label], out: TextIO, width: int) -> None:
     writer.writerows(csv_row(label, width) for label in labels)
 
 
-def text_lines(label: Label) -> list[str]:
-    """The path of an image, and below it its classes with their probability in percent; no control characters."""
-    lines = [f"  {UNLIKE_TEXT}"] if label.unlike else []
-    lines += [f"  {100 * share:5.1f} %  {printable(name)}" for name, share in label.classes]
-    return [printable(label.file), *lines]
-
-
 def printable(name: str) -> str:
-    """``name`` for a terminal: what is no printable character as ASCII."""
-    return "".join(c if c.isprintable() else c.encode("ascii", "backslashreplace").decode() for c in name)
+    """``name`` for a terminal: what is no printable character as Python writes it in text."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
+def text_lines(label: Label, escape: Callable[[str], str] = printable) -> list[str]:
+    """The path of an image, and below it its classes with their probability in percent; ``escape`` makes names."""
+    lines = [f"  {UNLIKE_TEXT}"] if label.unlike else []
+    lines += [f"  {100 * share:5.1f} %  {escape(name)}" for name, share in label.classes]
+    return [escape(label.file), *lines]
 
 
 # --- the program

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_the_examples_of_a_page_run(
             continue
         for line in block.replace("\\\n", " ").splitlines():
             command = line.split(" #")[0].strip()
+            if command.startswith("python "):
+                subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True, cwd=here)
+                continue
             producer, pipe, consumer = command.rpartition(" | finetune101 ")
             if pipe:
                 printed = subprocess.run(producer, shell=True, check=True, capture_output=True, cwd=here).stdout

@@ -14,7 +14,7 @@ from finetune101.errors import Refused
 def export(
     run: tyro.conf.Positional[str],
     *,
-    format: Literal["onnx", "onnx-int8", "torch-export", "safetensors", "web"] = "onnx",
+    format: Literal["onnx", "onnx-int8", "torch-export", "safetensors", "web", "bundle"] = "onnx",
     out: str | None = None,
     resized: Flag = False,
     parity: str | None = None,
@@ -29,8 +29,9 @@ def export(
         run: Folder or name of a run, a best.safetensors, or released_finetune, released_random or released_probe.
         format: onnx: pictures in, calibrated probabilities out. onnx-int8: the same in 8-bit integers. torch-export:
             PyTorch's own format. safetensors: weights with classes, preprocessing and temperature. web: a folder for a
-            static web host; the network runs in the visitor's browser.
-        out: File to write. Without: NAME.onnx in the working folder.
+            static web host; the network runs in the visitor's browser. bundle: a folder with the network and a program
+            that labels photos on a machine without finetune101 and without PyTorch.
+        out: File or folder to write. Without: NAME.onnx in the working folder.
         resized: The ONNX file takes pictures that are resized already, N x 3 x size x size.
         parity: Folder of pictures to compare the answers on. Without: the validation images of the run.
         runtime: For web: the folder dist of the npm package onnxruntime-web, if not in node_modules.
@@ -52,6 +53,12 @@ def export(
         from finetune101.serve.web import RUNTIME, export_web
 
         print(export_web(source, file, RUNTIME if runtime is None else Path(runtime), parity, overwrite))
+        return 0
+    if format == "bundle":
+        from finetune101.deploy.bundle import export_bundle
+        from finetune101.run import find_run
+
+        print(export_bundle(source, file, find_run(run, runs), parity, overwrite))
         return 0
     print(export_network(source, file, format=format, resized=resized, parity=parity, overwrite=overwrite))
     return 0

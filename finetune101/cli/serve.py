@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from finetune101.cli.parse import Flag
 from finetune101.errors import Refused
 
 if TYPE_CHECKING:
+    from finetune101.deploy.network import Network
     from finetune101.serve.worker import Classifier
 
 
@@ -68,15 +70,28 @@ def open_classifier(name: str, runs: str, neighbours: bool = False, data: str | 
 
     Raises Refused where one of both is not there.
     """
-    if name.endswith(".onnx"):
-        from finetune101.deploy.onnx_network import OnnxNetwork
+    from finetune101.deploy.choose import named_network
+    from finetune101.deploy.kept import answering_network
+    from finetune101.deploy.onnx_network import OnnxNetwork
+    from finetune101.run import open_run
 
-        if neighbours:
-            raise Refused(f"{name} names no training images; serve its run, or leave --neighbours out")
-        return OnnxNetwork(name)
-    from finetune101.deploy.network import load
+    chosen = named_network(name, runs)
+    if chosen is None:
+        open_run(name, runs)  # says which runs there are
+        raise AssertionError(name)
+    if neighbours and chosen.file and chosen.file.suffix == ".onnx":
+        raise Refused(f"{name} names no training images; serve its run, or leave --neighbours out")
+    answering = answering_network(chosen)
+    if isinstance(answering, OnnxNetwork):
+        if (chosen.file and chosen.file.suffix == ".onnx") or find_spec("torch") is None:
+            return answering
+        from finetune101.serve.quick import QuickNetwork
 
-    network = load(name, runs)
+        network: QuickNetwork | Network = QuickNetwork(answering, chosen)
+    else:
+        from finetune101.deploy import network as by_pytorch
+
+        network = by_pytorch.Network(answering, chosen.run)
     if neighbours:
         network.find_training_images(data)
     return network

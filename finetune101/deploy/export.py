@@ -67,7 +67,7 @@ class Exported:
 
     file: Path
     """Or the folder of a web page."""
-    format: Format | Literal["web"]
+    format: Format | Literal["web", "bundle"]
     seconds: float
     parity: Parity | None
     notes: tuple[str, ...] = ()
@@ -278,7 +278,7 @@ def _write_program(
     return measured
 
 
-def usual_file(source: Source, format: Format | Literal["web"]) -> Path:
-    """Where an export is written to when no place is named: NAME.onnx in the working folder, for a page NAME_web."""
+def usual_file(source: Source, format: Format | Literal["web", "bundle"]) -> Path:
+    """Where an export is written to when no place is named: NAME.onnx in the working folder, NAME_web, NAME_bundle."""
     name = Path(source.network.name).name.removesuffix(".safetensors") or "network"
-    return Path(f"{name}{SUFFIXES.get(format, '_web')}")
+    return Path(f"{name}{SUFFIXES.get(format, f'_{format}')}")

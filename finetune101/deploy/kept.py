@@ -44,7 +44,7 @@ def answering_network(chosen: Chosen, images: int = 1) -> OnnxNetwork | TrainedN
         kept = FOLDER / f"{RELEASED[chosen.name]}.onnx"
         if kept.is_file():
             return OnnxNetwork(kept, name=chosen.name, in_place=True)
-        return _by_pytorch(chosen, "it stands on ImageNet weights, which are no part of this package")
+        return _by_pytorch(chosen, "this package holds no ONNX file of it")
     if not run or (file and file.name != run.best.name):
         return _by_pytorch(chosen, "a checkpoint alone has no folder to keep an exported network in")
     return open_kept(run) or _keep(chosen, run)

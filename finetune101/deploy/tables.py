@@ -59,7 +59,7 @@ def _class_columns(k: int, name: str, share: str) -> tuple[Column, Column]:
 def write_text(predictions: Iterable[Prediction], out: TextIO) -> None:
     """Lines for a terminal, as ``standalone.text_lines`` gives them."""
     for one in predictions:
-        out.write("\n".join(text_lines(as_label(one))) + "\n")
+        out.write("\n".join(text_lines(as_label(one), escaped)) + "\n")
 
 
 def write_csv(predictions: Iterable[Prediction], out: TextIO, width: int) -> None:

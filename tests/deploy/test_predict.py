@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from finetune101.data.decode import decode
 from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.predict import predict_files
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import FROZEN, open_network
+from finetune101.evaluation.checkpoint import open_network, read_checkpoint
+from finetune101.evaluation.result import FROZEN
 from finetune101.machine import World
 from finetune101.models.build import build
-from finetune101.run import Run
+from finetune101.run import KEPT, Run
 
 WORLD = {"device": "cpu", "precision": "fp32", "channels_last": False}
 START = {"init_source": "random (seed 0)", "init_hash": "sha256:00"}
@@ -81,11 +83,13 @@ def test_a_frozen_backbone_is_told_once_and_beside_the_output(run, tiny_data, ca
     words = ["predict", str(run.path), str(tiny_data / "ball" / "image_0001.jpg"), "--json"]
     settings = run.read_json("config.json")
     assert main(words) == 0 and "rozen" not in capsys.readouterr().err
+    (run.path / KEPT).unlink()
     run.write_json("config.json", {**settings, "model": {**settings["model"], "freeze": True}})
     try:
         assert main(words) == 0
     finally:
         run.write_json("config.json", settings)
+        (run.path / KEPT).unlink()
     printed = capsys.readouterr()
     assert printed.err.count(FROZEN) == 1 and json.loads(printed.out)["predictions"]
 
@@ -145,11 +149,12 @@ def test_a_table_is_written_whole_and_never_replaced_unasked(run, folder, tmp_pa
     assert len(before.splitlines()[0]) > len(out.read_bytes().splitlines()[0])
 
 
-def test_an_output_that_is_no_number_leaves_no_table(run, folder, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "finetune101.evaluation.forward.Forward.__call__", lambda self, x: torch.full((len(x), 3), torch.nan)
-    )
-    assert predict(run, folder / "ball", "--out", folder / "labels.json") == 2
+def test_an_output_that_is_no_number_leaves_no_table(run, built, folder, tmp_path, capsys):
+    wild = Run(tmp_path / "wild")
+    shutil.copytree(run.path, wild.path, ignore=shutil.ignore_patterns(KEPT, "best.safetensors"))
+    _, info = read_checkpoint(run.best)
+    save_file({name: 1e30 * tensor for name, tensor in built.model.state_dict().items()}, wild.best, info)
+    assert predict(wild, folder / "ball", "--out", folder / "labels.json") == 2
     assert "not finite" in capsys.readouterr().err and not (folder / "labels.json").exists()
 
 

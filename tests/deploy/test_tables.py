@@ -14,6 +14,7 @@ from finetune101.deploy.inputs import Inputs
 from finetune101.deploy.prediction import Prediction
 from finetune101.errors import Refused
 from finetune101.evaluation.predictions import name_in_cell
+from finetune101.standalone import csv_header
 
 ROWS = [
     Prediction((("ball", 0.75), ("box", 0.25)), "a, b.jpg"),
@@ -91,14 +92,10 @@ def test_parquet(tmp_path):
     assert [str(kind) for kind in table.schema.types] == kinds
 
 
-def test_a_column_is_added_in_one_place(monkeypatch, tmp_path):
-    column = tables.Column("area", bool, lambda one: one.label == "ball" or None)
-    monkeypatch.setattr(tables, "COLUMNS", (column,))
-    assert [row["area"] for row in csv_rows(ROWS)[0]] == ["true", ""]
-    assert [row["area"] for row in json_of(ROWS)[0]["predictions"]] == [True, None]
-    parquet = pytest.importorskip("pyarrow.parquet")
-    tables.write_table_file(ROWS, tmp_path / "labels.parquet", Inputs(), 2)
-    assert parquet.read_table(tmp_path / "labels.parquet").column("area").to_pylist() == [True, None]
+def test_every_table_has_the_same_columns():
+    assert [column.name for column in tables.table_columns(2)] == csv_header(2)
+    named = [column.name for column in tables.COLUMNS]
+    assert csv_header(2)[-len(named) :] == named and set(named) < json_of(ROWS)[0]["predictions"][0].keys()
 
 
 def test_an_image_without_labels_has_empty_cells():

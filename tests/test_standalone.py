@@ -1,0 +1,172 @@
+"""Labels without PyTorch: in environments that do not have it, and as a program that knows nothing of finetune101."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exported import CLASSES, save, small_model
+
+from finetune101 import standalone
+from finetune101.deploy.onnx_network import OnnxNetwork
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "torchvision", "timm", "onnx", "scipy", "matplotlib", "captum", "jinja2", "safetensors", "optuna")
+
+
+def needed(*distributions: str) -> set[str]:
+    """``distributions`` and all that they need, without extras."""
+    names, todo = set[str](), list(distributions)
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in names:
+            continue
+        names.add(name)
+        for line in importlib.metadata.requires(name) or ():
+            requirement, _, marker = line.partition(";")
+            if not marker or not re.search(r"extra|python_version *<|platform|os_name|implementation", marker):
+                todo.append(re.split(r"[^A-Za-z0-9_.\-]", requirement.strip())[0])
+    return names
+
+
+def environment(folder: Path, *distributions: str) -> list[str]:
+    """A Python that can import ``distributions`` and what they need, and nothing else that is installed here."""
+    for name in needed(*distributions):
+        for file in importlib.metadata.files(name) or ():
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (folder / top).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / top).symlink_to(file.locate().parents[len(file.parts) - 1] / top)
+    code = "import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = sys.argv[1:]; {run}"
+    return [sys.executable, "-I", "-S", "-c", code, str(folder)]
+
+
+def run(python: list[str], paths: list[Path], act: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    *start, code, folder = python
+    code = code.format(paths=[*map(str, paths), folder], run=act)
+    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "FINETUNE101_CACHE": str(Path(folder) / "cache")}
+    return subprocess.run([*start, code, *map(str, words)], capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def python_of_bundle(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What the requirements.txt of a bundle installs."""
+    return environment(tmp_path_factory.mktemp("bundle") / "site", "numpy", "pillow", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def python_without_torch(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What finetune101 needs to label photos."""
+    names = ("numpy", "pillow", "onnxruntime", "tyro", "msgspec", "filelock", "pyyaml", "tqdm")
+    return environment(tmp_path_factory.mktemp("light") / "site", *names)
+
+
+AS_PROGRAM = "runpy.run_path(sys.argv[0], run_name='__main__')"
+AS_FINETUNE101 = "runpy.run_module('finetune101', run_name='__main__')"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A folder as ``export --format bundle`` writes it."""
+    save(small_model(), tmp_path / "network.onnx")
+    (tmp_path / "predict.py").write_bytes(Path(standalone.__file__).read_bytes())
+    return tmp_path
+
+
+def test_the_program_labels_as_the_package(python_of_bundle: list[str], bundle: Path, tiny_data: Path) -> None:
+    out = bundle / "labels.csv"
+    done = run(python_of_bundle, [], AS_PROGRAM, bundle / "predict.py", tiny_data, "--out", out, "--top-k", "3")
+    assert done.returncode == 0, done.stderr
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    files = sorted(str(path) for path in tiny_data.rglob("*.jpg"))
+    assert sorted(rows) == files and f"{len(files)} images: {out}" in done.stdout
+    for prediction in OnnxNetwork(bundle / "network.onnx").predict(files, top_k=3):
+        row, (name, share) = rows[prediction.source], prediction.classes[0]
+        assert row["class_1"] == standalone.csv_cell(name) and float(row["probability_1"]) == pytest.approx(
+            share, abs=1e-4
+        )
+        assert row["unlike"] == row["unlike_score"] == ""
+
+
+def test_the_program_prints_and_refuses_in_sentences(
+    python_of_bundle: list[str], bundle: Path, tiny_data: Path
+) -> None:
+    (bundle / "text.jpg").write_text("no image")
+    program, photo = bundle / "predict.py", tiny_data / "ball" / "image_0001.jpg"
+    done = run(python_of_bundle, [], AS_PROGRAM, program, photo, bundle / "text.jpg", bundle / "gone")
+    assert done.returncode == 1 and done.stdout.startswith(f"{photo}\n") and done.stdout.count("%") == 5
+    assert "gone: no such file" in done.stderr and "text.jpg: no image format" in done.stderr
+    (bundle / "labels.csv").write_text("mine")
+    for words, sentence in (
+        (["--out", str(bundle / "labels.csv")], "exists"),
+        (["--out", "x.txt"], "no name of a table"),
+        (["--top-k", "0"], "at least 1"),
+        (["--reject"], "has no score"),
+        (["--network", str(bundle / "none.onnx")], "there is no file"),
+        (["--network", str(bundle / "text.jpg")], "is damaged"),
+    ):
+        done = run(python_of_bundle, [], AS_PROGRAM, program, photo, *words)
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
+    assert (bundle / "labels.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["predict", "embed", "serve"])
+def test_a_verb_runs_without_torch(
+    verb: str, python_without_torch: list[str], bundle: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    photo, network = str(tiny_data / "ball" / "image_0001.jpg"), str(bundle / "network.onnx")
+    words = {
+        "predict": [network, photo, "--csv"],
+        "embed": [network, photo, "--out", str(tmp_path / "features.npz")],
+        "serve": ["released_finetune", "--max-mb", "0"],
+    }[verb]
+    done = run(python_without_torch, [ROOT], AS_FINETUNE101, "finetune101", verb, *words)
+    if verb == "serve":  # its own packages are an extra
+        assert done.returncode == 2 and "serve needs" in done.stderr and "torch" not in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    if verb == "embed":
+        with np.load(tmp_path / "features.npz") as table:
+            assert table["features"].shape == (1, 48) and table["probabilities"].shape == (1, len(CLASSES))
+    else:
+        assert photo in done.stdout
+
+
+def test_released_networks_answer_without_torch(python_without_torch: list[str], tiny_data: Path) -> None:
+    photo = tiny_data / "ball" / "image_0001.jpg"
+    done = run(python_without_torch, [ROOT], AS_FINETUNE101, "finetune101", "predict", photo, "--json")
+    assert done.returncode == 0, done.stderr
+    assert '"probability": ' in done.stdout and "torch" not in done.stderr.lower()
+    done = run(python_without_torch, [ROOT], AS_FINETUNE101, "finetune101", "predict", "released_probe", photo)
+    assert done.returncode == 2 and "needs torch" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_heavy_is_loaded_for_an_answer(tiny_data: Path) -> None:
+    code = "import sys; from finetune101.cli.main import main; main(sys.argv[1:]); print('loaded:', *sys.modules)"
+    words = ["predict", str(tiny_data / "ball" / "image_0001.jpg")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = done.stdout.rpartition("loaded:")[2].split()
+    assert "onnxruntime" in loaded and not set(HEAVY) & set(loaded)
+
+
+def test_few_images_are_in_memory(tmp_path: Path, tiny_data: Path) -> None:
+    """However many photos there are: decoding waits for the network."""
+    ahead, most = 0, 0
+
+    def pixels(file: str) -> standalone.Pixels:
+        nonlocal ahead, most
+        ahead += 1
+        most = max(most, ahead)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    for files, _ in standalone.decoded_passes(pixels, map(str, range(500)), [], threads=2):
+        ahead -= len(files)
+    assert ahead == 0 and most <= 8 * 2 + 2 * standalone.PASS
