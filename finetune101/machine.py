@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import re
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,6 +155,51 @@ class World:
             "channels_last": self.channels_last,
             "processes": self.size,
         }
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """For the first import of torchvision or timm: PyTorch's compiler (torch._dynamo) is loaded at its first use only.
+
+    The two libraries use two functions of it when they are imported, to mark what must not be compiled. Loading it
+    takes two seconds, and nothing here is compiled. In the block a stand-in has the two functions; whoever asks for
+    anything else of the compiler gets the compiler itself.
+    """
+
+    def disable(function: Any = None, recursive: bool = True, **_: Any) -> Any:
+        return torch._disable_dynamo(function, recursive)  # the mark that loads the compiler when it is called
+
+    def is_compile_supported(device: str) -> Any:
+        return compiler_itself("torch._dynamo.utils").is_compile_supported(device)
+
+    functions: dict[str, Callable[..., Any]] = {"torch._dynamo": disable, "torch._dynamo.utils": is_compile_supported}
+    stand_ins = {name: types.ModuleType(name) for name in functions}
+
+    def remove() -> None:
+        for name, module in stand_ins.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+    def compiler_itself(name: str) -> types.ModuleType:
+        remove()
+        return importlib.import_module(name)
+
+    def attribute_of(module: str) -> Callable[[str], Any]:
+        def attribute(name: str) -> Any:
+            if name.startswith("__") and (module, name) != ("torch._dynamo", "__path__"):  # inspect asks for __file__
+                raise AttributeError(name)
+            return getattr(compiler_itself(module), name)
+
+        return attribute
+
+    if not stand_ins.keys() & sys.modules.keys():
+        for name, module in stand_ins.items():
+            vars(module).update({functions[name].__name__: functions[name], "__getattr__": attribute_of(name)})
+        sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        remove()
 
 
 def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
