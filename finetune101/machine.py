@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from finetune101.config import SystemConfig
 from finetune101.errors import Refused
-from finetune101.host import place, usable_cores
+from finetune101.host import place, thread_count
 
 Value = TypeVar("Value")
 SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
@@ -211,7 +211,7 @@ def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> Worl
     own, device = place(), _device(system.device)
     if own.size > 1 and device.type == "cuda":
         device = torch.device("cuda", own.local_rank)
-    workers = _workers(_threads(system.threads)) if device.type == "cuda" else 0
+    workers = _workers(system.threads or thread_count()) if device.type == "cuda" else 0
     if recorded:
         _check_recorded(device, recorded["precision"], system.precision)
         return World(device, recorded["precision"], recorded["channels_last"], own.rank, own.size, workers)
@@ -255,12 +255,8 @@ def join(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
 
 
 def use_cores(threads: int | None = None) -> None:
-    """Lets torch compute with ``threads`` CPU threads, by default with all cores that are the process's to use."""
-    torch.set_num_threads(_threads(threads))
-
-
-def _threads(threads: int | None) -> int:
-    return threads or max(1, usable_cores() // place().local_size)
+    """Lets torch compute with ``threads`` CPU threads, by default with ``host.thread_count()``."""
+    torch.set_num_threads(threads or thread_count())
 
 
 def _end_with_torchrun() -> None:
