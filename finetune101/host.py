@@ -17,17 +17,14 @@ CGROUP = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """How many cores the process may use, at least 1: affinity, the quota of its cgroup, and SLURM's share of a task.
 
-    ``OMP_NUM_THREADS`` is a wish of the user, not a property of the machine: a smaller one counts as well. The 1 that
-    torchrun sets for each of several processes is no wish.
+    ``OMP_NUM_THREADS`` is a wish of the user, not a property of the machine: a smaller one counts as well.
     """
     process_count = getattr(os, "process_cpu_count", None)  # Python 3.13
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = (process_count() if process_count else os.cpu_count()) or 1
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    wish = None if by_torchrun else _whole("OMP_NUM_THREADS")
-    limits = [cores, _quota(), _whole("SLURM_CPUS_PER_TASK"), wish]
+    limits = [cores, _quota(), _whole("SLURM_CPUS_PER_TASK"), _wished_threads()]
     return max(1, min(limit for limit in limits if limit))
 
 
@@ -53,6 +50,21 @@ def place() -> Place:
     if rank >= size:
         raise Refused(f"RANK is {rank} of WORLD_SIZE {size}; start the processes by torchrun")
     return Place(rank, size, _variable("LOCAL_RANK", rank), local_size)
+
+
+def thread_count() -> int:
+    """How many CPU threads the process computes with: $OMP_NUM_THREADS where the user has set it, as PyTorch does.
+
+    Else its part of the usable cores, which the processes of torchrun on this machine share. Raises Refused as
+    ``place`` does.
+    """
+    return _wished_threads() or max(1, usable_cores() // place().local_size)
+
+
+def _wished_threads() -> int | None:
+    """$OMP_NUM_THREADS, but for the 1 that torchrun sets for each of several processes: nobody asked for that."""
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    return None if by_torchrun else _whole("OMP_NUM_THREADS")
 
 
 def _variable(name: str, default: int) -> int:

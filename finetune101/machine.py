@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import re
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from finetune101.config import SystemConfig
 from finetune101.errors import Refused
-from finetune101.host import place, usable_cores
+from finetune101.host import place, thread_count
 
 Value = TypeVar("Value")
 SILENCE = 300.0  # seconds after which a process that does not answer is given up; $FINETUNE101_TIMEOUT changes it
@@ -155,6 +157,51 @@ class World:
         }
 
 
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """For the first import of torchvision or timm: PyTorch's compiler (torch._dynamo) is loaded at its first use only.
+
+    The two libraries use two functions of it when they are imported, to mark what must not be compiled. Loading it
+    takes two seconds, and nothing here is compiled. In the block a stand-in has the two functions; whoever asks for
+    anything else of the compiler gets the compiler itself.
+    """
+
+    def disable(function: Any = None, recursive: bool = True, **_: Any) -> Any:
+        return torch._disable_dynamo(function, recursive)  # the mark that loads the compiler when it is called
+
+    def is_compile_supported(device: str) -> Any:
+        return compiler_itself("torch._dynamo.utils").is_compile_supported(device)
+
+    functions: dict[str, Callable[..., Any]] = {"torch._dynamo": disable, "torch._dynamo.utils": is_compile_supported}
+    stand_ins = {name: types.ModuleType(name) for name in functions}
+
+    def remove() -> None:
+        for name, module in stand_ins.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+    def compiler_itself(name: str) -> types.ModuleType:
+        remove()
+        return importlib.import_module(name)
+
+    def attribute_of(module: str) -> Callable[[str], Any]:
+        def attribute(name: str) -> Any:
+            if name.startswith("__") and (module, name) != ("torch._dynamo", "__path__"):  # inspect asks for __file__
+                raise AttributeError(name)
+            return getattr(compiler_itself(module), name)
+
+        return attribute
+
+    if not stand_ins.keys() & sys.modules.keys():
+        for name, module in stand_ins.items():
+            vars(module).update({functions[name].__name__: functions[name], "__getattr__": attribute_of(name)})
+        sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        remove()
+
+
 def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
     """The world for ``system``; with ``recorded`` (a resumed run) precision and format are taken from there.
 
@@ -164,7 +211,7 @@ def detect(system: SystemConfig, recorded: dict[str, Any] | None = None) -> Worl
     own, device = place(), _device(system.device)
     if own.size > 1 and device.type == "cuda":
         device = torch.device("cuda", own.local_rank)
-    workers = _workers(_threads(system.threads)) if device.type == "cuda" else 0
+    workers = _workers(system.threads or thread_count()) if device.type == "cuda" else 0
     if recorded:
         _check_recorded(device, recorded["precision"], system.precision)
         return World(device, recorded["precision"], recorded["channels_last"], own.rank, own.size, workers)
@@ -208,12 +255,8 @@ def join(system: SystemConfig, recorded: dict[str, Any] | None = None) -> World:
 
 
 def use_cores(threads: int | None = None) -> None:
-    """Lets torch compute with ``threads`` CPU threads, by default with all cores that are the process's to use."""
-    torch.set_num_threads(_threads(threads))
-
-
-def _threads(threads: int | None) -> int:
-    return threads or max(1, usable_cores() // place().local_size)
+    """Lets torch compute with ``threads`` CPU threads, by default with ``host.thread_count()``."""
+    torch.set_num_threads(threads or thread_count())
 
 
 def _end_with_torchrun() -> None:

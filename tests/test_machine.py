@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune101 import machine
+from finetune101 import host, machine
 from finetune101.cli.main import main
 from finetune101.config import SystemConfig
 from finetune101.errors import Refused
@@ -61,7 +61,8 @@ def test_asking_changes_nothing() -> None:
 def test_joining_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert join(SystemConfig(device="cpu", threads=3)) == cpu()
     assert torch.get_num_threads() == 3
-    monkeypatch.setattr(machine, "usable_cores", lambda: 7)
+    monkeypatch.setattr(host, "usable_cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     machine.use_cores()
     assert torch.get_num_threads() == 7
     torchrun = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -69,6 +70,11 @@ def test_joining_sets_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     machine.use_cores()  # three processes share this machine
     assert torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # of each process, and more than its cores: as PyTorch takes it
+    machine.use_cores()
+    assert torch.get_num_threads() == 5
+    machine.use_cores(4)  # --threads is for this run
+    assert torch.get_num_threads() == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a system that binds processes to cores")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import finetune101
 from finetune101.cli.console import expanded, guarded
 from finetune101.errors import Refused
-from finetune101.host import place, usable_cores
+from finetune101.host import place, thread_count
 
 DATA_VERBS = {"download": "others:data_download", "verify": "others:data_verify", "show": "others:data_show"}
 VERBS = {
@@ -120,8 +120,12 @@ def split_lists(argv: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``finetune101`` and ``python -m finetune101``; returns the exit code."""
-    if argv is None:  # before torch is loaded, which takes the cores of the machine
-        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     words = list(sys.argv[1:] if argv is None else argv)
     debug = words[:1] == ["--debug"]
-    return guarded(lambda: dispatch(words[debug:]), debug=debug)
+
+    def call() -> int:
+        if argv is None:  # before torch is loaded, which takes the cores of the machine
+            os.environ.setdefault("OMP_NUM_THREADS", str(thread_count()))
+        return dispatch(words[debug:])
+
+    return guarded(call, debug=debug)

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import RandomErasing
-from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig
 
@@ -71,6 +69,8 @@ def draw_distortions(count: int, size: int, config: AugmentConfig, generator: to
         strengths = (steps * (1 - 2 * torch.randint(2, (count,), generator=generator))).tolist()
     if config.erasing > 0:
         erased = (torch.rand(count, generator=generator) < config.erasing).tolist()
+        from torchvision.transforms.v2 import RandomErasing  # here: it loads PyTorch's compiler
+
         with drawing(int(torch.randint(2**62, (1,), generator=generator))):
             make, image = RandomErasing(1.0).make_params, torch.empty(3, size, size)
             boxes: list[dict[str, Any]] = [make([image]) if erase else {"v": None} for erase in erased]
@@ -142,8 +142,24 @@ def _blended(other: Callable[[Tensor], Tensor]) -> Change:
     return change
 
 
+def _by_torchvision(name: str) -> Callable[[Tensor], Tensor]:
+    """The function ``name`` of torchvision.transforms.v2, which is imported at its first call."""
+
+    def change(pixels: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        result: Tensor = getattr(functional, name)(pixels)
+        return result
+
+    return change
+
+
+_grey = _by_torchvision("rgb_to_grayscale")
+_autocontrast, _equalize = _by_torchvision("autocontrast"), _by_torchvision("equalize")
+
+
 def _mean_grey(pixels: Tensor) -> Tensor:
-    return TF.rgb_to_grayscale(pixels).float().mean((1, 2, 3), keepdim=True)
+    return _grey(pixels).float().mean((1, 2, 3), keepdim=True)
 
 
 def _smooth(pixels: Tensor) -> Tensor:
@@ -172,11 +188,11 @@ _CHANGES: dict[str, Change] = {
     "TranslateY": _moved([(1, 2)], lambda amounts, size: (_shift(amounts, size),)),
     "Rotate": _moved([(0, 0), (0, 1), (1, 0), (1, 1)], _turned),
     "Brightness": _blended(torch.zeros_like),
-    "Color": _blended(TF.rgb_to_grayscale),
+    "Color": _blended(_grey),
     "Contrast": _blended(_mean_grey),
     "Sharpness": _blended(_smooth),
     "Posterize": _posterized,
     "Solarize": _solarized,
-    "AutoContrast": lambda pixels, amounts, fill: TF.autocontrast(pixels),
-    "Equalize": lambda pixels, amounts, fill: TF.equalize(pixels),
+    "AutoContrast": lambda pixels, amounts, fill: _autocontrast(pixels),
+    "Equalize": lambda pixels, amounts, fill: _equalize(pixels),
 }

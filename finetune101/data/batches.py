@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import (
-    CutMix,
-    InterpolationMode,
-    MixUp,
-    RandomResizedCrop,
-)
-from torchvision.transforms.v2 import functional as TF
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data.augment import Boxes, Distortions, distort, draw_distortions, drawing
 from finetune101.data.cache import Images
 from finetune101.machine import World
 
-FILTERS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+ARM = ("aarch64", "arm64")
 
 
 def to_input(pixels: Tensor, preprocessing: Preprocessing, world: World) -> Tensor:
@@ -41,7 +37,21 @@ def resized(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 (N, 3, h, w) -> (N, 3, size, size), by the preprocessing's filter."""
     if pixels.shape[-1] == preprocessing.size:
         return pixels
-    return TF.resize(pixels, [preprocessing.size] * 2, FILTERS[preprocessing.interpolation])
+    return _resize(pixels, preprocessing.size, preprocessing.interpolation)
+
+
+def _resize(pixels: Tensor, size: int, interpolation: str) -> Tensor:
+    """uint8 (N, 3, h, w) -> (N, 3, size, size): what ``resize`` of torchvision.transforms.v2 computes.
+
+    Importing that loads PyTorch's compiler, which takes two seconds.
+    """
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ARM
+    takes_bytes = pixels.device.type == "cpu" and (interpolation == "bicubic" or vectors)
+    values = pixels if takes_bytes else pixels.float()
+    result = F.interpolate(values, [size, size], mode=interpolation, align_corners=False, antialias=True)
+    return result if takes_bytes else result.clamp_(0, 255).round_().to(torch.uint8)
 
 
 def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Generator) -> tuple[Boxes, Tensor]:
@@ -51,11 +61,26 @@ def draw_boxes(count: int, side: int, config: AugmentConfig, generator: torch.Ge
     """
     boxes: Boxes = [(0, 0, side, side)] * count
     if config.crop_scale < 1:
-        with drawing(int(torch.randint(2**62, (1,), generator=generator))):
-            crop, image = RandomResizedCrop(side, scale=(config.crop_scale, 1.0)), torch.empty(3, side, side)
-            boxes = [tuple(crop.make_params([image]).values()) for _ in range(count)]
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        boxes = [_draw_box(side, config.crop_scale, own) for _ in range(count)]
     mirrored = torch.rand(count, generator=generator) < 0.5 if config.flip else torch.zeros(count, dtype=torch.bool)
     return boxes, mirrored
+
+
+def _draw_box(side: int, smallest: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """A box of ``side`` x ``side`` pixels with at least the share ``smallest`` of them.
+
+    The same numbers as ``RandomResizedCrop`` of torchvision.transforms.v2 draws.
+    """
+    low, high = torch.log(torch.tensor([3 / 4, 4 / 3])).tolist()
+    for _ in range(10):
+        area = side * side * torch.empty(1).uniform_(smallest, 1.0, generator=generator).item()
+        aspect = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= side and 0 < height <= side:
+            top, left = (int(torch.randint(side - n + 1, (1,), generator=generator)) for n in (height, width))
+            return top, left, height, width
+    return 0, 0, side, side
 
 
 def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
@@ -65,8 +90,13 @@ def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int, interpola
     """
     side = pixels.shape[-1]
     if any(box != (0, 0, side, side) for box in boxes):
-        shape, pairs = [size, size], zip(pixels, boxes, strict=True)
-        pixels = torch.cat([TF.resized_crop(one[None], *box, shape, FILTERS[interpolation]) for one, box in pairs])
+        parts = zip(pixels.split(1), boxes, strict=True)
+        pixels = torch.cat(
+            [
+                _resize(one[:, :, y : y + height, x : x + width], size, interpolation)
+                for one, (y, x, height, width) in parts
+            ]
+        )
     if not mirrored.any():
         return pixels
     rows = pixels.permute(0, 2, 3, 1)  # as they lie in memory
@@ -82,6 +112,8 @@ def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Te
     One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019). ``seed``
     decides everything, in all processes alike; images are mixed with images of the same process.
     """
+    from torchvision.transforms.v2 import CutMix, MixUp  # here: it loads PyTorch's compiler
+
     if len(x) < 2:
         return x, y
     with drawing(seed):

@@ -6,13 +6,13 @@ Accuracies and their intervals are in percent, differences in percentage points.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy import optimize, stats
 from torch import Tensor
 
 from finetune101.errors import Refused
@@ -61,7 +61,7 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
     """
     if not (n >= 1 and 0 <= successes <= n):
         raise Refused(f"{successes} of {n} is no proportion; give at least one image")
-    share, z = successes / n, float(stats.norm.ppf((1 + level) / 2))
+    share, z = successes / n, NormalDist().inv_cdf((1 + level) / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * float(np.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)) / (1 + z * z / n)
     # exact at the ends, where rounding would leave a trace
@@ -76,6 +76,8 @@ def mcnemar_exact(a_correct: Booleans, b_correct: Booleans) -> float:
     """
     a, b = np.asarray(a_correct, dtype=bool), np.asarray(b_correct, dtype=bool)
     _same_images(len(a), len(b))
+    from scipy import stats  # here: loading it takes a second, and a training asks for no statistic
+
     only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
     if only_a + only_b == 0:
         return 1.0
@@ -137,6 +139,8 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
     weights = images**2 / (len(gain) - 1)
     weights += sum(raw**2 / (len(arm) - 1) for (_, raw), arm in zip(parts, arms, strict=True))
     df, difference = variance**2 / weights, float(gain.mean())
+    from scipy import stats  # here, as above
+
     half = float(stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance))
     return Crossed(
         difference=difference,
@@ -167,6 +171,8 @@ def temperature(logits: Tensor, labels: Tensor) -> float:
     Fitted on validation images; no prediction changes. Source: C. Guo, G. Pleiss, Y. Sun, K. Weinberger, "On
     calibration of modern neural networks", ICML (2017).
     """
+    from scipy import optimize  # here, as above
+
     best = optimize.minimize_scalar(  # over the logarithm: the minimum is one, and the scale unknown
         lambda log: cross_entropy(logits / float(np.exp(log)), labels), bounds=np.log(TEMPERATURES), method="bounded"
     )

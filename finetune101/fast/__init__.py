@@ -4,10 +4,10 @@ from torch import nn
 
 from finetune101.fast.depthwise import fast_depthwise, tune_allocator
 from finetune101.fast.inference import fused_copy
-from finetune101.fast.kernels import compiled
+from finetune101.fast.kernels import compile_meanwhile, compiled, without_gcc
 from finetune101.fast.norm import fast_norm
 
-__all__ = ["compiled", "fast_layers", "fused_copy", "tune_allocator"]
+__all__ = ["compile_meanwhile", "compiled", "fast_layers", "fused_copy", "tune_allocator", "without_gcc"]
 
 
 def fast_layers(model: nn.Module) -> None:

@@ -6,17 +6,17 @@ Both change speed only: parameters, checkpoints and predictions keep their names
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune101.fast.inference import timm_layer
 from finetune101.fast.kernels import SUFFIXES, compiled, kernel
 
 Pair = tuple[int, ...]  # height, width
@@ -45,9 +45,10 @@ def fast_depthwise(model: nn.Module) -> int:
     gradients are on; else the layer is the old one. Gradients differ from plain ones by rounding. Returns the number of
     layers changed (0 the second time).
     """
-    layers = [m for m in model.modules() if type(m) in _FAST and _is_plain_depthwise(m)]
+    faster = {nn.Conv2d: FastConv2d} | {layer: fast_same(layer) for layer in timm_layer("Conv2dSame")}
+    layers = [m for m in model.modules() if type(m) in faster and _is_plain_depthwise(m)]
     for layer in layers:
-        layer.__class__ = _FAST[type(layer)]
+        layer.__class__ = faster[type(layer)]
     return len(layers)
 
 
@@ -98,20 +99,22 @@ class FastConv2d(nn.Conv2d):
         return _depthwise(self, x, self.padding, self.padding)
 
 
-class FastConv2dSame(Conv2dSame):
-    """timm's depthwise ``Conv2dSame`` (TensorFlow's padding: more at bottom and right) with the fast backward pass."""
+@functools.cache
+def fast_same(layer: Any) -> type[nn.Module]:
+    """timm's ``layer`` Conv2dSame (TensorFlow's padding: more at bottom and right) with the fast backward pass."""
+    from timm.layers.padding import pad_same_arg
 
-    infers_as = Conv2dSame
+    class FastConv2dSame(layer):
+        infers_as = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
-        if not _is_slow(self, x):
-            return super().forward(x)
-        left, right, top, bottom = pad_same_arg(list(x.shape[2:]), list(self.kernel_size), list(self.stride))
-        return _depthwise(self, x, (top, left), (bottom, right))
+        def forward(self, x: Tensor) -> Tensor:
+            """(N, C, H, W) -> (N, C, ceil(H / stride), ceil(W / stride))."""
+            if not _is_slow(self, x):
+                return super().forward(x)
+            left, right, top, bottom = pad_same_arg(list(x.shape[2:]), list(self.kernel_size), list(self.stride))
+            return _depthwise(self, x, (top, left), (bottom, right))
 
-
-_FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FastConv2d, Conv2dSame: FastConv2dSame}
+    return FastConv2dSame
 
 
 class Depthwise(torch.autograd.Function):

@@ -6,15 +6,13 @@ oneDNN has such an operation, and PyTorch's compiler calls it; called directly i
 from __future__ import annotations
 
 import copy
+import sys
 from collections import Counter
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 
 _ACTS: dict[type[nn.Module], tuple[str, list[float]]] = {
@@ -22,11 +20,26 @@ _ACTS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
 }
-# exactly these: a subclass may compute something else with its weight
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
-_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 _TRIED = 4  # drawn images that a fused copy is compared on
 _SLACK = {torch.bfloat16: 0.01, torch.float32: 1e-4}  # of an output's norm, beside twice what the number format costs
+
+
+def timm_layer(name: str) -> tuple[Any, ...]:
+    """The class ``name`` of timm.layers, alone; () where timm is not loaded: no network has such a layer then.
+
+    Loading timm takes longer than anything else that a network of torchvision needs.
+    """
+    layers = sys.modules.get("timm.layers")
+    return (getattr(layers, name),) if layers else ()
+
+
+# exactly these: a subclass may compute something else with its weight
+def _convolutions() -> tuple[type[nn.Module], ...]:
+    return (nn.Conv2d, *timm_layer("Conv2dSame"))
+
+
+def _norms() -> tuple[type[nn.Module], ...]:
+    return (nn.BatchNorm2d, *timm_layer("BatchNormAct2d"))
 
 
 def _kind(module: nn.Module | None) -> type[nn.Module] | None:
@@ -89,7 +102,7 @@ def fuse(model: nn.Module, example: Tensor, dtype: torch.dtype) -> nn.Module:
     acts = _activations(model, pairs)
     names = {module: name for name, module in model.named_modules()}
     for conv, shape in _shapes(model, example.to(dtype)).items():
-        if _kind(conv) not in _CONVOLUTIONS or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        if _kind(conv) not in _convolutions() or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             continue
         act, gone = acts.get(conv, (nn.Identity, []))
         model.set_submodule(names[conv], FusedConv2d(conv, shape, *_ACTS[act]))
@@ -130,10 +143,12 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, 
     """
     calls = _calls(model, example, nn.Conv2d, nn.BatchNorm2d)
     times = Counter(module for module, _, _ in calls)
-    outputs = {id(output): conv for conv, _, output in calls if _kind(conv) in _CONVOLUTIONS}  # calls keeps the tensors
+    outputs = {
+        id(output): conv for conv, _, output in calls if _kind(conv) in _convolutions()
+    }  # calls keeps the tensors
     pairs = []
     for norm, inputs, _ in calls:
-        conv = outputs.get(id(inputs[0])) if _kind(norm) in _NORMS else None
+        conv = outputs.get(id(inputs[0])) if _kind(norm) in _norms() else None
         if conv is None or times[norm] > 1 or times[conv] > 1 or norm.weight is None or norm.running_var is None:
             continue
         with torch.no_grad():
@@ -157,8 +172,8 @@ def _activations(
     after = followers(model)
     for conv, norm in pairs:
         act = after.get(norm)
-        if isinstance(norm, BatchNormAct2d):
-            inside = _kind(norm.act) if isinstance(norm.drop, nn.Identity) else None
+        if isinstance(norm, timm_layer("BatchNormAct2d")):
+            inside = _kind(norm.get_submodule("act")) if isinstance(norm.drop, nn.Identity) else None
             if inside in _ACTS:
                 activations[conv] = (inside, [norm])
         elif (kind := _kind(act)) in _ACTS and act is not None:
@@ -183,7 +198,7 @@ class FusedConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, shape: torch.Size, act: str, limits: list[float]) -> None:
         super().__init__()
-        self.same = isinstance(conv, Conv2dSame)
+        self.same = isinstance(conv, timm_layer("Conv2dSame"))
         self.kernel, self.stride, self.dilation = conv.kernel_size, list(conv.stride), list(conv.dilation)
         assert not isinstance(conv.padding, str)
         self.padding, self.groups, self.act, self.limits = list(conv.padding), conv.groups, act, limits
@@ -197,6 +212,8 @@ class FusedConv2d(nn.Module):
         )
 
     def _same(self, shape: torch.Size) -> list[int]:
+        from timm.layers.padding import pad_same_arg  # loaded, as the layer is timm's
+
         return list(pad_same_arg(list(shape[2:]), list(self.kernel), self.stride, self.dilation))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,26 @@ _ARGUMENTS = {
     "depthwise_weight_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
     "depthwise_input_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
 }
+
+
+def compile_meanwhile() -> threading.Thread:
+    """A thread that builds the kernels while the caller does something else; ``join`` it before ``compiled``.
+
+    The process ends after the thread has ended, so that no compiler is left behind.
+    """
+    thread = threading.Thread(target=compiled, name="kernels")
+    thread.start()
+    return thread
+
+
+def without_gcc() -> str:
+    """What a training misses on a Linux without gcc, in a sentence; "" where nothing."""
+    if platform.system() != "Linux" or shutil.which("gcc"):
+        return ""
+    return (
+        "There is no gcc here, so that batch norms and depthwise convolutions are PyTorch's own, which train more"
+        " slowly; install gcc (finetune101 benchmark measures what it brings)"
+    )
 
 
 @functools.cache

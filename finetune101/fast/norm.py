@@ -6,15 +6,15 @@ convolutions (counted by reading it), this 8 times.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune101.fast.inference import followers
+from finetune101.fast.inference import followers, timm_layer
 from finetune101.fast.kernels import SUFFIXES, compiled, kernel
 
 Limits = tuple[float, float]
@@ -34,9 +34,10 @@ def fast_norm(model: nn.Module) -> int:
         if type(norm) is nn.BatchNorm2d and type(act) in _DONE:
             norm.limits = _CLAMPS[type(act)]  # type: ignore[assignment]
             act.__class__ = _DONE[type(act)]
-    layers = [m for m in model.modules() if type(m) in _FAST]
+    faster = {nn.BatchNorm2d: FastBatchNorm2d} | {layer: fast_norm_act(layer) for layer in timm_layer("BatchNormAct2d")}
+    layers = [m for m in model.modules() if type(m) in faster]
     for layer in layers:
-        layer.__class__ = _FAST[type(layer)]
+        layer.__class__ = faster[type(layer)]
     return len(layers)
 
 
@@ -96,19 +97,23 @@ class FastBatchNorm2d(nn.BatchNorm2d):
         return y
 
 
-class FastBatchNormAct2d(BatchNormAct2d):
-    """timm's ``BatchNormAct2d`` (batch norm with its activation) with the clamp in the same pass."""
+@functools.cache
+def fast_norm_act(layer: Any) -> type[nn.Module]:
+    """timm's ``layer`` BatchNormAct2d (batch norm with its activation) with the clamp in the same pass."""
 
-    infers_as = BatchNormAct2d
+    class FastBatchNormAct2d(layer):
+        infers_as = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        if not _applies(self, x):
-            return super().forward(x)
-        limits = _CLAMPS.get(type(self.act)) if isinstance(self.drop, nn.Identity) else None
-        if limits:
-            return _normed(self, x, limits)
-        return self.act(self.drop(_normed(self, x, NONE)))
+        def forward(self, x: Tensor) -> Tensor:
+            """(N, C, H, W) -> (N, C, H, W)."""
+            if not _applies(self, x):
+                return super().forward(x)
+            limits = _CLAMPS.get(type(self.act)) if isinstance(self.drop, nn.Identity) else None
+            if limits:
+                return _normed(self, x, limits)
+            return self.act(self.drop(_normed(self, x, NONE)))
+
+    return FastBatchNormAct2d
 
 
 class DoneReLU(nn.ReLU):
@@ -133,7 +138,6 @@ class DoneReLU6(nn.ReLU6):
 
 _CLAMPS: dict[type[nn.Module], Limits] = {nn.ReLU: (0.0, math.inf), nn.ReLU6: (0.0, 6.0), nn.Identity: NONE}
 _DONE: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: DoneReLU, nn.ReLU6: DoneReLU6}
-_FAST: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: FastBatchNorm2d, BatchNormAct2d: FastBatchNormAct2d}
 
 
 class BatchNorm(torch.autograd.Function):

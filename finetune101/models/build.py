@@ -15,13 +15,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from finetune101.config import ModelConfig, Preprocessing
 from finetune101.errors import Refused
 from finetune101.files import sha256
-from finetune101.models.table import Entry, Package, Torchvision, lookup, names
+from finetune101.models.table import Entry, Package, Torchvision, import_timm, lookup, names
 from finetune101.models.weights import COUNTER, read_weights, without_wrappers
 
 _TIMEOUT = 20.0  # seconds without an answer after which a download gives up
@@ -108,7 +107,7 @@ def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, i
     Raises Refused when the file cannot be read or holds another network.
     """
     entry = lookup(name)
-    state = without_wrappers(read_weights(path), _own_names(entry), str(path))
+    state = without_wrappers(read_weights(path), entry.outline(), str(path))
     bias = state.get(entry.head + "bias")
     if bias is None:
         raise Refused(f"{path} does not fit {name}: {entry.head}bias is missing; name its network by --model")
@@ -237,7 +236,9 @@ def is_installed(name: str) -> bool:
     if _prepared_file(name):
         return True
     if isinstance(weights, Torchvision):
-        address = torchvision.models.get_weight(weights.name).url
+        from torchvision.models import get_weight  # loaded by table.py, without the compiler
+
+        address = get_weight(weights.name).url
         return (Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name).is_file()
     return isinstance(weights, Package) and _package_file(weights) is not None
 
@@ -284,7 +285,7 @@ def _from_file(entry: Entry, path: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(entry.weights, Package) and digest == entry.weights.sha256:
         state = _rename_by_order(state, entry)  # the package's own file
     else:
-        state = without_wrappers(state, _own_names(entry), str(path))
+        state = without_wrappers(state, entry.outline(), str(path))
     return state, f"file {path.name} sha256:{digest}"
 
 
@@ -311,8 +312,7 @@ def _package_file(package: Package) -> Path | None:
 
 def _rename_by_order(state: Mapping[str, Tensor], entry: Entry) -> dict[str, Tensor]:
     """The packages' tensors under timm's names: both list the same layers in the same order."""
-    with torch.device("meta"):
-        ours = entry.build(1000).state_dict()
+    ours = entry.outline()
     fits = [
         key.rsplit(".")[-1] == other.rsplit(".")[-1] and tensor.shape == value.shape
         for (key, tensor), (other, value) in zip(ours.items(), state.items(), strict=False)
@@ -322,23 +322,15 @@ def _rename_by_order(state: Mapping[str, Tensor], entry: Entry) -> dict[str, Ten
     return dict(zip(ours, state.values(), strict=True))
 
 
-def _own_names(entry: Entry) -> list[str]:
-    """The names of all tensors of the network, built without memory for them where it can be."""
-    try:
-        with torch.device("meta"):
-            return list(entry.build(1000).state_dict())
-    except RuntimeError:  # some networks compute with values while they are built
-        return list(entry.build(1000).state_dict())
-
-
 def _from_torchvision(name: str) -> tuple[dict[str, Tensor], str]:
-    member = torchvision.models.get_weight(name)
+    from torchvision.models import get_weight
+
+    member = get_weight(name)
     return dict(member.get_state_dict(progress=True, check_hash=True, weights_only=True)), f"torchvision {name}"
 
 
 def _from_timm(name: str) -> tuple[dict[str, Tensor], str]:
-    import timm  # here, as in table.py
-
+    timm = import_timm()
     published = timm.get_pretrained_cfg(name)
     assert published is not None, name  # as lookup has checked
     if published.hf_hub_id:

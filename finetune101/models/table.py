@@ -9,12 +9,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from finetune101.config import Preprocessing
 from finetune101.errors import Refused
+from finetune101.machine import without_compiler
+
+with without_compiler():
+    import torchvision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,24 @@ class Entry:
     map_layers: tuple[MapLayer, ...] = ()
     """The last such layer, then one of an eighth of the image's size; () where ``map_layers.py`` finds them."""
 
+    def outline(self) -> dict[str, Tensor]:
+        """Names and shapes of all tensors of the network with 1,000 classes, where possible without values."""
+        try:
+            with torch.device("meta"), _Unfilled():
+                return self.build(1000).state_dict()
+        except RuntimeError:  # some networks compute with values while they are built
+            return self.build(1000).state_dict()
+
+
+class _Unfilled(TorchFunctionMode):
+    """Draws no number: on the meta device that would load PyTorch's compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
 
 def _preprocessing(
     size: int,
@@ -104,9 +126,15 @@ def _torchvision(
     )
 
 
-def _build_timm(name: str, num_classes: int) -> nn.Module:
-    import timm  # here, because it takes as long to import as torchvision and most networks do not need it
+def import_timm() -> Any:
+    """The module timm, loaded here and not above: most networks do not need it, and it takes half a second."""
+    with without_compiler():
+        import timm
+    return timm
 
+
+def _build_timm(name: str, num_classes: int) -> nn.Module:
+    timm = import_timm()
     return timm.create_model(name, num_classes=num_classes)
 
 
@@ -208,8 +236,7 @@ def lookup(name: str) -> Entry:
         return _TABLE[name]
     if name.startswith("timm:"):
         return _lookup_timm(name)
-    import timm
-
+    timm = import_timm()
     if timm.is_model(name):
         raise Refused(f"there is no model {name!r} in the table, but timm has it; give timm:{name}")
     close = difflib.get_close_matches(name.lower(), names(), n=1)
@@ -219,8 +246,7 @@ def lookup(name: str) -> Entry:
 
 
 def _lookup_timm(name: str) -> Entry:
-    import timm
-
+    timm = import_timm()
     wanted = name.removeprefix("timm:")
     try:
         published = timm.get_pretrained_cfg(wanted) if timm.is_model(wanted) else None

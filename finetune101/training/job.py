@@ -21,7 +21,7 @@ from finetune101.data import cache, splits
 from finetune101.data.images import Index, as_found, find_data, index_images, index_notes
 from finetune101.errors import Refused, escaped
 from finetune101.evaluation.evaluate import trained_subsets, validates
-from finetune101.fast import compiled, tune_allocator
+from finetune101.fast import compile_meanwhile, compiled, tune_allocator, without_gcc
 from finetune101.files import cache_dir, claim, claimed_by, remove_abandoned
 from finetune101.host import place, usable_cores
 from finetune101.machine import World, join
@@ -134,6 +134,8 @@ def _alone(run: Run) -> Iterator[None]:
 
 def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, lock: contextlib.ExitStack) -> Job:
     """The job of ``config``. Rank 0 reads, downloads, decodes and compiles; the other processes find its caches."""
+    builds = config.system.fast_kernels and world.device.type == "cpu"
+    kernels = compile_meanwhile() if builds and world.writes else None
     with world.first():
         index = index_images(find_data(config.data.root), ours=[config.runs])
 
@@ -159,9 +161,13 @@ def _put_together(config: TrainConfig, run: Run, world: World, resume: bool, loc
             freeze(built.model, built.head)
         if world.writes and config.data.cache != "off":
             remove_abandoned(cache_dir())
-        _uses_kernels(config, world)  # compiles them
         wanted = (path for paths in manifest.subsets.values() for path in paths)
         images = cache.open_images(index, built.preprocessing, config.data.cache, manifest.skipped, wanted)
+        if kernels:
+            kernels.join()
+        _uses_kernels(config, world)  # the other processes find what the first one has built
+    if builds and (remark := without_gcc()):
+        notes.append(remark)
     return Job(
         config=config, run=run, world=world, manifest=manifest, images=images, built=built, teachers=teachers,
         notes=tuple(notes), lock=lock,

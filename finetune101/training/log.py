@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from finetune101.run import Run
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 TAGS = {
     "train_loss": "loss/train",
@@ -32,7 +33,7 @@ def log_records(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[st
     try:
         for record in left:
             try:
-                writer = writer or SummaryWriter(str(run.path))
+                writer = writer or _opened(run)
                 _write(writer, record)
             except OSError as error:
                 print(
@@ -46,6 +47,12 @@ def log_records(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[st
         if writer:
             with contextlib.suppress(OSError):
                 writer.close()
+
+
+def _opened(run: Run) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # here: loading it takes half a second before the first step
+
+    return SummaryWriter(str(run.path))
 
 
 def _write(writer: SummaryWriter, record: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from finetune101.run import save_checkpoint, save_state
 from finetune101.schemas import Record
 from finetune101.training.forecast import Forecast
 from finetune101.training.job import Job
-from finetune101.training.optim import factor, optimizer, set_rates
+from finetune101.training.optim import Average, factor, optimizer, set_rates
 from finetune101.training.probe import fit_head
 from finetune101.training.sources import Batches, FeatureBatches, ImageBatches
 
@@ -44,7 +43,7 @@ class Trainer:
             fast_layers(self.model)
         self.optimizer = optimizer(self.model, job.built.head, job.config)
         self.wrapped = self.model
-        self.average = ModelEmaV3(self.model).requires_grad_(False) if job.config.optim.ema else None
+        self.average = Average(self.model) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
         self.records: list[dict[str, Any]] = []
         self.val_outputs: tuple[torch.Tensor, torch.Tensor] | None = None  # logits and labels of the last validation
@@ -104,7 +103,7 @@ class Trainer:
             # ranks hold unequal parts of the last batch: weight the loss so that DDP's mean is the mean over images
             output, _ = self.step(x, target, own * world.size / total, max(own, 1))
             if self.average:
-                self.average.apply_update_(self.model, average_decay(o.ema, step))
+                self.average.update(self.model, average_decay(o.ema, step))
             step += 1
             counted = slice(max(own, 1))
             plain = F.cross_entropy(output[counted].float(), target[counted])  # not smoothed, as validation's

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import SGD
+from torch.optim import LBFGS, SGD, Optimizer
 
 from finetune101.config import OptimConfig, TrainConfig
 from finetune101.models.build import parameter_groups
+
+
+class Uncompiled(Optimizer):
+    """The methods of a torch optimizer that mark themselves for torch.compile, without the mark.
+
+    Setting the mark loads the compiler, which takes two seconds, and no training here is compiled.
+    """
+
+    add_param_group: Any = inspect.unwrap(Optimizer.add_param_group)
+    zero_grad: Any = inspect.unwrap(Optimizer.zero_grad)
+    state_dict: Any = inspect.unwrap(Optimizer.state_dict)
+    load_state_dict: Any = inspect.unwrap(Optimizer.load_state_dict)
+
+
+class Lbfgs(Uncompiled, LBFGS):
+    """torch's L-BFGS without the compiler."""
+
+
+class Sgd(Uncompiled, SGD):
+    """torch's SGD without the compiler."""
+
+    _step: Any = inspect.unwrap(SGD.step)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step by the gradients of all parameters; no gradient is computed through it."""
+        with torch.no_grad():
+            return self._step(closure)
+
+
+class Average:
+    """A moving average of the weights and batch-norm statistics of ``model``, which begins with a copy of them.
+
+    Source: B. Polyak, A. Juditsky, SIAM J. Control and Optimization 30 (1992).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def set(self, model: nn.Module) -> None:
+        """Begins again with the weights of ``model``."""
+        self.module.load_state_dict(model.state_dict())
+
+    def update(self, model: nn.Module, decay: float) -> None:
+        """The average = decay x average + (1 - decay) x ``model``; counters are copied."""
+        own, new = self.module.state_dict(), model.state_dict()
+        floats = [name for name, tensor in own.items() if tensor.is_floating_point()]
+        torch._foreach_lerp_([own[name] for name in floats], [new[name] for name in floats], weight=1.0 - decay)
+        for name in own.keys() - floats:
+            own[name].copy_(new[name])
 
 
 def optimizer(model: nn.Module, head: str, config: TrainConfig) -> SGD:
@@ -17,7 +71,7 @@ def optimizer(model: nn.Module, head: str, config: TrainConfig) -> SGD:
     groups = parameter_groups(model, head, o.lr, config.backbone_lr_ratio(), o.norm_weight_decay)
     for group in groups:
         group["initial_lr"] = group["lr"]
-    return SGD(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)
+    return Sgd(groups, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)
 
 
 def factor(config: OptimConfig, step: int, steps_per_epoch: int) -> float:

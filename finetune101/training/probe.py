@@ -15,6 +15,7 @@ from finetune101.errors import Refused
 from finetune101.evaluation.features import Outputs, kept_outputs
 from finetune101.machine import World
 from finetune101.models.build import Built, feature_width
+from finetune101.training.optim import Lbfgs
 
 Labelled = tuple[Sequence[str], Sequence[int]]
 
@@ -78,7 +79,7 @@ def solve(x: Tensor, y: Tensor, classes: int, l2: float, start: Tensor | None = 
     """
     weight = torch.zeros(x.shape[1] + 1, classes) if start is None else start.clone()
     weight.requires_grad_()
-    optimizer = torch.optim.LBFGS([weight], max_iter=steps, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+    optimizer = Lbfgs([weight], max_iter=steps, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()

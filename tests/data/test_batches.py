@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop, functional
 
 from finetune101.config import AugmentConfig, Preprocessing
 from finetune101.data.batches import (
@@ -254,6 +254,18 @@ def test_larger_images_are_resized_as_the_preprocessing_says(interpolation: str)
     values = torch.from_numpy(np.array(expected)).permute(2, 0, 1)[None]
     difference = (x - to_input(values, SHAPE, WORLD)).abs() * torch.tensor(SHAPE.std).view(3, 1, 1) * 255
     assert difference.max() < 1.01
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_are_resized_as_torchvision_does(interpolation: str) -> None:
+    rows = torch.randint(256, (4, 60, 60, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = rows.permute(0, 3, 1, 2)
+    boxes = [(0, 0, 60, 60), (3, 5, 40, 31), (0, 0, 60, 20), (10, 0, 24, 60)]
+    for size in (24, 60, 80):
+        cut = augment(pixels, boxes, torch.zeros(4, dtype=torch.bool), size, interpolation)
+        for one, image, box in zip(cut, pixels, boxes, strict=True):
+            mode = InterpolationMode(interpolation)
+            assert torch.equal(one, functional.resized_crop(image[None], *box, [size, size], mode)[0])
 
 
 def test_to_input_changes_no_pixel_of_its_own(images: Images) -> None:

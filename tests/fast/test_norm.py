@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetune101.config import SystemConfig
 from finetune101.fast import kernels
-from finetune101.fast.norm import DoneReLU6, FastBatchNorm2d, FastBatchNormAct2d, fast_norm
+from finetune101.fast.norm import DoneReLU6, FastBatchNorm2d, fast_norm
 from finetune101.machine import detect
 
 pytestmark = pytest.mark.skipif(kernels.compiled() is None, reason="needs Linux and gcc")
@@ -191,7 +191,7 @@ def test_networks_keep_their_names_and_their_gradients(name: str, bf16: bool) ->
     slack = 0.0 if bf16 else 0.02  # one activation at its clamp passes its gradient, or does not
     assert relative_error(gradient[2], gradient[0]) < 1.2 * relative_error(gradient[1], gradient[0]) + slack
     if "lite" in name:
-        assert any(isinstance(module, FastBatchNormAct2d) for module in fast.modules())
+        assert any(type(module).__name__ == "FastBatchNormAct2d" for module in fast.modules())
 
 
 def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

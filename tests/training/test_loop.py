@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from timm.utils import ModelEmaV3
 
 from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
 from finetune101.run import Run
 from finetune101.training.job import prepare
 from finetune101.training.loop import average_decay, fit, interleaved
+from finetune101.training.optim import Average
 
 TIMING = ("seconds", "val_seconds", "images_per_s")
 
@@ -144,7 +144,7 @@ def test_the_average_is_validated_and_kept(base: TrainConfig) -> None:
 
 def test_the_average_forgets_its_start_first_and_then_by_its_decay() -> None:
     layer = torch.nn.BatchNorm1d(1)
-    average = ModelEmaV3(layer)
+    average = Average(layer)
     averaged, expected = average.module, 1.0
     for n, value in enumerate([5.0, 3.0, 1.0, 4.0, 2.0] * 12):
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_the_average_forgets_its_start_first_and_then_by_its_decay() -> None:
         layer.num_batches_tracked.fill_(n)
         if n == 0:
             averaged.running_mean.fill_(-expected)
-        average.apply_update_(layer, average_decay(0.8, n))
+        average.update(layer, average_decay(0.8, n))
         keep = min(0.8, (1 + n) / (10 + n))
         expected = keep * expected + (1 - keep) * value
         assert averaged.weight.item() == pytest.approx(expected, rel=1e-5)

@@ -7,13 +7,14 @@ import itertools
 import math
 
 import pytest
+import timm.utils
 import torch
 from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from finetune101.config import ModelConfig, OptimConfig, TrainConfig
-from finetune101.training.optim import factor, optimizer, set_rates
+from finetune101.training.optim import Average, factor, optimizer, set_rates
 
 STEPS = 7  # per epoch
 
@@ -117,3 +118,42 @@ def test_biases_and_norms_can_be_left_undecayed() -> None:
     decay = {tuple(p.shape): group["weight_decay"] for group in sgd.param_groups for p in group["params"]}
     assert decay == {(4, 4): 0.1, (3, 4): 0.1, (4,): 0.0, (3,): 0.0}
     assert rates(sgd) == pytest.approx({"head": 0.01, "backbone": 0.001})
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_are_those_of_torch(nesterov: bool) -> None:
+    ours, torchs = Net(), Net()
+    torchs.load_state_dict(ours.state_dict())
+    settings = OptimConfig(lr=0.1, weight_decay=0.01, nesterov=nesterov)
+    step = optimizer(ours, "fc.", TrainConfig(exp="a", optim=settings))
+    expected = SGD(
+        [{"params": torchs.fc.parameters()}, {"params": torchs.body.parameters(), "lr": step.param_groups[1]["lr"]}],
+        lr=0.1, momentum=settings.momentum, weight_decay=0.01, nesterov=nesterov,
+    )  # fmt: skip
+    for seed in range(4):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+        for net, one in ((ours, step), (torchs, expected)):
+            one.zero_grad()
+            net(x).square().mean().backward()
+            one.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
+    again = optimizer(Net(), "fc.", TrainConfig(exp="a", optim=settings))
+    again.load_state_dict(step.state_dict())
+    buffers = [one.state_dict()["state"][3]["momentum_buffer"] for one in (again, expected)]
+    assert torch.equal(*buffers)
+
+
+def test_the_average_is_that_of_timm() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ours, timms = Average(model), timm.utils.ModelEmaV3(model)
+    for seed in range(5):
+        model(torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad)
+        ours.update(model, 0.3)
+        timms.apply_update_(model, 0.3)
+    for name, tensor in timms.module.state_dict().items():
+        assert torch.equal(ours.module.state_dict()[name], tensor), name
+    ours.set(model)
+    assert all(torch.equal(a, b) for a, b in zip(ours.module.parameters(), model.parameters(), strict=True))
