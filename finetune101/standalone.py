@@ -301,7 +301,7 @@ _room = _Room(PIXELS_AT_ONCE)
 # --- the second resize, from the size that training caches to the network's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ResizeWeights:
     """``matrix`` (target, source) of whole numbers; a pixel is their sum over ``2 ** precision``, rounded half up."""
 
@@ -352,14 +352,36 @@ def resize_pixels(pixels: Pixels, size: int, interpolation: str) -> Pixels:
     if source == size:
         return pixels
     weights = resize_weights(source, size, interpolation)
-    columns = _rounded(np.matmul(weights.matrix, pixels.astype(weights.matrix.dtype)), weights)
-    rows = _rounded(weights.matrix @ columns.reshape(source, -1), weights)
-    return rows.reshape(size, size, 3).astype(np.uint8)
+    columns = _weighted(pixels.astype(weights.matrix.dtype), weights, 1)
+    return _weighted(columns, weights, 0).astype(np.uint8)
 
 
-def _rounded(sums: NDArray[np.floating], weights: ResizeWeights) -> NDArray[np.floating]:
-    halves = weights.divisor / 2
-    return np.clip(np.floor((sums + halves) / weights.divisor), 0, 255)
+def _weighted(values: NDArray[np.floating], weights: ResizeWeights, axis: int) -> NDArray[np.floating]:
+    """The sums of ``values`` along ``axis``, over the divisor, rounded half up and within 8 bits.
+
+    Added weight by weight: a product of matrices would start threads of its own in each thread that decodes.
+    """
+    first, shares = _taps(weights)
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    sums = np.full((), weights.divisor / 2, values.dtype)
+    for number, share in enumerate(shares):
+        part = np.take(values, first + number, axis)
+        part *= share.reshape(shape)
+        sums = np.add(sums, part, out=part if number == 0 else sums)
+    sums *= 1 / weights.divisor  # exact: a power of 2
+    np.floor(sums, out=sums)
+    return np.clip(sums, 0, 255, out=sums)
+
+
+@functools.cache
+def _taps(weights: ResizeWeights) -> tuple[NDArray[np.intp], NDArray[np.floating]]:
+    """For each row of the matrix the first column that counts, and (taps, target) the weights from there on."""
+    used = weights.matrix != 0
+    taps = int(used.shape[1] - (used.argmax(1) + used[:, ::-1].argmax(1)).min())
+    first = np.minimum(used.argmax(1), used.shape[1] - taps)
+    rows = np.arange(len(first))
+    return first, np.stack([weights.matrix[rows, first + number] for number in range(taps)])
 
 
 # --- an exported network
@@ -401,6 +423,7 @@ class ExportedNetwork:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores decode meanwhile
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # a damaged file can raise nearly anything
