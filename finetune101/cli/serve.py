@@ -57,7 +57,9 @@ def serve(
             print(f"warning: everybody who reaches {host} can use this page; it asks for no password", file=sys.stderr)
         app = pages.application(classifier, limits, host)
         pages.warm_up(classifier)
-        print(f"Try {network} at {listen.address_of(server)} (Ctrl-C ends it)", flush=True)
+        here, *elsewhere = listen.addresses_of(server)
+        others = f", from other devices at {elsewhere[0]}" if elsewhere else ""
+        print(f"Try {network} at {here}{others} (Ctrl-C ends it)", flush=True)
         with watched(Path(network), lambda: "the page is closed"):
             listen.http_server(app, limits).run(sockets=[server])
     return 0
