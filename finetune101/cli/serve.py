@@ -35,8 +35,8 @@ def serve(
         host: Address to listen at; with another than 127.0.0.1 others on the network can use the page.
         port: Port to listen at; 0 takes a free one.
         max_mb: Megabytes that one request may have.
-        neighbours: Show the nearest training images beside where the network looked. The first time this takes one
-            pass over all training images.
+        neighbours: Show the nearest training images beside where the network looked. The first time this takes a
+            pass over training images.
         data: Where the training images are, if not where the run found them.
         runs: Folder of all runs.
     """

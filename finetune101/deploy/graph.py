@@ -48,7 +48,7 @@ class Classifier(nn.Module):
         self.model.to(memory_format=torch.contiguous_format)  # torch.export.save warns of another one
         for module in self.model.modules():  # the exporter takes several times as long for layers that write in place
             if getattr(module, "inplace", False):
-                module.inplace = False
+                module.inplace = False  # type: ignore[assignment]
         self.output_layer = network.head
         self.temperature = network.temperature or 1.0
         own = network.preprocessing
