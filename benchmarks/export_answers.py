@@ -23,8 +23,10 @@ from finetune101.data.batches import to_input
 from finetune101.data.images import class_of
 from finetune101.deploy.export import export_network, open_source
 from finetune101.deploy.onnx_network import OnnxNetwork
-from finetune101.deploy.parity import picture_batches
+from finetune101.deploy.parity import LabelledImages, cached_batches, whole_picture
 from finetune101.deploy.released import open_reference, open_released
+from finetune101.evaluation.checkpoint import TrainedNetwork
+from finetune101.evaluation.forward import Forward
 from finetune101.files import write_json
 from finetune101.standalone import csv_cell, resize_pixels
 from finetune101.training.benchmark import machine_facts
@@ -71,22 +73,16 @@ def main() -> None:
     print(json.dumps({way: _changed(rows, way) for way in WAYS}, indent=1))
 
 
-def _rows(files: list[Path], network: object, exported: dict[str, OnnxNetwork]) -> Iterator[list[int]]:
+def _rows(files: list[Path], network: TrainedNetwork, exported: dict[str, OnnxNetwork]) -> Iterator[list[int]]:
     """The number of the most probable class of each image, in the order of ``WAYS``."""
-    from finetune101.evaluation.checkpoint import TrainedNetwork
-    from finetune101.evaluation.forward import Forward
-
-    assert isinstance(network, TrainedNetwork)
     own, world = network.preprocessing, dataclasses.replace(network.world, precision="fp32")
     forward, exact = network.forward(), Forward(network.model, world)
-
-    for batch in picture_batches(files, network):
-        cached = np.stack([pixels for _, pixels in batch])
+    for batch, cached in cached_batches(LabelledImages(files, "test"), network):
         x = torch.from_numpy(cached).permute(0, 3, 1, 2)
         answers = [f(to_input(x, own, w)).cpu().numpy() for f, w in ((forward, network.world), (exact, world))]
         small = np.stack([resize_pixels(pixels, own.size, own.interpolation) for pixels in cached])
         for runtime in exported.values():
-            answers.append(np.concatenate([runtime.probabilities(picture[None]) for picture, _ in batch]))
+            answers.append(np.concatenate([runtime.probabilities(whole_picture(file)[None]) for file in batch]))
             answers.append(runtime.probabilities(small))
         yield from np.stack([answer.argmax(1) for answer in answers], 1).tolist()
 

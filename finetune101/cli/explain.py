@@ -122,9 +122,12 @@ def _training_images(chosen: Chosen, data: str | None, neighbours: int | None) -
     if neighbours == 0:
         return None
     try:
-        return training_images(chosen.run or chosen.network.name, data)
+        training = training_images(chosen.run or chosen.network.name, data)
     except Refused as error:
         if neighbours is not None or data is not None:
             raise
         print(f"Nearest training images are left out: {error}", file=sys.stderr)
         return None
+    if len(training.paths) < training.total:
+        print(f"The nearest training images are searched for among {training}", file=sys.stderr)
+    return training

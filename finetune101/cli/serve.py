@@ -37,8 +37,8 @@ def serve(
         host: Address to listen at; with another than 127.0.0.1 others on the network can use the page.
         port: Port to listen at; 0 takes a free one.
         max_mb: Megabytes that one request may have.
-        neighbours: Show the nearest training images beside where the network looked. The first time this takes one
-            pass over all training images.
+        neighbours: Show the nearest training images beside where the network looked. The first time this takes a
+            pass over training images.
         data: Where the training images are, if not where the run found them.
         runs: Folder of all runs.
     """
@@ -59,7 +59,9 @@ def serve(
             print(f"warning: everybody who reaches {host} can use this page; it asks for no password", file=sys.stderr)
         app = pages.application(classifier, limits, host)
         pages.warm_up(classifier)
-        print(f"Try {network} at {listen.address_of(server)} (Ctrl-C ends it)", flush=True)
+        here, *elsewhere = listen.addresses_of(server)
+        others = f", from other devices at {elsewhere[0]}" if elsewhere else ""
+        print(f"Try {network} at {here}{others} (Ctrl-C ends it)", flush=True)
         with watched(Path(network), lambda: "the page is closed"):
             listen.http_server(app, limits).run(sockets=[server])
     return 0

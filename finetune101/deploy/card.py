@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ Start = Literal["efficientnet-lite", "torchvision", "timm", "file", "random"]
 """Where the weights come from that a training starts with."""
 HUB_LICENCES: dict[Start, str] = {"efficientnet-lite": "apache-2.0", "torchvision": "bsd-3-clause"}
 """The licence of the first weights by the name that a hub has for it; of the others no licence is known here."""
+OWN_LICENCE = "other"
+"""What a hub shows for a network of somebody's own images: only that person can say under which licence it is."""
 METRICS = (("accuracy", "Accuracy", "top1"), ("balanced_accuracy", "Mean per-class accuracy", "mean_per_class"))
 """Metrics of a hub: kind, name, and the key in test.json."""
 SOME_CALTECH = {"Faces_easy", "accordion", "water_lilly", "yin_yang"}
@@ -150,6 +153,12 @@ def released_card(name: str, lang: str = "en") -> str:
     return (FOLDER / f"{RELEASED[name]}.md").read_text(encoding="utf-8")
 
 
+def released_score(name: str) -> tuple[float, int] | None:
+    """Top-1 in percent of a released network's file, and the number of test images, as its card says them."""
+    score = re.search(r"on the same (\d+) test images, this file has (\d+\.\d+) %", released_card(name))
+    return (float(score[2]), int(score[1])) if score else None
+
+
 def card_of(run: Run) -> Card:
     """What there is to say of ``run``: published evidence without weights will do where it is tested.
 
@@ -166,6 +175,7 @@ def card_of(run: Run) -> Card:
     epoch = info.epoch if info and info.epoch is not None else best["epoch"] if best else None
     entry = lookup(config.model.name)
     start = start_of(config, entry)
+    is_caltech = len(manifest.classes) == OFFICIAL_CLASSES and set(manifest.classes) >= SOME_CALTECH
     return Card(
         name=run.name,
         file=run.best.name,
@@ -178,7 +188,7 @@ def card_of(run: Run) -> Card:
         epoch=epoch,
         epochs=config.optim.epochs,
         validation=best["val_top1"] if best else None,
-        is_caltech=len(manifest.classes) == OFFICIAL_CLASSES and set(manifest.classes) >= SOME_CALTECH,
+        is_caltech=is_caltech,
         data=Path(run.image_folder() or environment.get("data") or "").name,
         classes=manifest.classes,
         counts={subset: len(paths) for subset, paths in manifest.subsets.items()},
@@ -196,7 +206,7 @@ def card_of(run: Run) -> Card:
         evaluate=escaped(evaluate_command(Run(Path(run.name)))),
         environment=environment,
         command=escaped(_without_folders(redacted(environment.get("command", "")))),
-        licence=HUB_LICENCES.get(start, "unknown"),
+        licence=HUB_LICENCES.get(start, "unknown") if is_caltech else OWN_LICENCE,
     )
 
 

@@ -40,6 +40,9 @@ SMALL = 128  # and of a training image
 GAP, LINE = 10, 18
 DIM, STRENGTH = 0.75, 0.85  # brightness of the grey picture; opacity of the colour where the map is 1
 WARM, HOT = (230, 90, 0), (255, 225, 40)
+BAR = 60  # pixels, the width of the scale of colours
+LEGEND = ("colour: speaks for the class, yellow most; grey: not", "number before the class: its probability")
+NEAR_LEGEND = "below: nearest training images; distance (0: equal), class"
 
 
 class Explainer:
@@ -108,13 +111,14 @@ class Explanation:
         return overlay(self.image, self.maps[number])
 
     def picture(self) -> Image.Image:
-        """The picture, the overlay of each class beside it, and below them the nearest training images."""
-        cells = [(self.image, "")]
+        """The picture, the overlay of each class beside it, below them a legend and the nearest training images."""
+        cells = [(self.image, "the picture")]
         for number, (name, probability) in enumerate(self.classes):
             nowhere = "" if self.maps[number].any() else ", no part speaks for it"
             cells.append((self.overlay(number), f"{100 * probability:.1f} % {name}{nowhere}"))
-        rows = [_row(cells, max(160, self.image.width))]
         near = [(one.thumbnail(SMALL), f"{one.distance:.2f} {one.label}") for one in self.neighbours]
+        rows = [_row(cells, max(160, self.image.width))]
+        rows.append(_legend([*LEGEND, NEAR_LEGEND] if near else LEGEND, rows[0].width))
         if near:
             rows.append(_row([(picture, words) for picture, words in near if picture], SMALL))
         sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), PAPER)
@@ -164,6 +168,18 @@ def picture_names(files: Sequence[str], out: Path, *, overwrite: bool = False) -
     if not overwrite and (present := next((name for name in names.values() if name.exists()), None)):
         raise Refused(f"{escaped(str(present))} is there; give another --out, or --overwrite")
     return names
+
+
+def _legend(lines: Sequence[str], width: int) -> Image.Image:
+    """``lines`` that say what colours and numbers mean, the first beside a scale of the colours."""
+    scale = np.linspace(0, 1, BAR, dtype=np.float32)[None].repeat(LINE // 2, 0)
+    row = Image.new("RGB", (width, len(lines) * LINE), PAPER)
+    row.paste(overlay(Image.new("RGB", (BAR, LINE // 2), (128, 128, 128)), scale), (GAP, LINE // 4))
+    draw = ImageDraw.Draw(row)
+    for number, line in enumerate(lines):
+        left = 2 * GAP + BAR if number == 0 else GAP
+        caption(draw, left, number * LINE, line, width - left - GAP)
+    return row
 
 
 def _row(cells: Sequence[tuple[Image.Image, str]], width: int) -> Image.Image:

@@ -15,13 +15,15 @@ import onnx
 import torch
 
 import finetune101
+from finetune101.deploy.card import released_score
 from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.graph import halve, onnx_graph, prepend_resize, program
 from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.onnx_network import Accuracy, ExportedInfo, OnnxNetwork, Parity
 from finetune101.deploy.parity import (
     LabelledImages,
-    check_accuracy,
+    Outcome,
+    check_8_bits,
     check_parity,
     measure_parity,
     parity_text,
@@ -92,7 +94,9 @@ def open_source(name: str | Run, data: str | None = None, runs: str = "runs") ->
     """
     if isinstance(name, str) and name in RELEASED:
         network, info = open_released(name)
-        source = Source(network, split=info.split.hash if info.split else None)
+        score = released_score(name)
+        accuracy = Accuracy(top1=score[0], n=score[1]) if score else None
+        source = Source(network, split=info.split.hash if info.split else None, accuracy=accuracy)
         return _with_images(source, lambda: open_reference(network, data, name, info.split), data is not None)
     if isinstance(name, str) and name.endswith(".safetensors") and Path(name).is_file():
         return Source(open_file(Path(name)), missing="a checkpoint alone names no images")
@@ -172,12 +176,14 @@ def export_network(
     if format == "torch-export":
         measured = _write_program(source.network, info, images, out)
         return Exported(out, format, time.perf_counter() - started, measured, tuple(notes))
+    if format == "onnx-int8" and source.training is None:
+        raise Refused(f"8-bit integers need training images ({source.missing or 'there are none'}); give --data")
     graph = onnx_graph(source.network)
     if format == "onnx-int8":
         result = _in_8_bits(graph, source)
         graph, info = result.graph, dataclasses.replace(info, precision="int8")
         halve(graph)  # the layers that stay in floats
-        notes.append(_layers_text(result))
+        notes += [_layers_text(result), _speed_text(result)]
     if not resized:
         prepend_resize(graph, source.network.preprocessing)
     measured = _write_graph(graph, source.network, info, images, out)
@@ -188,7 +194,8 @@ def _pictures_in(folder: str) -> LabelledImages:
     inputs = image_inputs([folder])
     if not inputs.files:
         raise Refused(f"--parity {folder} holds no picture; name a folder of pictures")
-    return LabelledImages([Path(file) for file in inputs.files], "given")
+    remedy = "repair it, or take it out of the folder of --parity"
+    return LabelledImages([Path(file) for file in inputs.files], "given", remedy=remedy)
 
 
 def exported_info(source: Source, input_: str) -> ExportedInfo:
@@ -214,10 +221,8 @@ def exported_info(source: Source, input_: str) -> ExportedInfo:
 
 
 def _in_8_bits(graph: onnx.ModelProto, source: Source) -> Quantized:
-    """Raises Refused without training images."""
-    if source.training is None:
-        raise Refused(f"8-bit integers need training images ({source.missing or 'there are none'}); give --data")
-    pixels = resized_pictures(source.training.files, source.network, FROM + TRIED)
+    assert source.training
+    pixels = resized_pictures(source.training, source.network, FROM + TRIED)
     return quantized(graph, np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
@@ -229,6 +234,11 @@ def _layers_text(result: Quantized) -> str:
     return f"{len(result.kept)} of {result.layers} layers stay in fp32, as they lose most: {worst}{rest}"
 
 
+def _speed_text(result: Quantized) -> str:
+    whole, small = result.milliseconds
+    return f"One picture takes {small:.1f} ms here, in floats {whole:.1f} ms ({whole / small:.1f} times as fast)"
+
+
 def _write_graph(
     graph: onnx.ModelProto, network: TrainedNetwork, info: ExportedInfo, images: LabelledImages | None, out: Path
 ) -> Parity | None:
@@ -238,12 +248,16 @@ def _write_graph(
         save_graph(graph, info, part)
         if images:
             exported = OnnxNetwork(part)
-            whole = exported.probabilities if info.input == "images" else None
-            measured = measure_parity(network, images, exported.probabilities, whole)
+
+            def answers(pixels: np.ndarray) -> Outcome:
+                outputs = exported.outputs(pixels)
+                return outputs.probabilities, outputs.unlike
+
+            measured = measure_parity(network, images, answers, answers if info.input == "images" else None)
             if info.precision == "fp32":
                 check_parity(measured)
             else:
-                check_accuracy(measured)
+                check_8_bits(measured)
             save_graph(graph, dataclasses.replace(info, parity=measured), part)
     return measured
 
@@ -261,12 +275,12 @@ def _write_program(
     """PyTorch's own format; its input is resized pictures, uint8 (N, 3, size, size)."""
     exported, measured = program(network), None
     if images:
-        module: Callable[..., tuple[torch.Tensor, torch.Tensor]] = exported.module()
+        module: Callable[..., tuple[torch.Tensor, ...]] = exported.module()
 
-        def answers(pixels: np.ndarray) -> np.ndarray:
+        def answers(pixels: np.ndarray) -> Outcome:
             with torch.no_grad():
-                values: np.ndarray = module(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())[0].numpy()
-            return values
+                outputs = module(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+            return outputs[0].numpy(), outputs[2].numpy() if network.unlike else None
 
         measured = measure_parity(network, images, answers)
         check_parity(measured)

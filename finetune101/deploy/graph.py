@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,10 @@ class Classifier(nn.Module):
     def __init__(self, network: TrainedNetwork) -> None:
         super().__init__()
         self.model = copy.deepcopy(network.model).cpu().eval()
+        self.model.to(memory_format=torch.contiguous_format)  # torch.export.save warns of another one
+        for module in self.model.modules():  # the exporter takes several times as long for layers that write in place
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
         self.output_layer = network.head
         self.temperature = network.temperature or 1.0
         own = network.preprocessing
@@ -251,12 +256,23 @@ def halve(graph: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _refused(name: str) -> Iterator[None]:
-    """Turns what the exporter raises, of whatever kind, into a sentence about the network ``name``."""
+    """Turns what the exporter raises, of whatever kind, into a sentence about the network ``name``.
+
+    An assertion of this package that fails is a bug of ours, and keeps its traceback.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, AssertionError) and _is_ours(error):
+            raise
         reason = shortened(str(error).strip().split("\n")[0]) or type(error).__name__
         raise Refused(f"{name} cannot be exported ({reason}); take --format safetensors") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether code of this package raised ``error``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
 
 
 @contextlib.contextmanager

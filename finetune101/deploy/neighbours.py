@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +21,9 @@ from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import Opened, open_scored, trained_on
 from finetune101.evaluation.features import FeatureExtractor
 from finetune101.run import Run
+
+SEED = 0
+PER_CLASS = 25  # training images: a minute for a hundred classes
 
 
 @dataclass(frozen=True)
@@ -42,20 +48,30 @@ class Neighbour:
 
 
 class TrainingImages:
-    """The images that a network was trained on, by their features, which are kept in the cache folder.
+    """Images that a network was trained on, by their features, which are kept in the cache folder.
 
-    Their first use takes one forward pass of each image.
+    All of them where their features are there already, as after ``evaluate``. Else at most ``PER_CLASS`` of each class,
+    the same each time, and the first use takes one forward pass of each.
     """
 
     def __init__(self, scored: Opened, extract: FeatureExtractor | None = None) -> None:
-        self.root, self.paths = scored.index.root, trained_on(scored.manifest, scored.config)
+        self.root, self.paths = scored.index.root, list(trained_on(scored.manifest, scored.config))
+        self.total = len(self.paths)
         self.extract = extract or FeatureExtractor(scored.network)
         wanted, skipped = (
             (path for paths in scored.manifest.subsets.values() for path in paths),
             scored.manifest.skipped,
         )
         images = open_images(scored.index, scored.network.preprocessing, scored.config.cache, skipped, wanted)
+        if not self.extract.has_kept(images, self.paths):
+            rounds = class_rounds([class_of(path) for path in self.paths])[:PER_CLASS]
+            self.paths = [self.paths[place] for place in sorted(itertools.chain(*rounds))]
         self._features = F.normalize(self.extract.of_images(images, self.paths)[0])
+
+    def __str__(self) -> str:
+        if len(self.paths) == self.total:
+            return f"all {self.total:,} training images"
+        return f"{len(self.paths):,} of {self.total:,} training images, at most {PER_CLASS} of each class"
 
     def nearest(self, features: Tensor, count: int) -> list[list[Neighbour]]:
         """The ``count`` nearest training images of each row of ``features`` (N, D), nearest first."""
@@ -82,3 +98,20 @@ def training_images(run: Run | str, data: str | None = None) -> TrainingImages:
         raise Refused(f"{run} does not say which images it was trained on; name its run, or add --neighbours 0")
     network, info = open_released(run)
     return TrainingImages(open_reference(network, data, run, info.split))
+
+
+def class_rounds(labels: Sequence[Hashable]) -> list[list[int]]:
+    """The places 0, 1, … of ``labels`` in rounds: the first round holds one image of every class, the second another.
+
+    Which image of a class, and the order of the classes in a round, are random with a fixed seed. A class with fewer
+    images than rounds is missing in the last ones.
+    """
+    rounds: list[list[int]] = []
+    images: dict[Hashable, int] = {}
+    for place in np.random.default_rng(SEED).permutation(len(labels)).tolist():
+        number = images.get(labels[place], 0)
+        images[labels[place]] = number + 1
+        if number == len(rounds):
+            rounds.append([])
+        rounds[number].append(place)
+    return rounds

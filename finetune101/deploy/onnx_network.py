@@ -46,6 +46,12 @@ class Difference:
     """The largest difference of a probability."""
     changed: Annotated[int, Meta(ge=0)]
     """Images whose most probable class is another one."""
+    unlike: Annotated[float, Meta(ge=0, le=10)] | None = None
+    """The largest difference of a score for unlike images; None without a score, as the next two."""
+    marks_changed: Annotated[int, Meta(ge=0)] | None = None
+    """Images that only one of both marks as unlike the training images."""
+    marks_added: Annotated[int, Meta(ge=0)] | None = None
+    """Those of them that the file marks."""
 
 
 @dataclass(frozen=True, kw_only=True)

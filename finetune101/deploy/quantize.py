@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ LAYERS = ("Conv", "Gemm", "MatMul")
 QUANTIZED = [*LAYERS, "Add", "Clip", "Relu", "AveragePool", "GlobalAveragePool", "MaxPool", "Concat"]
 FROM, TRIED = 128, 48  # images: those whose ranges are taken, and others on which layers are compared
 LOSS = 1e-3  # nats: Kullback-Leibler divergence of all answers that is good enough
+SECONDS = 1.0  # of measuring the speed
 AT_ONCE = 4  # images, so that the outputs of all layers fit into memory
 
 Pixels = NDArray[np.uint8]
@@ -41,15 +44,17 @@ class Quantized:
     """Layers with weights, in 8 bits or not."""
     divergence: float
     """How far (nats) the answers are from those in floats."""
+    milliseconds: tuple[float, float]
+    """What one picture takes on this machine: in floats, in 8 bits."""
 
 
 def quantized(graph: onnx.ModelProto, pixels: Pixels) -> Quantized:
     """``graph`` (its input: ``RESIZED``) in 8 bits: static ranges, weights per channel, QuantizeLinear nodes.
 
-    Ranges are those of the first ``FROM`` of ``pixels`` (N, 3, size, size), training images. On ``TRIED`` others the
-    answers are compared with those of ``graph``. Where they differ by more than ``LOSS``, each layer is quantized
-    alone, and the worst stay in fp32, one more until the rest is good enough, at most a quarter. Weights have 7 bits:
-    with 8, processors without 8-bit dot products (AVX2) would overflow.
+    Ranges are those of the first ``FROM`` of ``pixels`` (N, 3, size, size), training images of all classes, mixed. On
+    ``TRIED`` others the answers are compared with those of ``graph``. Where they differ by more than ``LOSS``, each
+    layer is quantized alone, and the worst stay in fp32, one more until the rest is good enough, at most a quarter.
+    Weights have 7 bits: with 8, processors without 8-bit dot products (AVX2) would overflow.
     """
     with tempfile.TemporaryDirectory(prefix="finetune101_") as name, _quiet():
         folder = Path(name)
@@ -70,8 +75,30 @@ def quantized(graph: onnx.ModelProto, pixels: Pixels) -> Quantized:
                 divergence = trial.divergence(keep=tuple(kept))
                 if divergence <= LOSS:
                     break
-        result = onnx.load(trial.quantize(keep=tuple(kept)))
-    return Quantized(result, kept, len(layers), divergence)
+        file = trial.quantize(keep=tuple(kept))
+        milliseconds = _milliseconds(whole, file, pixels[:1])
+        return Quantized(onnx.load(file), kept, len(layers), divergence, milliseconds)
+
+
+def _milliseconds(whole: Path, small: Path, pixels: Pixels) -> tuple[float, float]:
+    """What a pass of ``pixels`` takes in each of two files: the median of passes that alternate for ``SECONDS``."""
+    sessions = [_session(file) for file in (whole, small)]
+    times: list[list[float]] = [[], []]
+    for session in sessions:  # warm up
+        session.run(None, {RESIZED: pixels})
+    end = time.perf_counter() + SECONDS
+    while not times[1] or time.perf_counter() < end:
+        for session, values in zip(sessions, times, strict=True):
+            started = time.perf_counter()
+            session.run(None, {RESIZED: pixels})
+            values.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times[0]), 1000 * statistics.median(times[1])
+
+
+def _session(file: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = usable_cores(), 3
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 class _Trial:
@@ -113,9 +140,7 @@ class _Trial:
         return file
 
     def _answers(self, file: Path) -> Numbers:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = usable_cores(), 3
-        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        session = _session(file)
         parts = [self.others[i : i + 16] for i in range(0, len(self.others), 16)]
         answers: Numbers = np.concatenate([session.run(["probabilities"], {RESIZED: part})[0] for part in parts])
         return answers

@@ -60,6 +60,12 @@ class FeatureExtractor:
         kept = kept_outputs(self.model, width, preprocessing, images, paths, world, fast)
         return self._divided(kept.values)
 
+    def has_kept(self, images: Images, paths: Sequence[str]) -> bool:
+        """Whether ``of_images`` finds its result in the cache folder."""
+        network, width = self.network, self.width + len(self.network.classes)
+        place = _place(self.model, width, network.preprocessing, images, paths, network.world, network.fast_kernels)
+        return images.pixels is not None and store.read_array(place) is not None
+
     def _divided(self, output: Tensor) -> tuple[Tensor, Tensor]:
         return output[:, : self.width], output[:, self.width :]
 
@@ -99,11 +105,9 @@ def kept_outputs(
     computed them, whether it read them in a moment or waited for another process. ``fast`` allows fused layers.
     """
     started = time.perf_counter()
-    key = [images.key, *paths, state_hash(model), preprocessing, world.precision, world.device.type, fast and FUSED]
     if images.pixels is None:  # with --cache off nothing is kept
         return Outputs(_compute(model, images, paths, world, fast), 0.0)
-    name = hashlib.sha256("\n".join(map(str, key)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    place = store.Place(f"features_{name}.npy", (len(paths), width), np.float32)
+    place = _place(model, width, preprocessing, images, paths, world, fast)
     kept = store.read_array(place)
     with contextlib.nullcontext() if kept else store.turn(place):
         kept = kept or store.read_array(place)  # another process may have computed them meanwhile
@@ -116,6 +120,21 @@ def kept_outputs(
                     store.keep_array(place, [values.numpy()], f"{len(paths):,} images seen by a network", seconds)
             return Outputs(values, seconds - (time.perf_counter() - started))
     return Outputs(torch.from_numpy(kept.array), kept.seconds - (time.perf_counter() - started))
+
+
+def _place(
+    model: nn.Module,
+    width: int,
+    preprocessing: Preprocessing,
+    images: Images,
+    paths: Sequence[str],
+    world: World,
+    fast: bool,
+) -> store.Place:
+    """Where ``kept_outputs`` keeps its result: the name is a hash of everything that decides the numbers."""
+    key = [images.key, *paths, state_hash(model), preprocessing, world.precision, world.device.type, fast and FUSED]
+    name = hashlib.sha256("\n".join(map(str, key)).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return store.Place(f"features_{name}.npy", (len(paths), width), np.float32)
 
 
 def _compute(model: nn.Module, images: Images, paths: Sequence[str], world: World, fast: bool) -> Tensor:

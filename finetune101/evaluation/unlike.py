@@ -34,7 +34,7 @@ class Unlike:
     """A score of features, and the threshold above which an image is unlike the training images."""
 
     means: NDArray[np.float16]
-    """(classes, D): the mean direction of each class, of length 1."""
+    """(classes, D): the mean direction of each class that has training images, of length 1."""
     threshold: float
     images: int = 0
     """Number of validation images that the threshold was found on."""
@@ -121,7 +121,8 @@ def write_unlike(file: Path, unlike: Unlike, weights: str) -> None:
 def read_unlike(file: Path, weights: str, width: int, classes: int) -> tuple[Unlike | None, str]:
     """The score in ``file`` for the checkpoint with the sha256 ``weights``; else None and why there is none.
 
-    Raises Refused when the file is damaged or is not of ``classes`` classes and ``width`` features.
+    Raises Refused when the file is damaged, or holds more than ``classes`` means or means of another length than
+    ``width``. A class without training images has no mean.
     """
     if not file.is_file():
         return None, f"no {UNLIKE} lies beside its weights"
@@ -134,6 +135,6 @@ def read_unlike(file: Path, weights: str, width: int, classes: int) -> tuple[Unl
     unlike, owner = parsed_unlike(content, str(file))
     if owner != weights:
         return None, "the score beside it is of other weights; evaluate the run again"
-    if unlike.means.shape != (classes, width):
+    if len(unlike.means) > classes or unlike.means.shape[1] != width:
         raise Refused(f"{file} does not fit its network; {REMEDY}")
     return unlike, ""

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 ERRORS = {
-    400: "no picture in the request, a wrong number, or a multipart body that is broken",
+    400: "no picture in the request, a wrong number or parameter, or a multipart body that is broken",
     403: "the request comes from a page of another origin",
     404: "no such path",
     405: "this path takes another method",
@@ -20,6 +20,11 @@ ERRORS = {
     503: "the server is busy; Retry-After says when to come again",
 }
 """Status code -> when it is given."""
+PARAMETERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "top_k": ("Classes of each picture.", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5}),
+    "explain": ("With 1, where the network looked.", {"type": "integer", "enum": [0, 1], "default": 0}),
+}
+"""The parameters of POST /predict: what each means, and its JSON schema."""
 
 
 class ClassShare(Struct, forbid_unknown_fields=True):
@@ -89,10 +94,6 @@ class About(Struct, forbid_unknown_fields=True):
 def openapi(version: str, megabytes: int, most_pictures: int) -> dict[str, Any]:
     """The interface of the server by OpenAPI 3.1."""
     _, parts = msgspec.json.schema_components([Answers, Problem, About], ref_template="#/components/schemas/{name}")
-    numbers = {
-        "top_k": ("Classes of each picture.", {"type": "integer", "minimum": 1, "maximum": 1000, "default": 5}),
-        "explain": ("With 1, where the network looked.", {"type": "integer", "enum": [0, 1], "default": 0}),
-    }
     binary = {"type": "string", "format": "binary"}
     form = {"type": "object", "properties": {"file": {"type": "array", "items": binary, "maxItems": most_pictures}}}
     problems = {str(code): _answer(reason.capitalize() + ".", "Problem") for code, reason in ERRORS.items()}
@@ -103,7 +104,7 @@ def openapi(version: str, megabytes: int, most_pictures: int) -> dict[str, Any]:
         "description": f"Several pictures as multipart/form-data, or the bytes of one; at most {megabytes} MB.",
         "parameters": [
             {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
-            for name, (text, schema) in numbers.items()
+            for name, (text, schema) in PARAMETERS.items()
         ],
         "requestBody": {
             "required": True,

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 import finetune101
 from finetune101.errors import Refused, shortened
-from finetune101.serve.answers import About, Answers, Problem, openapi
+from finetune101.serve.answers import PARAMETERS, About, Answers, Problem, openapi
 from finetune101.serve.guard import Answer, Guard
 from finetune101.serve.uploads import MB, Body, Failed, Limits, Uploads
 from finetune101.serve.worker import Busy, Classifier, Job, Worker
@@ -62,6 +62,7 @@ class Service:
 
     async def predict(self, request: Request) -> Response:
         """POST /predict: the classes of the pictures in a multipart body, or of the one whose bytes the body is."""
+        check_query(request, PARAMETERS)
         top_k, explain = number(request, "top_k", 5, 1, 1000), number(request, "explain", 0, 0, 1)
         body, job, loop = Body(request, self.limits, self.uploads), None, asyncio.get_running_loop()
         try:
@@ -143,6 +144,13 @@ async def disconnected(request: Request) -> None:
     """Ends when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def check_query(request: Request, names: Collection[str]) -> None:
+    """Raises Failed for a parameter of the query that is none of ``names``."""
+    for name in request.query_params:
+        if name not in names:
+            raise Failed(400, f"there is no parameter {shortened(name, 20)!r}; the server knows {' and '.join(names)}")
 
 
 def number(request: Request, name: str, usual: int, low: int, high: int) -> int:

@@ -16,6 +16,7 @@ from finetune101.errors import Refused
 from finetune101.serve.uploads import Limits
 
 CONNECTIONS = 500
+EVERYWHERE = ("0.0.0.0", "::")  # "all addresses of this machine", which no browser can open
 LAST_SECONDS = 2  # for the requests at hand when the server ends
 
 
@@ -87,11 +88,27 @@ def listening(host: str, port: int) -> socket.socket:
     return server
 
 
-def address_of(server: socket.socket) -> str:
-    """The address of a page for browsers on this machine."""
+def addresses_of(server: socket.socket) -> list[str]:
+    """The addresses of a page: for browsers on this machine, then, where it listens at all addresses, for others."""
     host, port = server.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    if host not in EVERYWHERE:
+        return [_address(host, port)]
+    own = own_address(server.family)
+    return [f"http://localhost:{port}/", *([_address(own, port)] if own else [])]
+
+
+def _address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def own_address(family: int = socket.AF_INET) -> str:
+    """The address of this machine on its network, "" without one; nothing is sent to find it."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(("2001:db8::1" if family == socket.AF_INET6 else "192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def http_server(app: Starlette, limits: Limits) -> uvicorn.Server:

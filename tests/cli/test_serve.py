@@ -24,7 +24,7 @@ from finetune101.cli.serve import open_classifier
 from finetune101.errors import Refused
 from finetune101.serve.answers import Answers
 from finetune101.serve.app import application
-from finetune101.serve.listen import address_of, listening
+from finetune101.serve.listen import addresses_of, listening, own_address
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,12 +32,21 @@ ROOT = Path(__file__).parents[2]
 def test_a_port_that_is_taken_and_other_mistakes_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with listening("127.0.0.1", 0) as server:
         port = server.getsockname()[1]
-        assert address_of(server) == f"http://127.0.0.1:{port}/"
+        assert addresses_of(server) == [f"http://127.0.0.1:{port}/"]
         assert "taken" in refused(capsys, "serve", "released_finetune", "--port", str(port))
     assert "--port" in refused(capsys, "serve", "--port", "70000")
     assert "--max-mb" in refused(capsys, "serve", "--max-mb", "0")
     assert "--host" in refused(capsys, "serve", "--host", "203.0.113.1", "--port", "0")
     refused(capsys, "serve", "no_such_run", "--port", "0")
+
+
+def test_a_page_for_others_names_an_address_that_they_can_open() -> None:
+    with listening("0.0.0.0", 0) as server:
+        port, own = server.getsockname()[1], own_address()
+        here, *elsewhere = addresses_of(server)
+        assert here == f"http://localhost:{port}/" and elsewhere == [f"http://{own}:{port}/"] * bool(own)
+        for host in ("localhost", own or "127.0.0.1"):
+            socket.create_connection((host, port), timeout=10).close()
 
 
 def test_the_nearest_training_images_of_a_run_are_shown(runs: Path, tiny_data: Path, here: Path) -> None:

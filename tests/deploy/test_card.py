@@ -110,14 +110,20 @@ def test_no_folder_of_the_machine_is_told(run: Run) -> None:
         (ModelConfig(name="resnet18", pretrain=False), "random", "unknown"),
     ],
 )
-def test_the_licence_is_that_of_the_first_weights(model: ModelConfig, start: str, licence: str, tmp_path: Path) -> None:
+def test_the_licence_is_that_of_the_first_weights(
+    model: ModelConfig, start: str, licence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a network of somebody's own images, that person chooses it."""
     config = TrainConfig(exp="x", model=model)
     assert start_of(config, lookup(model.name)) == start
     run = write_run(tmp_path / "r", wrong={1}, test=8, name=model.name)
     run.write_json("config.json", to_dict(dataclasses.replace(config, recipe="finetune")))
     for lang in cards.LANGUAGES:
         text = card_text(card_of(run), lang)
-        assert header(text)["license"] == licence
+        assert header(text)["license"] == "other" and "`license: other`" in text
+    monkeypatch.setattr(cards, "OFFICIAL_CLASSES", 2)
+    monkeypatch.setattr(cards, "SOME_CALTECH", {"ant", "bee"})
+    assert header(card_text(card_of(run)))["license"] == licence
     assert ("imagenet" in text.lower()) == (start not in ("file", "random"))
 
 
@@ -133,7 +139,7 @@ def test_settings_that_differ_from_the_recipe_are_named() -> None:
 
 def test_a_network_that_marks_unlike_images_says_so(run: Run) -> None:
     (run.path / "unlike.safetensors").unlink(missing_ok=True)
-    assert "unlike" not in card_text(card_of(run))
+    assert "unlike the training pictures" not in card_text(card_of(run))
     (run.path / "unlike.safetensors").touch()
     assert "unlike the training pictures" in card_text(card_of(run)) and "不相像" in card_text(card_of(run), "zh")
 
@@ -143,6 +149,14 @@ def test_validation_images_that_trained_the_network_are_told(run: Run) -> None:
     assert "choice of the epoch" in card_text(card_of(run))
     run.write_json("config.json", {**settings, "data": {**settings["data"], "fit_on": "train+val"}})
     assert "the weights too" in card_text(card_of(run)) and "choice of the epoch" not in card_text(card_of(run))
+
+
+def test_a_network_without_temperature_has_none_in_its_table(run: Run) -> None:
+    card = card_of(run)
+    for temperature, reason, words in ((1.2, "", True), (None, "", False), (1.0, "none helped", False)):
+        other = dataclasses.replace(card, temperature=temperature, temperature_reason=reason, val_use="epoch")
+        assert ("and the temperature |" in card_text(other)) == words
+        assert ("和温度 |" in card_text(other, "zh")) == words
 
 
 def test_caltech_101_is_known_by_its_classes() -> None:

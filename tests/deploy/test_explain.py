@@ -17,7 +17,8 @@ from finetune101 import load
 from finetune101.cli.main import main
 from finetune101.config import SystemConfig
 from finetune101.demo.dataset import picture
-from finetune101.deploy.explain import Explainer, class_numbers, overlay, picture_names
+from finetune101.deploy import neighbours
+from finetune101.deploy.explain import BAR, GAP, LINE, Explainer, Explanation, class_numbers, overlay, picture_names
 from finetune101.deploy.neighbours import training_images
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork
@@ -122,6 +123,17 @@ def test_the_overlay_colours_only_where_the_map_is() -> None:
     assert (left.max(2) == left.min(2)).all() and (right[..., 0] - right[..., 2] > 80).all()
 
 
+def test_the_picture_says_what_its_colours_mean() -> None:
+    values = np.ones((1, 8, 8), np.float32)
+    explanation = Explanation(Image.new("RGB", (320, 100), (9, 9, 9)), (("cat", 0.5),), values)
+    pixels = np.asarray(explanation.picture()).astype(int)
+    legend = pixels[-2 * LINE :]
+    scale = legend[LINE // 2, GAP : GAP + BAR]
+    assert np.ptp(scale[0]) == 0 and scale[-1, 0] - scale[-1, 2] > 100  # from grey to yellow
+    assert (legend[:, GAP + BAR :].min(2) < 100).sum() > 200  # words
+    assert len(pixels) == GAP + 100 + LINE + GAP // 2 + 2 * LINE
+
+
 def test_names_of_pictures_are_safe_and_different(tmp_path: Path) -> None:
     files = ["a/cat.jpg", "b/cat.png", "c/Cat.gif", "a/..%2f\n<x>.jpg", "é.jpg", "nul.jpg"]
     pictures = picture_names(files, tmp_path)
@@ -166,6 +178,25 @@ def test_an_image_that_cannot_be_read_does_not_end_the_others(
     words = [str(bad), str(good), "--out", str(tmp_path / "out"), "--neighbours", "0"]
     assert main(["explain", str(runs / "a"), *words]) == 1
     assert "failed: " in capsys.readouterr().err and (tmp_path / "out/image_0001.png").is_file()
+
+
+def test_at_most_some_training_images_of_each_class_are_passed(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them where their features are kept already."""
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(neighbours, "PER_CLASS", 2)
+    run = Run(runs / "a")
+    some, again = training_images(run), training_images(run)
+    assert [path.split("/")[0] for path in some.paths] == ["ball", "ball", "box", "box", "stripes", "stripes"]
+    assert some.paths == again.paths and "6 of " in str(some)
+    words = ["explain", str(run.path), str(some.root / some.paths[0]), "--out", str(tmp_path / "out")]
+    assert main(words) == 0 and "at most 2 of each class" in capsys.readouterr().err
+    monkeypatch.setattr(neighbours, "PER_CLASS", 100)
+    training_images(run)
+    monkeypatch.setattr(neighbours, "PER_CLASS", 2)
+    everything = training_images(run)
+    assert len(everything.paths) == everything.total > 6 and "all" in str(everything)
 
 
 def test_neighbours_of_what_names_no_training_images(runs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -13,66 +14,50 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
+from random_networks import CLASSES, kept_network, random_network
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from finetune101.api import load
 from finetune101.cli.main import main
-from finetune101.config import Preprocessing, SystemConfig
+from finetune101.config import Preprocessing
 from finetune101.data.batches import resized, to_input
+from finetune101.deploy import export
+from finetune101.deploy.card import released_card
+from finetune101.deploy.choose import available
 from finetune101.deploy.export import Source, export_network, open_source
+from finetune101.deploy.graph import _refused, onnx_graph, program
 from finetune101.deploy.network import Network
-from finetune101.deploy.onnx_network import METADATA, Difference, OnnxNetwork, Parity
-from finetune101.deploy.parity import LabelledImages, check_parity
+from finetune101.deploy.onnx_network import Accuracy, OnnxNetwork
+from finetune101.deploy.parity import LabelledImages
 from finetune101.errors import Refused
-from finetune101.evaluation.checkpoint import TrainedNetwork, open_file
+from finetune101.evaluation.checkpoint import open_file
 from finetune101.evaluation.features import FeatureExtractor
 from finetune101.evaluation.unlike import fit_unlike
-from finetune101.machine import detect
-from finetune101.models.build import build
-from finetune101.models.table import lookup, names
-from finetune101.standalone import resize_pixels
+from finetune101.models.table import names
+from finetune101.standalone import METADATA, resize_pixels
 
 TIMM = ("timm:resnetv2_50x1_bit", "timm:vit_tiny_patch16_224", "timm:convnext_atto")
-CLASSES = ("ant", "bee", "cat")
-SHAPES = ((40, 64), (64, 40), (90, 90), (300, 200), (64, 64), (33, 150))
+pytestmark = pytest.mark.usefixtures("exported_once")
+FAMILY = {
+    "resnet34": "resnet18",
+    "resnet50": "resnet18",
+    "mobilenet_v3_large": "mobilenet_v3_small",
+    "efficientnet_lite1": "efficientnet_lite0",
+    "efficientnet_lite2": "efficientnet_lite0",
+    "efficientnet_lite012": "efficientnet_lite02",
+}
+"""Larger network -> the network of its family that is exported in full."""
+KEPT = ("squeezenet1_1", "resnet18", "mobilenet_v3_small")
+"""Small networks that several tests export."""
 
 
-def random_network(name: str, cache_size: int | None = None) -> TrainedNetwork:
-    """The network ``name`` for three classes with random weights, as small as it can be."""
-    size = None if lookup(name).fixed_size else 64
-    built = build(name, len(CLASSES), pretrain=False, size=size, cache_size=cache_size, seed=3)
-    model, layer, noise = built.model.eval(), built.output_layer, torch.Generator().manual_seed(1)
-    assert isinstance(layer, nn.Linear | nn.Conv2d) and layer.bias is not None
-    with torch.no_grad():  # an output layer whose logits differ by about 1 between images
-        layer.weight.normal_(generator=noise)
-        output = model(torch.randn(8, 3, *[built.preprocessing.size] * 2, generator=noise))
-        spread = output.std(0).mean()
-        layer.weight.div_(spread)
-        if isinstance(layer, nn.Linear):
-            layer.bias.copy_((layer.bias - output.mean(0)) / spread)
-    return TrainedNetwork(
-        model=model, preprocessing=built.preprocessing, classes=list(CLASSES),
-        world=detect(SystemConfig(precision="fp32")), temperature=1.7, name="random", architecture=name,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
-    """Pictures of several shapes, smooth as photos are."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    files = []
-    for i, (height, width) in enumerate(SHAPES * 2):
-        rough = Image.fromarray(rng.integers(0, 256, (7, 5, 3), np.uint8))
-        rough.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-        files.append(folder / f"{i}.png")
-    return LabelledImages(files, "drawn", [i % 3 for i in range(len(files))])
-
-
-@pytest.mark.parametrize("name", [*names(), *TIMM])
-def test_every_architecture_gives_the_same_answers(name: str, pictures: LabelledImages, tmp_path: Path) -> None:
-    network = random_network(name)
+@pytest.mark.parametrize("name", [name for name in (*names(), *TIMM) if name not in FAMILY])
+def test_every_family_gives_the_same_answers(
+    name: str, pictures: LabelledImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name not in KEPT:
+        monkeypatch.setattr(export, "onnx_graph", onnx_graph)
+    network = kept_network(name) if name in KEPT else random_network(name)
     exported = export_network(Source(network, pictures), tmp_path / "network.onnx")
     assert exported.parity and exported.parity.pictures
     assert exported.parity.resized.largest < 1e-4
@@ -89,9 +74,21 @@ def test_every_architecture_gives_the_same_answers(name: str, pictures: Labelled
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_larger_network_has_no_operation_that_its_family_has_not(name: str) -> None:
+    """So its operations are exported as those of the smaller one are."""
+    assert _operations(name) <= _operations(FAMILY[name])
+
+
+@functools.cache
+def _operations(name: str) -> set[str]:
+    nodes = program(random_network(name)).graph.nodes
+    return {str(node.target) for node in nodes if node.op == "call_function"}
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_pictures_are_resized_as_in_training(interpolation: str, pictures: LabelledImages, tmp_path: Path) -> None:
-    network = random_network("squeezenet1_1", cache_size=80)
+    network = kept_network("squeezenet1_1", cache_size=80)
     own = dataclasses.replace(network.preprocessing, interpolation=interpolation)
     network = dataclasses.replace(network, preprocessing=own)
     exported = export_network(Source(network, pictures), tmp_path / "network.onnx")
@@ -114,7 +111,7 @@ def test_the_second_resize_is_that_of_training(source: int, size: int, interpola
 
 
 def test_the_file_says_what_it_is(pictures: LabelledImages, tmp_path: Path) -> None:
-    exported = export_network(Source(random_network("squeezenet1_1"), pictures), tmp_path / "network.onnx")
+    exported = export_network(Source(kept_network("squeezenet1_1"), pictures), tmp_path / "network.onnx")
     info = OnnxNetwork(exported.file).info
     assert (info.classes, info.temperature, info.model, info.precision) == (CLASSES, 1.7, "squeezenet1_1", "fp32")
     assert info.parity == exported.parity
@@ -124,7 +121,7 @@ def test_the_file_says_what_it_is(pictures: LabelledImages, tmp_path: Path) -> N
 
 
 def test_the_score_for_unlike_images_travels_with_the_file(pictures: LabelledImages, tmp_path: Path) -> None:
-    network = random_network("mobilenet_v3_small")
+    network = kept_network("mobilenet_v3_small")
     rng, width = np.random.default_rng(0), network.width
     unlike = fit_unlike(rng.random((30, width)), np.arange(30) % 3, rng.random((40, width)), rng.normal(size=(40, 3)))
     network = dataclasses.replace(network, unlike=unlike)
@@ -139,40 +136,22 @@ def test_the_score_for_unlike_images_travels_with_the_file(pictures: LabelledIma
         assert len({round(one.unlike_score or 0, 3) for one in ours}) > 3
 
 
-class _OtherWhenExported(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.model(x)
-        return -output if torch.compiler.is_compiling() else output
+def test_our_own_assertions_keep_their_traceback() -> None:
+    with pytest.raises(AssertionError), _refused("a network"):
+        exec(compile("assert False", export.__file__, "exec"))
+    with pytest.raises(Refused, match="cannot be exported"), _refused("a network"):
+        raise AssertionError("of the exporter")
 
 
-def test_a_file_with_other_answers_is_not_kept(pictures: LabelledImages, tmp_path: Path) -> None:
-    network = random_network("squeezenet1_1")
-    entry = lookup("squeezenet1_1")
-    odd = _OtherWhenExported(network.model)
-    odd.classifier = network.model.classifier  # type: ignore[assignment]
-    assert entry.head.startswith("classifier.")
-    with pytest.raises(Refused, match="another class"):
-        export_network(Source(dataclasses.replace(network, model=odd), pictures), tmp_path / "network.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_how_many_answers_may_change() -> None:
-    def parity(images: int, changed: int) -> Parity:
-        return Parity(images=images, of="drawn", resized=Difference(largest=0.1, changed=changed))
-
-    check_parity(parity(900, 1))
-    check_parity(parity(3000, 3))
-    for images, changed in ((900, 2), (3000, 4)):
-        with pytest.raises(Refused, match=f"{changed} of {images}"):
-            check_parity(parity(images, changed))
+@pytest.mark.parametrize("name", available())
+def test_a_released_network_says_its_accuracy(name: str, here: Path) -> None:
+    accuracy = open_source(name).accuracy
+    assert isinstance(accuracy, Accuracy) and accuracy.n == 1770
+    assert f"{accuracy.top1:.2f} %" in released_card(name)
 
 
 def test_eight_bits_are_smaller_and_nearly_as_good(pictures: LabelledImages, tmp_path: Path) -> None:
-    source = Source(random_network("resnet18"), pictures, training=pictures)
+    source = Source(kept_network("resnet18"), pictures, training=pictures)
     whole = export_network(source, tmp_path / "whole.onnx")
     small = export_network(source, tmp_path / "small.onnx", format="onnx-int8")
     assert small.file.stat().st_size < 0.5 * whole.file.stat().st_size
@@ -180,6 +159,7 @@ def test_eight_bits_are_smaller_and_nearly_as_good(pictures: LabelledImages, tmp
     assert runtime.info.precision == "int8"
     assert runtime.info.parity == small.parity
     assert small.parity and small.parity.resized.largest < 0.2
+    assert "ms here" in str(small)
     kinds = [node.op_type for node in onnx.load(small.file).graph.node]
     assert "QuantizeLinear" in kinds
     with pytest.raises(Refused, match="training images"):
@@ -187,7 +167,7 @@ def test_eight_bits_are_smaller_and_nearly_as_good(pictures: LabelledImages, tmp
 
 
 def test_torch_export_and_safetensors(pictures: LabelledImages, tmp_path: Path) -> None:
-    network = random_network("squeezenet1_1")
+    network = kept_network("squeezenet1_1")
     source = Source(network, pictures)
     program = export_network(source, tmp_path / "network.pt2", format="torch-export")
     extra = {METADATA: ""}
@@ -249,7 +229,7 @@ def test_a_network_of_another_program(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_images_says_so(tmp_path: Path, pictures: LabelledImages) -> None:
-    network = random_network("squeezenet1_1")
+    network = kept_network("squeezenet1_1")
     export_network(Source(network), tmp_path / "network.safetensors", format="safetensors")
     source = open_source(str(tmp_path / "network.safetensors"))
     exported = export_network(source, tmp_path / "network.onnx")
@@ -262,7 +242,7 @@ def test_a_checkpoint_without_images_says_so(tmp_path: Path, pictures: LabelledI
 
 
 def test_an_exported_network_needs_no_torch(pictures: LabelledImages, tmp_path: Path) -> None:
-    exported = export_network(Source(random_network("squeezenet1_1"), pictures), tmp_path / "network.onnx")
+    exported = export_network(Source(kept_network("squeezenet1_1"), pictures), tmp_path / "network.onnx")
     code = (
         "import sys; from finetune101.deploy.onnx_network import OnnxNetwork;"
         f"print(OnnxNetwork({str(exported.file)!r}).predict({str(pictures.files[0])!r}).label);"

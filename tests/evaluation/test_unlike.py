@@ -28,7 +28,9 @@ from finetune101.evaluation.unlike import (
     fit_unlike,
     no_unlike_reason,
     parsed_unlike,
+    read_unlike,
     unlike_bytes,
+    write_unlike,
 )
 from finetune101.run import Run
 
@@ -105,6 +107,21 @@ def test_what_is_written_is_read_and_damage_is_one_sentence(
         with pytest.raises(Refused, match="is damaged") as refused:
             parsed_unlike(content, "unlike.safetensors")
         assert "\n" not in str(refused.value)
+
+
+def test_a_class_without_training_images_has_no_mean(
+    fitted: tuple[Unlike, np.ndarray, np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    _, val, logits, train = fitted
+    labels = np.arange(60) % 3
+    unlike = fit_unlike(train[labels != 1], labels[labels != 1], val, logits)
+    write_unlike(tmp_path / UNLIKE, unlike, "a")
+    again, reason = read_unlike(tmp_path / UNLIKE, "a", width=8, classes=3)
+    assert again and not reason and again.means.shape == (2, 8)
+    assert again.score(val, logits)[labels == 1].mean() > again.score(val, logits)[labels != 1].mean() + 0.1
+    for width, classes in ((7, 3), (8, 1)):
+        with pytest.raises(Refused, match="does not fit its network"):
+            read_unlike(tmp_path / UNLIKE, "a", width, classes)
 
 
 def test_the_area_and_the_rate_are_their_definitions() -> None:

@@ -170,6 +170,11 @@ def test_a_wrong_number_is_named(client: TestClient, query: str) -> None:
     assert query.split("=")[0] in problem(client.post(f"/predict?{query}", content=picture()), 400).error
 
 
+def test_a_parameter_that_is_not_there_is_named(client: TestClient) -> None:
+    error = problem(client.post("/predict?topk=2", content=picture()), 400).error
+    assert "'topk'" in error and "top_k and explain" in error
+
+
 def test_what_is_no_picture_is_told(client: TestClient) -> None:
     assert "no image format" in problem(client.post("/predict", content=b"text"), 422).error
     assert "empty" in problem(client.post("/predict", content=b""), 400).error
