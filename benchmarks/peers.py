@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -75,6 +76,8 @@ class Measurement:
 
     def workers(self, peer: str) -> int:
         """The number of loader workers that was the quickest for a peer."""
+        if self.options.workers is not None:
+            return int(self.options.workers)
         for row in self.of("screen", self.options.networks[0], peer):
             seconds: dict[str, float] = row["seconds_of_workers"]
             return int(min(seconds, key=lambda workers: seconds[workers]))
@@ -102,8 +105,8 @@ class Measurement:
     def plan(self) -> Iterator[tuple[str, str, str]]:
         """(task, network, peer) of one run after the other, what matters most first."""
         networks = self.options.networks
-        for peer in self.peers("train", networks[0]) + self.peers("train", networks[-1]):
-            if not any(self.of("screen", network, peer) for network in networks) and peer != "ultralytics":
+        for peer in self.peers("train", networks[0]) if self.options.workers is None else ():
+            if not self.of("screen", networks[0], peer):
                 yield "screen", networks[0], peer
         for task in ("train", "predict", "predict_one"):
             for network in networks:
@@ -322,6 +325,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="runs of finetune101 and of the fastest peer")
     parser.add_argument("--share", type=float, default=1.0, help="share of classes and photos, for a quick trial")
     parser.add_argument("--isa", choices=("native", "avx2"), default="native", help="avx2: AVX2 and fp32 for all")
+    parser.add_argument("--workers", type=int, help="of every peer's loader; default: the quickest of 0, 1 and 2")
     parser.add_argument("--minutes", type=float, default=35.0, help="begin no run after so many minutes")
     parser.add_argument("--install-only", action="store_true", help="make the peers' environment and stop")
     return parser.parse_args()
@@ -330,6 +334,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Installs, prepares, measures, and writes the table."""
     options = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))  # ends the command, too
     began = time.monotonic()
     python = install(options.environment)
     if options.install_only:
@@ -352,4 +357,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Refused as error:
+        sys.exit(str(error))
