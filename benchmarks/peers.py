@@ -108,10 +108,9 @@ class Measurement:
         for peer in self.peers("train", networks[0]) if self.options.workers is None else ():
             if not self.of("screen", networks[0], peer):
                 yield "screen", networks[0], peer
-        for task in ("train", "predict", "predict_one"):
-            for network in networks:
-                if task != "train" and network != LITE:
-                    continue
+        others = [("train", network) for network in networks[1:]]
+        for task, network in [("train", networks[0]), ("predict", LITE), *others, ("predict_one", LITE)]:
+            if network in networks:
                 yield from ((task, network, name) for name in self.first_round(task, network))
                 if task != "predict_one":
                     yield from ((task, network, name) for name in self.next_rounds(task, network))
@@ -148,6 +147,8 @@ class Measurement:
         folder = self.options.work / "run"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        for file in self.images(task, network).glob("*.cache"):  # Ultralytics writes them beside train/
+            file.unlink()
         row: Row = {"task": task, "network": network, "peer": peer, "load": round(os.getloadavg()[0], 2)}
         row["at"] = datetime.now(UTC).isoformat(timespec="seconds")
         print(f"{row['at']} {task} {network} {peer} ...", end=" ", flush=True)

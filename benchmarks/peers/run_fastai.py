@@ -18,6 +18,7 @@ from fastai.vision.all import (
     Callback,
     FlipItem,
     ImageDataLoaders,
+    Normalize,
     RandomResizedCrop,
     Resize,
     accuracy,
@@ -87,6 +88,7 @@ def train(work: Work, clock: Clock) -> None:
             learn.fit_one_cycle(work["epochs"], 0.01)
     for values in learn.recorder.values:
         clock.top1(values[-1], 1)
+    learn.remove_cbs(learn.hands)  # the clock cannot be pickled
     learn.export("export.pkl")
 
 
@@ -98,10 +100,8 @@ def export(work: Work) -> None:
     model = timm.create_model("tf_efficientnet_lite0", num_classes=len(work["classes"]))
     model.load_state_dict(load_file(work["weights"]))
     images = loaders(work, own=True)
-    from fastai.vision.all import Normalize
-
     images.add_tfms([Normalize.from_stats(work["mean"], work["std"], cuda=False)], "after_batch")
-    learn = Learner(images, model, loss_func=images.loss_func if hasattr(images, "loss_func") else None)
+    learn = Learner(images, model)
     learn.path = Path(work["export"]).parent
     learn.export(Path(work["export"]).name)
 
