@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from peers_prepare import LITE, PHOTOS, ROOT, install, prepare, versions_of, write_predictor
 from peers_process import Finished, limits, run_process, wrap_compiler
-from peers_table import write_tables
+from peers_table import column, write_tables
 
 from finetune101.errors import Refused
 from finetune101.files import cache_dir, read_json, write_json
@@ -65,14 +65,14 @@ class Measurement:
             peer for peer in self.options.peers if can(peer, task, network) and (task, network, peer) not in self.failed
         ]
 
-    def fastest(self, task: str, network: str) -> str | None:
-        """The peer whose whole command took the least time, in the median."""
-        medians = {
-            peer: statistics.median(row["seconds"] for row in rows)
-            for peer in self.peers(task, network)
-            if (rows := self.of(task, network, peer))
-        }
-        return min(medians, key=lambda peer: medians[peer], default=None)
+    def fastest(self, task: str, network: str) -> list[str]:
+        """The peer whose whole command took the least time, and the one with the shortest epoch: often the same."""
+        peers = {peer: rows for peer in self.peers(task, network) if (rows := self.of(task, network, peer))}
+        names = []
+        for key in ("seconds", "train_s"):
+            medians = {peer: statistics.median(values) for peer, rows in peers.items() if (values := column(rows, key))}
+            names += [min(medians, key=lambda peer: medians[peer])] if medians else []
+        return list(dict.fromkeys(names))
 
     def workers(self, peer: str) -> int:
         """The number of loader workers that was the quickest for a peer."""
@@ -96,8 +96,8 @@ class Measurement:
     def next_rounds(self, task: str, network: str) -> Iterator[str]:
         """The fastest peer and finetune101 in turn, until there are as many runs of each as asked for."""
         while True:
-            pair = [name for name in (self.fastest(task, network), OURS) if name]
-            short = [name for name in pair if len(self.of(task, network, name)) < self.options.repeats]
+            names = [*self.fastest(task, network), OURS]
+            short = [name for name in names if len(self.of(task, network, name)) < self.options.repeats]
             if not short or any((task, network, name) in self.failed for name in short):
                 return
             yield from short
@@ -174,13 +174,18 @@ class Measurement:
         names = {"two_minutes": "two_minutes", "screen": "screen", "predict": "photos", "predict_one": "photo"}
         return Path(self.options.work) / "images" / names.get(task, network)
 
+    def precision(self) -> list[str]:
+        """Flags of finetune101 for --isa."""
+        return ["--precision", "fp32"] if self.options.isa == "avx2" else []
+
     def environment(self, task: str, folder: Path) -> dict[str, str]:
         """Environment of every command: no network, folders of its own, the instructions that --isa allows.
 
         Prediction is not limited: ONNX Runtime has no such switch, so nobody gets one.
         """
         offline = {"HF_HUB_OFFLINE": "1", "YOLO_OFFLINE": "true", "MPLBACKEND": "Agg"}
-        own = {"HF_HOME": folder / "hf", "YOLO_CONFIG_DIR": folder / "yolo", "FINETUNE101_CACHE": folder / "cache"}
+        cache = (self.options.work / "predict" if task.startswith("predict") else folder) / "cache"
+        own = {"HF_HOME": folder / "hf", "YOLO_CONFIG_DIR": folder / "yolo", "FINETUNE101_CACHE": cache}
         isa = {} if task.startswith("predict") else limits(self.options.isa, self.options.work)
         return {**os.environ, **offline, **{key: str(value) for key, value in own.items()}, **isa}
 
@@ -230,7 +235,7 @@ def run_ours(own: Measurement, task: str, network: str, peer: str, folder: Path)
         done = run_process([*command, "--out", folder / "labels.csv"], environment, LIMIT)
         return done, {} if done.code else {"right": right_labels(folder / "labels.csv")}
     flags = ["--exp", "run", "--runs", folder, "--data", own.images(task, network), "--protocol", "folders"]
-    flags += ["--precision", "fp32"] if own.options.isa == "avx2" else []
+    flags += own.precision()
     epochs = min(5, own.epochs(task, peer))  # the default recipe's own number is 5
     if task == "two_minutes":
         flags += ["--epochs", str(epochs)]
@@ -263,7 +268,7 @@ def predictor(own: Measurement) -> Path:
     shutil.rmtree(runs, ignore_errors=True)
     environment = {**own.environment("predict", runs), "PYTHONPATH": str(ROOT)}
     flags = ["--exp", "run", "--runs", runs, "--recipe", "probe", "--model", LITE, "--protocol", "folders"]
-    flags += ["--data", own.options.work / "images/two_minutes"]
+    flags += ["--data", own.options.work / "images/two_minutes", *own.precision()]
     command = [sys.executable, "-m", "finetune101"]
     trained = run_process([*command, "train", *flags], environment, LIMIT)
     once = run_process([*command, "predict", run, own.images("predict_one", LITE)], environment, LIMIT)
