@@ -155,10 +155,12 @@ class Measurement:
         done, values = (run_ours if peer == OURS else run_peer)(self, task, network, peer, folder)
         if done.code:
             self.failed.add((task, network, peer))
-            self.result["failures"].append({**row, "command": done.command, "error": done.output[-2000:]})
+            error = self.without_places(done.output[-2000:])
+            self.result["failures"].append({**row, "command": self.without_places(done.command), "error": error})
             print(f"failed: {done.output.strip().splitlines()[-1:]}", flush=True)
         else:
-            row |= {"command": done.command, "seconds": round(done.seconds, 2), "memory_mb": done.memory_mb, **values}
+            row |= {"command": self.without_places(done.command), "seconds": round(done.seconds, 2)}
+            row |= {"memory_mb": done.memory_mb, **values}
             self.rows.append(row)
             shown = {
                 key: row[key]
@@ -168,6 +170,13 @@ class Measurement:
             print(shown, flush=True)
         write_json(self.options.out, self.result)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def without_places(self, text: str) -> str:
+        """``text`` with names in place of this machine's folders."""
+        places = {self.options.work: "WORK", self.python: "PEERS_PYTHON", sys.executable: "python", f"{ROOT}/": ""}
+        for place, name in places.items():
+            text = text.replace(str(place), name)
+        return text
 
     def images(self, task: str, network: str) -> Path:
         """The folder with the images of a task."""

@@ -168,9 +168,9 @@ def ratio_table(result: Row) -> list[str]:
 def settings_lines(result: Row) -> list[str]:
     """Machine, limits and versions; what was not reached or failed."""
     settings, machine = result["settings"], result["settings"]["machine"]
-    isa = "AVX2 and fp32 for all" if settings["isa"] == "avx2" else f"no limit ({machine['instructions']})"
+    limit = "training is kept to AVX2 and fp32 for all" if settings["isa"] == "avx2" else "no limit"
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"]["peers"].items())
-    lines = [f"Machine: {machine['cores']} cores, {machine['processor']}; instructions: {isa}."]
+    lines = [f"Machine: {machine['cores']} cores, {machine['processor']}; it has {machine['instructions']}; {limit}."]
     lines += [f"Python {machine['python']}, {versions}.", ""]
     if settings["share"] != 1:
         lines += [
