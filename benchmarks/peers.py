@@ -139,7 +139,7 @@ class Measurement:
         start = statistics.median(row["seconds"] - sum(row["train_s"]) - sum(row["val_s"]) for row in rows)
         if peer in ("timm", "torchvision"):
             return max(1, int((TWO_MINUTES - start - val) / epoch))
-        extra = {"fastai": epoch + val, OURS: 3 * val}.get(peer, 0.0)  # ours: the probe sees all images once
+        extra = {"fastai": epoch + val, OURS: 5 * val}.get(peer, 0.0)  # ours: the probe sees all images once, at 256 px
         return max(1, int((TWO_MINUTES - start - extra) / (epoch + val)))
 
     def run(self, task: str, network: str, peer: str) -> None:
