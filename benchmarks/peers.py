@@ -1,10 +1,10 @@
 """finetune101 beside fastai, timm, torchvision, transformers and Ultralytics, on the same images, one after the other.
 
-``python benchmarks/peers.py --isa avx2`` installs the peers into an environment of their own (some 7 GB), gives all the
-same images and the same ImageNet weights, and runs each one's own way (``benchmarks/peers/run_*.py``) with its fastest
-switch and its best number of loader workers. finetune101 runs between them; afterwards finetune101 and the fastest peer
-go on alternately. Every run is kept in results/peers.json as soon as it is there: a run that was cut goes on with the
-same command. ``benchmarks/peers_table.py`` writes docs/peers.md and the claims from that file.
+``python benchmarks/peers.py`` installs the peers into an environment of their own (some 7 GB), gives all the same images
+and the same ImageNet weights, and runs each one's own way (``benchmarks/peers/run_*.py``) with its fastest switch and
+its best number of loader workers. finetune101 runs between them; afterwards finetune101 and the fastest peer go on
+alternately. Every run is kept in results/peers.json as soon as it is there (with --isa native in peers_native.json): a
+run that was cut goes on with the same command. ``benchmarks/peers_table.py`` writes docs/peers.md and the claims.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from peers_prepare import LITE, PHOTOS, ROOT, install, prepare, versions_of, write_predictor
 from peers_process import Finished, limits, run_process, wrap_compiler
-from peers_table import column, write_tables
+from peers_table import FILES, column, write_tables
 
 from finetune101.errors import Refused
 from finetune101.files import cache_dir, read_json, write_json
 from finetune101.host import usable_cores
+from finetune101.machine import has_precision
 
 OURS = "finetune101"
 PEERS = ("timm", "torchvision", "transformers", "fastai", "ultralytics")
@@ -216,6 +217,7 @@ def run_peer(own: Measurement, task: str, network: str, peer: str, folder: Path)
         "epochs": own.epochs(task, peer),
         "workers": own.workers(peer),
         "batch_size": 64 if predicts else BATCH,
+        "bf16": own.options.isa == "native" and own.result["settings"]["machine"]["bf16"],
         "mean": values["mean"],
         "std": values["std"],
         "folder": str(folder),
@@ -307,6 +309,7 @@ def machine() -> Row:
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": usable_cores(),
+        "bf16": has_precision(torch.device("cpu"), "bf16"),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -334,16 +337,18 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=os.environ.get("FINETUNE101_DATA", "data/101_ObjectCategories"))
     parser.add_argument("--environment", type=Path, default=home / "environment", help="of the peers; made if needed")
     parser.add_argument("--work", type=Path, default=home / "work", help="folder for images, weights and runs")
-    parser.add_argument("--out", type=Path, default=ROOT / "results/peers.json")
+    parser.add_argument("--out", type=Path, help="default: results/peers.json, or peers_native.json by --isa")
     parser.add_argument("--networks", nargs="+", choices=(LITE, "resnet18"), default=[LITE, "resnet18"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5, help="runs of finetune101 and of the fastest peer")
     parser.add_argument("--share", type=float, default=1.0, help="share of classes and photos, for a quick trial")
-    parser.add_argument("--isa", choices=("native", "avx2"), default="native", help="avx2: AVX2 and fp32 for all")
+    parser.add_argument("--isa", choices=("native", "avx2"), default="avx2", help="avx2: AVX2 and fp32 for all")
     parser.add_argument("--workers", type=int, help="of every peer's loader; default: the quickest of 0, 1 and 2")
     parser.add_argument("--minutes", type=float, default=35.0, help="begin no run after so many minutes")
     parser.add_argument("--install-only", action="store_true", help="make the peers' environment and stop")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.out = options.out or FILES[options.isa == "native"]
+    return options
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ OURS = "finetune101"
 COMMAND = "python benchmarks/peers.py"
 
 PAGE = Path(__file__).resolve().parent / "peers/page.md"  # the words around the tables
+FILES = (RESULTS / "peers.json", RESULTS / "peers_native.json")  # the second without a limit, with bf16
 MARK = "<!-- tables -->\n"
 NAMES = {
     "efficientnet_lite0": "EfficientNet-Lite0",
@@ -169,6 +170,7 @@ def settings_lines(result: Row) -> list[str]:
     """Machine, limits and versions; what was not reached or failed."""
     settings, machine = result["settings"], result["settings"]["machine"]
     limit = "training is kept to AVX2 and fp32 for all" if settings["isa"] == "avx2" else "no limit"
+    limit += ", bf16 where a library can" if settings["isa"] == "native" and machine["bf16"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"]["peers"].items())
     lines = [f"Machine: {machine['cores']} cores, {machine['processor']}; it has {machine['instructions']}; {limit}."]
     lines += [f"Python {machine['python']}, {versions}.", ""]
@@ -183,44 +185,50 @@ def settings_lines(result: Row) -> list[str]:
     return [*lines, ""]
 
 
-def claims_of(result: Row) -> list[Row]:
-    """The entries peers.* of claims.json."""
-    isa = ["--isa avx2"] if result["settings"]["isa"] == "avx2" else []
+def claims_of(result: Row, file: str = "peers.json") -> list[Row]:
+    """The entries peers.* of claims.json; peers.native.* for what was measured without a limit."""
+    native = result["settings"]["isa"] == "native"
     return [
         {
-            "id": f"peers.{kind}.{network}",
+            "id": f"peers.{'native.' if native else ''}{kind}.{network}",
             "kind": "recorded",
             "value": one["value"],
             "unit": "times",
             "n": one["runs"],
             "spread": one["range"],
-            "command": " ".join([COMMAND, *isa]),
-            "evidence": f"peers.json:ratios.{kind}.{network}.value",
+            "command": f"{COMMAND} --isa {result['settings']['isa']}",
+            "evidence": f"{file}:ratios.{kind}.{network}.value",
         }
         for kind, networks in result["ratios"].items()
         for network, one in networks.items()
     ]
 
 
-def write_tables(file: Path) -> None:
-    """Prints the page of a file of results; of results/peers.json it becomes docs/peers.md, and claims are written."""
-    result: Row = json.loads(file.read_text(encoding="utf-8"))
-    result["ratios"] = ratios(result)
-    write_json(file, result)
+def tables_of(result: Row) -> list[str]:
+    """Every table of one file of results."""
     lines = [*settings_lines(result), *ratio_table(result)]
     for network in NAMES:
         lines += training_table(result, network)
-    lines += [*prediction_table(result), *two_minutes_table(result)]
-    page = PAGE.read_text(encoding="utf-8").replace(MARK, "\n".join(lines).rstrip("\n") + "\n")
-    print(page)
-    if file.resolve() != RESULTS / "peers.json":
+    return [*lines, *prediction_table(result), *two_minutes_table(result)]
+
+
+def write_tables(file: Path) -> None:
+    """Prints the tables of a file of results; one of ``FILES`` goes to docs/peers.md, and to the claims when whole."""
+    result: Row = json.loads(file.read_text(encoding="utf-8"))
+    result["ratios"] = ratios(result)
+    write_json(file, result)
+    print("\n".join(tables_of(result)))
+    if file.resolve() not in FILES:
         return
-    DOCS.write_text(page, encoding="utf-8")
-    if result["settings"]["share"] == 1:
-        claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
-        kept = [claim for claim in claims if not claim["id"].startswith("peers.")]
-        both = sorted(kept + claims_of(result), key=lambda claim: str(claim["id"]))
-        (RESULTS / "claims.json").write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
+    results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FILES if path.is_file()}
+    tables = "\n".join(line for one in results.values() for line in tables_of(one)).rstrip("\n") + "\n"
+    DOCS.write_text(PAGE.read_text(encoding="utf-8").replace(MARK, tables), encoding="utf-8")
+    claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
+    claims = [claim for claim in claims if not claim["id"].startswith("peers.")]
+    for name, one in results.items():
+        claims += claims_of(one, name) if one["settings"]["share"] == 1 else []
+    text = json.dumps(sorted(claims, key=lambda claim: str(claim["id"])), indent=1)
+    (RESULTS / "claims.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ WORKERS = (0, 1, 2)  # of the peer's loader, for the work "screen"
 Work = dict[str, Any]
 """task (train, screen or predict), network, classes (names), data (folder with train/ and val/), photos (folder),
 weights (file or None), recipe ("same" for all peers, or the peer's "own"), epochs, workers, batch_size, mean, std,
-folder, out (file), started (Unix time)."""
+bf16 (whether the processor has it and may use it), folder, out (file), started (Unix time)."""
 
 
 class Clock:

@@ -74,7 +74,8 @@ def train(work: Work, clock: Clock) -> None:
         with clock.part("train_s"):
             losses = AverageMeter()
             for images, labels in train_loader:
-                loss = criterion(model(images.contiguous(memory_format=torch.channels_last)), labels)
+                with torch.autocast("cpu", torch.bfloat16, enabled=work["bf16"]):
+                    loss = criterion(model(images.contiguous(memory_format=torch.channels_last)), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -87,7 +88,8 @@ def train(work: Work, clock: Clock) -> None:
         with clock.part("val_s"), torch.inference_mode():
             top1 = AverageMeter()
             for images, labels in val_loader:
-                output = model(images.contiguous(memory_format=torch.channels_last))
+                with torch.autocast("cpu", torch.bfloat16, enabled=work["bf16"]):
+                    output = model(images.contiguous(memory_format=torch.channels_last))
                 top1.update(accuracy(output, labels)[0].item(), images.size(0))
         clock.top1(top1.avg, 100)
         saver.save_checkpoint(epoch, metric=top1.avg)
@@ -101,7 +103,9 @@ def predict(work: Work) -> None:
     scores: list[float] = []
     with torch.inference_mode():
         for images, _ in batches:
-            best = model(images.contiguous(memory_format=torch.channels_last)).softmax(-1).topk(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=work["bf16"]):
+                output = model(images.contiguous(memory_format=torch.channels_last))
+            best = output.float().softmax(-1).topk(1)
             labels += best.indices[:, 0].tolist()
             scores += best.values[:, 0].tolist()
     write_labels(work, [Path(name) for name in batches.dataset.filenames(basename=True)], labels, scores)

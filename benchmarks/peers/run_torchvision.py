@@ -59,8 +59,9 @@ def train(work: Work, clock: Clock) -> None:
         with clock.part("train_s"):
             for inputs, labels in loaders["train"]:
                 optimizer.zero_grad()
-                outputs = model(inputs.to(memory_format=torch.channels_last))
-                loss = criterion(outputs, labels)
+                with torch.autocast("cpu", torch.bfloat16, enabled=work["bf16"]):
+                    outputs = model(inputs.to(memory_format=torch.channels_last))
+                    loss = criterion(outputs, labels)
                 loss.backward()
                 optimizer.step()
                 loss.item()

@@ -112,6 +112,7 @@ def train(work: Work, clock: Clock) -> None:
         metric_for_best_model="accuracy",
         report_to="none",
         use_cpu=True,
+        bf16=work["bf16"],
         **rates,
     )
     trainer = Trainer(
