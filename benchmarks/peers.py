@@ -1,7 +1,7 @@
 """finetune101 beside fastai, timm, torchvision, transformers and Ultralytics, on the same images, one after the other.
 
-``python benchmarks/peers.py`` installs the peers into an environment of their own (some 7 GB), gives all the same images
-and the same ImageNet weights, and runs each one's own way (``benchmarks/peers/run_*.py``) with its fastest switch and
+``python benchmarks/peers.py`` installs the peers into an environment of their own (some 7 GB), gives all the same
+images and ImageNet weights, and runs each one's own way (``benchmarks/peers/run_*.py``) with its fastest switch and
 its best number of loader workers. finetune101 runs between them; afterwards finetune101 and the fastest peer go on
 alternately. Every run is kept in results/peers.json as soon as it is there (with --isa native in peers_native.json): a
 run that was cut goes on with the same command. ``benchmarks/peers_table.py`` writes docs/peers.md and the claims.
