@@ -10,6 +10,7 @@ commands take turns, so that a slow minute of the machine meets all of them.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -20,11 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from recorded import record
-
-from finetune101.models.build import is_installed
-from finetune101.training.benchmark import machine_facts
 
 RESULTS = Path(__file__).resolve().parent.parent / "results/start/start.json"
 MODELS = ("efficientnet_lite0", "resnet18")
@@ -113,14 +109,32 @@ def empty_page_cache() -> None:
     DROP.write_text("3\n")
 
 
-def training(model: str, data: Path, runs: Path) -> Command:
+def training(model: str, has_weights: bool, data: Path, runs: Path) -> Command:
     """The command that ends after the first training step of ``model``; random weights where it has none here."""
     words = [sys.executable, "-c", DRIVER, "train", "--recipe", "original", "--model", model, "--size", "224"]
     words += ["--batch-size", str(BATCH), "--data", str(data), "--exp", model, "--runs", str(runs), "--overwrite"]
-    return Command(words if is_installed(model) else [*words, "--no-pretrain"], until_step=True)
+    return Command(words if has_weights else [*words, "--no-pretrain"], until_step=True)
 
 
-def commands(arguments: argparse.Namespace, runs: Path, can_be_cold: bool) -> dict[str, Command]:
+def facts_of(models: list[str]) -> dict[str, Any]:
+    """Machine and versions, and which of ``models`` have ImageNet weights here: asked in a process of its own.
+
+    This process stays small, as the peak memory of a new process begins with that of the process that starts it.
+    """
+    code = (
+        "import json, sys; from finetune101.models.build import is_installed;"
+        "from finetune101.training.benchmark import machine_facts;"
+        "pretrained = {model: is_installed(model) for model in sys.argv[1:]};"
+        "print(json.dumps({**machine_facts(), 'pretrained': pretrained}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *models], capture_output=True, text=True, check=True)
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def commands(
+    arguments: argparse.Namespace, pretrained: dict[str, bool], runs: Path, can_be_cold: bool
+) -> dict[str, Command]:
     """Everything that is measured, by name."""
     measured = {
         "python": Command([sys.executable, "-c", "pass"]),
@@ -128,7 +142,7 @@ def commands(arguments: argparse.Namespace, runs: Path, can_be_cold: bool) -> di
         "help": Command([*PROGRAM, "--help"]),
     }
     if arguments.data:
-        measured |= {f"train_{model}": training(model, arguments.data, runs) for model in arguments.models}
+        measured |= {f"train_{one}": training(one, has, arguments.data, runs) for one, has in pretrained.items()}
     labels = {"predict": [*PROGRAM, "predict", "released_finetune", str(arguments.photo)]}
     if arguments.bundle:
         labels["bundle"] = [arguments.bundle_python, str(arguments.bundle / "predict.py"), str(arguments.photo)]
@@ -165,12 +179,13 @@ def main() -> None:
     arguments = parser.parse_args()
     never_cold = "not measured: --warm-only" if arguments.warm_only else why_never_cold()
     with tempfile.TemporaryDirectory() as folder:
-        measured = commands(arguments, Path(folder), not never_cold)
+        facts = facts_of(arguments.models)
+        measured = commands(arguments, facts["pretrained"], Path(folder), not never_cold)
         measure(measured, arguments.repeats)
     rows = {name: command.summary() for name, command in measured.items()}
-    pretrained = {model: is_installed(model) for model in arguments.models if arguments.data}
-    facts = {**machine_facts(), "repeats": arguments.repeats, "batch": BATCH, "pretrained": pretrained}
-    record({**facts, "cold": never_cold or "measured", "rows": rows}, arguments.out)
+    values = {**facts, "repeats": arguments.repeats, "batch": BATCH, "cold": never_cold or "measured", "rows": rows}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
         print(f"{name}: {row['median_s']:.2f} s, {row['median_peak_mb']:.0f} MB")
 
