@@ -121,3 +121,20 @@ def test_a_compiler_that_hangs_is_given_up(
     state = Path(f"/proc/{child}/stat")
     while state.exists() and state.read_text().split()[2] != "Z":  # what the wrapper started ends as well
         assert time.monotonic() - started < 30
+
+
+def test_they_are_built_while_something_else_is_done(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gcc(tmp_path / "bin", f"echo called >> {tmp_path}/calls; exit 1", monkeypatch)
+    thread = kernels.compile_meanwhile()
+    thread.join()
+    assert not thread.daemon  # a compiler does not outlive the process
+    assert kernels.compiled() is None and (tmp_path / "calls").read_text() == "called\n"
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_missing_compiler_is_said_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.without_gcc() == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert kernels.without_gcc().startswith("There is no gcc here")
