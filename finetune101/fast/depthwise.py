@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from finetune101.fast.kernels import SUFFIXES, compiled, kernel
 
 Pair = tuple[int, ...]  # height, width
+Layer = tuple[Pair, Pair]  # stride; zero padding (top, left)
 
 # Names and values of <malloc.h>: never give memory back to the kernel, whose pages would return one by one.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 256 * 2**20)}
@@ -75,14 +78,29 @@ def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dim() != 4 or not torch.is_grad_enabled():
         return False
     dtype = _compute_dtype(x)
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and _suits_kernels(x, conv.weight, conv.stride))
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and suits_kernels(x, conv.weight, conv.stride))
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
     """``conv(x)`` with the fast backward pass and the given zero padding."""
     dtype = _compute_dtype(x)
     weight, bias = (None if p is None else p.to(dtype) for p in (conv.weight, conv.bias))
-    return Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
+    output: Tensor = Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
+    hooked = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    if bias is None and x.dtype == dtype and not hooked and suits_kernels(x, conv.weight, conv.stride):
+        output.depthwise = Source(x, conv.weight, (conv.stride, before), output._version)  # type: ignore[attr-defined]
+    return output
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a depthwise convolution without bias made its output from: the batch norm after it may do both gradients."""
+
+    x: Tensor
+    weight: Tensor
+    layer: Layer
+    version: int
+    """Of the output: another number says that the output was changed in place."""
 
 
 class FastConv2d(nn.Conv2d):
@@ -129,11 +147,12 @@ class Depthwise(torch.autograd.Function):
     ) -> Tensor:
         """x (N, C, H, W), weight (C, 1, odd, odd), bias (C); zero padding before (top, left), after (bottom, right)."""
         ctx.input_shape, ctx.stride, ctx.before = x.shape, stride, before
-        ctx.padding = before
+        ctx.padding, padded = before, x
         if before != after:
-            x, ctx.padding = F.pad(x, (before[1], after[1], before[0], after[0])), (0, 0)
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, stride, ctx.padding, 1, x.shape[1])
+            padded, ctx.padding = F.pad(x, (before[1], after[1], before[0], after[0])), (0, 0)
+        ctx.suits_kernels = suits_kernels(x, weight, stride)
+        ctx.save_for_backward(x if ctx.suits_kernels else padded, weight)
+        return F.conv2d(padded, weight, bias, stride, ctx.padding, 1, x.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -141,17 +160,21 @@ class Depthwise(torch.autograd.Function):
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
-        if grad.dtype == x.dtype and _suits_kernels(x, weight, ctx.stride):
-            grad_x, grad_weight = _kernel_gradients(ctx, grad, x, weight)
-        elif ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
-        if ctx.needs_input_grad[1] and grad_weight is None:
-            grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
+        if ctx.suits_kernels:
+            layer = ctx.stride, ctx.before
+            grad_x, grad_weight, _ = kernel_gradients(x, grad, weight, layer, ctx.needs_input_grad)
+            grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        else:
+            if ctx.needs_input_grad[0]:
+                grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
         grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
+def suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
+    """Whether depthwise.c has the gradients of this convolution."""
     return (
         x.dtype in SUFFIXES
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -162,21 +185,32 @@ def _suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
     )
 
 
-def _kernel_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    channels, k, grad_x, grad_weight = weight.shape[0], weight.shape[2], None, None
-    after = grad.shape[2], grad.shape[3], channels, k, ctx.stride[0]
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.empty(ctx.input_shape, dtype=x.dtype, memory_format=torch.channels_last)
-        filters = weight.float().view(channels, k * k).t().contiguous()
-        shape = len(x), *ctx.input_shape[2:], *after, *ctx.before
-        kernel("depthwise_input_gradient", x.dtype)(grad.data_ptr(), filters.data_ptr(), *shape, grad_x.data_ptr())
-    if ctx.needs_input_grad[1]:
-        sums = torch.empty(k * k, channels)
-        shape = len(x), *x.shape[2:], *after, *ctx.padding
-        kernel("depthwise_weight_gradient", x.dtype)(x.data_ptr(), grad.data_ptr(), *shape, sums.data_ptr())
-        grad_weight = sums.t().reshape(weight.shape).to(weight.dtype)
-    return grad_x, grad_weight
+def kernel_gradients(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    layer: Layer,
+    wanted: Sequence[bool],
+    before: tuple[Any, ...] = (None, None, 0.0, 0.0, None),
+    after: tuple[Any, ...] = (None, None, None, 0.0, 0.0, None, None),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the input (N, C, H, W) and of the weights (C, 1, k, k) of a depthwise convolution, and sums (2, C).
+
+    ``x``, ``grad`` (N, C, H, W); ``wanted``: which of the two gradients. With ``before`` (a, b, low, high, a value near
+    the mean) the input is clamp(a * x + b), and the sums are those of ``gradient_sums`` in batch_norm.c for this norm.
+    With ``after`` (output of the convolution, a, b, low, high, e, f) ``grad`` is that of its output, see ``Step``.
+    """
+    grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    channels, k = weight.shape[0], weight.shape[2]
+    filters = weight.detach().float().view(channels, k * k).t().contiguous()
+    grad_x = torch.empty_like(x) if wanted[0] else None
+    taps = torch.empty(k * k, channels) if wanted[1] else None
+    sums = torch.empty(2, channels, dtype=torch.float64) if wanted[0] and before[0] is not None else None
+    shape = (len(x), *x.shape[2:], *grad.shape[2:], channels, k, layer[0][0], *layer[1])
+    arguments = (x, after[0], grad, filters, *shape, *before, *after[1:], grad_x, taps, sums)
+    pointers = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
+    kernel("depthwise_gradients", x.dtype)(*pointers)
+    return grad_x, None if taps is None else taps.t().reshape(weight.shape), sums
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: Pair, before: Pair) -> Tensor:

@@ -34,8 +34,13 @@ _ARGUMENTS = {
     "gradient_sums": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 2,
     "apply": [_POINTER] + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
     "input_gradient": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 3,
-    "depthwise_weight_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
-    "depthwise_input_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
+    "depthwise_gradients": [_POINTER] * 4
+    + [_LONG] * 10
+    + [_POINTER] * 2
+    + [_FLOAT] * 2
+    + [_POINTER] * 3
+    + [_FLOAT] * 2
+    + [_POINTER] * 5,
 }
 
 
