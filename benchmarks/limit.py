@@ -45,6 +45,7 @@ WAYS = ("ours", "plain", "plain_channels_last")
 MACHINE_SECONDS = 0.2  # of one measurement of the machine
 
 Key = tuple[str, str]  # kind of layer; forward or backward
+JOINT = ("depthwise and batch norm", "backward")  # one function of ours computes both
 Seconds = dict[Key, float]
 
 
@@ -80,6 +81,15 @@ def kind_of(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return "linear"
     return "activation" if isinstance(module, ACTIVATIONS) else None
+
+
+def joined(seconds: Seconds) -> Seconds:
+    """``seconds`` with one sum for the gradients of batch norms and depthwise convolutions, where there are both."""
+    pair = ("depthwise", "backward"), ("batch norm", "backward")
+    if not all(key in seconds for key in pair):
+        return seconds
+    rest = {key: value for key, value in seconds.items() if key not in pair}
+    return rest | {JOINT: seconds[pair[0]] + seconds[pair[1]]}
 
 
 def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -141,11 +151,16 @@ def timed(model: nn.Module, seconds: Seconds) -> None:
             started = time.perf_counter()
             output: Tensor = inner(x)
             seconds[kind, "forward"] += time.perf_counter() - started
+            seconds[kind, "backward"] += 0.0
             nodes, end = [output.grad_fn], x.grad_fn
             while nodes:  # from the output back to the input
                 node = nodes.pop()
                 if node is None or node is end or node.name().endswith("AccumulateGrad"):
                     continue
+                notes: dict[str, bool] = node.metadata  # type: ignore[assignment]
+                if notes.setdefault("timed", False):  # one of our functions goes on behind the layer before
+                    continue
+                notes["timed"] = True
                 node.register_prehook(before)
                 node.register_hook(after)
                 nodes.extend(following for following, _ in node.next_functions)
@@ -193,7 +208,6 @@ def measure(name: str, precision: str, batch_size: int, repeats: int) -> dict[st
         steps[way] = [trained(model, world, batch) for model in pair]
         for step in steps[way]:
             step()
-        kinds[way].clear()
     rates: dict[str, list[float]] = {"gemm": [], "copy": []}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     layered: dict[str, list[tuple[float, Seconds]]] = {way: [] for way in WAYS}
@@ -203,10 +217,11 @@ def measure(name: str, precision: str, batch_size: int, repeats: int) -> dict[st
         for way in WAYS:
             whole, by_kind = steps[way]
             seconds[way].append(sum(whole() for _ in range(STEPS)) / STEPS)
-            layered[way].append((by_kind(), dict(kinds[way])))
             kinds[way].clear()
+            step_seconds = by_kind()
+            layered[way].append((step_seconds, joined(dict(kinds[way]))))
     machine = {key: statistics.median(values) for key, values in rates.items()}
-    least = least_seconds(counted, batch_size / 2, machine["gemm"], machine["copy"])
+    least = joined(least_seconds(counted, batch_size / 2, machine["gemm"], machine["copy"]))
     return {
         **machine_facts(),
         "model": name,

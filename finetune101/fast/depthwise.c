@@ -1,6 +1,7 @@
-/* Both gradients of a depthwise convolution in one pass, with the batch norms before and after it; channels_last memory.
+/* A depthwise convolution with the moments of its output, and both gradients in one pass with the batch norms before and
+ * after it; channels_last memory.
  *
- * Compiled for bf16 and for fp32; called by depthwise.py and norm.py. x, dx: (n, h, w, c), z, g: (n, oh, ow, c), weights
+ * Compiled for bf16 and for fp32; called by depthwise.py and norm.py. x, dx: (n, h, w, c), y, z, g: (n, oh, ow, c), weights
  * (k*k, c) fp32; c a multiple of 16, k 3 or 5, zero padding of top rows and left columns. Sums are fp32 within two images
  * and double beyond them, in an order that does not depend on threads.
  */
@@ -9,9 +10,9 @@
 #include <string.h>
 
 #ifdef __AVX512F__
-enum { LANES = 16, TOGETHER = 2 }; /* channels of a register; images of a partial sum */
+enum { LANES = 16, TOGETHER = 2, TILE = 7 }; /* channels of a register; images of a partial sum; pixels at once */
 #else
-enum { LANES = 8, TOGETHER = 2 };
+enum { LANES = 8, TOGETHER = 2, TILE = 7 };
 #endif
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
@@ -125,6 +126,105 @@ typedef struct { /* what all images share */
   Norm before;
 } Layer;
 
+/* ``count`` pixels of y; each value of the input, from column q on, goes to every pixel that it reaches. */
+INLINE void output_tile(const floats *f, const float *const *in, long q, int k, int s, int count, floats *sum) {
+#pragma GCC unroll 7
+  for (int t = 0; t < count; t++) sum[t] = (floats){0};
+#pragma GCC unroll 5
+  for (int i = 0; i < k; i++)
+#pragma GCC unroll 17
+    for (int u = 0; u < (count - 1) * s + k; u++) {
+      floats v = *(const floats *)(in[i] + (q + u) * LANES);
+#pragma GCC unroll 5
+      for (int j = u % s; j < k; j += s)
+        if (u >= j && (u - j) / s < count) sum[(u - j) / s] += f[i * k + j] * v;
+    }
+}
+
+/* One row of y; fp32 sums of y - near and of its square go to sums (2, c). The first row of a part sets near (c). */
+INLINE void output_row(const Layer *l, const Window *x, long row, int k, int s, int first, float *near, double *sums,
+                       value *y) {
+  for (long b = 0, c = l->c; b < c / LANES; b++, y += LANES, sums += LANES, near += LANES) {
+    floats f[25], s0 = {0}, s1 = {0}, shift = at(near);
+    const float *in[5];
+#pragma GCC unroll 25
+    for (int i = 0; i < k * k; i++) f[i] = at(l->weights + i * c + b * LANES);
+#pragma GCC unroll 5
+    for (int i = 0; i < k; i++) in[i] = window_row(x, row * s + i - l->top, b) - l->left * LANES;
+    for (long done = 0; done < l->ow;) {
+      long many = l->ow < TILE ? 1 : TILE, begin = done + many <= l->ow ? done : l->ow - many;
+      floats sum[TILE];
+      if (many == 1)
+        output_tile(f, in, begin * s, k, s, 1, sum);
+      else
+        output_tile(f, in, begin * s, k, s, TILE, sum);
+      for (long t = 0; t < many; t++) store(y + (begin + t) * c, sum[t]);
+      if (first && done == 0) shift = load(y);
+      for (; done < begin + many; done++) {
+        floats v = load(y + done * c) - shift;
+        s0 += v;
+        s1 += v * v;
+      }
+    }
+    if (first) memcpy(near, &shift, sizeof shift);
+    for (int i = 0; i < LANES; i++) {
+      sums[i] += s0[i];
+      sums[c + i] += s1[i];
+    }
+  }
+}
+
+INLINE void image_output(const Layer *l, Window *x, int k, int s, int first, float *near, double *sums, value *y) {
+  for (long row = 0; row < l->oh; row++, y += l->ow * l->c) {
+    window_move(x, row * s - l->top + k);
+    output_row(l, x, row, k, s, first && row == 0, near, sums, y);
+  }
+}
+
+/* y, and sums (2, c) over its rows of y - near and of its square; near (c) is a value of y. */
+void NAME(depthwise_output)(const value *x, const float *weights, long n, long h, long w, long oh, long ow, long c, long k,
+                            long stride, long top, long left, value *y, float *near, double *sums) {
+  Layer l = {n, h, w, oh, ow, c, k, stride, top, left, weights, {0}};
+  long parts = (n + TOGETHER - 1) / TOGETHER;
+  float *nears = calloc(parts * c, sizeof(float));
+  double *doubles = calloc(parts * 2 * c, sizeof(double));
+#pragma omp parallel
+  {
+    float *memory = aligned_alloc(64, sizeof(float) * window_size(w, c, k));
+#pragma omp for schedule(static)
+    for (long part = 0; part < parts; part++)
+      for (long i = part * TOGETHER; i < n && i < (part + 1) * TOGETHER; i++) {
+        Window v = window(x + i * h * w * c, 0, &l.before, memory, h, w, c, k);
+        float *shift = nears + part * c;
+        double *own = doubles + part * 2 * c;
+        value *to = y + i * oh * ow * c;
+        int first = i == part * TOGETHER;
+        if (k == 3 && stride == 1)
+          image_output(&l, &v, 3, 1, first, shift, own, to);
+        else if (k == 3)
+          image_output(&l, &v, 3, 2, first, shift, own, to);
+        else if (stride == 1)
+          image_output(&l, &v, 5, 1, first, shift, own, to);
+        else
+          image_output(&l, &v, 5, 2, first, shift, own, to);
+      }
+    free(memory);
+  }
+  memcpy(near, nears, sizeof(float) * c);
+  for (long i = 0; i < c; i++) {
+    sums[i] = sums[c + i] = 0;
+    for (long part = 0; part < parts; part++) { /* as if every part had the near of the first */
+      double shift = (double)nears[part * c + i] - near[i], s = doubles[part * 2 * c + i];
+      long images = n - part * TOGETHER < TOGETHER ? n - part * TOGETHER : TOGETHER;
+      double rows = (double)(images * oh * ow);
+      sums[i] += s + rows * shift;
+      sums[c + i] += doubles[part * 2 * c + c + i] + shift * (2 * s + rows * shift);
+    }
+  }
+  free(nears);
+  free(doubles);
+}
+
 /* Adds one row of d times the rows of y that it saw to filter rows from ... to - 1 of out (k*k, c). */
 INLINE void add_filter_rows(const Layer *l, const Window *y, const float *d, long row, long b, int k, int from, int to,
                             float *out) {
@@ -162,7 +262,7 @@ INLINE void add_filter(const Layer *l, const Window *y, const Window *d, long ro
  * on, the sums of d and of d*(x - near) of the norm before are added to sums (2, LANES). */
 INLINE void tile(const Layer *l, const floats *f, const float *const *g, long q, int k, int s, int i0, int j0, int count,
                  long fresh, const value *x, long b, floats *sums, value *dx) {
-  floats sum[7], s0 = {0}, s1 = {0};
+  floats sum[TILE], s0 = {0}, s1 = {0};
   const int taps = (k - j0 + s - 1) / s;
 #pragma GCC unroll 7
   for (int t = 0; t < count; t++) sum[t] = (floats){0};
@@ -201,13 +301,13 @@ INLINE void input_row(const Layer *l, const Window *d, long row, int k, int s, i
 #pragma GCC unroll 2
     for (int j0 = 0; j0 < s; j0++)
       for (long first = (j0 + l->left) % s, count = (l->w - first + s - 1) / s, done = 0; done < count;) {
-        long begin = count < 7 ? done : done + 7 <= count ? done : count - 7, column = first + begin * s;
+        long begin = count < TILE || done + TILE <= count ? done : count - TILE, column = first + begin * s;
         long q = (column + l->left - j0) / s, at = column * l->c + b * LANES;
-        if (count < 7)
+        if (count < TILE)
           tile(l, f, g, q, k, s, i0, j0, 1, 0, x ? x + at : 0, b, s1, dx + at);
         else
-          tile(l, f, g, q, k, s, i0, j0, 7, done - begin, x ? x + at : 0, b, s1, dx + at);
-        done = begin + (count < 7 ? 1 : 7);
+          tile(l, f, g, q, k, s, i0, j0, TILE, done - begin, x ? x + at : 0, b, s1, dx + at);
+        done = begin + (count < TILE ? 1 : TILE);
       }
     if (x)
       for (int i = 0; i < LANES; i++) {

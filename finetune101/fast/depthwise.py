@@ -85,10 +85,11 @@ def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
     """``conv(x)`` with the fast backward pass and the given zero padding."""
     dtype = _compute_dtype(x)
     weight, bias = (None if p is None else p.to(dtype) for p in (conv.weight, conv.bias))
-    output: Tensor = Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
+    output: Tensor
+    output, *moments = Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
     hooked = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
-    if bias is None and x.dtype == dtype and not hooked and suits_kernels(x, conv.weight, conv.stride):
-        output.depthwise = Source(x, conv.weight, (conv.stride, before), output._version)  # type: ignore[attr-defined]
+    if moments and x.dtype == dtype and not hooked:
+        output.depthwise = Source(x, conv.weight, (conv.stride, before), (moments[0], moments[1]), output._version)  # type: ignore[attr-defined]
     return output
 
 
@@ -99,6 +100,8 @@ class Source:
     x: Tensor
     weight: Tensor
     layer: Layer
+    moments: tuple[Tensor, Tensor]
+    """Of the output: a value near the mean, fp32 (C), and sums of the distance to it and its square, float64 (2, C)."""
     version: int
     """Of the output: another number says that the output was changed in place."""
 
@@ -144,26 +147,35 @@ class Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, before: Pair, after: Pair
-    ) -> Tensor:
-        """x (N, C, H, W), weight (C, 1, odd, odd), bias (C); zero padding before (top, left), after (bottom, right)."""
+    ) -> tuple[Tensor, ...]:
+        """x (N, C, H, W), weight (C, 1, odd, odd), bias (C); zero padding before (top, left), after (bottom, right).
+
+        Returns the output, with ``Source.moments`` where depthwise.c computes it.
+        """
         ctx.input_shape, ctx.stride, ctx.before = x.shape, stride, before
+        ctx.set_materialize_grads(False)
         ctx.padding, padded = before, x
+        ctx.suits_kernels = suits_kernels(x, weight, stride)
+        if ctx.suits_kernels and bias is None:
+            ctx.save_for_backward(x, weight)
+            output, *moments = _kernel_output(x, weight, (stride, before), after)
+            ctx.mark_non_differentiable(*moments)
+            return output, *moments
         if before != after:
             padded, ctx.padding = F.pad(x, (before[1], after[1], before[0], after[0])), (0, 0)
-        ctx.suits_kernels = suits_kernels(x, weight, stride)
         ctx.save_for_backward(x if ctx.suits_kernels else padded, weight)
-        return F.conv2d(padded, weight, bias, stride, ctx.padding, 1, x.shape[1])
+        return (F.conv2d(padded, weight, bias, stride, ctx.padding, 1, x.shape[1]),)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *moments: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.suits_kernels:
             layer = ctx.stride, ctx.before
-            grad_x, grad_weight, _ = kernel_gradients(x, grad, weight, layer, ctx.needs_input_grad)
-            grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+            grad_x, taps, _ = kernel_gradients(x, grad, weight, layer, ctx.needs_input_grad)
+            grad_weight = taps if taps is None else taps.to(weight.dtype)
         else:
             if ctx.needs_input_grad[0]:
                 grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
@@ -185,6 +197,23 @@ def suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
     )
 
 
+def _filters(weight: Tensor) -> Tensor:
+    """(C, 1, k, k) -> fp32 (k * k, C)."""
+    return weight.detach().float().view(len(weight), -1).t().contiguous()
+
+
+def _kernel_output(x: Tensor, weight: Tensor, layer: Layer, after: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and ``Source.moments`` by depthwise.c."""
+    (stride, before), channels, k = layer, weight.shape[0], weight.shape[2]
+    size = ((n + a + b - k) // stride[0] + 1 for n, a, b in zip(x.shape[2:], before, after, strict=True))
+    output = torch.empty((len(x), channels, *size), dtype=x.dtype, memory_format=torch.channels_last)
+    filters, near, sums = _filters(weight), torch.empty(channels), torch.empty(2, channels, dtype=torch.float64)
+    shape = (len(x), *x.shape[2:], *output.shape[2:], channels, k, stride[0], *before)
+    pointers = (tensor.data_ptr() for tensor in (output, near, sums))
+    kernel("depthwise_output", x.dtype)(x.data_ptr(), filters.data_ptr(), *shape, *pointers)
+    return output, near, sums
+
+
 def kernel_gradients(
     x: Tensor,
     grad: Tensor,
@@ -201,8 +230,7 @@ def kernel_gradients(
     With ``after`` (output of the convolution, a, b, low, high, e, f) ``grad`` is that of its output, see ``Step``.
     """
     grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    channels, k = weight.shape[0], weight.shape[2]
-    filters = weight.detach().float().view(channels, k * k).t().contiguous()
+    channels, k, filters = weight.shape[0], weight.shape[2], _filters(weight)
     grad_x = torch.empty_like(x) if wanted[0] else None
     taps = torch.empty(k * k, channels) if wanted[1] else None
     sums = torch.empty(2, channels, dtype=torch.float64) if wanted[0] and before[0] is not None else None

@@ -34,6 +34,7 @@ _ARGUMENTS = {
     "gradient_sums": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 2,
     "apply": [_POINTER] + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
     "input_gradient": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 3,
+    "depthwise_output": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER] * 3,
     "depthwise_gradients": [_POINTER] * 4
     + [_LONG] * 10
     + [_POINTER] * 2

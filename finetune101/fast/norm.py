@@ -60,10 +60,13 @@ def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
 def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
     assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    source: Source | None = x.__dict__.pop("depthwise", None)
+    if source and source.version != x._version:
+        source = None
     with torch.no_grad():
         if norm.training:
             count = x.numel() // x.shape[1]
-            mean, var = _moments(x.detach(), count)
+            mean, var = _moments(*(source.moments if source else _sums(x.detach())), count)
             norm.running_mean.lerp_(mean.float(), norm.momentum)
             norm.running_var.lerp_((var * (count / (count - 1))).float(), norm.momentum)
             if norm.num_batches_tracked is not None:
@@ -71,8 +74,7 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
         else:
             mean, var = norm.running_mean.double(), norm.running_var.double()
         step = Step.of(norm, mean, (var + norm.eps).rsqrt(), limits)
-    source: Source | None = x.__dict__.pop("depthwise", None)
-    if source and source.version == x._version:
+    if source:
         normed: Normed | None = source.x.__dict__.get("normed")
         before = normed if normed and normed.versions == (normed.x._version, source.x._version) else None
         first = (before.x, before.weight, before.bias, before.step) if before else (source.x, None, None, None)
@@ -84,12 +86,16 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
     return y
 
 
-def _moments(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, float64 (C)."""
-    out = torch.empty(2, x.shape[1], dtype=torch.float64)
-    near = x[0, :, 0, 0].float().contiguous()  # any value: it differs from the mean by a few standard deviations
-    kernel("moments", x.dtype)(x.data_ptr(), count, x.shape[1], near.data_ptr(), out.data_ptr())
-    shift, square = out / count
+def _sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``Source.moments`` of x (N, C, H, W); any value is near, as it differs by a few standard deviations."""
+    near, sums = x[0, :, 0, 0].float().contiguous(), torch.empty(2, x.shape[1], dtype=torch.float64)
+    kernel("moments", x.dtype)(x.data_ptr(), *_rows(x), near.data_ptr(), sums.data_ptr())
+    return near, sums
+
+
+def _moments(near: Tensor, sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, float64 (C), from ``Source.moments`` of ``count`` values."""
+    shift, square = sums / count
     return near + shift, (square - shift * shift).clamp_min(0)
 
 
