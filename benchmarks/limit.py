@@ -47,6 +47,7 @@ MACHINE_SECONDS = 0.2  # of one measurement of the machine
 Key = tuple[str, str]  # kind of layer; forward or backward
 JOINT = ("depthwise and batch norm", "backward")  # one function of ours computes both
 Seconds = dict[Key, float]
+Pass = tuple[Key, float, float, float]  # operations, bytes of activations, bytes of weights
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
@@ -99,9 +100,9 @@ def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(kind, module) for module in model.modules() if module not in inside and (kind := kind_of(module))]
 
 
-def passes(model: nn.Module, x: Tensor, item_bytes: int) -> list[tuple[Key, float, float]]:
-    """(kind and direction, operations, bytes) of every pass of a training step on ``x`` (N, 3, H, W)."""
-    rows: list[tuple[Key, float, float]] = []
+def passes(model: nn.Module, x: Tensor, item_bytes: int) -> list[Pass]:
+    """Every pass of a training step on ``x`` (N, 3, H, W)."""
+    rows: list[Pass] = []
     normed: set[int] = set()  # addresses of outputs of batch norms, whose activation costs nothing more
 
     def count(kind: str, module: nn.Module, source: Tensor, output: Tensor) -> None:
@@ -110,10 +111,10 @@ def passes(model: nn.Module, x: Tensor, item_bytes: int) -> list[tuple[Key, floa
             weight = module.weight.numel() * item_bytes  # type: ignore[operator]
             operations = 2 * output.numel() * module.weight[0].numel()  # type: ignore[index]
             backward = 2 if source.requires_grad else 1
-            one = operations, float(read + weight + written)
+            one = float(operations), float(read + written), float(weight)
             rows.extend([((kind, "forward"), *one), *[((kind, "backward"), *one)] * backward])
         elif kind == "batch norm" or source.data_ptr() not in normed:
-            rows.extend([((kind, "forward"), 0.0, 2.0 * read), ((kind, "backward"), 0.0, 3.0 * read)])
+            rows.extend([((kind, "forward"), 0.0, 2.0 * read, 0.0), ((kind, "backward"), 0.0, 3.0 * read, 0.0)])
         if kind == "batch norm":
             normed.add(output.data_ptr())
 
@@ -237,14 +238,11 @@ def measure(name: str, precision: str, batch_size: int, repeats: int) -> dict[st
     }
 
 
-def least_seconds(counted: list[tuple[Key, float, float]], times: float, gemm: float, copying: float) -> Seconds:
-    """The least seconds of each kind of layer for ``times`` as many images as were ``counted``.
-
-    Weights are counted ``times`` as well, where they are read once: less than a hundredth of the activations.
-    """
+def least_seconds(counted: list[Pass], times: float, gemm: float, copying: float) -> Seconds:
+    """The least seconds of each kind of layer for ``times`` as many images as were ``counted``."""
     least: Seconds = defaultdict(float)
-    for key, operations, traffic in counted:
-        least[key] += times * max(operations / gemm, traffic / copying)
+    for key, operations, activations, weights in counted:
+        least[key] += max(times * operations / gemm, (times * activations + weights) / copying)
     return least
 
 

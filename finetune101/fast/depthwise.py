@@ -1,4 +1,4 @@
-"""What makes a training step on the CPU fast: memory that stays with the process, and quick depthwise gradients.
+"""What makes a training step on the CPU fast: memory that stays with the process, and quick depthwise convolutions.
 
 Both change speed only: parameters, checkpoints and predictions keep their names and meaning.
 """
@@ -41,12 +41,11 @@ def tune_allocator() -> bool:
 
 
 def fast_depthwise(model: nn.Module) -> int:
-    """Give the depthwise convolutions of ``model``, in place, a backward pass that is fast on CPUs.
+    """Make the depthwise convolutions of ``model``, in place, train fast on CPUs.
 
-    Only the class of those layers changes: names, parameters, buffers and the state dict stay, and so does every
-    forward pass. It acts where a layer computes on the CPU, in bf16 or with the kernels of depthwise.c in fp32, and
-    gradients are on; else the layer is the old one. Gradients differ from plain ones by rounding. Returns the number of
-    layers changed (0 the second time).
+    Only the class of those layers changes: names, parameters, buffers and the state dict stay. It acts where a layer
+    computes on the CPU, in bf16 or with the kernels of depthwise.c in fp32, and gradients are on; else the layer is the
+    old one. Outputs and gradients differ from plain ones by rounding. Returns the number of layers changed.
     """
     layers = [m for m in model.modules() if type(m) in _FAST and _is_plain_depthwise(m)]
     for layer in layers:
@@ -82,7 +81,7 @@ def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
-    """``conv(x)`` with the fast backward pass and the given zero padding."""
+    """``conv(x)`` by ``Depthwise`` with the given zero padding."""
     dtype = _compute_dtype(x)
     weight, bias = (None if p is None else p.to(dtype) for p in (conv.weight, conv.bias))
     output: Tensor
@@ -107,7 +106,7 @@ class Source:
 
 
 class FastConv2d(nn.Conv2d):
-    """A depthwise ``nn.Conv2d`` with the fast backward pass."""
+    """A depthwise ``nn.Conv2d`` that trains fast."""
 
     infers_as = nn.Conv2d
 
@@ -120,7 +119,7 @@ class FastConv2d(nn.Conv2d):
 
 
 class FastConv2dSame(Conv2dSame):
-    """timm's depthwise ``Conv2dSame`` (TensorFlow's padding: more at bottom and right) with the fast backward pass."""
+    """timm's depthwise ``Conv2dSame`` (TensorFlow's padding: more at bottom and right) that trains fast."""
 
     infers_as = Conv2dSame
 
@@ -136,12 +135,13 @@ _FAST: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: FastConv2d, Conv2dSa
 
 
 class Depthwise(torch.autograd.Function):
-    """A depthwise convolution whose gradients take the fastest kernels; which ones depends on the shapes alone.
+    """A depthwise convolution by the fastest kernels; which ones depends on the shapes alone.
 
     Those of depthwise.c where they apply: half to a tenth of the time of what follows, weight gradients summed in fp32.
-    Measured on AVX-512 cores with bf16 (oneDNN, channels_last). Input gradient: the library's kernel takes 2 (stride 1)
-    to 50 times (stride 2) as long as a forward pass of the flipped filter over the output gradient, spread over zeros.
-    Weight gradient: the bf16 kernel takes 3 to 5 times as long as the fp32 one with 5x5 filters, but half with 3x3.
+    What follows was measured on AVX-512 cores with bf16 (oneDNN, channels_last). Input gradient: the library's kernel
+    takes 2 (stride 1) to 50 times (stride 2) as long as a forward pass of the flipped filter over the output gradient,
+    spread over zeros. Weight gradient: the bf16 kernel takes 3 to 5 times as long as the fp32 one with 5x5 filters, but
+    half with 3x3.
     """
 
     @staticmethod

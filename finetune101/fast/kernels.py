@@ -1,4 +1,4 @@
-"""The C files of this folder, built with gcc when first needed (a second) and kept in the cache folder."""
+"""The C files of this folder, built with gcc when first needed (some seconds) and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finetune101.errors import Refused, shortened
 from finetune101.files import atomic, cache_dir, remove_abandoned
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
-TIMEOUT = 60.0  # seconds that gcc may take for one file: it needs one
+TIMEOUT = 60.0  # seconds that gcc may take for one file: it needs two
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_fp32"}
