@@ -1,4 +1,4 @@
-"""What makes a training step on the CPU fast: memory that stays with the process, and quick depthwise gradients.
+"""What makes a training step on the CPU fast: memory that stays with the process, and quick depthwise convolutions.
 
 Both change speed only: parameters, checkpoints and predictions keep their names and meaning.
 """
@@ -9,6 +9,8 @@ import ctypes
 import functools
 import platform
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from finetune101.fast.inference import timm_layer
 from finetune101.fast.kernels import SUFFIXES, compiled, kernel
 
 Pair = tuple[int, ...]  # height, width
+Layer = tuple[Pair, Pair]  # stride; zero padding (top, left)
 
 # Names and values of <malloc.h>: never give memory back to the kernel, whose pages would return one by one.
 _MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 256 * 2**20)}
@@ -38,12 +41,11 @@ def tune_allocator() -> bool:
 
 
 def fast_depthwise(model: nn.Module) -> int:
-    """Give the depthwise convolutions of ``model``, in place, a backward pass that is fast on CPUs.
+    """Make the depthwise convolutions of ``model``, in place, train fast on CPUs.
 
-    Only the class of those layers changes: names, parameters, buffers and the state dict stay, and so does every
-    forward pass. It acts where a layer computes on the CPU, in bf16 or with the kernels of depthwise.c in fp32, and
-    gradients are on; else the layer is the old one. Gradients differ from plain ones by rounding. Returns the number of
-    layers changed (0 the second time).
+    Only the class of those layers changes: names, parameters, buffers and the state dict stay. It acts where a layer
+    computes on the CPU, in bf16 or with the kernels of depthwise.c in fp32, and gradients are on; else the layer is the
+    old one. Outputs and gradients differ from plain ones by rounding. Returns the number of layers changed.
     """
     faster = {nn.Conv2d: FastConv2d} | {layer: fast_same(layer) for layer in timm_layer("Conv2dSame")}
     layers = [m for m in model.modules() if type(m) in faster and _is_plain_depthwise(m)]
@@ -76,18 +78,36 @@ def _is_slow(conv: nn.Conv2d, x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dim() != 4 or not torch.is_grad_enabled():
         return False
     dtype = _compute_dtype(x)
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and _suits_kernels(x, conv.weight, conv.stride))
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and suits_kernels(x, conv.weight, conv.stride))
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
-    """``conv(x)`` with the fast backward pass and the given zero padding."""
+    """``conv(x)`` by ``Depthwise`` with the given zero padding."""
     dtype = _compute_dtype(x)
     weight, bias = (None if p is None else p.to(dtype) for p in (conv.weight, conv.bias))
-    return Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
+    output: Tensor
+    output, *moments = Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
+    hooked = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    if moments and x.dtype == dtype and not hooked:
+        output.depthwise = Source(x, conv.weight, (conv.stride, before), (moments[0], moments[1]), output._version)  # type: ignore[attr-defined]
+    return output
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a depthwise convolution without bias made its output from: the batch norm after it may do both gradients."""
+
+    x: Tensor
+    weight: Tensor
+    layer: Layer
+    moments: tuple[Tensor, Tensor]
+    """Of the output: a value near the mean, fp32 (C), and sums of the distance to it and its square, float64 (2, C)."""
+    version: int
+    """Of the output: another number says that the output was changed in place."""
 
 
 class FastConv2d(nn.Conv2d):
-    """A depthwise ``nn.Conv2d`` with the fast backward pass."""
+    """A depthwise ``nn.Conv2d`` that trains fast."""
 
     infers_as = nn.Conv2d
 
@@ -101,7 +121,7 @@ class FastConv2d(nn.Conv2d):
 
 @functools.cache
 def fast_same(layer: Any) -> type[nn.Module]:
-    """timm's ``layer`` Conv2dSame (TensorFlow's padding: more at bottom and right) with the fast backward pass."""
+    """timm's ``layer`` Conv2dSame (TensorFlow's padding: more at bottom and right) that trains fast."""
     from timm.layers.padding import pad_same_arg
 
     class FastConv2dSame(layer):
@@ -118,43 +138,58 @@ def fast_same(layer: Any) -> type[nn.Module]:
 
 
 class Depthwise(torch.autograd.Function):
-    """A depthwise convolution whose gradients take the fastest kernels; which ones depends on the shapes alone.
+    """A depthwise convolution by the fastest kernels; which ones depends on the shapes alone.
 
     Those of depthwise.c where they apply: half to a tenth of the time of what follows, weight gradients summed in fp32.
-    Measured on AVX-512 cores with bf16 (oneDNN, channels_last). Input gradient: the library's kernel takes 2 (stride 1)
-    to 50 times (stride 2) as long as a forward pass of the flipped filter over the output gradient, spread over zeros.
-    Weight gradient: the bf16 kernel takes 3 to 5 times as long as the fp32 one with 5x5 filters, but half with 3x3.
+    What follows was measured on AVX-512 cores with bf16 (oneDNN, channels_last). Input gradient: the library's kernel
+    takes 2 (stride 1) to 50 times (stride 2) as long as a forward pass of the flipped filter over the output gradient,
+    spread over zeros. Weight gradient: the bf16 kernel takes 3 to 5 times as long as the fp32 one with 5x5 filters, but
+    half with 3x3.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, before: Pair, after: Pair
-    ) -> Tensor:
-        """x (N, C, H, W), weight (C, 1, odd, odd), bias (C); zero padding before (top, left), after (bottom, right)."""
+    ) -> tuple[Tensor, ...]:
+        """x (N, C, H, W), weight (C, 1, odd, odd), bias (C); zero padding before (top, left), after (bottom, right).
+
+        Returns the output, with ``Source.moments`` where depthwise.c computes it.
+        """
         ctx.input_shape, ctx.stride, ctx.before = x.shape, stride, before
-        ctx.padding = before
+        ctx.set_materialize_grads(False)
+        ctx.padding, padded = before, x
+        ctx.suits_kernels = suits_kernels(x, weight, stride)
+        if ctx.suits_kernels and bias is None:
+            ctx.save_for_backward(x, weight)
+            output, *moments = _kernel_output(x, weight, (stride, before), after)
+            ctx.mark_non_differentiable(*moments)
+            return output, *moments
         if before != after:
-            x, ctx.padding = F.pad(x, (before[1], after[1], before[0], after[0])), (0, 0)
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, stride, ctx.padding, 1, x.shape[1])
+            padded, ctx.padding = F.pad(x, (before[1], after[1], before[0], after[0])), (0, 0)
+        ctx.save_for_backward(x if ctx.suits_kernels else padded, weight)
+        return (F.conv2d(padded, weight, bias, stride, ctx.padding, 1, x.shape[1]),)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *moments: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
-        if grad.dtype == x.dtype and _suits_kernels(x, weight, ctx.stride):
-            grad_x, grad_weight = _kernel_gradients(ctx, grad, x, weight)
-        elif ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
-        if ctx.needs_input_grad[1] and grad_weight is None:
-            grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
+        if ctx.suits_kernels:
+            layer = ctx.stride, ctx.before
+            grad_x, taps, _ = kernel_gradients(x, grad, weight, layer, ctx.needs_input_grad)
+            grad_weight = taps if taps is None else taps.to(weight.dtype)
+        else:
+            if ctx.needs_input_grad[0]:
+                grad_x = _input_gradient(grad, weight, ctx.input_shape, ctx.stride, ctx.before)
+            if ctx.needs_input_grad[1]:
+                grad_weight = _weight_gradient(grad, x, weight, ctx.stride, ctx.padding)
         grad_bias = grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
+def suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
+    """Whether depthwise.c has the gradients of this convolution."""
     return (
         x.dtype in SUFFIXES
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -165,21 +200,48 @@ def _suits_kernels(x: Tensor, weight: Tensor, stride: Pair) -> bool:
     )
 
 
-def _kernel_gradients(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    channels, k, grad_x, grad_weight = weight.shape[0], weight.shape[2], None, None
-    after = grad.shape[2], grad.shape[3], channels, k, ctx.stride[0]
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.empty(ctx.input_shape, dtype=x.dtype, memory_format=torch.channels_last)
-        filters = weight.float().view(channels, k * k).t().contiguous()
-        shape = len(x), *ctx.input_shape[2:], *after, *ctx.before
-        kernel("depthwise_input_gradient", x.dtype)(grad.data_ptr(), filters.data_ptr(), *shape, grad_x.data_ptr())
-    if ctx.needs_input_grad[1]:
-        sums = torch.empty(k * k, channels)
-        shape = len(x), *x.shape[2:], *after, *ctx.padding
-        kernel("depthwise_weight_gradient", x.dtype)(x.data_ptr(), grad.data_ptr(), *shape, sums.data_ptr())
-        grad_weight = sums.t().reshape(weight.shape).to(weight.dtype)
-    return grad_x, grad_weight
+def _filters(weight: Tensor) -> Tensor:
+    """(C, 1, k, k) -> fp32 (k * k, C)."""
+    return weight.detach().float().view(len(weight), -1).t().contiguous()
+
+
+def _kernel_output(x: Tensor, weight: Tensor, layer: Layer, after: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and ``Source.moments`` by depthwise.c."""
+    (stride, before), channels, k = layer, weight.shape[0], weight.shape[2]
+    size = ((n + a + b - k) // stride[0] + 1 for n, a, b in zip(x.shape[2:], before, after, strict=True))
+    output = torch.empty((len(x), channels, *size), dtype=x.dtype, memory_format=torch.channels_last)
+    filters, near, sums = _filters(weight), torch.empty(channels), torch.empty(2, channels, dtype=torch.float64)
+    shape = (len(x), *x.shape[2:], *output.shape[2:], channels, k, stride[0], *before)
+    pointers = (tensor.data_ptr() for tensor in (output, near, sums))
+    kernel("depthwise_output", x.dtype)(x.data_ptr(), filters.data_ptr(), *shape, *pointers)
+    return output, near, sums
+
+
+def kernel_gradients(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    layer: Layer,
+    wanted: Sequence[bool],
+    before: tuple[Any, ...] = (None, None, 0.0, 0.0, None),
+    after: tuple[Any, ...] = (None, None, None, 0.0, 0.0, None, None),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the input (N, C, H, W) and of the weights (C, 1, k, k) of a depthwise convolution, and sums (2, C).
+
+    ``x``, ``grad`` (N, C, H, W); ``wanted``: which of the two gradients. With ``before`` (a, b, low, high, a value near
+    the mean) the input is clamp(a * x + b), and the sums are those of ``gradient_sums`` in batch_norm.c for this norm.
+    With ``after`` (output of the convolution, a, b, low, high, e, f) ``grad`` is that of its output, see ``Step``.
+    """
+    grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    channels, k, filters = weight.shape[0], weight.shape[2], _filters(weight)
+    grad_x = torch.empty_like(x) if wanted[0] else None
+    taps = torch.empty(k * k, channels) if wanted[1] else None
+    sums = torch.empty(2, channels, dtype=torch.float64) if wanted[0] and before[0] is not None else None
+    shape = (len(x), *x.shape[2:], *grad.shape[2:], channels, k, layer[0][0], *layer[1])
+    arguments = (x, after[0], grad, filters, *shape, *before, *after[1:], grad_x, taps, sums)
+    pointers = (value.data_ptr() if isinstance(value, Tensor) else value for value in arguments)
+    kernel("depthwise_gradients", x.dtype)(*pointers)
+    return grad_x, None if taps is None else taps.t().reshape(weight.shape), sums
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, stride: Pair, before: Pair) -> Tensor:

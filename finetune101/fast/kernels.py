@@ -1,4 +1,4 @@
-"""The C files of this folder, built with gcc when first needed (a second) and kept in the cache folder."""
+"""The C files of this folder, built with gcc when first needed (some seconds) and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune101.errors import Refused, shortened
 from finetune101.files import atomic, cache_dir, remove_abandoned
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
-TIMEOUT = 60.0  # seconds that gcc may take for one file: it needs one
+TIMEOUT = 60.0  # seconds that gcc may take for one file: it needs two
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 
 SUFFIXES = {torch.bfloat16: "_bf16", torch.float32: "_fp32"}
@@ -35,8 +35,14 @@ _ARGUMENTS = {
     "gradient_sums": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 2,
     "apply": [_POINTER] + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER],
     "input_gradient": [_POINTER] * 2 + [_LONG] * 2 + [_POINTER] * 2 + [_FLOAT] * 2 + [_POINTER] * 3,
-    "depthwise_weight_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
-    "depthwise_input_gradient": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER],
+    "depthwise_output": [_POINTER] * 2 + [_LONG] * 10 + [_POINTER] * 3,
+    "depthwise_gradients": [_POINTER] * 4
+    + [_LONG] * 10
+    + [_POINTER] * 2
+    + [_FLOAT] * 2
+    + [_POINTER] * 3
+    + [_FLOAT] * 2
+    + [_POINTER] * 5,
 }
 
 

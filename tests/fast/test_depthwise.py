@@ -91,6 +91,27 @@ def test_fp32_gradients_agree_with_plain_autograd(
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.skipif(compiled() is None, reason="needs Linux and gcc")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.004), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("kind", "kernel", "stride", "size"), LAYERS)
+def test_output_and_its_moments_agree_with_float64(
+    kind: type[nn.Conv2d], kernel: int, stride: int, size: tuple[int, int], dtype: torch.dtype, error: float
+) -> None:
+    """A mean far from zero leaves the variance its digits."""
+    exact = make(kind, kernel, stride, channels=WIDE).double()
+    fast = copy.deepcopy(exact).float()
+    fast_depthwise(fast)
+    x = (images(size, WIDE) + 30).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out = fast(x)
+    assert relative_error(out.detach(), exact(x.double()).detach()) < error
+    near, sums = out.depthwise.moments
+    shift, square = (sums / (out.numel() // WIDE)).view(2, 1, -1)
+    mean, values = near + shift[0], out.detach().double().permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(mean, values.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(square[0] - shift[0].square(), values.var(1, correction=0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(14, 14), (13, 17)])
@@ -104,7 +125,7 @@ def test_formulas_are_exact_in_float64(kernel: int, stride: int, size: tuple[int
     bias = torch.randn(CHANNELS, dtype=torch.float64, requires_grad=True)
     padded = nn.functional.pad(x, (before[1], after[1], before[0], after[0]))
     expected = nn.functional.conv2d(padded, weight, bias, stride, groups=CHANNELS)
-    out = Depthwise.apply(x, weight, bias, (stride, stride), before, after)
+    (out,) = Depthwise.apply(x, weight, bias, (stride, stride), before, after)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(out)
     for got, want in zip(
@@ -162,7 +183,7 @@ def test_same_numbers_twice_and_frozen_filters() -> None:
 
 
 def test_whole_network_gradients_agree_with_plain_bf16() -> None:
-    """timm's network, with padding of both kinds, in training mode: the same forward pass, so only rounding differs."""
+    """timm's network, with padding of both kinds, in training mode: only rounding differs."""
     torch.manual_seed(0)
     plain = timm.create_model("tf_efficientnet_lite0", num_classes=5, drop_rate=0.0)
     fast = copy.deepcopy(plain)
@@ -170,7 +191,7 @@ def test_whole_network_gradients_agree_with_plain_bf16() -> None:
     x = torch.randn(8, 3, 96, 96).contiguous(memory_format=torch.channels_last)
     plain_out, expected = gradients(plain, x, bf16=True)
     fast_out, got = gradients(fast, x, bf16=True)
-    assert torch.equal(fast_out, plain_out)
+    assert relative_error(fast_out, plain_out) < 0.05
     # As one vector: biases ahead of a batch normalisation have no gradient but rounding.
     assert relative_error(torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in expected])) < 0.05
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torchvision
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from finetune101.config import SystemConfig
-from finetune101.fast import kernels
+from finetune101.fast import fast_layers, kernels
 from finetune101.fast.norm import DoneReLU6, FastBatchNorm2d, fast_norm
 from finetune101.machine import detect
 
@@ -202,3 +204,92 @@ def test_without_a_compiler_nothing_changes(monkeypatch: pytest.MonkeyPatch, tmp
         assert fast_norm(layers(8, nn.ReLU)) == 0
     finally:
         kernels.compiled.cache_clear()
+
+
+def block(kernel: int, stride: int, first: bool, act: type[nn.Module] = nn.ReLU6) -> nn.Sequential:
+    """Batch norm, ReLU6, depthwise convolution, batch norm, ReLU6; from the convolution on where not ``first``."""
+    padding = 0 if stride == 2 else kernel // 2  # Conv2dSame pads unevenly at stride 2
+    kind = Conv2dSame if stride == 2 else nn.Conv2d
+    torch.manual_seed(1)
+    conv = kind(32, 32, kernel, stride=stride, padding=padding, groups=32, bias=False)
+    nn.init.normal_(conv.weight)
+    return nn.Sequential(*(layers(32, act) if first else ()), conv, *layers(32, act))
+
+
+def wide(dtype: torch.dtype, size: int = 13) -> Tensor:
+    x = torch.randn(5, 32, size, size + 5, generator=torch.Generator().manual_seed(1)) * 2 + 1
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def fast_block(plain: nn.Module) -> nn.Module:
+    fast = copy.deepcopy(plain)
+    fast_layers(fast)
+    return fast
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("size", [13, 4])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_norms_around_a_depthwise_convolution_agree_with_float64(
+    kernel: int, stride: int, training: bool, first: bool, size: int, dtype: torch.dtype, error: float
+) -> None:
+    act = nn.ReLU6 if dtype == torch.float32 else nn.Identity  # rounding to bf16 moves values over a clamp
+    plain = block(kernel, stride, first, act).train(training)
+    fast, exact = fast_block(plain), copy.deepcopy(plain).double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        out, grads = run(fast, wide(dtype, size))
+    expected, wanted = run(exact, wide(dtype, size).double())
+    assert "DepthwiseNorm" in type(fast(wide(torch.float32)).grad_fn).__name__
+    assert relative_error(out, expected) < error
+    for got, want in zip(grads, wanted, strict=True):
+        assert got is not None and want is not None
+        assert relative_error(got, want) < error
+
+
+@pytest.mark.parametrize("frozen", [[0], [2], [3], [0, 2], [0, 2, 3], [2, 3]])
+def test_frozen_layers_around_a_depthwise_convolution(frozen: list[int]) -> None:
+    plain = block(3, 1, first=True)
+    for number in frozen:
+        plain[number].requires_grad_(False)
+    fast, exact = fast_block(plain), copy.deepcopy(plain).double()
+    for got, want in zip(run(fast, wide(torch.float32))[1], run(exact, wide(torch.float64))[1], strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or want is None or relative_error(got, want) < 1e-5
+    x = wide(torch.float32)
+    fast.zero_grad()
+    if any(p.requires_grad for p in fast.parameters()):
+        fast(x).square().sum().backward()  # no gradient of x is asked for
+
+
+@pytest.mark.parametrize("change", [lambda y: y.mul_(2), lambda y: y])
+@pytest.mark.parametrize("where", [1, 2])
+def test_what_lies_between_the_layers_may_be_changed_and_used_elsewhere(where: int, change: Any) -> None:
+    """``where``: after the first batch norm, or after the convolution."""
+
+    class Taps(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            norm, act, conv, norm2, act2 = self
+            y = act(norm(x))
+            y = change(y) if where == 1 else y
+            z = conv(y)
+            z = change(z) if where == 2 else z
+            return act2(norm2(z)) + (y if where == 1 else z) * 0.5
+
+    plain = Taps(*block(3, 1, first=True))
+    fast, exact = fast_block(plain), copy.deepcopy(plain).double()
+    out, grads = run(fast, wide(torch.float32))
+    expected, wanted = run(exact, wide(torch.float64))
+    assert relative_error(out, expected) < 1e-5
+    for got, want in zip(grads, wanted, strict=True):
+        assert got is not None and want is not None
+        assert relative_error(got, want) < 1e-5
+
+
+def test_a_hook_on_the_convolution_sees_its_gradient() -> None:
+    fast, sizes = fast_block(block(3, 1, first=True)), []
+    fast[2].register_full_backward_hook(lambda module, inputs, outputs: sizes.append(outputs[0].shape))
+    run(fast, wide(torch.float32))
+    assert sizes == [(5, 32, 13, 18)]
