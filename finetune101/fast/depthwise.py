@@ -89,7 +89,8 @@ def _depthwise(conv: nn.Conv2d, x: Tensor, before: Pair, after: Pair) -> Tensor:
     output, *moments = Depthwise.apply(x.to(dtype), weight, bias, conv.stride, before, after)
     hooked = conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks
     if moments and x.dtype == dtype and not hooked:
-        output.depthwise = Source(x, conv.weight, (conv.stride, before), (moments[0], moments[1]), output._version)  # type: ignore[attr-defined]
+        layer, versions = (conv.stride, before), (x._version, output._version)
+        output.depthwise = Source(x, conv.weight, layer, (moments[0], moments[1]), versions)  # type: ignore[attr-defined]
     return output
 
 
@@ -102,8 +103,21 @@ class Source:
     layer: Layer
     moments: tuple[Tensor, Tensor]
     """Of the output: a value near the mean, fp32 (C), and sums of the distance to it and its square, float64 (2, C)."""
-    version: int
-    """Of the output: another number says that the output was changed in place."""
+    versions: tuple[int, int]
+    """Of x and the output: other numbers say that one of both was changed in place."""
+
+    def is_whole(self, output: Tensor) -> bool:
+        """Whether ``output`` is as the convolution gave it, and nobody wants to see a gradient in between."""
+        return (
+            self.versions == (self.x._version, output._version)
+            and not is_watched(output)
+            and (output.grad_fn is not None or not any(one.requires_grad for one in (self.x, self.weight)))
+        )
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Whether a hook or ``retain_grad`` sees the gradient of ``tensor``."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
 
 
 class FastConv2d(nn.Conv2d):
@@ -171,10 +185,12 @@ class Depthwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *moments: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *moments: None) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias from that of the output, each only if it is asked for."""
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
+        if grad is None:
+            return (None,) * 6
         if ctx.suits_kernels:
             layer = ctx.stride, ctx.before
             grad_x, taps, _ = kernel_gradients(x, grad, weight, layer, ctx.needs_input_grad)
@@ -233,7 +249,7 @@ def kernel_gradients(
     With ``after`` (output of the convolution, a, b, low, high, e, f) ``grad`` is that of its output, see ``Step``.
     """
     grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    channels, k, filters = weight.shape[0], weight.shape[2], _filters(weight)
+    channels, k, filters = weight.shape[0], weight.shape[2], _filters(weight.to(x.dtype))
     grad_x = torch.empty_like(x) if wanted[0] else None
     taps = torch.empty(k * k, channels) if wanted[1] else None
     sums = torch.empty(2, channels, dtype=torch.float64) if wanted[0] and before[0] is not None else None

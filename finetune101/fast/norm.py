@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune101.fast.depthwise import Layer, Source, kernel_gradients
+from finetune101.fast.depthwise import Layer, Source, is_watched, kernel_gradients
 from finetune101.fast.inference import followers, timm_layer
 from finetune101.fast.kernels import SUFFIXES, compiled, kernel
 
@@ -61,8 +61,8 @@ def _applies(norm: nn.BatchNorm2d, x: Tensor) -> bool:
 
 def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
     assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
-    source: Source | None = x.__dict__.pop("depthwise", None)
-    if source and source.version != x._version:
+    source: Source | None = x.__dict__.get("depthwise")
+    if source and not source.is_whole(x):
         source = None
     with torch.no_grad():
         if norm.training:
@@ -77,12 +77,13 @@ def _normed(norm: nn.BatchNorm2d, x: Tensor, limits: Limits) -> Tensor:
         step = Step.of(norm, mean, (var + norm.eps).rsqrt(), limits)
     if source:
         normed: Normed | None = source.x.__dict__.get("normed")
-        before = normed if normed and normed.versions == (normed.x._version, source.x._version) else None
+        before = normed if normed and normed.is_whole(source.x) else None
         first = (before.x, before.weight, before.bias, before.step) if before else (source.x, None, None, None)
         y: Tensor = DepthwiseNorm.apply(*first, source.weight, norm.weight, norm.bias, step, x.detach(), source.layer)
     else:
         y = BatchNorm.apply(x, norm.weight, norm.bias, step)
-    if not (norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks):
+    hooked = norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    if not (source or hooked):  # after a depthwise convolution it would keep the input of that convolution
         y.normed = Normed(x, norm.weight, norm.bias, step, (x._version, y._version))  # type: ignore[attr-defined]
     return y
 
@@ -221,6 +222,14 @@ class Normed:
     bias: Tensor
     step: Step
     versions: tuple[int, int]
+
+    def is_whole(self, output: Tensor) -> bool:
+        """As ``Source.is_whole``."""
+        return (
+            self.versions == (self.x._version, output._version)
+            and not is_watched(output)
+            and (output.grad_fn is not None or not any(p.requires_grad for p in (self.x, self.weight, self.bias)))
+        )
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,41 @@ def test_a_hook_on_the_convolution_sees_its_gradient() -> None:
     fast[2].register_full_backward_hook(lambda module, inputs, outputs: sizes.append(outputs[0].shape))
     run(fast, wide(torch.float32))
     assert sizes == [(5, 32, 13, 18)]
+
+
+def test_an_input_that_changed_in_place_is_an_error_as_in_pytorch() -> None:
+    norm, act, conv, norm2, _ = fast_block(block(3, 1, first=True)).train()
+    y = act(norm(wide(torch.float32)))
+    z = conv(y)
+    y.mul_(3)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        norm2(z).sum().backward()
+
+
+@pytest.mark.parametrize("watch", ["hook", "retain_grad"])
+@pytest.mark.parametrize("where", [1, 2])
+def test_who_watches_a_gradient_in_between_sees_it(watch: str, where: int) -> None:
+    seen: list[Tensor] = []
+    gradients = []
+    for model in (fast_block(block(3, 1, first=True)), block(3, 1, first=True)):
+        norm, act, conv, norm2, act2 = model.train()
+        y = act(norm(wide(torch.float32)))
+        z = y if where == 1 else conv(y)
+        if watch == "hook":
+            z.register_hook(seen.append)
+        else:
+            z.retain_grad()
+        act2(norm2(conv(y) if where == 1 else z)).square().sum().backward()
+        gradients.append(seen.pop() if watch == "hook" else z.grad)
+    assert gradients[0] is not None and relative_error(*gradients) < 1e-4
+
+
+def test_the_input_of_the_convolution_is_freed_before_the_gradients() -> None:
+    norm, act, conv, norm2, act2 = fast_block(block(3, 1, first=True)).train()
+    y = act(norm(wide(torch.float32).requires_grad_()))
+    kept, z = weakref.ref(y), conv(y)
+    del y
+    out = act2(norm2(z))
+    del z
+    assert kept() is None
+    out.sum().backward()
