@@ -4,8 +4,8 @@ python evidence/release.py RUN released_finetune|released_random|released_probe 
 python evidence/release.py released_finetune|released_random|released_probe [--onnx]
 
 With --card the weights stay as they are: published evidence of the run is enough. Without RUN, only the score for
-images unlike its training images is fitted again, on the images in $FINETUNE101_DATA; with --onnx the ONNX file is
-made anew.
+images unlike its training images is fitted again, on the images in $FINETUNE101_DATA, and the ONNX file made
+anew; with --onnx the ONNX file alone.
 """
 
 from __future__ import annotations
@@ -143,10 +143,10 @@ if __name__ == "__main__":
     parser.add_argument("--card", action="store_true", help="write the card only")
     parser.add_argument("--onnx", action="store_true", help="write the ONNX file only")
     arguments = parser.parse_args()
-    if arguments.onnx:
+    if arguments.run is None:
+        if not arguments.onnx:
+            release_unlike(arguments.name, None)
         release_onnx(arguments.name)
-    elif arguments.run is None:
-        release_unlike(arguments.name, None)
     else:
         run = Run(arguments.run)
         if not arguments.card:

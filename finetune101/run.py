@@ -15,8 +15,8 @@ from finetune101.errors import Refused
 from finetune101.files import as_json, atomic, checked, parse_json, read_json, read_text, write_json
 from finetune101.schemas import MOST_BYTES, REMEDIES, SCHEMAS, Record, Split
 
-KEPT = "network.onnx"
-"""The exported network of a run: see ``deploy.kept``."""
+KEPT, KEPT_RECORD = "kept_network.onnx", "kept_network.json"
+"""The exported network of a run, and what it was made of: see ``deploy.kept``."""
 WRITTEN = (
     "config.json",
     "env.json",
@@ -30,6 +30,7 @@ WRITTEN = (
     "temperature.json",
     "unlike.safetensors",
     KEPT,
+    KEPT_RECORD,
     "test_*.json",
     "predictions_*.csv",
     "events.out.tfevents.*",

@@ -11,8 +11,10 @@ import contextlib
 import csv
 import functools
 import importlib
+import io
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -474,7 +476,7 @@ class ExportedNetwork:
         Raises UnusableFile when an output is not finite.
         """
         probabilities, _, scores = self.outputs(pictures)
-        if not np.isfinite(probabilities).all():
+        if not (np.isfinite(probabilities).all() and (scores is None or np.isfinite(scores).all())):
             raise UnusableFile(f"the output of {self.file} is not finite")
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         rows = zip(probabilities, order, strict=True)
@@ -518,9 +520,9 @@ def decoded_passes(
     with contextlib.closing(results):
         while part := list(itertools.islice(results, count)):
             failed += [(file, result) for file, result in part if isinstance(result, str)]
-            good = {file: result for file, result in part if not isinstance(result, str)}
+            good = [(file, result) for file, result in part if not isinstance(result, str)]
             if good:
-                yield list(good), np.stack(list(good.values()))
+                yield [file for file, _ in good], np.stack([pixels for _, pixels in good])
 
 
 def _content(file: str) -> bytes:
@@ -536,10 +538,15 @@ def _content(file: str) -> bytes:
 
 
 def usable_cores() -> int:
-    """Cores that the process may use; a smaller OMP_NUM_THREADS counts."""
+    """Cores that the process may use: affinity and, in a container, its quota; a smaller OMP_NUM_THREADS counts."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wish = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return max(1, min(cores, int(wish) if wish.isdecimal() and int(wish) else cores))
+    limits, wish = [cores], os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wish.isdecimal() and int(wish):
+        limits.append(int(wish))
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+        quota, period = file.read().split()
+        limits.append(math.ceil(int(quota) / int(period)))  # "max" is no number
+    return max(1, min(limits))
 
 
 def in_threads(
@@ -649,6 +656,7 @@ def counted(labels: Iterable[Label], total: int) -> Iterator[Label]:
 def write_table(labels: Iterable[Label], file: str, width: int) -> None:
     """Writes ``labels`` as CSV into ``file``, whole or not at all. Raises OSError."""
     part = f"{file}.{os.getpid()}.part"
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     try:
         with open(part, "w", newline="", encoding="utf-8") as out:
             write_csv(labels, out, width)
@@ -669,14 +677,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reject", action="store_true", help="give no label to images unlike the training pictures")
     parser.add_argument("--network", default=beside, help="the exported network (default: network.onnx beside this)")
     args = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that lacks a letter of a name
     if args.top_k < 1:
         parser.error(f"--top-k is {args.top_k}; give at least 1")
     if args.out and (not args.out.lower().endswith(".csv") or os.path.isdir(args.out)):
-        parser.error(f"--out {args.out} is no name of a table; give one such as labels.csv")
+        parser.error(f"--out {args.out} is no name of a CSV table; give one such as labels.csv")
     if args.out and os.path.exists(args.out) and not args.overwrite:
         parser.error(f"{args.out} exists; give another --out, or --overwrite")
     failed: list[tuple[str, str]] = []
     files = image_files(args.images, failed)
+    if not files and not failed:
+        parser.error(f"no image in {' '.join(map(printable, args.images))}; name photos, or a folder that holds some")
     try:
         network = ExportedNetwork(args.network)
         if args.reject and network.threshold is None:
@@ -690,8 +703,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             for label in labels:
                 print("\n".join(text_lines(label)), flush=True)
-    except (UnusableFile, OSError) as error:
+    except BrokenPipeError:  # who read the lines has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 0
+    except UnusableFile as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write {args.out} ({error.strerror}); give another --out", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

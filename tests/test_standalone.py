@@ -107,7 +107,7 @@ def test_the_program_prints_and_refuses_in_sentences(
     (bundle / "labels.csv").write_text("mine")
     for words, sentence in (
         (["--out", str(bundle / "labels.csv")], "exists"),
-        (["--out", "x.txt"], "no name of a table"),
+        (["--out", "x.txt"], "no name of a CSV table"),
         (["--top-k", "0"], "at least 1"),
         (["--reject"], "has no score"),
         (["--network", str(bundle / "none.onnx")], "there is no file"),

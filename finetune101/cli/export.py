@@ -47,6 +47,8 @@ def export(
         raise Refused("a file of weights has no answers to compare; leave --parity out")
     if runtime and format != "web":
         raise Refused("--runtime is for --format web; leave it out")
+    if format == "bundle" and out and Path(out).exists() and not overwrite:
+        raise Refused(f"{out} exists; give another --out, or --overwrite")
     source = open_source(run, data, runs)
     file = usual_file(source, format) if out is None else Path(out)
     if format == "web":

@@ -86,6 +86,8 @@ def open_classifier(name: str, runs: str, neighbours: bool = False, data: str | 
     answering = answering_network(chosen)
     if isinstance(answering, OnnxNetwork):
         if (chosen.file and chosen.file.suffix == ".onnx") or find_spec("torch") is None:
+            if neighbours:
+                raise Refused("--neighbours needs PyTorch; install it by: pip install torch torchvision timm")
             return answering
         from finetune101.serve.quick import QuickNetwork
 

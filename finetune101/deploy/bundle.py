@@ -21,6 +21,17 @@ from finetune101.run import Run, check_folder
 NEEDS = ("numpy", "pillow", "onnxruntime")
 """What the program imports: the lines of requirements.txt, with the versions that are installed here."""
 PROGRAM = "predict.py"
+USE = f"""
+## In this folder
+
+The network is also here as `network.onnx`, with a program that needs neither finetune101 nor PyTorch:
+
+```sh
+pip install -r requirements.txt
+python {PROGRAM} photos/ --out labels.csv
+```
+"""
+"""What the card of a bundle says in addition."""
 
 
 def export_bundle(
@@ -43,7 +54,8 @@ def export_bundle(
         lines = [f"{package}=={version(package)}\n" for package in NEEDS]
         (made / "requirements.txt").write_text("".join(lines), encoding="utf-8")
         if run or source.network.name in RELEASED:
-            write_card(source.network.name, run, made / "card.md")
+            card = write_card(source.network.name, run, made / "card.md")
+            card.write_text(card.read_text(encoding="utf-8") + USE, encoding="utf-8")
         else:
             notes.append("No card: a checkpoint alone does not say how it was trained")
         out.mkdir(exist_ok=True)

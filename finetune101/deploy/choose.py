@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import glob
 import os
@@ -84,7 +85,14 @@ def choose(words: Sequence[str], runs: str = "runs") -> Chosen:
     if not _names_images(first):
         if Path(first).is_file() and Path(first).suffix != ".onnx":  # which open_run knows
             raise Refused(f"{first} is no network that predict reads; name a run, or a best.safetensors of one")
-        open_run(first, runs)  # says which runs there are
+        if close := difflib.get_close_matches(first, available(), n=1):
+            raise Refused(f"no run or network named {first}; did you mean {close[0]}?")
+        try:
+            open_run(first, runs)  # says which runs there are
+        except Refused as error:
+            raise Refused(f"{first} names no photos and no network: {error}") from error
+    if swapped := next((word for word in rest if find_run(word, runs) and not os.path.isfile(word)), None):
+        raise Refused(f"{swapped} is a run; name it before the photos")
     return Chosen((available() or list(RELEASED))[0], list(words), named=False)
 
 
@@ -97,6 +105,8 @@ def named_network(name: str, runs: str = "runs") -> Chosen | None:
     if run := find_run(name, runs):
         return Chosen(str(run.path), [], run=run)
     file = Path(name)
+    if (file / "predict.py").is_file() and (file / "network.onnx").is_file():  # a bundle
+        file = file / "network.onnx"
     if file.suffix not in (".safetensors", ".onnx") or not (file.is_file() or file.suffix == ".onnx"):
         return None
     return Chosen(name, [], file=file, run=Run(file.parent) if file.suffix != ".onnx" and is_run(file.parent) else None)

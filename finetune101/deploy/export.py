@@ -37,7 +37,7 @@ from finetune101.evaluation.checkpoint import TrainedNetwork, as_checkpoint, ope
 from finetune101.evaluation.evaluate import Opened, open_scored
 from finetune101.files import atomic
 from finetune101.run import Run, open_run, save_checkpoint
-from finetune101.standalone import METADATA, PICTURES
+from finetune101.standalone import METADATA, MOST_BYTES, PICTURES
 
 Format = Literal["onnx", "onnx-int8", "torch-export", "safetensors"]
 SUFFIXES: dict[str, str] = {
@@ -142,7 +142,6 @@ def export_network(
     resized: bool = False,
     parity: str | None = None,
     overwrite: bool = False,
-    made_of: str = "",
 ) -> Exported:
     """Writes the network of ``source`` to the file ``out``, and measures whether it gives the same answers.
 
@@ -154,7 +153,6 @@ def export_network(
         resized: the ONNX file takes resized pictures, uint8 (N, 3, size, size), in place of pictures of any size.
         parity: a folder of pictures to compare the answers on; by default the validation images of the split.
         overwrite: replace a file that is there.
-        made_of: what ``deploy.kept`` knows the file by.
 
     Raises Refused for a file that is there, and where the answers differ: no file is left then.
     """
@@ -166,7 +164,6 @@ def export_network(
         return Exported(out, format, time.perf_counter() - started, None)
     images = source.validation if parity is None else _pictures_in(parity)
     info = exported_info(source, "images" if format.startswith("onnx") and not resized else "resized")
-    info = dataclasses.replace(info, made_of=made_of)
     notes = []
     if images is None:
         notes.append(
@@ -263,7 +260,9 @@ def _write_graph(
 
 
 def save_graph(graph: onnx.ModelProto, info: ExportedInfo, file: Path) -> None:
-    """Writes ``graph`` with ``info`` as its metadata."""
+    """Writes ``graph`` with ``info`` as its metadata. Raises Refused for one that is too large."""
+    if (size := graph.ByteSize()) > MOST_BYTES:
+        raise Refused(f"{info.model} has {size / 1e9:.1f} GB, more than an ONNX file holds; take --format safetensors")
     onnx.helper.set_model_props(graph, info.to_metadata())
     graph.producer_name, graph.producer_version = "finetune101", info.version
     file.write_bytes(graph.SerializeToString())

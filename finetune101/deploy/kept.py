@@ -5,19 +5,23 @@ Who asks again answers by ONNX Runtime and never loads PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune101.deploy.choose import FOLDER, RELEASED, Chosen
 from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.errors import Refused
-from finetune101.files import sha256
+from finetune101.files import atomic, sha256
 from finetune101.host import has_gpu
-from finetune101.run import KEPT, Run
+from finetune101.run import KEPT, KEPT_RECORD, Run
+from finetune101.standalone import PICTURES, Outputs
 
 if TYPE_CHECKING:
     from finetune101.evaluation.checkpoint import TrainedNetwork
@@ -26,7 +30,7 @@ FORM = 1  # of what is kept: another number makes it anew
 PARTS = ("best.safetensors", "temperature.json", "unlike.safetensors")
 """The files of a run that its exported network is made of."""
 MANY = 500  # images: from here on a GPU is asked, which takes the start of PyTorch
-SAME = 1e-3  # largest difference of a probability from PyTorch's, on drawn images
+SAME = 1e-3  # largest difference from PyTorch's outputs on drawn images, over their size
 DRAWN = 4  # images
 
 
@@ -38,8 +42,8 @@ def answering_network(chosen: Chosen, images: int = 1) -> OnnxNetwork | TrainedN
     run, file = chosen.run, chosen.file
     if file and file.suffix == ".onnx":
         return OnnxNetwork(file)
-    if images >= MANY and has_gpu():
-        return chosen.network
+    if images >= MANY and find_spec("torch") and has_gpu():
+        return _by_pytorch(chosen, f"there is a GPU for the {images} images")
     if not run and not file:
         kept = FOLDER / f"{RELEASED[chosen.name]}.onnx"
         if kept.is_file():
@@ -51,15 +55,20 @@ def answering_network(chosen: Chosen, images: int = 1) -> OnnxNetwork | TrainedN
 
 
 def open_kept(run: Run) -> OnnxNetwork | None:
-    """The exported network that ``run`` keeps; None where it keeps none, or one of other weights."""
-    file = run.path / KEPT
-    if not file.is_file():
+    """The exported network that ``run`` keeps; None where it keeps none, a damaged one, or one of other weights."""
+    file, record = run.path / KEPT, _record(run)
+    if not file.is_file() or record.get("made_of") != made_of(run) or record.get("sha256") != sha256(file):
         return None
+    return OnnxNetwork(file, name=str(run.path))
+
+
+def _record(run: Run) -> dict[str, Any]:
+    """What ``run`` says of its exported network: what it was made of, and its hash, or why there is none."""
     try:
-        network = OnnxNetwork(file, name=str(run.path))
-    except Refused:  # damaged, or of another version: it is made anew
-        return None
-    return network if network.info.made_of == made_of(run) else None
+        record = run.read_json(KEPT_RECORD) if run.has(KEPT_RECORD) else {}
+    except Refused:  # damaged: the network is exported again
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def made_of(run: Run) -> str:
@@ -72,21 +81,45 @@ def made_of(run: Run) -> str:
 def _keep(chosen: Chosen, run: Run) -> OnnxNetwork | TrainedNetwork:
     """Exports the network of ``run`` into its folder; where that cannot be, PyTorch answers."""
     file, hashed = run.path / KEPT, made_of(run)
+    why = _not_kept(file, hashed)
     network = chosen.network
-    print(f"Making {file}, once: from now on {run.path} answers in a second, without PyTorch", file=sys.stderr)
+    if why:
+        return _by_pytorch(chosen, why)
+    print(f"Exporting {run.path}, once; the next answers need no PyTorch", file=sys.stderr)
     try:
-        from finetune101.deploy.export import Source, export_network
-
-        export_network(Source(network), file, overwrite=True, made_of=hashed)
-        made = OnnxNetwork(file, name=str(run.path))
-        check_same(made, network)
+        with atomic(file) as part:
+            export_checked(network, part)
+        run.write_json(KEPT_RECORD, {"made_of": hashed, "sha256": sha256(file)})
+        return OnnxNetwork(file, name=str(run.path))
     except Refused as error:
+        with contextlib.suppress(Refused):
+            run.write_json(KEPT_RECORD, {"made_of": hashed, "reason": str(error)})
         return _by_pytorch(chosen, str(error))
-    return made
+
+
+def _not_kept(file: Path, hashed: str) -> str:
+    """Why no exported network can be kept as ``file``, as far as that is known before the work; "" where it can."""
+    if not os.access(file.parent, os.W_OK):
+        return f"{file.parent} cannot be written, so that no exported network can be kept there"
+    if file.exists() and not file.is_file():
+        return f"{file} is in the way of the exported network"
+    record = _record(Run(file.parent))
+    return str(record.get("reason", "")) if record.get("made_of") == hashed else ""
+
+
+def export_checked(network: TrainedNetwork, file: Path) -> None:
+    """Writes the exported ``network`` to ``file``. Raises Refused where that cannot be, or its answers differ."""
+    from finetune101.deploy.export import Source, exported_info, save_graph
+    from finetune101.deploy.graph import onnx_graph, prepend_resize
+
+    graph = onnx_graph(network)
+    prepend_resize(graph, network.preprocessing)
+    save_graph(graph, exported_info(Source(network), PICTURES), file)
+    check_same(OnnxNetwork(file), network)
 
 
 def check_same(made: OnnxNetwork, network: TrainedNetwork) -> None:
-    """Raises Refused, and removes the file of ``made``, where its answers to drawn images are not the network's."""
+    """Raises Refused where the outputs of ``made`` for drawn images are not those of ``network``."""
     import torch
 
     from finetune101.deploy.graph import Classifier
@@ -94,11 +127,13 @@ def check_same(made: OnnxNetwork, network: TrainedNetwork) -> None:
     size = network.preprocessing.size
     pixels = np.random.default_rng(0).integers(0, 256, (DRAWN, size, size, 3), np.uint8)
     with torch.inference_mode():
-        expected = Classifier(network).eval()(torch.from_numpy(pixels).permute(0, 3, 1, 2))[0].numpy()
-    difference = float(np.abs(made.probabilities(pixels) - expected).max())
-    if not difference <= SAME:
-        Path(made.file).unlink(missing_ok=True)
-        raise Refused(f"the exported network differs from it by {difference:.1e}")
+        expected = Classifier(network).eval()(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    for name, values, own in zip(Outputs._fields, made.outputs(pixels), expected, strict=False):
+        wanted = own.numpy()
+        scale = max(1.0, float(np.abs(wanted).max()))
+        difference = float(np.abs(values - wanted).max()) / scale
+        if not difference <= SAME:
+            raise Refused(f"the exported network differs from it by {difference:.1e} in its {name}")
 
 
 def _by_pytorch(chosen: Chosen, reason: str) -> TrainedNetwork:

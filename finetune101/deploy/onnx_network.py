@@ -104,8 +104,6 @@ class ExportedInfo:
     parity: Parity | None = None
     weights: str = ""
     """sha256 (hex) of the checkpoint."""
-    made_of: str = ""
-    """Hash of the files of a run that the file was made of: see ``deploy.kept``."""
     version: str = ""
     """Of finetune101."""
     format: Literal[1] = 1

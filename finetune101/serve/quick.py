@@ -12,6 +12,7 @@ from finetune101.config import Preprocessing
 from finetune101.deploy.choose import Chosen
 from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.prediction import Prediction
+from finetune101.errors import Refused
 
 if TYPE_CHECKING:
     from finetune101.deploy.explain import Explanation
@@ -45,10 +46,13 @@ class QuickNetwork:
 
     @functools.cached_property
     def network(self) -> Network:
-        """The same network in PyTorch."""
+        """The same network in PyTorch. Raises Refused where the run has changed meanwhile."""
         from finetune101.deploy.network import Network
 
-        return Network(self._chosen.network, self._chosen.run)
+        network = Network(self._chosen.network, self._chosen.run)
+        if network.trained.checkpoint_hash != self.exported.info.weights:
+            raise Refused(f"{self.name} has other weights than when the server began; start the server again")
+        return network
 
     def explain(self, image: Pillow.Image) -> Explanation:
         """As ``Network.explain``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune101.run import Run
@@ -44,6 +44,8 @@ def log_records(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[st
             yield record
         yield from left
     finally:
+        if isinstance(records, Generator):
+            records.close()  # its progress bar goes before a sentence about an interruption
         if writer:
             with contextlib.suppress(OSError):
                 writer.close()

@@ -58,6 +58,8 @@ def test_every_family_gives_the_same_answers(
     if name not in KEPT:
         monkeypatch.setattr(export, "onnx_graph", onnx_graph)
     network = kept_network(name) if name in KEPT else random_network(name)
+    if name == "vit_b_16":  # twelve equal blocks, of which two will do
+        network.model.encoder.layers = network.model.encoder.layers[:2]  # type: ignore[union-attr, index]
     exported = export_network(Source(network, pictures), tmp_path / "network.onnx")
     assert exported.parity and exported.parity.pictures
     assert exported.parity.resized.largest < 1e-4

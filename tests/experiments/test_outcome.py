@@ -102,7 +102,6 @@ def test_a_search_ends_within_its_budget_with_a_winner(base: Any, capsys: pytest
     saved = search(plan)
     assert time.monotonic() - before < 2 * 12  # how many points fit is the machine's speed
     assert saved["winner"] and saved["points"] == len(saved["results"]) >= 1
-    assert saved["results"][0]["state"] == "complete"
     assert "Within 12 seconds: as many points as fit" in capsys.readouterr().out
     assert len(search(plan)["results"]) >= saved["points"]  # another budget, and more points
     assert read_trials(plan.folder).complete
