@@ -132,6 +132,14 @@ def facts_of(models: list[str]) -> dict[str, Any]:
     return facts
 
 
+def environment_mb(python: str) -> float:
+    """Megabytes of all files of the environment that ``python`` belongs to, links not followed."""
+    code = "import sys; print(sys.prefix)"
+    prefix = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    files = (file for file in Path(prefix).rglob("*") if file.is_file() and not file.is_symlink())
+    return round(sum(file.stat().st_size for file in files) / 1e6, 1)
+
+
 def commands(
     arguments: argparse.Namespace, pretrained: dict[str, bool], runs: Path, can_be_cold: bool
 ) -> dict[str, Command]:
@@ -183,6 +191,8 @@ def main() -> None:
         measured = commands(arguments, facts["pretrained"], Path(folder), not never_cold)
         measure(measured, arguments.repeats)
     rows = {name: command.summary() for name, command in measured.items()}
+    if arguments.bundle:
+        facts["bundle_environment_mb"] = environment_mb(arguments.bundle_python)
     values = {**facts, "repeats": arguments.repeats, "batch": BATCH, "cold": never_cold or "measured", "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from finetune101.run import Run
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 TAGS = {
     "train_loss": "loss/train",
     "val_loss": "loss/val",
@@ -52,9 +55,27 @@ def log_records(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[st
 
 
 def _opened(run: Run) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter  # here: loading it takes half a second before the first step
+    with _later_interrupted():
+        from torch.utils.tensorboard import SummaryWriter  # here: loading it takes half a second before the first step
 
     return SummaryWriter(str(run.path))
+
+
+@contextlib.contextmanager
+def _later_interrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait for the end of the block: packages that are half loaded make other errors of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {one: signal.signal(one, lambda number, _: arrived.append(number)) for one in STOPS}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    for number in arrived[:1]:
+        signal.raise_signal(number)
 
 
 def _write(writer: SummaryWriter, record: dict[str, Any]) -> None:
