@@ -22,6 +22,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+LONG = ("test_examples.py", "test_export.py", "test_stress.py", "test_distributed.py")
+"""Files that take minutes: they run first, so that no process of the tests waits for the last of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of ``LONG`` before the others."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips the tests marked caltech101 where the real data set is not at hand."""
     if item.get_closest_marker("caltech101") and not os.environ.get("FINETUNE101_DATA"):

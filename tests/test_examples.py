@@ -71,6 +71,8 @@ def test_the_examples_run(
         if "--stage" in words:  # needs a network that ends in a linear layer
             cut = SMALL
         cut += ["--train-per-class", "2"] if words[0] == "study" and "--train-per-class" in words else []
+        if "--trials" in words:
+            words[words.index("--trials") + 1] = "8"
         if "--budget" in words:
             words[words.index("--budget") + 1] = "20s"
         if "--recipe" in words or "winner.yaml" in line:
