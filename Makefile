@@ -43,10 +43,10 @@ lint: env
 
 # a process for each core, each with one thread: two threads that compute wait for each other on a full machine
 test: lint
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 fast: env
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile -m "not slow and not caltech101"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not caltech101"
 
 stress: env
 	$(PYTHON) benchmarks/stress.py --kills 200
