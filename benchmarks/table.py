@@ -18,7 +18,7 @@ CHINESE = {
     "| ratio (range) | claim |": "| 倍数（范围） | 声明 |",
     "whole training epoch against the bare step": "完整训练轮与裸训练步之比",
     "peak memory, the worst of these": "峰值内存（最差者）",
-    "predict on 2,000 JPEGs, warm (model loading": "predict 处理 2,000 张 JPEG，预热后（另需载入模型",
+    "labels of 2,000 JPEGs by `fast/`, warm (model loading": "`fast/` 给 2,000 张 JPEG 打标签，预热后（另需载入模型",
     "beside it)": "）",
     "second start: import torch to the first step (done after": "第二次启动：从 import torch 到第一步（完成于",
     "frozen features of two networks; with us the output layer as well": "两个网络的冻结特征；我们还包括输出层",
@@ -98,7 +98,7 @@ class Table:
             rates = f"{predict['plain_images_per_s']:.0f} images/s", f"{predict['warm_images_per_s']:.0f} images/s"
             (low, high), command = predict["ratio_range"], "python benchmarks/predict.py RUN"
             entry = claim("predict", predict["ratio"], "times", predict["pairs"], predict["ratio_range"], command)
-            what = f"predict on 2,000 JPEGs, warm (model loading {predict['start_s']:.1f} s beside it)"
+            what = f"labels of 2,000 JPEGs by `fast/`, warm (model loading {predict['start_s']:.1f} s beside it)"
             self.add(what, *rates, f"{predict['ratio']} ({low} to {high})", entry)
             self.claims.append(beside(entry, "loading", round(predict["start_s"], 1)))
         if start := self.measured("warm_start"):

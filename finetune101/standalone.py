@@ -58,7 +58,7 @@ METADATA = "finetune101"
 PICTURES, RESIZED = "images", "resized"
 """The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
 MOST_BYTES = 2 * 10**9  # of an exported file: protobuf's own bound
-PASS = 8  # pictures of one forward pass; more are hardly faster and take more memory
+PASS = 4  # pictures of one forward pass; more are hardly faster and take more memory
 DIGITS = 6  # of a probability in a table
 UNLIKE_TEXT = "unlike the training pictures"
 

@@ -191,7 +191,7 @@ def predict(
             released_probe. Without: released_finetune.
         top_k: Classes to show for each image.
         reject: Give no label to images unlike the training pictures.
-        batch_size: Images per step; an exported network takes 8 at most.
+        batch_size: Images per step; an exported network takes 4 at most.
         runs: Folder of all runs.
     """
     from finetune101.deploy import tables
