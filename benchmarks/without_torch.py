@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 
 from finetune101.config import SystemConfig
 from finetune101.data.images import class_of
-from finetune101.deploy.choose import Chosen, available
+from finetune101.deploy.choose import Chosen
 from finetune101.deploy.export import Source, export_network
 from finetune101.deploy.graph import Classifier
 from finetune101.deploy.kept import answering_network
 from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.released import open_reference, open_released
+from finetune101.deploy.released_files import available
 from finetune101.evaluation import metrics
 from finetune101.evaluation.checkpoint import TrainedNetwork
 from finetune101.evaluation.forward import Forward

@@ -19,12 +19,12 @@ import onnx
 from onnx.numpy_helper import to_array
 
 from finetune101.deploy.card import card_of, card_text
-from finetune101.deploy.choose import FOLDER, RELEASED
 from finetune101.deploy.export import Source, exported_info, save_graph
 from finetune101.deploy.graph import MEANS, onnx_graph, prepend_resize, stored_in
 from finetune101.deploy.kept import check_same
 from finetune101.deploy.onnx_network import OnnxNetwork
 from finetune101.deploy.released import open_reference, open_released, score_released
+from finetune101.deploy.released_files import FOLDER, RELEASED
 from finetune101.evaluation.checkpoint import read_checkpoint
 from finetune101.evaluation.unlike import UNLIKE, no_unlike_reason, write_unlike
 from finetune101.evaluation.unlike_run import unlike_of

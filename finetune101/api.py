@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from finetune101.config import TrainConfig, change, check_name, validate
 from finetune101.data.download import ensure_data
-from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.network import Network, load
 from finetune101.deploy.prediction import Image, Prediction
 from finetune101.deploy.released import score_released
+from finetune101.deploy.released_files import RELEASED
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import has_frozen_backbone, open_network
 from finetune101.evaluation.result import Evaluation

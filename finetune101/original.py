@@ -122,8 +122,8 @@ def test_as_original(
     """
     if batch_size < 1:
         raise Refused(f"--batch_size is {batch_size}; give at least 1")
-    from finetune101.deploy.choose import RELEASED
     from finetune101.deploy.released import score_released
+    from finetune101.deploy.released_files import RELEASED
     from finetune101.evaluation.evaluate import evaluate
     from finetune101.evaluation.result import score_text
 

@@ -277,7 +277,7 @@ def card(
         runs: Folder of all runs.
     """
     from finetune101.deploy.card import write_card
-    from finetune101.deploy.choose import RELEASED
+    from finetune101.deploy.released_files import RELEASED
     from finetune101.run import open_run
 
     opened = None if run in RELEASED else open_run(run, runs)

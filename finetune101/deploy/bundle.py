@@ -13,8 +13,8 @@ from pathlib import Path
 
 from finetune101 import standalone
 from finetune101.deploy.card import write_card
-from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.export import Exported, Source, export_network
+from finetune101.deploy.released_files import RELEASED
 from finetune101.errors import Refused
 from finetune101.run import Run, check_folder
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from finetune101.config import SETTINGS, Preprocessing, TrainConfig, to_dict
 from finetune101.data.images import OFFICIAL_CLASSES, class_of
-from finetune101.deploy.choose import FOLDER, RELEASED, available
+from finetune101.deploy.released_files import FOLDER, RELEASED, available
 from finetune101.errors import Refused, escaped, markdown
 from finetune101.evaluation.checkpoint import Info, described, has_frozen_backbone, read_checkpoint
 from finetune101.evaluation.tested import Answer, confused_pairs, evaluate_command, read_answers, read_manifest

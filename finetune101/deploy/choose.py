@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune101.deploy.inputs import is_list
+from finetune101.deploy.released_files import RELEASED, available
 from finetune101.errors import Refused
 from finetune101.run import Run, find_run, is_run, open_run
 from finetune101.standalone import IMAGE_SUFFIXES
@@ -20,22 +21,10 @@ from finetune101.standalone import IMAGE_SUFFIXES
 if TYPE_CHECKING:
     from finetune101.evaluation.checkpoint import TrainedNetwork
 
-FOLDER = Path(__file__).parent.parent / "weights"
-RELEASED = {
-    "released_finetune": "caltech101_finetune_efficientnet_lite0",
-    "released_random": "caltech101_scratch_efficientnet_lite0",
-    "released_probe": "caltech101_probe_efficientnet_lite0",
-}
-"""Name to use -> file in ``weights/``, and the card of the same name beside it; the first that is there predicts."""
 OF_RUNS = {"config.json", "env.json", "split.json", "metrics.jsonl", "last.pt", "best.safetensors", "study.json"}
 """Files of runs: a folder with one of them below it is not taken for a folder of images."""
 OF_NETWORKS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".onnx", ".json"}
 """Suffixes that no image has, and that whoever names a network may mean."""
-
-
-def available() -> list[str]:
-    """The names of the released networks that this package holds, the one to predict with first."""
-    return [name for name, file in RELEASED.items() if (FOLDER / f"{file}.safetensors").is_file()]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import torch
 
 import finetune101
 from finetune101.deploy.card import released_score
-from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.graph import halve, onnx_graph, prepend_resize, program
 from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.onnx_network import Accuracy, ExportedInfo, OnnxNetwork, Parity
@@ -31,6 +30,7 @@ from finetune101.deploy.parity import (
 )
 from finetune101.deploy.quantize import FROM, LOSS, TRIED, Quantized, quantized
 from finetune101.deploy.released import open_reference, open_released
+from finetune101.deploy.released_files import RELEASED
 from finetune101.deploy.tables import check_out_file
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import TrainedNetwork, as_checkpoint, open_file, open_network

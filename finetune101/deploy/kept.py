@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune101.deploy.choose import FOLDER, RELEASED, Chosen
+from finetune101.deploy.choose import Chosen
 from finetune101.deploy.onnx_network import OnnxNetwork
+from finetune101.deploy.released_files import FOLDER, RELEASED
 from finetune101.errors import Refused
 from finetune101.files import atomic, sha256
 from finetune101.host import has_gpu
@@ -81,7 +82,7 @@ def made_of(run: Run) -> str:
 def _keep(chosen: Chosen, run: Run) -> OnnxNetwork | TrainedNetwork:
     """Exports the network of ``run`` into its folder; where that cannot be, PyTorch answers."""
     file, hashed = run.path / KEPT, made_of(run)
-    why = _not_kept(file, hashed)
+    why = _not_kept(run, hashed)
     network = chosen.network
     if why:
         return _by_pytorch(chosen, why)
@@ -97,13 +98,14 @@ def _keep(chosen: Chosen, run: Run) -> OnnxNetwork | TrainedNetwork:
         return _by_pytorch(chosen, str(error))
 
 
-def _not_kept(file: Path, hashed: str) -> str:
-    """Why no exported network can be kept as ``file``, as far as that is known before the work; "" where it can."""
-    if not os.access(file.parent, os.W_OK):
-        return f"{file.parent} cannot be written, so that no exported network can be kept there"
+def _not_kept(run: Run, hashed: str) -> str:
+    """Why ``run`` can keep no exported network, as far as that is known before the work; "" where it can."""
+    file = run.path / KEPT
+    if not os.access(run.path, os.W_OK):
+        return f"{run.path} cannot be written, so that no exported network can be kept there"
     if file.exists() and not file.is_file():
         return f"{file} is in the way of the exported network"
-    record = _record(Run(file.parent))
+    record = _record(run)
     return str(record.get("reason", "")) if record.get("made_of") == hashed else ""
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from finetune101.data.cache import open_images
 from finetune101.data.decode import Unreadable, opened
 from finetune101.data.images import class_of
-from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.released import open_reference, open_released
+from finetune101.deploy.released_files import RELEASED
 from finetune101.errors import Refused
 from finetune101.evaluation.evaluate import Opened, open_scored, trained_on
 from finetune101.evaluation.features import FeatureExtractor

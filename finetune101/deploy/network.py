@@ -14,10 +14,10 @@ from torch import Tensor
 
 from finetune101.config import Count, Preprocessing
 from finetune101.data.batches import to_input
-from finetune101.deploy.choose import RELEASED
 from finetune101.deploy.labels import Labeller, ranked_classes
 from finetune101.deploy.prediction import Image, Prediction, cached_pixels, in_batches, thumbnail_of
 from finetune101.deploy.released import open_released
+from finetune101.deploy.released_files import RELEASED
 from finetune101.evaluation.checkpoint import TrainedNetwork, open_file, open_network
 from finetune101.files import typed
 from finetune101.run import Run, open_run, run_name

@@ -7,7 +7,7 @@ from typing import Any
 from finetune101.config import DataConfig, SystemConfig
 from finetune101.data import splits
 from finetune101.data.images import find_data, index_images
-from finetune101.deploy.choose import FOLDER, RELEASED, available
+from finetune101.deploy.released_files import FOLDER, RELEASED, available
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import Info, SplitOf, TrainedNetwork, load_hashed
 from finetune101.evaluation.evaluate import Opened, check_batch_size, scores

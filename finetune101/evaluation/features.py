@@ -28,6 +28,10 @@ BATCH = 64  # images per forward pass
 FUSED = "fused 4"  # the version of fast/inference.py, whose features differ by rounding
 
 
+Asked = tuple[nn.Module, int, Preprocessing, Images, Sequence[str], World, bool]
+"""The parameters of ``kept_outputs``."""
+
+
 class FeatureExtractor:
     """Features and logits of images by one forward pass of a trained network, in its recorded number format.
 
@@ -55,16 +59,15 @@ class FeatureExtractor:
 
         Both are kept in the cache folder (see ``kept_outputs``); a progress bar shows the work of the first use.
         """
-        width = self.width + len(self.network.classes)
-        preprocessing, world, fast = self.network.preprocessing, self.network.world, self.network.fast_kernels
-        kept = kept_outputs(self.model, width, preprocessing, images, paths, world, fast)
-        return self._divided(kept.values)
+        return self._divided(kept_outputs(*self._asked(images, paths)).values)
 
     def has_kept(self, images: Images, paths: Sequence[str]) -> bool:
         """Whether ``of_images`` finds its result in the cache folder."""
-        network, width = self.network, self.width + len(self.network.classes)
-        place = _place(self.model, width, network.preprocessing, images, paths, network.world, network.fast_kernels)
-        return images.pixels is not None and store.read_array(place) is not None
+        return images.pixels is not None and store.read_array(_place(*self._asked(images, paths))) is not None
+
+    def _asked(self, images: Images, paths: Sequence[str]) -> Asked:
+        own, width = self.network, self.width + len(self.network.classes)
+        return self.model, width, own.preprocessing, images, paths, own.world, own.fast_kernels
 
     def _divided(self, output: Tensor) -> tuple[Tensor, Tensor]:
         return output[:, : self.width], output[:, self.width :]

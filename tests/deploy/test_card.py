@@ -15,7 +15,7 @@ from finetune101.cli.main import main
 from finetune101.config import ModelConfig, OptimConfig, TrainConfig, to_dict
 from finetune101.deploy import card as cards
 from finetune101.deploy.card import card_of, card_text, changed_settings, start_of
-from finetune101.deploy.choose import available
+from finetune101.deploy.released_files import available
 from finetune101.errors import Refused
 from finetune101.models.table import lookup
 from finetune101.run import Run

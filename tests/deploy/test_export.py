@@ -23,12 +23,12 @@ from finetune101.config import Preprocessing
 from finetune101.data.batches import resized, to_input
 from finetune101.deploy import export
 from finetune101.deploy.card import released_card
-from finetune101.deploy.choose import available
 from finetune101.deploy.export import Source, export_network, open_source
 from finetune101.deploy.graph import _refused, onnx_graph, program
 from finetune101.deploy.network import Network
 from finetune101.deploy.onnx_network import Accuracy, OnnxNetwork
 from finetune101.deploy.parity import LabelledImages
+from finetune101.deploy.released_files import available
 from finetune101.errors import Refused
 from finetune101.evaluation.checkpoint import open_file
 from finetune101.evaluation.features import FeatureExtractor

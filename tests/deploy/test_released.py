@@ -12,7 +12,7 @@ import release
 
 from finetune101 import original
 from finetune101.cli.main import main
-from finetune101.deploy import choose, kept, released
+from finetune101.deploy import choose, kept, released, released_files
 from finetune101.deploy.inputs import image_inputs
 from finetune101.deploy.predict import predict_files
 from finetune101.run import Run
@@ -42,7 +42,7 @@ def folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The package's folder of weights with ``run`` in it as released_random, and no data set in sight."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FINETUNE101_DATA", raising=False)
-    for module in (choose, kept, released, release):
+    for module in (released_files, kept, released, release):
         monkeypatch.setattr(module, "FOLDER", tmp_path / "weights")
     release.release(run, "released_random")
     release.release_card(run, "released_random")
@@ -50,7 +50,7 @@ def folder(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_becomes_one(run: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert choose.available() == ["released_random"]
+    assert released_files.available() == ["released_random"]
     card = (folder / "caltech101_scratch_efficientnet_lite0.md").read_text(encoding="utf-8")
     assert f"{run.read_json('test.json')['top1']:.2f} %" in card
     assert (folder / "caltech101_scratch_efficientnet_lite0.safetensors").stat().st_size < run.best.stat().st_size
@@ -151,9 +151,9 @@ def test_a_checkpoint_predicts_wherever_it_lies(
 
 @pytest.mark.caltech101
 @pytest.mark.slow
-@pytest.mark.parametrize("name", choose.available())
+@pytest.mark.parametrize("name", released_files.available())
 def test_what_is_released(name: str, caltech101: Path) -> None:
-    file = choose.FOLDER / f"{choose.RELEASED[name]}.safetensors"
+    file = released_files.FOLDER / f"{released_files.RELEASED[name]}.safetensors"
     assert file.stat().st_size < (400_000 if name == "released_probe" else 10_000_000)
     with open(RESULTS / EVIDENCE[name] / "predictions.csv", newline="", encoding="utf-8") as lines:
         published = {str(caltech101 / row["path"]): row["prediction"] for row in list(csv.DictReader(lines))[::12]}
@@ -164,13 +164,13 @@ def test_what_is_released(name: str, caltech101: Path) -> None:
     assert same >= 146  # half precision, another machine
 
 
-@pytest.mark.parametrize("name", choose.available())
+@pytest.mark.parametrize("name", released_files.available())
 def test_the_released_probe_has_a_frozen_backbone(name: str) -> None:
     assert released.open_released(name)[0].frozen_backbone == (name == "released_probe")
 
 
-@pytest.mark.parametrize("name", choose.available())
+@pytest.mark.parametrize("name", released_files.available())
 def test_a_card_has_the_accuracy_of_the_published_run(name: str) -> None:
-    card = (choose.FOLDER / f"{choose.RELEASED[name]}.md").read_text(encoding="utf-8")
+    card = (released_files.FOLDER / f"{released_files.RELEASED[name]}.md").read_text(encoding="utf-8")
     promised = float(re.findall(r"test accuracy \| ([\d.]+) %", card)[0])
     assert promised == pytest.approx(Run(RESULTS / EVIDENCE[name]).read_json("test.json")["top1"], abs=0.12)
