@@ -4,7 +4,7 @@
 images and ImageNet weights, and runs each one's own way (``benchmarks/peers/run_*.py``) with its fastest switch and
 its best number of loader workers. finetune101 runs between them; afterwards finetune101 and the fastest peer go on
 alternately. Every run is kept in results/peers.json as soon as it is there (with --isa native in peers_native.json): a
-run that was cut goes on with the same command. ``benchmarks/peers_table.py`` writes docs/peers.md and the claims.
+run that was cut goes on with the same command. ``benchmarks/peers_table.py`` writes results/peers.md and the claims.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/peers.md and the claims peers.*, from results/peers.json: ``python benchmarks/peers_table.py [FILE]``.
+"""results/peers.md and the claims peers.*, from results/peers.json: ``python benchmarks/peers_table.py [FILE]``.
 
 Claims are written for whole measurements of results/peers.json only, not for a trial with a --share.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from finetune101.files import write_json
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-DOCS = RESULTS.parent / "docs/peers.md"
+TABLE = RESULTS / "peers.md"
 OURS = "finetune101"
 COMMAND = "python benchmarks/peers.py"
 
@@ -213,7 +213,7 @@ def tables_of(result: Row) -> list[str]:
 
 
 def write_tables(file: Path) -> None:
-    """Prints the tables of a file of results; one of ``FILES`` goes to docs/peers.md, and to the claims when whole."""
+    """Prints the tables of a file of results; one of ``FILES`` goes to ``TABLE``, and to the claims when whole."""
     result: Row = json.loads(file.read_text(encoding="utf-8"))
     result["ratios"] = ratios(result)
     write_json(file, result)
@@ -222,7 +222,7 @@ def write_tables(file: Path) -> None:
         return
     results = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FILES if path.is_file()}
     tables = "\n".join(line for one in results.values() for line in tables_of(one)).rstrip("\n") + "\n"
-    DOCS.write_text(PAGE.read_text(encoding="utf-8").replace(MARK, tables), encoding="utf-8")
+    TABLE.write_text(PAGE.read_text(encoding="utf-8").replace(MARK, tables), encoding="utf-8")
     claims = json.loads((RESULTS / "claims.json").read_text(encoding="utf-8"))
     claims = [claim for claim in claims if not claim["id"].startswith("peers.")]
     for name, one in results.items():
