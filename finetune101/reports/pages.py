@@ -66,8 +66,8 @@ def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
     low, high = run.test["top1_interval"]
     page.title = f"{run.config.exp}: {run.config.model.name}"
     page.headline = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
-    if run.frozen:
-        page.headline += " " + page.words["frozen"]
+    page.headline += f" {page.words['frozen']}" if run.frozen else ""
+    page.headline += f" {page.say('random_layers', layers=layers)}" if (layers := run.random_layers) else ""
     _decisions(page, run.run)
     alt = page.say("curves_alt", epoch=run.test.get("epoch", 0))
     page.picture("curves", lambda out: figures.draw_curves(run.run.metrics(), out, page.title), alt)

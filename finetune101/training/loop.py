@@ -41,7 +41,7 @@ class Trainer:
         self.model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
         if job.config.system.fast_kernels and job.world.device.type == "cpu":
             fast_layers(self.model)
-        self.optimizer = optimizer(self.model, job.built.head, job.config)
+        self.optimizer = optimizer(self.model, job.built.new, job.config)
         self.wrapped = self.model
         self.average = Average(self.model) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
