@@ -95,6 +95,8 @@ class AugmentConfig:
     """Share of training images in which a random box is painted over."""
     mix: Share = 0.0
     """Share of batches in which images are mixed in pairs, by MixUp or CutMix in turn of chance."""
+    mixup_alpha: Positive | None = None
+    """Mix by MixUp alone, with this alpha; with 1 every share is as likely. Default: MixUp (.2) or CutMix."""
     train_sizes: tuple[Pixels, ...] = ()
     """Sizes in pixels of training images, one after the other over the epochs. Default: the size of the input."""
 
@@ -169,7 +171,9 @@ class OptimConfig:
     teacher: tuple[str, ...] = ()
     """Runs on the same split whose mean probabilities the network learns as well (distillation)."""
     teacher_share: AboveZero = 0.5
-    """Share of the target that is theirs, with --teacher."""
+    """Share of the loss that is theirs, with --teacher; 1 leaves the labels out."""
+    teacher_temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """Divides the outputs of teachers and network before they are compared, with --teacher."""
     val_every: Count = 1
     """Validate after every so many epochs, and after the last."""
 
