@@ -102,7 +102,7 @@ def verdict(checks: Sequence[Check]) -> str:
     return f"Training works here; worth mending: {', '.join(warnings)}." if warnings else "Training works here."
 
 
-def as_table(checks: Sequence[Check]) -> dict[str, Any]:
+def checks_as_table(checks: Sequence[Check]) -> dict[str, Any]:
     """``checks`` for programs."""
     rows = [vars(check) for check in checks]
     return {"can_train": can_train(checks), "verdict": verdict(checks), "checks": rows}
@@ -146,10 +146,10 @@ def check_torch() -> Check:
     except Exception as error:  # a library that is missing or of another machine can raise nearly anything
         return Check("PyTorch", f"it cannot be loaded: {shortened(' '.join(str(error).split()))}", "error", again)
     text = f"{torch.__version__}, torchvision {_version('torchvision') or 'missing'}"
-    return mismatch(_requirements("torchvision"), torch.__version__) or Check("PyTorch", text)
+    return torchvision_mismatch(_requirements("torchvision"), torch.__version__) or Check("PyTorch", text)
 
 
-def mismatch(requirements: Iterable[str], torch: str) -> Check | None:
+def torchvision_mismatch(requirements: Iterable[str], torch: str) -> Check | None:
     """The check of a torchvision whose ``requirements`` name another PyTorch than version ``torch``; None where they
     fit."""
     wanted = next((line.partition("==")[2].split(";")[0].strip() for line in requirements if "torch==" in line), "")

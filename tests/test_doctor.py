@@ -106,8 +106,8 @@ def test_packages_that_are_missing() -> None:
 
 
 def test_a_torchvision_of_another_pytorch() -> None:
-    assert doctor.mismatch(["numpy", "torch==2.14.1"], "2.14.1+cu130") is None
-    check = doctor.mismatch(["numpy", "torch==2.13.0"], "2.14.1+cpu")
+    assert doctor.torchvision_mismatch(["numpy", "torch==2.14.1"], "2.14.1+cu130") is None
+    check = doctor.torchvision_mismatch(["numpy", "torch==2.13.0"], "2.14.1+cpu")
     assert check and check.state == "error" and "torch==2.13.0" in check.remedy
     assert doctor.check_torch().state == "ok"
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -128,3 +129,17 @@ def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()  # what the schema of 1.2.0 requires
     assert citation["version"] == finetune101.__version__ and citation["license"] == "MIT"
+
+
+def test_contributing_has_a_line_for_every_dependency_with_its_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "dev"]
+    names = [re.split("[<>=!]", line)[0] for lines in (project["dependencies"], *extras) for line in lines]
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").lower().replace("_", "-")
+    rows = re.findall(r"^\|.*\|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    for name in names:
+        version = re.search(rf"^{re.escape(name)}==(\S+)", lock, re.M)
+        row = next((row for row in rows if re.search(rf"\b{re.escape(name)}\b", row.split("|")[1])), "")
+        assert version and version[1] in row, (
+            f"CONTRIBUTING.md: {name} needs a line with its version in requirements.lock"
+        )

@@ -113,7 +113,7 @@ def doctor(*, data: str | None = None, runs: str = "runs", json: Flag = False) -
         runs: Folder of all runs.
         json: Print all of it as JSON.
     """
-    from finetune101.doctor import as_table, can_train, check_lines, examine_machine, verdict
+    from finetune101.doctor import can_train, check_lines, checks_as_table, examine_machine, verdict
     from finetune101.files import as_json
 
     checks = []
@@ -121,7 +121,7 @@ def doctor(*, data: str | None = None, runs: str = "runs", json: Flag = False) -
         checks.append(check)
         if not json:
             print("\n".join(check_lines(check)), flush=True)
-    print(as_json(as_table(checks), indent=1) if json else f"\n{verdict(checks)}")
+    print(as_json(checks_as_table(checks), indent=1) if json else f"\n{verdict(checks)}")
     return 0 if can_train(checks) else 1
 
 
