@@ -1,67 +1,108 @@
-"""MkDocs reads this file as a hook: pages of docs/ may link to files beside docs/, as on a code host.
+"""The documentation as a site: ``python evidence/site.py`` (``make docs``) builds build/site; a warning is an error.
 
-Each file that a page names by ``](../PATH)`` becomes a part of the site: a Markdown file as a page, another one as it
-is. The words behind the language of a block of code (``sh runnable``) are for the tests and left out.
+MkDocs reads build/docs, which this script puts together: docs/ with docs/zh/PAGE.md as PAGE.zh.md, the name that the plugin
+i18n knows (a page that is not translated stands there in English), and every file beside docs/ that a page links to by
+``](../PATH)``: a Markdown file as a page, another one as it is. The words behind the language of a block of code
+(``sh runnable``) are for the tests and left out.
 """
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.plugins import event_priority
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 FENCE = re.compile(r"^(\s*```\w+) .*$", re.MULTILINE)
 OUTSIDE = re.compile(r"^[a-z]+:|^#")
+ZH = "docs/zh/"
 BESIDE = ("CONTRIBUTING.md", "finetune101/fast/README.md", "results/ablations.md", "results/peers.md", "results/tried.md")
 """Pages of the navigation that do not stand in docs/."""
 
 
-def targets(text: str, folder: str) -> list[str]:
+def in_prose(text: str, change: Callable[[str], str]) -> str:
+    """``text`` with ``change`` made to everything but code."""
+    parts, end = [], 0
+    for code in CODE.finditer(text):
+        parts += [change(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def links(text: str, folder: str) -> Iterator[str]:
     """The files that the Markdown ``text`` of a file in ``folder`` of the project links to, from the project's root."""
-    links = (match[2] for match in LINK.finditer(text) if not OUTSIDE.match(match[2]))
-    return [posixpath.normpath(posixpath.join(folder, link)) for link in links]
+    for match in LINK.finditer(CODE.sub("", text)):
+        if not OUTSIDE.match(match[2]):
+            yield posixpath.normpath(posixpath.join(folder, match[2]))
 
 
-def address(target: str) -> str:
-    """Where a file of the project stands in the site: that of docs/ at its top, another one under its own path."""
-    return target.removeprefix("docs/")
+def address(name: str) -> str:
+    """Where MkDocs finds a file of the project: what docs/ holds at its top, the rest under its own path."""
+    if name.startswith(ZH):
+        stem, dot, ending = name.removeprefix(ZH).rpartition(".")
+        return f"{stem}.zh{dot}{ending}"
+    return name.removeprefix("docs/")
 
 
-@event_priority(100)  # before the languages are told apart
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the files beside docs/ that pages link to."""
-    waiting = [*BESIDE]
-    for file in files.documentation_pages():
-        waiting += targets(file.content_string, "docs")
-    done: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        if name in done or name.startswith("docs/") or not (ROOT / name).is_file():
-            continue
-        done.add(name)
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
-        if name.endswith(".md"):
-            waiting += targets((ROOT / name).read_text(encoding="utf-8"), posixpath.dirname(name))
-    return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Makes links lead where the site has their files, and leaves the tests' words out."""
-    inside = (Path(config.docs_dir) / page.file.src_uri).is_file()
-    folder = posixpath.join("docs" if inside else "", posixpath.dirname(page.file.src_uri))
-    here = posixpath.dirname(page.file.src_uri)
+def as_page(text: str, name: str) -> str:
+    """The Markdown ``text`` of the file ``name`` as MkDocs reads it."""
+    folder, here = posixpath.dirname(name), posixpath.dirname(address(name))
 
     def led(match: re.Match[str]) -> str:
         if OUTSIDE.match(match[2]):
             return match[0]
-        target = posixpath.normpath(posixpath.join(folder, match[2]))
-        return match[1] + posixpath.relpath(address(target), here or ".") + match[3]
+        target = address(posixpath.normpath(posixpath.join(folder, match[2])))
+        target = re.sub(r"\.zh\.(\w+)$", r".\1", target)  # i18n finds the page in the reader's language
+        return match[1] + posixpath.relpath(target, here or ".") + match[3]
 
-    return FENCE.sub(r"\1", LINK.sub(led, markdown))
+    return in_prose(FENCE.sub(r"\1", text), lambda prose: LINK.sub(led, prose))
+
+
+def gather(out: Path) -> list[str]:
+    """Puts what MkDocs reads into ``out``, and returns the names of the files, from the project's root."""
+    shutil.rmtree(out, ignore_errors=True)
+    pages = (file.relative_to(ROOT).as_posix() for file in sorted((ROOT / "docs").rglob("*")) if file.is_file())
+    waiting, done = [*BESIDE, *pages], dict[str, None]()
+    while waiting:
+        name = waiting.pop()
+        if name in done or not (ROOT / name).is_file():
+            continue  # MkDocs names a link that leads nowhere
+        done[name] = None
+        target = out / address(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".md"):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            target.write_text(as_page(text, name), encoding="utf-8")
+            waiting += links(text, posixpath.dirname(name))
+        else:
+            shutil.copyfile(ROOT / name, target)
+    return sorted(done)
+
+
+def main(build: Path = BUILD) -> int:
+    """Builds the site into ``build``/site; returns 1 where MkDocs warns."""
+    from mkdocs.commands.build import build as build_site
+    from mkdocs.config import load_config
+    from mkdocs.exceptions import Abort, ConfigurationError
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    gather(build / "docs")
+    try:
+        config = load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(build / "docs"), site_dir=str(build / "site"), strict=True)
+        build_site(config)
+    except (Abort, ConfigurationError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{build / 'site' / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
