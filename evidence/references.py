@@ -119,7 +119,7 @@ def interface() -> str:
 
 def _described(name: str, function: Callable[..., Any], heading: str = "###") -> list[str]:
     """Signature and docstring of a function."""
-    return ["", f"{heading} {name}", "", "```python", _signature(name, function), "```", "", *_text(inspect.getdoc(function) or "")]
+    return ["", f"{heading} {name}", "", "```python signature", _signature(name, function), "```", "", *_text(inspect.getdoc(function) or "")]
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:

@@ -1,4 +1,4 @@
-"""The documentation as a site: ``python evidence/site.py`` (``make docs``) builds build/site; a warning is an error.
+"""The documentation as a site: ``python evidence/docs_site.py`` (``make docs``) builds build/site; a warning is an error.
 
 MkDocs reads build/docs, which this script puts together: docs/ with docs/zh/PAGE.md as PAGE.zh.md, the name that the plugin
 i18n knows (a page that is not translated stands there in English), and every file beside docs/ that a page links to by
