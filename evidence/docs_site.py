@@ -100,7 +100,8 @@ def main(build: Path = BUILD) -> int:
     except (Abort, ConfigurationError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{build / 'site' / 'index.html'}")
+    shutil.copyfile(build / "site" / "sitemap.xml", build / "site" / "zh" / "sitemap.xml")  # the theme asks for it
+    print(build / "site" / "index.html")
     return 0
 
 
