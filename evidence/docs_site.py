@@ -1,8 +1,8 @@
-"""The documentation as a site: ``python evidence/docs_site.py`` (``make docs``) builds build/site; a warning is an error.
+"""The documentation as a site: ``python evidence/docs_site.py`` (``make docs``) builds build/site; warnings are errors.
 
-MkDocs reads build/docs, which this script puts together: docs/ with docs/zh/PAGE.md as PAGE.zh.md, the name that the plugin
-i18n knows (a page that is not translated stands there in English), and every file beside docs/ that a page links to by
-``](../PATH)``: a Markdown file as a page, another one as it is. The words behind the language of a block of code
+MkDocs reads build/docs, which this script puts together: docs/ with docs/zh/PAGE.md as PAGE.zh.md, the name that the
+plugin i18n knows (a page that is not translated stands there in English), and every file beside docs/ that a page links
+to by ``](../PATH)``: a Markdown file as a page, another one as it is. The words behind the language of a block of code
 (``sh runnable``) are for the tests and left out.
 """
 

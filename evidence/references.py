@@ -1,8 +1,8 @@
 """The parts of docs/ that the code itself knows: ``python evidence/references.py`` writes them between their marks.
 
-commands.md from the verbs' flags, api.md from docstrings, recipes.md and networks.md from their tables, run-folder.md from
-the schemas, faq.md from every sentence of ``Refused``, results.md from results/claims.json. With --check nothing is
-written, and the exit code is 1 where a page differs.
+commands.md from the verbs' flags, api.md from docstrings, recipes.md and networks.md from their tables, run-folder.md
+from the schemas, faq.md from every sentence of ``Refused``, results.md from results/claims.json. With --check nothing
+is written, and the exit code is 1 where a page differs.
 """
 
 from __future__ import annotations
@@ -337,7 +337,8 @@ def claims() -> str:
     listed = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
     head = "| claim | value | unit | n | spread | kind |"
     lines = (
-        f"| `{one['id']}` | {one['value']} | {cell(one['unit'])} | {one['n']} | {_spread(one['spread'])} | {one['kind']} |"
+        f"| `{one['id']}` | {one['value']} | {cell(one['unit'])} | {one['n']} | {_spread(one['spread'])} "
+        f"| {one['kind']} |"
         for one in listed
     )
     return "\n".join(rows(head, lines)).strip()
