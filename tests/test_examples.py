@@ -7,7 +7,7 @@ Of the pages in docs/ the blocks that begin with ```sh runnable or ```python run
 "small" as the README's: only sizes and lengths are cut. Every other block has a comment <!-- not run: why --> before
 it. Each page has a folder of its own with photo.jpg, photos/ (12 images), path/to/photos and data/101_ObjectCategories
 (a folder per class) and runs/mine, a tested run, unless the page trains it. A line ``PRODUCER | finetune101 ...`` gives
-what PRODUCER prints to the command. The Chinese pages give the commands of the English ones, so only the latter are run.
+what PRODUCER prints to the command. The Chinese pages give the same commands and are not run.
 """
 
 from __future__ import annotations
