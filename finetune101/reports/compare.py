@@ -110,6 +110,7 @@ def _arm(group: Group, other: Group) -> Arm:
         steps_to_other=reached["step"] if reached else None,
         seconds_to_other=reached["seconds"] if reached else None,
         runs=tuple(scores),
+        random_layers=first.config.model.random_layers,
     )
 
 
