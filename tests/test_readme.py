@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import texts
+from PIL import Image
 
 from finetune101.cli.main import main
 
@@ -51,6 +53,16 @@ def test_no_link_is_dead(readme: str) -> None:
     paths = [(a or b).partition("#")[0] for a, b in links]
     assert len(paths) > 20
     assert [path for path in paths if ":" not in path and not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("picture", ["front", "front-dark", "front-zh", "front-zh-dark"])
+def test_the_pictures_show_the_claim(picture: str) -> None:
+    """Where it fails: ``python evidence/front_picture.py`` draws them anew."""
+    claim = texts.read_claims(ROOT)["compare.gain.efficientnet_lite0.top1"]
+    file = ROOT / "docs" / "pictures" / f"{picture}.png"
+    with Image.open(file) as image:
+        assert image.size == (1600, 900) and image.info["claim"] == texts.number(claim)
+    assert file.stat().st_size < 300_000
 
 
 @pytest.mark.caltech101
