@@ -19,7 +19,7 @@ BLOCK = re.compile(r"(<!--[^>]*-->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 def commands(text: str) -> list[str]:
     """The lines of the blocks of code and the commands in the text, without comments."""
     parts = re.findall(r"```\w+\n(.*?)```|`(finetune101 [^`\n]+)`", text, re.DOTALL)
-    return [re.sub(r"\s+#.*", "", line) for block, inline in parts for line in (block or inline).splitlines()]
+    return [re.sub(r"(^|\s+)#.*", "", line) for block, inline in parts for line in (block or inline).splitlines()]
 
 
 def test_both_give_the_same_commands() -> None:
