@@ -41,7 +41,7 @@ body {{ width: {width}px; height: {height}px; background: {back}; position: rela
 .window {{ position: absolute; border-radius: 12px; overflow: hidden; box-shadow: 0 18px 50px rgba(0, 0, 0, .35) }}
 .bar {{ height: 34px; display: flex; gap: 9px; align-items: center; padding: 0 14px }}
 .bar i {{ width: 13px; height: 13px; border-radius: 50% }}
-.terminal {{ left: 30px; top: 150px; width: 780px; height: 600px; background: #12161c; z-index: 2 }}
+.terminal {{ left: 30px; top: 180px; width: 780px; height: 530px; background: #12161c; z-index: 2 }}
 .terminal .bar {{ background: #262c36 }}
 pre {{ color: #d5dbe3; font: 17.2px/1.55 "DejaVu Sans Mono", monospace; padding: 24px; white-space: pre-wrap }}
 pre b {{ color: #7fd1a8; font-weight: normal }}
