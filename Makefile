@@ -54,7 +54,7 @@ claims: env ## recompute every accuracy in results/claims.json, find every other
 
 # the wheel is made of the source distribution, which so holds all that it needs
 release: env ## build wheel and source distribution, check both, and try the wheel in a fresh environment (10 minutes)
-	rm -rf dist build
+	rm -rf dist
 	$(PYTHON) -m build --no-isolation
 	$(PYTHON) -m twine check --strict dist/*
 	$(PYTHON) -m check_wheel_contents dist/*.whl
