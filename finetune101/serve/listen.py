@@ -16,7 +16,8 @@ from finetune101.errors import Refused
 from finetune101.serve.uploads import Limits
 
 CONNECTIONS = 500
-EVERYWHERE = ("0.0.0.0", "::")  # "all addresses of this machine", which no browser can open
+# "all addresses of this machine": no browser can open them, and nothing listens there unless the user asks
+EVERYWHERE = ("0.0.0.0", "::")  # nosec B104
 LAST_SECONDS = 2  # for the requests at hand when the server ends
 
 
