@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 STAMP := .venv/.finetune101-installed
 .DEFAULT_GOAL := help
-.PHONY: help env demo test fast lint stress claims release clean
+.PHONY: help env demo test fast lint docs stress claims release clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ lint: env ## lint and types only
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+
+docs: env ## the documentation as a site in build/site, its generated parts and numbers written anew; a warning is an error
+	$(PYTHON) evidence/references.py
+	$(PYTHON) evidence/texts.py
+	$(PYTHON) evidence/docs_site.py
 
 # a process for each core, each with one thread: two threads that compute wait for each other on a full machine
 test: lint ## lint, types and all tests (about a quarter of an hour on two cores)

@@ -1,8 +1,8 @@
 """The parts of docs/ that the code itself knows: ``python evidence/references.py`` writes them between their marks.
 
-commands.md from the verbs' flags, api.md from docstrings, recipes.md and networks.md from their tables, run-folder.md from
-the schemas, faq.md from every sentence of ``Refused``, results.md from results/claims.json. With --check nothing is
-written, and the exit code is 1 where a page differs.
+commands.md from the verbs' flags, api.md from docstrings, recipes.md and networks.md from their tables, run-folder.md
+from the schemas, faq.md from every sentence of ``Refused``, results.md from results/claims.json. With --check nothing
+is written, and the exit code is 1 where a page differs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def commands() -> str:
         positional = [flag for flag in flags if flag.part == POSITIONAL]
         lines += ["", f"## {prog}", "", (inspect.getdoc(verb) or "").split("\n\nArgs:")[0], "", "```text"]
         lines += [" ".join([prog, *(flag.name.upper() for flag in positional), "[FLAGS]"]), "```"]
-        lines += rows("| argument | what it is |", (f"| `{flag.name.upper()}` | {cell(flag.about)} |" for flag in positional))
+        lines += rows(
+            "| argument | what it is |", (f"| `{flag.name.upper()}` | {cell(flag.about)} |" for flag in positional)
+        )
         for part, title in GROUPS.items():
             own = [flag for flag in flags if flag.part == part]
             heading = f"| {title.lower()} | what it does | default |"
@@ -121,7 +123,16 @@ def interface() -> str:
 
 def _described(name: str, function: Callable[..., Any], heading: str = "###") -> list[str]:
     """Signature and docstring of a function."""
-    return ["", f"{heading} {name}", "", "```python signature", _signature(name, function), "```", "", *_text(inspect.getdoc(function) or "")]
+    return [
+        "",
+        f"{heading} {name}",
+        "",
+        "```python signature",
+        _signature(name, function),
+        "```",
+        "",
+        *_text(inspect.getdoc(function) or ""),
+    ]
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
@@ -134,7 +145,7 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
             words.append("*")
             star = True
         star = star or one.kind is one.VAR_POSITIONAL
-        prefix = {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "")
+        prefix = "*" if one.kind is one.VAR_POSITIONAL else "**" if one.kind is one.VAR_KEYWORD else ""
         default = "" if one.default is one.empty else f" = {one.default!r}"
         words.append(f"{prefix}{one.name}: {one.annotation}{default}".replace("'", '"'))
     end = "" if signature.return_annotation is inspect.Signature.empty else f" -> {signature.return_annotation}"
@@ -246,7 +257,9 @@ def _fields(kind: Any, prefix: str) -> Iterator[str]:
         if get_origin(inner) is NotRequired:
             always, inner = False, get_args(inner)[0]
         meaning = MEANINGS.get(kind.__name__, {}).get(name) or MEANINGS[kind.__mro__[0].__name__][name]
-        takes = re.sub(r", at most 1(0{6,}|e\+\d+)", "", must_be(inner)).replace("a table of names and values", "a table")
+        takes = re.sub(r", at most 1(0{6,}|e\+\d+)", "", must_be(inner)).replace(
+            "a table of names and values", "a table"
+        )
         yield f"| `{prefix}{name}` | {cell(takes)} | {'yes' if always else ''} | {cell(meaning)} |"
         if table_of := next((one for one in _inside(inner) if hasattr(one, "__required_keys__")), None):
             many = "[]" if "list[" in str(inner) else ""
@@ -324,7 +337,8 @@ def claims() -> str:
     listed = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
     head = "| claim | value | unit | n | spread | kind |"
     lines = (
-        f"| `{one['id']}` | {one['value']} | {cell(one['unit'])} | {one['n']} | {_spread(one['spread'])} | {one['kind']} |"
+        f"| `{one['id']}` | {one['value']} | {cell(one['unit'])} | {one['n']} | {_spread(one['spread'])} "
+        f"| {one['kind']} |"
         for one in listed
     )
     return "\n".join(rows(head, lines)).strip()
