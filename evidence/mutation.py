@@ -44,7 +44,7 @@ def change_of(mutant: str) -> list[str]:
 
 
 def counted(codes: dict[str, dict[str, int | None]], notes: dict[str, str]) -> dict[str, Any]:
-    """Counts by module, and each survivor with its change and what is known of it; ``codes``: module -> mutant -> code."""
+    """Counts by module, and each survivor its change and note; ``codes``: module -> mutant -> exit code."""
     modules, survivors = {}, {}
     for module, own in codes.items():
         number = Counter(status_of(code) for code in own.values())
@@ -57,7 +57,8 @@ def counted(codes: dict[str, dict[str, int | None]], notes: dict[str, str]) -> d
         for mutant in (name for name, code in own.items() if status_of(code) == "survived"):
             name = mutant.removeprefix("finetune101.")
             survivors[name] = {"change": change_of(mutant), "note": notes.get(name, "")}
-    tried, caught = (sum(m[key] for m in modules.values() for key in keys) for keys in (("tried",), ("killed", "out_of_time")))
+    tried = sum(m["tried"] for m in modules.values())
+    caught = sum(m["killed"] + m["out_of_time"] for m in modules.values())
     percent = round(100 * caught / tried, 1) if tried else None
     return {"percent": percent, "tried": tried, "killed": caught, "modules": modules, "survivors": survivors}
 
