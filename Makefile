@@ -9,7 +9,7 @@ help:
 	@echo "make test    lint, types and all tests"
 	@echo "make fast    the quick tests only"
 	@echo "make lint    lint and types only"
-	@echo "make stress  kill a small search 200 times and count what it loses (some 20 minutes)"
+	@echo "make stress  kills, full disks, hostile files: counts what is lost (about an hour); results/stress.json"
 	@echo "make claims  recompute every accuracy in results/claims.json, find every other number in its evidence"
 	@echo "make env     create .venv and install everything into it (the others do this first)"
 	@echo "make clean   remove .venv, caches and the demo's output; runs/ and data/ stay"
@@ -49,7 +49,7 @@ fast: env
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not caltech101"
 
 stress: env
-	$(PYTHON) benchmarks/stress.py --kills 200
+	$(PYTHON) benchmarks/stress.py
 
 claims: env
 	@$(PYTHON) evidence/claims.py
