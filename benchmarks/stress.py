@@ -57,7 +57,7 @@ def run_part(name: str, count: int, seed: int, bench: Bench) -> dict[str, Any]:
         if fault:
             failures.append(f"{what}: {fault}")
         if fault or cases % max(1, count // 20) == 0:
-            print(f"{name} {cases}/{count}, {len(failures)} failures{f': {failures[-1]}' * bool(fault)}", flush=True)
+            print(f"{name} {cases}/{count}, {len(failures)} failures", failures[-1] if fault else "", flush=True)
     return {
         "count": cases,
         "failures": len(failures),
@@ -117,6 +117,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, help="cases of each part")
     parser.add_argument("--draw", action="store_true", help="a few cases of each part, for the tests")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for hostile files that were not read well")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results of all parts, as JSON")
     arguments = parser.parse_args(argv)
     if sys.platform != "linux":
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="stress-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o755)
-        bench = Bench(folder, draw(folder / "images", classes=3, images_per_class=12), random.Random())
+        bench = Bench(folder, draw(folder / "images", classes=3, images_per_class=12), random.Random(), arguments.keep)
         warm_up(bench, kernels=not arguments.draw)
         failures = 0
         for part in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -23,25 +24,12 @@ Case = tuple[str, str]
 """What was done, and what was wrong with it: "" for nothing."""
 
 SMALL = [
-    "--no-pretrain",
-    "--recipe",
-    "original",
-    "--model",
-    "timm:test_efficientnet",
-    "--size",
-    "32",
-    "--batch-size",
-    "8",
-    "--threads",
-    "1",
-    "--val-size",
-    "0.2",
-    "--epochs",
-    "10",
-]
+    "--no-pretrain", "--recipe", "original", "--model", "timm:test_efficientnet", "--size", "32", "--batch-size", "8",
+    "--threads", "1", "--val-size", "0.2", "--epochs", "10", "--lr", "0.003",
+]  # fmt: skip
 KINDS = {
     "scratch": ["--schedule", "cosine", "--warmup-epochs", "1"],
-    "probe": ["--head", "probe", "--probe-l2", "0.01", "0.1", "--ema", "0.9", "--freeze-norm", "--lr", "0.003"],
+    "probe": ["--head", "probe", "--probe-l2", "0.01", "0.1", "--ema", "0.9", "--lr", "0.0003"],
     "mixed": ["--mix", "0.5", "--policy", "trivial", "--erasing", "0.3", "--crop-scale", "0.5", "--val-every", "3"],
     "features": ["--freeze", "--cached-features"],
     "train+val": ["--fit-on", "train+val"],
@@ -71,11 +59,13 @@ class Answer:
 
 @dataclass
 class Bench:
-    """A folder to work in, drawn images, and the undisturbed trainings. ``notes`` counts what a part wants told."""
+    """A folder to work in, drawn images, and the undisturbed trainings; ``notes`` counts what a part wants told."""
 
     folder: Path
     data: Path
     rng: random.Random
+    keep: Path | None = None
+    """Where the folders of hostile files are kept that were not read well."""
     notes: Counter[str] = field(default_factory=Counter)
     _answers: dict[str, Answer] = field(default_factory=dict)
     _number: int = 0
@@ -224,8 +214,10 @@ def warm_up(bench: Bench, kernels: bool = True) -> None:
     own = bench.folder / "cache"
     own.mkdir()
     os.environ["FINETUNE101_CACHE"] = str(own)
-    import finetune101.api
-    import finetune101.reports.figures  # noqa: F401
+    for name in ("api", "cli.one_run", "cli.many_runs", "reports.figures", "reports.pages", "evaluation.evaluate"):
+        importlib.import_module(f"finetune101.{name}")
+    for name in ("jinja2", "scipy.ndimage", "scipy.optimize", "scipy.stats", "torch.utils.tensorboard"):
+        importlib.import_module(name)  # which are imported when they are needed only
     from finetune101.models.build import build
 
     build("timm:test_efficientnet", 3, pretrain=False)  # no backward pass: this process forks

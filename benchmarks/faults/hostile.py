@@ -42,10 +42,11 @@ class Home:
         self.folder, self.data = bench.new_folder("whole"), bench.data
         words = [["train", *EPOCH, "--exp", "a"], ["train", *EPOCH, "--exp", "b", "--seed", "1"]]
         self._do(*([*one, "--data", str(self.data)] for one in words))
-        self._do(["evaluate", "a"], ["evaluate", "b"], ["compare", "a", "b", "--out", "pair"])
         self.image = min(self.data.glob("*/*.jpg"))
+        self._do(["evaluate", "a"], ["evaluate", "b"], ["compare", "a", "b", "--out", "pair"])
+        self._do(["predict", "a", str(self.image)])  # which exports it, and keeps the file
+        self.exported = (self.folder / "runs/a/kept_network.onnx").read_bytes()
         self.images = {suffix: self._as(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp")}
-        self._exported: bytes | None = None
 
     def _do(self, *argvs: list[str]) -> None:
         ended = Process(command(*argvs), cwd=self.folder).wait()
@@ -58,14 +59,6 @@ class Home:
         file = io.BytesIO()
         Image.open(self.image).resize((97, 65)).save(file, {".jpg": "jpeg"}.get(suffix, suffix[1:]))
         return file.getvalue()
-
-    @property
-    def exported(self) -> bytes:
-        """The network of a as ONNX; made when asked for."""
-        if self._exported is None:
-            self._do(["export", "a", "--out", "net.onnx"])
-            self._exported = (self.folder / "net.onnx").read_bytes()
-        return self._exported
 
     def run_in(self, place: Path) -> Path:
         """A copy of the run a in ``place``."""
@@ -177,7 +170,7 @@ def _checkpoints(home: Home, rng: random.Random, whole: bool) -> Callable[[Path]
         content = changed_header(rng, content) if in_header else changed_bytes(rng, content)
     as_weights = rng.random() < 0.3
     data = ["--data", str(home.data)]
-    words = ["predict", "a", str(home.image)]
+    words = rng.choice([["predict", "net.safetensors", str(home.image)], ["evaluate", "a", *data]])
     if name == "last.pt":
         words = ["train", *EPOCH, "--exp", "a", *data, "--resume"]
     if as_weights:
@@ -186,9 +179,8 @@ def _checkpoints(home: Home, rng: random.Random, whole: bool) -> Callable[[Path]
 
     def call(place: Path) -> str:
         run = home.run_in(place)
-        for kept in run.glob("kept_network.*"):
-            kept.unlink()
-        (run / name).write_bytes(content)
+        for file in (run / name, place / "net.safetensors"):
+            file.write_bytes(content)
         return said(words, (0, 2) if as_weights or not whole else (0,))
 
     return call
@@ -310,5 +302,7 @@ def hostile(count: int, bench: Bench) -> Iterator[Case]:
             calls = [Call(name, files, make(home, bench.rng, False)) for _ in range(min(BATCH, number - start))]
             for one, fault in run_calls(calls, batch, cache):
                 bench.notes[one.name] += one.files
-                yield from [(f"{one.name} {start}", fault), *[(one.name, "")] * (one.files - 1)]
+                yield from [(one.name, fault), *[(one.name, "")] * (one.files - 1)]
+                if fault and bench.keep:
+                    shutil.copytree(batch / "work", bench.keep / batch.name, symlinks=True, dirs_exist_ok=True)
             shutil.rmtree(batch, ignore_errors=True)
