@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -48,8 +49,8 @@ DRAW = {"kills": 4, "signals": 2, "disk": 4, "folders": 10, "twice": 3, "ranks":
 """The same for the tests, in less than a minute."""
 
 
-def run_part(name: str, count: int, seed: int, bench: Bench) -> dict[str, Any]:
-    """Runs a part; what came of it, for the results."""
+def run_part(name: str, count: int, seed: int, bench: Bench, minutes: float = math.inf) -> dict[str, Any]:
+    """Runs a part for so many cases or minutes; what came of it, for the results."""
     started, cases, failures = time.monotonic(), 0, []
     bench.rng, bench.notes = random.Random(f"{name} {seed}"), type(bench.notes)()
     for what, fault in PARTS[name][1](count, bench):
@@ -58,6 +59,8 @@ def run_part(name: str, count: int, seed: int, bench: Bench) -> dict[str, Any]:
             failures.append(f"{what}: {fault}")
         if fault or cases % max(1, count // 20) == 0:
             print(f"{name} {cases}/{count}, {len(failures)} failures", failures[-1] if fault else "", flush=True)
+        if time.monotonic() - started > 60 * minutes:
+            break
     return {
         "count": cases,
         "failures": len(failures),
@@ -115,6 +118,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", action="append", choices=list(PARTS), help="this part only; may be repeated")
     parser.add_argument("--count", type=int, help="cases of each part")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time of each part; then it has fewer cases")
     parser.add_argument("--draw", action="store_true", help="a few cases of each part, for the tests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for hostile files that were not read well")
@@ -136,7 +140,7 @@ def main(argv: list[str]) -> int:
         warm_up(bench, kernels=not arguments.draw)
         failures = 0
         for part in names:
-            result = run_part(part, arguments.count or counts[part], arguments.seed, bench)
+            result = run_part(part, arguments.count or counts[part], arguments.seed, bench, arguments.minutes)
             failures += result["failures"]
             record(merged(arguments.out, {part: result}), arguments.out)
             print(f"{part}: {result['count']} cases, {result['failures']} failures, {result['seconds']} s", flush=True)

@@ -25,7 +25,7 @@ Case = tuple[str, str]
 
 SMALL = [
     "--no-pretrain", "--recipe", "original", "--model", "timm:test_efficientnet", "--size", "32", "--batch-size", "8",
-    "--threads", "1", "--val-size", "0.2", "--epochs", "10", "--lr", "0.003",
+    "--threads", "1", "--val-size", "0.2", "--epochs", "6", "--lr", "0.003",
 ]  # fmt: skip
 KINDS = {
     "scratch": ["--schedule", "cosine", "--warmup-epochs", "1"],
@@ -113,6 +113,11 @@ class Bench:
                 raise RuntimeError(answer)
             self._answers[kind] = Answer(answer.metrics, answer.weights, answer.predictions, seconds)
         return self._answers[kind]
+
+    def as_trained(self, run: Path, kind: str) -> str:
+        """How the metrics and weights of a training in ``run`` differ from those of ``kind``; "" where they do not."""
+        own, answer = Answer(learned(run), weights_of(run / "best.safetensors"), []), self.answer(kind)
+        return Answer(answer.metrics, answer.weights, []).difference(own)
 
     def judged(self, run: Path) -> Answer | str:
         """What the finished training in ``run`` came to, or why it cannot be tested."""
@@ -221,6 +226,7 @@ def warm_up(bench: Bench, kernels: bool = True) -> None:
     from finetune101.models.build import build
 
     build("timm:test_efficientnet", 3, pretrain=False)  # no backward pass: this process forks
+    importlib.import_module("finetune101.cli.one_run").training_settings(bench.words("scratch", bench.folder)[1:])
     if kernels and (ended := Process(_kernels).wait()).code:
         raise RuntimeError(f"the kernels cannot be built: {ended.err}")
 

@@ -22,11 +22,10 @@ def arm(folder: Path, n: int, once: bool = False) -> None:
 
 
 def disk(count: int, bench: Bench) -> Iterator[Case]:
-    """ENOSPC while a network is trained, tested and reported, in its run and in the cache; then there is room again."""
+    """ENOSPC while a network is trained and tested, in its run and in the cache; then there is room again."""
     kinds, mounts = list(KINDS), _may_mount(bench)
-    totals = {place: _calls(bench, place) for place in ("runs", "cache")}
-    bench.notes.update({f"writing calls below {place}": total for place, total in totals.items()})
-    spread = dict.fromkeys(totals, 0.0)
+    totals: dict[tuple[str, str], int] = {}
+    spread = {"runs": 0.0, "cache": 0.0}
     for number in range(count):
         place = "cache" if number % 3 == 2 else "runs"
         kind = kinds[number % len(kinds)]
@@ -35,18 +34,21 @@ def disk(count: int, bench: Bench) -> Iterator[Case]:
             yield f"{kind}, tmpfs as {place}", _on_tmpfs(bench, kind, place)
             continue
         spread[place] = (spread[place] + 0.618034) % 1  # the golden ratio spreads them evenly, however many they are
-        n, once = 1 + int(spread[place] * totals[place]), bench.rng.random() < 0.3
+        if (kind, place) not in totals:
+            totals[kind, place] = _calls(bench, kind, place)
+            bench.notes[f"writing calls below {place}"] += totals[kind, place]
+        n, once = 1 + int(spread[place] * totals[kind, place]), bench.rng.random() < 0.3
         yield f"{kind}, {'only ' * once}call {n} below {place}", _by_shim(bench, kind, place, n, once)
 
 
-def _calls(bench: Bench, place: str) -> int:
-    """How many calls write below runs or cache in a training that is tested and reported."""
+def _calls(bench: Bench, kind: str, place: str) -> int:
+    """How many calls write below runs or cache in the work on a training of ``kind``."""
     folder = bench.new_folder("counted")
     log = folder / "calls"
 
     def call() -> int:
         arm(folder / place, -1)
-        code = command(*_work(bench, "scratch", folder))()
+        code = command(*_work(bench, kind, folder))()
         log.write_text(str(ctypes.CDLL(None).fault_calls()))
         return code
 
@@ -57,11 +59,12 @@ def _calls(bench: Bench, place: str) -> int:
 
 
 def _work(bench: Bench, kind: str, folder: Path) -> list[list[str]]:
-    """Train, evaluate and report, or the rest of them."""
+    """Train and evaluate, or the rest of it; one kind is reported as well."""
     run = folder / "runs" / "r"
     resume = (run / "config.json").is_file()
     report = ["report", str(run), "--out", str(folder / "runs" / "page"), "--no-gallery", "--no-explain"]
-    return [bench.words(kind, folder / "runs", resume), ["evaluate", str(run), "--data", str(bench.data)], report]
+    words = [bench.words(kind, folder / "runs", resume), ["evaluate", str(run), "--data", str(bench.data)]]
+    return [*words, report] if kind == "scratch" else words
 
 
 def _by_shim(bench: Bench, kind: str, place: str, n: int, once: bool) -> str:

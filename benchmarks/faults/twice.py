@@ -108,7 +108,8 @@ def _two_resume(bench: Bench, folder: Path) -> str:
 
 def _cache(bench: Bench, folder: Path, before: Callable[[], None]) -> str:
     """Eight trainings with one empty cache at once; what is wrong with the outcome."""
-    answer, cache = bench.answer("scratch"), bench.cache(folder)
+    bench.answer("scratch")
+    cache = bench.cache(folder)
     processes = []
     for number in range(TOGETHER):
         words = bench.words("scratch", folder / str(number))
@@ -126,8 +127,7 @@ def _cache(bench: Bench, folder: Path, before: Callable[[], None]) -> str:
     if made != 1:
         return f"{made} processes decoded the images"
     for number in range(TOGETHER):
-        result = bench.judged(folder / str(number) / "r")
-        if fault := result if isinstance(result, str) else answer.difference(result):
+        if fault := bench.as_trained(folder / str(number) / "r", "scratch"):
             return fault
     left = [path.name for path in cache.rglob(".*")]
     return f"left in the cache: {left}" if left else ""
