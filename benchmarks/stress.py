@@ -45,13 +45,14 @@ PARTS: dict[str, tuple[int, Part]] = {
     "searches": (200, searches.searches),
 }
 """Name -> how many cases by default, and the part."""
-DRAW = {"kills": 4, "signals": 2, "disk": 4, "folders": 10, "twice": 3, "ranks": 1, "hostile": 90, "old": 1}
+DRAW = {"kills": 4, "signals": 2, "disk": 3, "folders": 6, "twice": 2, "ranks": 1, "hostile": 50, "old": 1}
 """The same for the tests, in less than a minute."""
 
 
-def run_part(name: str, count: int, seed: int, bench: Bench, minutes: float = math.inf) -> dict[str, Any]:
-    """Runs a part for so many cases or minutes; what came of it, for the results."""
-    started, cases, failures = time.monotonic(), 0, []
+def run_part(name: str, count: int, seed: int, bench: Bench, minutes: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Runs a part for so many cases or minutes; after each case, what came of all of them, for the results."""
+    started, cases, failures = time.monotonic(), 0, list[str]()
+    about = {"seed": seed, "machine": machine(), "version": version()}
     bench.rng, bench.notes = random.Random(f"{name} {seed}"), type(bench.notes)()
     for what, fault in PARTS[name][1](count, bench):
         cases += 1
@@ -59,18 +60,11 @@ def run_part(name: str, count: int, seed: int, bench: Bench, minutes: float = ma
             failures.append(f"{what}: {fault}")
         if fault or cases % max(1, count // 20) == 0:
             print(f"{name} {cases}/{count}, {len(failures)} failures", failures[-1] if fault else "", flush=True)
-        if time.monotonic() - started > 60 * minutes:
-            break
-    return {
-        "count": cases,
-        "failures": len(failures),
-        "seconds": round(time.monotonic() - started),
-        "seed": seed,
-        "machine": machine(),
-        "version": version(),
-        "notes": dict(sorted(bench.notes.items())),
-        "failed": failures[:MOST_TOLD],
-    }
+        seconds = time.monotonic() - started
+        sums = {"count": cases, "failures": len(failures), "seconds": round(seconds)}
+        yield {**sums, **about, "notes": dict(sorted(bench.notes.items())), "failed": failures[:MOST_TOLD]}
+        if seconds > 60 * minutes:
+            return
 
 
 def machine() -> str:
@@ -140,9 +134,9 @@ def main(argv: list[str]) -> int:
         warm_up(bench, kernels=not arguments.draw)
         failures = 0
         for part in names:
-            result = run_part(part, arguments.count or counts[part], arguments.seed, bench, arguments.minutes)
+            for result in run_part(part, arguments.count or counts[part], arguments.seed, bench, arguments.minutes):
+                record(merged(arguments.out, {part: result}), arguments.out)  # each time: a part may be interrupted
             failures += result["failures"]
-            record(merged(arguments.out, {part: result}), arguments.out)
             print(f"{part}: {result['count']} cases, {result['failures']} failures, {result['seconds']} s", flush=True)
     return int(failures > 0)
 

@@ -289,11 +289,11 @@ def hostile(count: int, bench: Bench) -> Iterator[Case]:
     """Mutated files of every kind; each kind begins with whole files, which must be read and are not counted."""
     home, cache = Home(bench), bench.folder / "cache"
     for name, (share, files, make) in TARGETS.items():
-        number = round(count * share / 3000 / files)
+        number = count * share // (3000 * files)
         if not number:
             continue
         folder = bench.new_folder("hostile")
-        whole = [Call(name, files, make(home, bench.rng, True)) for _ in range(3)]
+        whole = [Call(name, files, make(home, bench.rng, True)) for _ in range(3 if number >= 10 else 1)]
         for _, fault in run_calls(whole, folder, cache):
             if fault:
                 raise RuntimeError(f"{name}: whole files are not read: {fault}")

@@ -90,5 +90,5 @@ def changed_text(rng: random.Random, text: str) -> bytes:
         elif way == 4:
             lines[at] = " " * rng.randrange(9) + lines[at]
         else:
-            return changed_bytes(rng, "\n".join(lines).encode("utf-8", "surrogateescape"))
+            return changed_bytes(rng, "\n".join(lines).encode("utf-8", "surrogatepass"))
     return "\n".join(lines).encode("utf-8", "surrogatepass")
