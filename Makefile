@@ -52,8 +52,8 @@ audit: env ## known faults of the packages in requirements.lock (needs PyPI itse
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --no-deps --disable-pip -r requirements.lock
 
-stress: env ## kill a small search 200 times and count what it loses (some 20 minutes)
-	$(PYTHON) benchmarks/stress.py --kills 200
+stress: env ## kills, full disks, hostile files: count what is lost (about an hour); results/stress.json
+	$(PYTHON) benchmarks/stress.py
 
 mutate: env ## change splits, metrics and comparisons in 1,600 ways; at least 85 % must fail a test (half an hour)
 	OMP_NUM_THREADS=1 $(PYTHON) evidence/mutation.py
