@@ -1,8 +1,8 @@
-"""The documentation as a site: ``python evidence/docs_site.py`` (``make docs``) builds build/site; a warning is an error.
+"""The documentation as a site: ``python evidence/docs_site.py`` (``make docs``) builds build/site; warnings are errors.
 
-MkDocs reads build/docs, which this script puts together: docs/ with docs/zh/PAGE.md as PAGE.zh.md, the name that the plugin
-i18n knows (a page that is not translated stands there in English), and every file beside docs/ that a page links to by
-``](../PATH)``: a Markdown file as a page, another one as it is. The words behind the language of a block of code
+MkDocs reads build/docs, which this script puts together: docs/ with docs/zh/PAGE.md as PAGE.zh.md, the name that the
+plugin i18n knows (a page that is not translated stands there in English), and every file beside docs/ that a page links
+to by ``](../PATH)``: a Markdown file as a page, another one as it is. The words behind the language of a block of code
 (``sh runnable``) are for the tests and left out.
 """
 
@@ -23,7 +23,13 @@ LINK = re.compile(r"(\]\()([^)\s#]+)([^)]*\))")
 FENCE = re.compile(r"^(\s*```\w+) .*$", re.MULTILINE)
 OUTSIDE = re.compile(r"^[a-z]+:|^#")
 ZH = "docs/zh/"
-BESIDE = ("CONTRIBUTING.md", "finetune101/fast/README.md", "results/ablations.md", "results/peers.md", "results/tried.md")
+BESIDE = (
+    "CONTRIBUTING.md",
+    "finetune101/fast/README.md",
+    "results/ablations.md",
+    "results/peers.md",
+    "results/tried.md",
+)
 """Pages of the navigation that do not stand in docs/."""
 
 
@@ -95,7 +101,9 @@ def main(build: Path = BUILD) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     gather(build / "docs")
     try:
-        config = load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(build / "docs"), site_dir=str(build / "site"), strict=True)
+        config = load_config(
+            str(ROOT / "mkdocs.yml"), docs_dir=str(build / "docs"), site_dir=str(build / "site"), strict=True
+        )
         build_site(config)
     except (Abort, ConfigurationError) as error:
         print(error, file=sys.stderr)

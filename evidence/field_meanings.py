@@ -5,7 +5,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "": "Where and how the run was trained. Passwords in the command are left out.",
         "world": "device, precision, memory layout and processes",
         "model": "where the weights came from",
-        "teachers": 'SHA-256 of the checkpoint of each teacher, in the order of `optim.teacher`',
+        "teachers": "SHA-256 of the checkpoint of each teacher, in the order of `optim.teacher`",
         "command": "the command line",
         "versions": "Python, PyTorch and the other packages",
         "machine": "processor, cores, memory, GPU",

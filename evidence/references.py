@@ -1,8 +1,8 @@
 """The parts of docs/ that the code itself knows: ``python evidence/references.py`` writes them between their marks.
 
-commands.md from the verbs' flags, api.md from docstrings, recipes.md and networks.md from their tables, run-folder.md from
-the schemas, faq.md from every sentence of ``Refused``, results.md from results/claims.json. With --check nothing is
-written, and the exit code is 1 where a page differs.
+commands.md from the verbs' flags, api.md from docstrings, recipes.md and networks.md from their tables, run-folder.md
+from the schemas, faq.md from every sentence of ``Refused``, results.md from results/claims.json. With --check nothing
+is written, and the exit code is 1 where a page differs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -55,6 +56,7 @@ def rows(head: str, lines: Iterator[str]) -> list[str]:
 # --- commands ---
 
 
+@functools.cache
 def commands() -> str:
     """Every verb with every flag."""
     lines: list[str] = []
@@ -67,7 +69,9 @@ def commands() -> str:
         positional = [flag for flag in flags if flag.part == POSITIONAL]
         lines += ["", f"## {prog}", "", (inspect.getdoc(verb) or "").split("\n\nArgs:")[0], "", "```text"]
         lines += [" ".join([prog, *(flag.name.upper() for flag in positional), "[FLAGS]"]), "```"]
-        lines += rows("| argument | what it is |", (f"| `{flag.name.upper()}` | {cell(flag.about)} |" for flag in positional))
+        lines += rows(
+            "| argument | what it is |", (f"| `{flag.name.upper()}` | {cell(flag.about)} |" for flag in positional)
+        )
         for part, title in GROUPS.items():
             own = [flag for flag in flags if flag.part == part]
             heading = f"| {title.lower()} | what it does | default |"
@@ -119,7 +123,16 @@ def interface() -> str:
 
 def _described(name: str, function: Callable[..., Any], heading: str = "###") -> list[str]:
     """Signature and docstring of a function."""
-    return ["", f"{heading} {name}", "", "```python signature", _signature(name, function), "```", "", *_text(inspect.getdoc(function) or "")]
+    return [
+        "",
+        f"{heading} {name}",
+        "",
+        "```python signature",
+        _signature(name, function),
+        "```",
+        "",
+        *_text(inspect.getdoc(function) or ""),
+    ]
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
@@ -197,6 +210,7 @@ def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+@functools.cache
 def networks() -> str:
     """The table of networks."""
     lines = []
@@ -243,7 +257,9 @@ def _fields(kind: Any, prefix: str) -> Iterator[str]:
         if get_origin(inner) is NotRequired:
             always, inner = False, get_args(inner)[0]
         meaning = MEANINGS.get(kind.__name__, {}).get(name) or MEANINGS[kind.__mro__[0].__name__][name]
-        takes = re.sub(r", at most 1(0{6,}|e\+\d+)", "", must_be(inner)).replace("a table of names and values", "a table")
+        takes = re.sub(r", at most 1(0{6,}|e\+\d+)", "", must_be(inner)).replace(
+            "a table of names and values", "a table"
+        )
         yield f"| `{prefix}{name}` | {cell(takes)} | {'yes' if always else ''} | {cell(meaning)} |"
         if table_of := next((one for one in _inside(inner) if hasattr(one, "__required_keys__")), None):
             many = "[]" if "list[" in str(inner) else ""
@@ -259,6 +275,7 @@ def _inside(hint: Any) -> Iterator[Any]:
 # --- messages ---
 
 
+@functools.cache
 def messages() -> str:
     """Every sentence of ``Refused``: what is wrong, and the cure behind the last semicolon."""
     lines: list[str] = []
@@ -266,13 +283,13 @@ def messages() -> str:
     trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
     words: dict[str, str] = {}
     for tree in trees.values():
-        words |= _constants(tree)
+        words |= {name: text for name, text in _constants(tree).items() if name.isupper()}
     by_room: dict[str, dict[str, str]] = {}
     for file, tree in trees.items():
         room = file.relative_to(ROOT / "finetune101").parts[0].removesuffix(".py")
         for message in sorted(_sentences(tree, words | _constants(tree))):
             wrong, _, cure = message.rpartition("; ")
-            if len(re.findall(r"[a-z]{2,}", message)) > 2:  # more than what another function says
+            if len(re.findall(r"[a-z]{2,}", wrong or message)) > 1:  # more than what another function says
                 by_room.setdefault(room, {})[cell(wrong or message)] = cell(cure if wrong and cure != "…" else "")
     for room, sentences in sorted(by_room.items()):
         lines += ["", f"### {room}"]
@@ -281,13 +298,15 @@ def messages() -> str:
 
 
 def _constants(tree: ast.Module) -> dict[str, str]:
-    """The texts with a name at the top of a module."""
-    return {
-        node.targets[0].id: _sentence(node.value, {})
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-        if isinstance(node.value, ast.JoinedStr) or isinstance(getattr(node.value, "value", None), str)
-    }
+    """The texts that have one name in a module, and are no argument of a function."""
+    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    texts: dict[str, list[str]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            is_text = isinstance(node.value, ast.JoinedStr) or isinstance(getattr(node.value, "value", None), str)
+            texts.setdefault(node.targets[0].id, []).append(_sentence(node.value, {}) if is_text else "…")
+    once = {name: several[0] for name, several in texts.items() if len(several) == 1 and several[0] != "…"}
+    return {name: text for name, text in once.items() if name not in arguments}
 
 
 def _sentences(tree: ast.Module, words: dict[str, str]) -> set[str]:
@@ -302,7 +321,7 @@ def _sentence(node: ast.expr, words: dict[str, str]) -> str:
     if isinstance(node, ast.JoinedStr):
         return "".join(_sentence(part, words) for part in node.values)
     if isinstance(node, ast.FormattedValue):
-        return _sentence(node.value, words)
+        return words.get(node.value.id, "…") if isinstance(node.value, ast.Name) else "…"
     if isinstance(node, ast.BoolOp):
         return _sentence(node.values[-1], words)
     if isinstance(node, ast.Name):
@@ -318,7 +337,8 @@ def claims() -> str:
     listed = json.loads((ROOT / "results" / "claims.json").read_text(encoding="utf-8"))
     head = "| claim | value | unit | n | spread | kind |"
     lines = (
-        f"| `{one['id']}` | {one['value']} | {cell(one['unit'])} | {one['n']} | {_spread(one['spread'])} | {one['kind']} |"
+        f"| `{one['id']}` | {one['value']} | {cell(one['unit'])} | {one['n']} | {_spread(one['spread'])} "
+        f"| {one['kind']} |"
         for one in listed
     )
     return "\n".join(rows(head, lines)).strip()

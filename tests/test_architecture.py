@@ -20,8 +20,8 @@ PACKAGE = ROOT / "finetune101"
 # left never imports right; each room, and each module at the top, has a rank of its own
 ORDER = (
     "standalone", "errors", "redaction", "files", "schemas", "config", "host", "recipes", "run", "machine", "models",
-    "data", "fast", "evaluation", "training", "deploy", "serve", "experiments", "reports", "many_runs", "api", "demo",
-    "cli", "original", "__main__",
+    "data", "fast", "evaluation", "training", "deploy", "doctor", "serve", "experiments", "reports", "many_runs", "api",
+    "demo", "cli", "original", "__main__",
 )  # fmt: skip
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard", "jinja2", "optuna"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bare_python import AS_FINETUNE101, AS_PROGRAM, environment, run
 from exported import CLASSES, save, small_model
 
 from finetune101 import standalone
@@ -22,40 +22,6 @@ from finetune101.deploy.onnx_network import OnnxNetwork
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("numpy", "pillow", "onnxruntime", "tyro", "msgspec", "filelock", "pyyaml", "tqdm")
 HEAVY = ("torch", "torchvision", "timm", "onnx", "scipy", "matplotlib", "captum", "jinja2", "safetensors", "optuna")
-
-
-def needed(*distributions: str) -> set[str]:
-    """``distributions`` and all that they need, without extras."""
-    names, todo = set[str](), list(distributions)
-    while todo:
-        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
-        if name in names:
-            continue
-        names.add(name)
-        for line in importlib.metadata.requires(name) or ():
-            requirement, _, marker = line.partition(";")
-            if not marker or not re.search(r"extra|python_version *<|platform|os_name|implementation", marker):
-                todo.append(re.split(r"[^A-Za-z0-9_.\-]", requirement.strip())[0])
-    return names
-
-
-def environment(folder: Path, *distributions: str) -> list[str]:
-    """A Python that can import ``distributions`` and what they need, and nothing else that is installed here."""
-    for name in needed(*distributions):
-        for file in importlib.metadata.files(name) or ():
-            top = file.parts[0]
-            if top not in ("..", "__pycache__") and not (folder / top).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / top).symlink_to(file.locate().parents[len(file.parts) - 1] / top)
-    code = "import sys, runpy; sys.path[:0] = {paths!r}; sys.argv = sys.argv[1:]; {run}"
-    return [sys.executable, "-I", "-S", "-c", code, str(folder)]
-
-
-def run(python: list[str], paths: list[Path], act: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    *start, code, folder = python
-    code = code.format(paths=[*map(str, paths), folder], run=act)
-    env = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "FINETUNE101_CACHE": str(Path(folder) / "cache")}
-    return subprocess.run([*start, code, *map(str, words)], capture_output=True, text=True, env=env, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +34,6 @@ def python_of_bundle(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def python_without_torch(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What finetune101 needs to label photos."""
     return environment(tmp_path_factory.mktemp("light") / "site", *PACKAGES)
-
-
-AS_PROGRAM = "runpy.run_path(sys.argv[0], run_name='__main__')"
-AS_FINETUNE101 = "runpy.run_module('finetune101', run_name='__main__')"
 
 
 @pytest.fixture

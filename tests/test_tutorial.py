@@ -14,7 +14,7 @@ def test_the_notebook_runs(tiny_data: Path, here: Path) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     book = nbformat.read(NOTEBOOK, as_version=4)
     (place,) = [i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", [])]
-    settings = "dict(model='efficientnet_lite0', size=64, cache_size=64, batch_size=8, epochs=1, train_sizes=(64,), device='cpu')"
+    settings = {"size": 64, "cache_size": 64, "batch_size": 8, "epochs": 1, "train_sizes": (64,), "device": "cpu"}
     code = f"DATA = {str(tiny_data)!r}\nSETTINGS = {settings}"
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(code))
     nbclient.NotebookClient(book, timeout=240, resources={"metadata": {"path": str(here)}}).execute()
