@@ -145,7 +145,7 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
             words.append("*")
             star = True
         star = star or one.kind is one.VAR_POSITIONAL
-        prefix = {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "")
+        prefix = "*" if one.kind is one.VAR_POSITIONAL else "**" if one.kind is one.VAR_KEYWORD else ""
         default = "" if one.default is one.empty else f" = {one.default!r}"
         words.append(f"{prefix}{one.name}: {one.annotation}{default}".replace("'", '"'))
     end = "" if signature.return_annotation is inspect.Signature.empty else f" -> {signature.return_annotation}"
