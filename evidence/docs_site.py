@@ -25,6 +25,7 @@ OUTSIDE = re.compile(r"^[a-z]+:|^#")
 ZH = "docs/zh/"
 BESIDE = (
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "finetune101/fast/README.md",
     "results/ablations.md",
     "results/peers.md",
