@@ -306,10 +306,12 @@ def report(
     target: Run | str | os.PathLike[str],
     out: str | os.PathLike[str] = "report",
     *,
+    style: Literal["full", "assignment"] = "full",
     lang: Literal["en", "zh"] = "en",
     gallery: bool = True,
     explain: bool = True,
     data: str | os.PathLike[str] | None = None,
+    search: str | os.PathLike[str] | None = None,
     runs: str = "runs",
 ) -> Path:
     """Makes one self-contained page about a tested run, a comparison, a study or a search; returns its file.
@@ -317,23 +319,41 @@ def report(
     Args:
         target: a run, or the folder that compare, study or search wrote.
         out: folder for report.html, report.md and the pictures.
+        style: assignment is a shorter page for a printer, assignment.html, with what a lab report has to say.
         lang: language of the page.
         gallery: show example images, which must be there.
         explain: show beside confident mistakes where the network looked, and the nearest training images.
         data: where the images are, if not where the run found them.
+        search: of an assignment, the folder (or name) of a search whose result it tells as well.
 
-    Raises Refused for a folder that holds none of these.
+    Raises Refused for a folder that holds none of these, and for a style that its page does not have.
     """
     gallery, explain = typed(bool, gallery, "gallery is"), typed(bool, explain, "explain is")
     name = str(target.path.resolve()) if isinstance(target, Run) else run_name(target)
-    search = next((folder for folder in (Path(name), Path(runs) / name) if (folder / "search.json").is_file()), None)
-    if search:
+    if style not in ("full", "assignment"):
+        raise Refused(f"--style is {style}; give full or assignment")
+    if search is not None and style != "assignment":
+        raise Refused("--search is a part of an assignment; add --style assignment")
+    if folder := _search_folder(name, runs):
         from finetune101.reports.search_page import write_search_report
 
-        return write_search_report(search, out=Path(out), lang=lang)
+        if style != "full":
+            raise Refused(f"{folder} is a search: give the run or comparison as target, and --search {folder}")
+        return write_search_report(folder, out=Path(out), lang=lang)
+    options: dict[str, Any] = {"runs": runs, "lang": lang, "gallery": gallery, "data": _text(data)}
+    if style == "assignment":
+        from finetune101.reports.assignment import write_assignment
+
+        place = None if search is None else _search_folder(str(search), runs) or Path(search)
+        return write_assignment(name, Path(out), search=place, **options)
     from finetune101.reports.pages import write_report
 
-    return write_report(name, Path(out), runs=runs, lang=lang, gallery=gallery, data=_text(data), explain=explain)
+    return write_report(name, Path(out), explain=explain, **options)
+
+
+def _search_folder(name: str, runs: str) -> Path | None:
+    """The folder of the search ``name``, if there is one."""
+    return next((place for place in (Path(name), Path(runs) / name) if (place / "search.json").is_file()), None)
 
 
 def check_subset(subset: str) -> None:

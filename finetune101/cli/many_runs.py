@@ -48,11 +48,18 @@ def ensemble(
     return 0
 
 
-def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "comparison", runs: str = "runs") -> int:
+def compare(
+    groups: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    evaluate: Flag = False,
+    out: str = "comparison",
+    runs: str = "runs",
+) -> int:
     """Compare tested runs, or groups of runs that differ in seed and split, on the same test images.
 
     Args:
         groups: Two or more: runs (folder or name), folders that hold runs, quoted globs; or one study.
+        evaluate: First score the runs that are not tested yet on their test images; of a glob, do it before.
         out: Folder for comparison.json and comparison.png.
         runs: Folder of all runs.
     """
@@ -62,12 +69,26 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
     from finetune101.run import check_folder
 
     check_folder(Path(out))
+    if evaluate:
+        _evaluate_untested(groups, runs)
     folder = study_folder(groups[0], runs) if len(groups) == 1 else None
     if folder:
         _print_study(folder)
     sides = study_groups(folder) if folder else [open_group(name, runs) for name in groups]
     many_runs.run_comparison(sides, Path(out))
     return 0
+
+
+def _evaluate_untested(names: tuple[str, ...], runs: str) -> None:
+    """Scores the finished runs of ``names`` (runs, or folders that hold runs) on their test images, where not done."""
+    from finetune101 import api
+    from finetune101.run import Run, runs_below
+
+    for name in names:
+        place = next((path for path in (Path(name), Path(runs) / name) if path.exists()), Path(name))
+        for run in map(Run, runs_below(place)):
+            if not run.has("test.json") and not run.stopped():
+                print(f"{run.path}\n{api.evaluate(run)}\n")
 
 
 def _print_study(folder: Path) -> None:
@@ -91,10 +112,12 @@ def report(
     target: tyro.conf.Positional[str],
     *,
     out: str = "report",
+    style: Literal["full", "assignment"] = "full",
     lang: Literal["en", "zh"] = "en",
     gallery: bool = True,
     explain: bool = True,
     data: str | None = None,
+    search: str | None = None,
     runs: str = "runs",
 ) -> int:
     """Make one self-contained page about a tested run, a comparison, a study or a search.
@@ -102,15 +125,19 @@ def report(
     Args:
         target: A run (folder or name), or the folder that compare, study or search wrote.
         out: Folder for report.html, report.md and the pictures.
+        style: assignment: a shorter page to print or to save as PDF, with what a lab report has to say.
         lang: Language of the page.
         gallery: Show example images; --no-gallery leaves them out, so that the images need not be there.
         explain: Show beside mistakes where the network looked, and the nearest training images (a pass of all of them).
         data: Where the images are, if not where the run found them.
+        search: Of an assignment: folder or name of a search whose result it tells as well.
         runs: Folder of all runs.
     """
     from finetune101 import api
 
-    page = api.report(target, out, lang=lang, gallery=gallery, explain=explain, data=data, runs=runs)
+    page = api.report(
+        target, out, style=style, lang=lang, gallery=gallery, explain=explain, data=data, search=search, runs=runs
+    )
     print(f"Report: {page} ({page.stat().st_size / 1e6:.2f} MB), also as {page.with_suffix('.md')}")
     return 0
 
@@ -211,14 +238,21 @@ def search_watched(
         return many_runs.run_search(config, space, options, table, plots)
 
 
-def search_report(folder: tyro.conf.Positional[str], *, pair: tyro.conf.UseAppendAction[tuple[str, ...]] = ()) -> int:
+def search_report(
+    folder: tyro.conf.Positional[str],
+    *,
+    pair: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    lang: Literal["en", "zh"] = "en",
+) -> int:
     """Explain a search: one HTML page and pictures in DIR/report.
 
     Args:
         folder: Folder of the search: RUNS/EXP.
         pair: NAME,NAME: a heat map of these two. Repeat it. Default: learning rate and batch size.
+        lang: Language of the page.
     """
     from finetune101.reports.search_page import write_search_report
 
-    print(f"Page: {write_search_report(Path(folder), [tuple(names.split(',')) for names in pair])}")
+    page = write_search_report(Path(folder), [tuple(names.split(",")) for names in pair], lang=lang)
+    print(f"Page: {page}")
     return 0

@@ -19,8 +19,9 @@ from finetune101.errors import Refused
 from finetune101.evaluation import metrics
 from finetune101.redaction import redacted
 from finetune101.reports.comparison import Arm, ClassGain, Comparison, Pair, Score
-from finetune101.reports.figures import ARMS
+from finetune101.reports.drawing import ARMS
 from finetune101.reports.groups import Group, Tested, common_splits, mean_sd, one_arm, proof, shortened, with_costs
+from finetune101.reports.page import read_words
 from finetune101.run import Run
 
 
@@ -36,8 +37,8 @@ def compare_groups(a: Group, b: Group) -> Comparison:
     sides = [[np.stack([run.correct for run in group.on(split)]) for split in splits] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
     several = len(splits) > 1
-    crossed = min(len(a.runs), len(b.runs)) > 1 and not several
     first = a.runs[0]
+    crossed = min(len(a.runs), len(b.runs), len(first.answers)) > 1 and not several
     return Comparison(
         a=_arm(a, b),
         b=_arm(b, a),
@@ -136,7 +137,7 @@ def _score(run: Tested, pretrained: dict[str, str]) -> Score:
         top1=100 * right / len(run.correct),
         mean_per_class=float(np.mean(list(run.by_class().values()))),
         init_hash=run.env["model"]["init_hash"],
-        start=proof(run, pretrained),
+        start=proof(run, pretrained, read_words("en")),
         command=redacted(run.env.get("command", "")),
         features_cached=run.features_cached,
         frozen=run.frozen,
@@ -209,4 +210,10 @@ def read_groups(folder: Path) -> list[Group]:
     if "\0" in str(values):
         raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")
     sides = {arm["name"]: arm["runs"] for pair in (values, *values["others"]) for arm in (pair["a"], pair["b"])}
-    return [one_arm(name, [Run(folder / one["path"]) for one in runs]) for name, runs in sides.items()]
+    return [one_arm(name, [Run(_plain(folder / one["path"])) for one in runs]) for name, runs in sides.items()]
+
+
+def _plain(path: Path) -> Path:
+    """``path`` without the ".." in it, where that is the same folder: a link may lead elsewhere."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.exists() and path.exists() and plain.samefile(path) else path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from scipy import stats
 from finetune101.experiments import space
 from finetune101.experiments.replay import ORDERS, Curve, dropped
 from finetune101.experiments.trials import LEVELS, Trials
+from finetune101.reports.page import sentence
 
 Floats = NDArray[np.float64]
+Words = Mapping[str, str]
 EARLY = 3  # the epoch whose ranking is compared with the last one's
 
 
@@ -193,79 +195,81 @@ def still_rising(trials: Trials, setting: str) -> list[tuple[str, float, int]]:
 # In words
 
 
-def search_summary(trials: Trials, variance: Variance, change: RankChange | None, drops: dict[str, float]) -> str:
-    """A paragraph for people, every number of it computed."""
-    sentences = [*_winner_words(trials), *_variance_words(trials, variance)]
-    if change and change.correlation is not None:
-        sentences.append(
-            f"The ranking after epoch {change.early} agrees with the last one to a rank correlation of "
-            f"{change.correlation:.2f}; {change.kept} of the {change.top} best were among the {change.top} best then, "
-            f"the winner was number {change.winner_then}."
-        )
-    if drops:
-        parts = ", ".join(f"{pruner} in {100 * share:.0f} %" for pruner, share in drops.items())
-        orders = f"In {ORDERS} random orders of the trials, pruning would have dropped the winner"
-        sentences.append(f"{orders}: {parts} of them.")
-    return " ".join(sentences)
-
-
-def _winner_words(trials: Trials) -> list[str]:
-    """What won, and how much of that is chance."""
+def winner_words(trials: Trials, words: Words) -> list[str]:
+    """Sentences on what won, and how much of that is chance."""
     best = trials.best
-    at = ", ".join(f"{name} {space.value_text(value)}" for name, value in best.point.items())
-    sentences = [
-        f"Of {len(trials.curves)} trials, {trials.finalists} were trained again with several seeds. The best mean is "
-        f"that of {at}, which reached {best.best:.2f} % of the validation images in the search."
-        if trials.finalists
-        else f"The best of {len(trials.curves)} trials reached {best.best:.2f} % of the validation images with {at}."
-    ]
+    at = words["comma"].join(f"{name} {space.value_text(value)}" for name, value in best.point.items())
+    values = {"trials": len(trials.curves), "best": best.best, "at": at, "n": trials.finalists}
+    sentences = [sentence(words, "story_finalists" if trials.finalists else "story_best", **values)]
     if trials.probe is not None:
-        sentences.append(
-            f"The output layer alone, on frozen features, reached {trials.probe:.2f} %"
-            f"{', and is the winner' if trials.is_probe_best else ''}."
-        )
+        key = "story_probe_best" if trials.is_probe_best else "story_probe"
+        sentences.append(sentence(words, key, probe=trials.probe))
     if equal := sum(curve.best == best.best for curve in trials.curves) - 1:
-        sentences.append(f"{equal} more reached the same.")
+        sentences.append(sentence(words, "story_equal", n=equal))
     if trials.images:
         error = 100 * math.sqrt(best.best / 100 * (1 - best.best / 100) / trials.images)
         near = sum(curve.best >= best.best - error for curve in trials.curves) - 1
-        again = ": --finalists trains the best again with several seeds." if near and not trials.finalists else "."
-        sentences.append(
-            f"On {trials.images} validation images its standard error is {error:.1f} points, and {near} other trials "
-            f"lie within that{again}"
-        )
-    if stopped := len(trials.curves) - len(trials.complete):
-        sentences.append(
-            f"{stopped} of them had a shorter schedule only, so what follows compares all by that of {trials.common} "
-            f"epoch{'s' * (trials.common != 1)}."
-            if trials.rungs
-            else f"{stopped} of them were stopped early, so what follows compares all at epoch {trials.common}."
-        )
-    if trials.failed:
-        sentences.append(f"{trials.failed} more could not be trained to an end.")
+        sentences.append(sentence(words, "story_error", images=f"{trials.images:,}", error=error))
+        sentences.append(sentence(words, "story_near" if near else "story_alone", n=near))
+        if near and not trials.finalists:
+            sentences.append(words["story_again"])
     return sentences
 
 
-def _variance_words(trials: Trials, variance: Variance) -> list[str]:
+def search_story(
+    trials: Trials, variance: Variance, change: RankChange | None, drops: dict[str, float], words: Words
+) -> list[str]:
+    """Sentences on what the settings do, every number of them computed."""
+    sentences = [*_trial_words(trials, words), *_variance_words(trials, variance, words)]
+    if change and change.correlation is not None:
+        sentences.append(
+            sentence(
+                words, "story_ranks", early=change.early, correlation=change.correlation, top=change.top,
+                kept=change.kept, winner=change.winner_then,
+            )
+        )  # fmt: skip
+    if drops:
+        parts = [sentence(words, "story_part", pruner=name, share=100 * share) for name, share in drops.items()]
+        sentences.append(sentence(words, "story_pruning", orders=ORDERS, parts=words["comma"].join(parts)))
+    return sentences
+
+
+def _trial_words(trials: Trials, words: Words) -> list[str]:
+    """Which trials ended early or failed."""
+    sentences = []
+    if stopped := len(trials.curves) - len(trials.complete):
+        key = "story_shorter" if trials.rungs else "story_stopped"
+        sentences.append(sentence(words, key, n=stopped, epochs=trials.common, epoch=trials.common))
+    if trials.failed:
+        sentences.append(sentence(words, "story_failed", n=trials.failed))
+    return sentences
+
+
+def _variance_words(trials: Trials, variance: Variance, words: Words) -> list[str]:
     """Which settings explain the accuracy."""
     sentences = []
     ranked = sorted(variance.main.items(), key=lambda item: -item[1])
     for name, share in ranked[:1]:
         means = [(value, float(np.mean([*map(trials.score, own)]))) for value, own in trials.by_level(name)]
         best, worst = max(means, key=lambda item: item[1]), min(reversed(means), key=lambda item: item[1])
+        values = {"best": level_text(best[0], words), "worst": level_text(worst[0], words)}
         sentences.append(
-            f"{name} explains {100 * share:.0f} % of the variance: on average {best[1]:.1f} % at {best[0]}, "
-            f"{worst[1]:.1f} % at {worst[0]}."
+            sentence(words, "story_share", name=name, share=100 * share, high=best[1], low=worst[1], **values)
         )
-        if others := [f"{other} {100 * part:.0f} %" for other, part in ranked[1:4] if part >= 0.01]:
-            sentences.append(f"Then come {', '.join(others)}.")
+        if others := [f"{other} {100 * part:.0f}%" for other, part in ranked[1:4] if part >= 0.01]:
+            sentences.append(sentence(words, "story_then", others=words["comma"].join(others)))
         elif ranked[1:]:
-            sentences.append("No other setting explains 1 %.")
+            sentences.append(words["story_then_none"])
         sentences += [
-            f"At {name} {value}, {epochs} epochs are too few: the last third still gained {gain:.1f} points."
+            sentence(words, "story_rising", name=name, value=level_text(value, words), n=epochs, gain=gain)
             for value, gain, epochs in still_rising(trials, name)[:2]
         ]
     if variance.pairs and max(variance.pairs.values()) >= 0.02:
         (a, b), share = max(variance.pairs.items(), key=lambda item: item[1])
-        sentences.append(f"{a} and {b} act on each other: beyond their own effects this is {100 * share:.0f} %.")
+        sentences.append(sentence(words, "story_pair", a=a, b=b, share=100 * share))
     return sentences
+
+
+def level_text(level: str, words: Words) -> str:
+    """The value of a setting, or the bin of its values, as a page in the language of ``words`` shows it."""
+    return level.replace(" to ", words["to"])

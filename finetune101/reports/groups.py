@@ -128,6 +128,19 @@ class Group:
                 points.append({"step": step, "seconds": time, "mean": mean, "sd": sd or 0.0})
         return points
 
+    def records(self) -> list[dict[str, Any]]:
+        """Loss and accuracy (%) of training and validation images after each epoch, means over the runs.
+
+        None where a run has no such number; [] where no epoch was trained, only an output layer solved.
+        """
+        keys = ("train_loss", "train_top1", "val_loss", "val_top1")
+        means = []
+        for records in zip(*(run.run.metrics() for run in self.runs), strict=False):
+            values = {key: [record[key] for record in records] for key in keys}
+            mean = {key: None if None in own else statistics.mean(own) for key, own in values.items()}
+            means.append({"epoch": records[0]["epoch"], **mean})
+        return means if any(record["epoch"] for record in means) else []
+
     def seconds(self) -> float | None:
         """Mean time of a training over the runs that computed their own features; None where every run read a cache."""
         seconds = [run.run.seconds() for run in self.runs if not run.features_cached]
@@ -256,8 +269,8 @@ def _differing(a: splits.Manifest, b: splits.Manifest) -> str:
     return "the same files, but other pixels or class names"
 
 
-def proof(run: Tested, pretrained: Mapping[str, str]) -> str:
-    """Whether a run started where it says, in one sentence; ``pretrained`` are the other arm's hashes by run name.
+def proof(run: Tested, pretrained: Mapping[str, str], words: Mapping[str, str]) -> str:
+    """Whether a run started where it says, in ``words``; ``pretrained`` has the names of pretrained runs by their hash.
 
     A random start is built again from its seed, and must give the recorded hash and none of a pretrained run.
     """
@@ -265,11 +278,11 @@ def proof(run: Tested, pretrained: Mapping[str, str]) -> str:
         return "pretrained"
     model, recorded, seed = run.config.model, run.env["model"]["init_hash"], run.config.system.seed
     if recorded in pretrained:
-        return f"not random: the initial state is that of {pretrained[recorded]}, which is pretrained"
+        return words["start_not_random"].format(run=pretrained[recorded])
     if _random_hash(model.name, len(run.manifest.classes), model.size, seed) == recorded:
-        return f"random: seed {seed} gives the recorded initial state again, and no pretrained run has it"
+        return words["start_random"].format(seed=seed)
     then, now = run.env.get("versions", {}).get("torch", "unknown"), torch.__version__
-    return f"not proven: seed {seed} gives another initial state here (PyTorch {then} then, {now} now)"
+    return words["start_not_proven"].format(seed=seed, then=then, now=now)
 
 
 @lru_cache(maxsize=64)

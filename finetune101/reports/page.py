@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,6 +37,13 @@ def read_words(lang: str) -> dict[str, str]:
     return words
 
 
+def sentence(words: Mapping[str, str], key: str, /, **values: Any) -> str:
+    """The sentence ``key`` of ``words`` with ``values`` in it; where ``n`` is 1, the sentence ``key_one`` if any."""
+    if values.get("n") == 1 and f"{key}_one" in words:
+        key += "_one"
+    return words[key].format(**values)
+
+
 def decision_text(decision: dict[str, Any], lang: str = "en") -> str:
     """A decision of ``auto`` (see ``Decision.to_json``) in a line: what it is about, its value and the reason."""
     about, value, reason = decision_cells(decision, lang)
@@ -51,24 +58,29 @@ def decision_cells(decision: dict[str, Any], lang: str) -> tuple[str, str, str]:
 
 
 class Page:
-    """A title, a headline and sections, written to ``folder`` when all are there.
+    """A title, a headline and sections, written to ``stem``.html and .md in ``folder`` when all are there.
 
     Raises Refused for an unknown language, or when ``folder`` is a file.
     """
 
-    def __init__(self, folder: Path, lang: str) -> None:
+    def __init__(self, folder: Path, lang: str, stem: str = "report") -> None:
         if lang not in LANGUAGES:
             raise Refused(f"--lang is {lang}; choose from {', '.join(LANGUAGES)}")
         check_folder(folder)
         self.words = read_words(lang)
-        self.folder, self.lang = folder, lang
-        self.title, self.headline, self.explains = "", "", True
+        self.folder, self.lang, self.stem = folder, lang, stem
+        self.title, self.headline, self.remark, self.explains = "", "", "", True
+        self.blanks: list[str] = []  # what is filled in by hand on a printed page, such as a name
         self.sections: list[dict[str, Any]] = []
         self.pictures: dict[str, bytes] = {}
 
     def say(self, key: str, /, **values: Any) -> str:
         """The sentence ``key`` in the page's language."""
-        return self.words[key].format(**values)
+        return sentence(self.words, key, **values)
+
+    def join(self, sentences: Sequence[str]) -> str:
+        """Sentences one after the other, with a space between them where the language has one."""
+        return self.words["gap"].join(filter(None, sentences))
 
     def add(self, kind: str, key: str, /, name: str = "", **content: Any) -> None:
         """A section; its title and its text are the words ``key`` and ``key_text``, ``name`` is what it is about."""
@@ -79,22 +91,29 @@ class Page:
     def picture(
         self,
         key: str,
-        draw: Callable[[Path], Path],
+        draw: Callable[..., Path],
         alt: str,
         name: str = "",
         stem: str = "",
-        wide: bool = False,
+        whole: bool = False,
         **content: Any,
     ) -> None:
         """A section with the picture that ``draw`` writes; ``stem`` names the file, where that has to stay.
 
-        A ``wide`` one goes beyond the text, and on a small screen is scrolled rather than made small.
+        Phones get another one, by ``draw`` with ``narrow``. Of a ``whole`` one they get the same, which is scrolled.
         """
         file = f"{file_stem(stem) or f'{len(self.pictures)}_{key}'}.png"
         with TemporaryDirectory() as folder:
             png = self.pictures[file] = draw(Path(folder) / file).read_bytes()
-        uri = "data:image/png;base64," + base64.b64encode(png).decode()
-        self.add("picture", key, name, file=file, uri=uri, alt=alt, wide=wide, **content)
+            phone = "" if whole else _png_uri(draw(Path(folder) / f"phone_{file}", narrow=True).read_bytes())
+        self.add("picture", key, name, file=file, uri=_png_uri(png), phone=phone, alt=alt, whole=whole, **content)
+
+    def sheet(
+        self, key: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], name: str = "", **content: Any
+    ) -> None:
+        """A section with a table that has a column for each of ``heads`` and rows of (word, cells)."""
+        lines = [(label if isinstance(label, Name) else self.words[label], cells) for label, cells in rows]
+        self.add("sheet", key, name, heads=heads, rows=lines, **content)
 
     def table(
         self, key: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]], name: str = "", **content: Any
@@ -104,8 +123,8 @@ class Page:
         self.add("table", key, name, heads=titles, rows=rows, **content)
 
     def write(self) -> Path:
-        """Writes the pictures, report.html and report.md; returns the page."""
-        env = Environment(
+        """Writes the pictures, the page as HTML and as Markdown; returns the former."""
+        env = Environment(  # nosec B701
             loader=FileSystemLoader(TEMPLATES),
             autoescape=lambda name: bool(name and name.endswith(".html")),
             undefined=StrictUndefined,
@@ -113,12 +132,19 @@ class Page:
             lstrip_blocks=True,
         )
         env.filters |= {"md": markdown, "alone": escaped, "fence": _fence}
-        pages = {name: env.get_template(name).render(page=self, t=self.words) for name in ("report.html", "report.md")}
+        pages = {
+            f"{self.stem}.{kind}": env.get_template(f"report.{kind}").render(page=self, t=self.words)
+            for kind in ("html", "md")
+        }
         files = {name: _UNPRINTABLE.sub(lambda one: escaped(one[0]), page).encode() for name, page in pages.items()}
         for name, content in {**self.pictures, **files}.items():
             with atomic(self.folder / name) as part:
                 part.write_bytes(content)
-        return self.folder / "report.html"
+        return self.folder / f"{self.stem}.html"
+
+
+def _png_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 # control characters, and what a byte that is no UTF-8 becomes in a file's name
@@ -147,11 +173,11 @@ def number(value: float | None, form: str = ".2f") -> Cell:
     return ("–", -1.0) if value is None else (f"{value:{form}}", value)
 
 
-def spread(mean: float | None, sd: float | None) -> Cell:
+def spread(mean: float | None, sd: float | None, digits: int = 2) -> Cell:
     """A cell with a mean and, where there is one, its standard deviation."""
     if mean is None:
         return number(None)
-    return f"{mean:.2f}" + (f" ± {sd:.2f}" if sd is not None else ""), mean
+    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else ""), mean
 
 
 def minutes(seconds: float | None) -> Cell:

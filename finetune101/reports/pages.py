@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from finetune101.errors import Refused
-from finetune101.evaluation import metrics
-from finetune101.evaluation.tested import confused_pairs, evaluate_command, is_inside
-from finetune101.models.table import lookup
-from finetune101.redaction import redacted
+from finetune101.evaluation.tested import is_inside
 from finetune101.reports import compare, figures, groups, mistakes
-from finetune101.reports.comparison import Arm, Comparison, arm_notes
+from finetune101.reports.arm_tables import add_arms, add_gains, add_reach, add_result, add_starts, add_tests
+from finetune101.reports.comparison import Arm, Comparison
+from finetune101.reports.drawing import font_remark
 from finetune101.reports.groups import Group, Tested
-from finetune101.reports.page import (
-    Cell,
-    Name,
-    Page,
-    decision_cells,
-    file_stem,
-    minutes,
-    number,
-    percent,
-    spread,
-    words,
-)
+from finetune101.reports.hyperparameters import add_settings, add_setup
+from finetune101.reports.page import Cell, Page, decision_cells, file_stem, minutes, number, spread, words
+from finetune101.reports.run_sections import add_classes, add_details, add_facts
 from finetune101.run import Run, open_run
 
 Cells = Sequence[dict[str, Any]]  # of a study: one per network, arm and size
@@ -52,7 +39,7 @@ def write_report(
     Raises Refused when the target is none of these or not finished, or the images are not there.
     """
     page = Page(out, lang)
-    page.explains = explain
+    page.explains, page.remark = explain, font_remark(lang)
     if folder := study_folder(target, runs):
         _study(page, folder, gallery, data)
     elif (Path(target) / "comparison.json").is_file():
@@ -63,17 +50,29 @@ def write_report(
 
 
 def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
-    low, high = run.test["top1_interval"]
     page.title = f"{run.config.exp}: {run.config.model.name}"
-    page.headline = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
-    page.headline += f" {page.words['frozen']}" if run.frozen else ""
-    page.headline += f" {page.say('random_layers', layers=layers)}" if (layers := run.random_layers) else ""
+    page.headline = run_headline(page, run)
     _decisions(page, run.run)
-    alt = page.say("curves_alt", epoch=run.test.get("epoch", 0))
-    page.picture("curves", lambda out: figures.draw_curves(run.run.metrics(), out, page.title), alt)
-    _class_table(page, run)
-    _details(page, run, "", mistakes.image_root([run], data) if gallery else None)
-    _facts(page, [run])
+    group = Group(name=run.config.exp, runs=(run,))
+    add_result(page, group)
+    if group.records():
+        alt = page.say("curves_alt", epoch=run.test.get("epoch", 0))
+        draw = partial(figures.draw_curves, run.run.metrics(), title=page.title, lang=page.lang)
+        page.picture("curves", draw, alt)
+    add_setup(page, [group])
+    add_settings(page, [group])
+    add_classes(page, run)
+    add_details(page, run, "", mistakes.image_root([run], data) if gallery else None)
+    add_facts(page, [run])
+
+
+def run_headline(page: Page, run: Tested) -> str:
+    """The test accuracy of ``run`` in a sentence, whether its backbone was frozen, and what started at random."""
+    low, high = run.test["top1_interval"]
+    accuracy = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
+    frozen = page.words["frozen"] if run.frozen else ""
+    layers = run.random_layers
+    return page.join([accuracy, frozen, page.say("random_layers", layers=layers) if layers else ""])
 
 
 def _decisions(page: Page, run: Run) -> None:
@@ -94,35 +93,54 @@ def _comparison(page: Page, arms: Sequence[Group], gallery: bool, data: str | No
     root = mistakes.image_root(arms[0].runs, data) if gallery else None
     for group in arms:
         first_run = f", {group.runs[0].run.name}" if len(group.runs) > 1 else ""
-        _details(page, group.runs[0], group.name + first_run, root)
-    _facts(page, [run for group in arms for run in group.runs])
+        add_details(page, group.runs[0], group.name + first_run, root)
+    add_facts(page, [run for group in arms for run in group.runs])
+
+
+def comparison_headline(page: Page, first: Comparison, sides: Sequence[Group]) -> str:
+    """The difference of the first two arms in a sentence, and which arms were trained once only."""
+    (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
+    values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
+    headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
+    lone = [group.name for group in sides if len(group.runs) == 1]
+    return page.join([headline, page.say("single", arms=page.words["comma"].join(lone)) if lone else ""])
 
 
 def _compared(page: Page, sides: Sequence[Group], network: str = "") -> str:
     """Adds what the groups ``sides`` differ by, with ``network`` in the titles; returns the headline."""
     comparisons = compare.all_pairs(sides)
-    first = comparisons[0]
-    (low, high), over = first.interval, page.words[f"over_{first.over.replace(' ', '_')}"]
-    values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
-    headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
-    if lone := [group.name for group in sides if len(group.runs) == 1]:
-        headline += " " + page.say("single", arms=", ".join(lone))
-    arms = arms_of(comparisons, sides)
+    first, arms = comparisons[0], arms_of(comparisons, sides)
     # trained on all their images, runs have no validation and the picture shows the test alone
     key = "progress" if any(group.curve() for group in sides) else "tested"
-    alt = page.say(f"{key}_alt", tests="; ".join(f"{arm.name} {arm.top1:.1f} %" for arm in arms))
-    page.picture(key, lambda out: draw_groups(comparisons, sides, out), alt, network)
-    _arms_table(page, arms, sides, network)
-    _reach_table(page, comparisons, network)
+    alt = page.say(f"{key}_alt", tests=page.words["stop"].join(f"{arm.name} {arm.top1:.1f}%" for arm in arms))
+    page.picture(key, partial(draw_groups, comparisons, sides, lang=page.lang), alt, network)
+    add_arms(page, arms, sides, network)
+    add_setup(page, sides, network)
+    add_settings(page, sides, network)
+    add_losses(page, sides, network)
+    add_reach(page, comparisons, network)
     rows = [vars(row) for row in first.classes]
-    best = ", ".join(f"{row['name']} {row['gain']:+.0f}" for row in rows[:3])
-    names = first.a.name, first.b.name
-    alt = page.say("gains_alt", best=best)
-    page.picture("gains", lambda out: figures.draw_gains(rows, names, out), alt, network)
-    _gains_table(page, first, network)
-    _tests_tables(page, comparisons, network)
-    _starts_table(page, arms, network)
-    return headline
+    best = page.words["comma"].join(f"{row['name']} {round(row['gain']):+d}" for row in rows[:3])
+    draw = partial(figures.draw_gains, rows, (first.a.name, first.b.name), lang=page.lang)
+    page.picture("gains", draw, page.say("gains_alt", best=best), network)
+    add_gains(page, first, network)
+    add_tests(page, comparisons, network)
+    add_starts(page, sides, network)
+    return comparison_headline(page, first, sides)
+
+
+def add_losses(page: Page, sides: Sequence[Group], network: str = "", key: str = "losses") -> None:
+    """Adds the curves of training and validation of each arm; an arm that only solved an output layer has none."""
+    lines = {group.name: group.records() for group in sides}
+    curves = {name: records for name, records in lines.items() if records}
+    without = page.join([page.say("losses_without", arm=name) for name in lines.keys() - curves.keys()])
+    if not curves:
+        return
+    ends = page.words["stop"].join(
+        f"{name} {records[0]['train_loss']:.2f} → {records[-1]['train_loss']:.2f}" for name, records in curves.items()
+    )
+    draw = partial(figures.draw_losses, curves, lang=page.lang)
+    page.picture(key, draw, page.say("losses_alt", ends=ends), network, without=without)
 
 
 def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
@@ -135,14 +153,16 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
     page.title, rest = folder.name, page.sections
     page.sections = []
     for model, lines in lines_of(cells).items():
-        ends = "; ".join(f"{arm} {line[0]['top1']:.0f} → {line[-1]['top1']:.0f} %" for arm, line in lines.items())
+        ends = page.words["stop"].join(
+            f"{arm} {line[0]['top1']:.0f} → {line[-1]['top1']:.0f}%" for arm, line in lines.items()
+        )
         page.picture(
             "efficiency",
-            partial(figures.draw_efficiency, lines, title=model),
+            partial(figures.draw_efficiency, lines, title=model, lang=page.lang),
             page.say("efficiency_alt", ends=ends),
             model,
         )
-    heads = ("network", "arm", "size", "runs", "top1", "mean_per_class", "minutes")
+    heads = ("network", "arm", "size", "top1", "mean_per_class", "runs", "minutes")
     page.table("cells", heads, [_cell_row(cell) for cell in cells])
     page.sections += rest
     first, *others = dict.fromkeys(cell["model"] for cell in cells)
@@ -150,7 +170,7 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
     for model in others:
         arms = study_groups(folder, model)
         if len(arms) > 1:
-            page.headline += f" {_about(page, cells, model, True)}{_compared(page, arms, model)}"
+            page.headline += f"{page.words['gap']}{_about(page, cells, model, True)}{_compared(page, arms, model)}"
     done, planned = progress_of(folder)
     failures = failures_of(folder)
     if failures:
@@ -173,8 +193,8 @@ def _cell_row(cell: dict[str, Any]) -> list[Cell]:
         words(cell["model"]),
         words(cell["arm"]),
         size,
-        (f"{cell['n']} / {cell['planned']}", cell["n"]),
         *accuracies,
+        (f"{cell['n']} / {cell['planned']}", cell["n"]),
         minutes(cell["seconds"]),
     ]
 
@@ -242,159 +262,14 @@ def arms_of(comparisons: Sequence[Comparison], sides: Sequence[Group]) -> list[A
     return [comparisons[0].a, *(pair.b for pair, _ in zip(comparisons, sides[1:], strict=False))]
 
 
-def draw_groups(comparisons: Sequence[Comparison], sides: Sequence[Group], out: Path) -> Path:
+def draw_groups(
+    comparisons: Sequence[Comparison], sides: Sequence[Group], out: Path, lang: str = "en", narrow: bool = False
+) -> Path:
     """Draws the picture of a comparison to ``out``: curves and test accuracy of each group of ``sides``."""
     arms = [
         {"name": arm.name, "curve": group.curve(), "top1": arm.top1, "interval": arm.top1_interval,
          "runs": [run.top1 for run in arm.runs]}
         for arm, group in zip(arms_of(comparisons, sides), groups.with_costs(sides), strict=True)
     ]  # fmt: skip
-    return figures.draw_comparison(arms, out, "splits" if comparisons[0].splits > 1 else "images")
-
-
-def _class_table(page: Page, run: Tested) -> None:
-    rows: list[list[Cell]] = []
-    for name, share in run.by_class().items():
-        predictions = Counter(answer.prediction for answer in run.answers.values() if answer.label == name)
-        n, right = predictions.total(), predictions.pop(name, 0)
-        often = min(predictions, key=lambda other: (-predictions[other], other), default="")
-        taken = f"{often} ({predictions[often]})" if often else ""
-        interval = metrics.wilson(right, n)
-        rows.append([words(name), number(n, "d"), number(right, "d"), percent(share, interval), words(taken)])
-    rows.sort(key=lambda row: row[3][1])
-    page.table("classes", ("class", "images", "right", "share", "mistaken"), rows)
-
-
-def _gains_table(page: Page, c: Comparison, network: str) -> None:
-    rows = [
-        [words(row.name), number(row.n, "d"), percent(row.a, row.a_interval), percent(row.b, row.b_interval),
-         number(row.gain, "+.1f")]
-        for row in c.classes
-    ]  # fmt: skip
-    page.table(
-        "gains_table", ("class", "images", Name(f"{c.a.name}, %"), Name(f"{c.b.name}, %"), "gain"), rows, network
-    )
-
-
-def _arms_table(page: Page, arms: Sequence[Arm], sides: Sequence[Group], network: str) -> None:
-    heads = ("arm", "network", "recipe", "pixels", "search_epochs", "runs", "top1", "mean_per_class", "validation",
-             "minutes", "steps", "images_seen")  # fmt: skip
-    rows = []
-    for arm, group in zip(arms, sides, strict=True):
-        config = group.runs[0].config
-        sizes = dict.fromkeys(
-            (*config.augment.train_sizes, config.model.size or lookup(arm.network).preprocessing.size)
-        )
-        settings = [words(config.recipe or "–"), words(" → ".join(map(str, sizes))), number(config.optim.epochs, "d")]
-        steps, images = (float(np.mean([getattr(run, key) for run in arm.runs])) for key in ("steps", "images"))
-        top1 = percent(arm.top1, arm.top1_interval, ".2f") if arm.top1_sd is None else spread(arm.top1, arm.top1_sd)
-        scores = [top1, spread(arm.mean_per_class, arm.mean_per_class_sd), number(arm.validation)]
-        costs = [minutes(arm.seconds), number(steps, ",.0f"), number(images, ",.0f")]
-        rows.append([words(arm.name), words(arm.network), *settings, number(len(arm.runs), "d"), *scores, *costs])
-    notes = " ".join(note for arm in arms for note in arm_notes(arm, page.words))
-    page.table("arms", heads, rows, network, notes=notes)
-
-
-def _starts_table(page: Page, arms: Sequence[Arm], network: str) -> None:
-    started = [
-        [words(arm.name), number(run.seed, "d"), words(run.init_hash[7:19]),
-         words(arm.init_source if run.start == "pretrained" else run.start)]
-        for arm in arms
-        for run in arm.runs
-    ]  # fmt: skip
-    page.table("starts", ("arm", "seed", "init_hash", "start"), started, network)
-
-
-def _tests_tables(page: Page, comparisons: Sequence[Comparison], network: str) -> None:
-    """The differences with their intervals, and McNemar's tests."""
-    rows, pairs = [], []
-    for c in comparisons:
-        name = f"{c.a.name} – {c.b.name}"
-        over_runs = c.crossed.interval if c.crossed else None
-        spans = [
-            words(f"{interval[0]:+.2f} – {interval[1]:+.2f}" if interval else "–")
-            for interval in (c.difference_interval, over_runs, c.over_splits)
-        ]
-        p = number(c.crossed.p if c.crossed else None, ".2g")
-        rows.append([words(name), number(c.difference, "+.2f"), *spans, p])
-        pairs += [
-            [words(p.a), words(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")]
-            for p in c.mcnemar
-        ]
-    over = [Name(f"95 %: {page.words[key]}") for key in ("over_images", "over_images_and_runs", "over_splits")]
-    page.table("differences", ("pair", "gain", *over, "p"), rows, network)
-    page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs, network)
-
-
-def _reach_table(page: Page, comparisons: Sequence[Comparison], network: str) -> None:
-    """Who reaches whose validation accuracy after how many steps."""
-    reach = []
-    for c in comparisons:
-        for arm, other in ((c.a, c.b), (c.b, c.a)):
-            if other.validation is not None:
-                after = [number(arm.steps_to_other, ",.0f"), minutes(arm.seconds_to_other)]
-                reach.append([words(arm.name), words(other.name), number(other.validation), *after])
-    if reach:
-        page.table("reach", ("arm", "goal_of", "validation", "steps", "minutes"), reach, network)
-
-
-def _details(page: Page, run: Tested, name: str, root: Path | None) -> None:
-    """Confusions, examples and calibration of one run; with ``root`` also the images."""
-    matrix = mistakes.confusion_of(run.answers)
-    pairs = confused_pairs(run.answers)
-    alt = page.say("confusion_alt", pairs="; ".join(f"{a} → {b} ({n})" for a, b, n in pairs[:3]))
-    total = len(matrix.names) + matrix.hidden
-    hidden = page.say("confusion_hidden", shown=len(matrix.names), total=total) if matrix.hidden else ""
-    draw = partial(figures.draw_confusion, matrix.names, matrix.counts, matrix.blocks)
-    page.picture("confusion", draw, alt, name, wide=total > mistakes.MAY_HIDE, hidden=hidden)
-    if root:
-        examples = mistakes.pair_examples(run, root)
-        unread = sum(image is None for pair in examples for image in pair["images"])
-        page.add("pairs", "pairs", name, pairs=examples, unread=page.say("unread", n=unread) if unread else "")
-    else:
-        rows = [[words(label), words(prediction), number(count, "d")] for label, prediction, count in pairs]
-        page.table("pairs_table", ("class", "prediction", "images"), rows, name)
-    for key, right in (("mistakes", False), ("hits", True)):
-        chosen = mistakes.examples(run.answers, right, root)
-        unread = sum(one["image"] is None for one in chosen) if root else 0
-        notes = [page.say("unread", n=unread)] if unread else []
-        if root and page.explains and not right:
-            notes.append(mistakes.add_reasons(run.run, root, chosen, page.words))
-        page.add("gallery", key, name, examples=chosen)
-        page.sections[-1]["note"] += " ".join(notes)
-    if "calibration" in run.test:
-        _calibration(page, run, name)
-
-
-def _calibration(page: Page, run: Tested, name: str) -> None:
-    """Whether the confidence is right, and whether the temperature made it better."""
-    before, after = run.test["calibration"], run.test.get("calibration_scaled") or {}
-    t, ece = after.get("temperature"), after.get("ece")
-    lines = {f"as trained (ECE {before['ece']:.3f})": before["bins"]}
-    if t is None or t == 1:
-        scaled = page.words["unscaled" if t is None else "unhelpful"]
-    else:
-        lines[f"with temperature {t:.2f} (ECE {ece:.3f})"] = after["bins"]
-        scaled = page.say("scaled" if ece < before["ece"] else "scaled_worse", t=t, ece=ece)
-    values = {"ece": before["ece"], "scaled": scaled}
-    alt = page.say("reliability_text", name=name, **values)
-    page.picture("reliability", lambda out: figures.draw_reliability(lines, out), alt, name, **values)
-
-
-def _facts(page: Page, runs: Sequence[Tested]) -> None:
-    """Split, environment and the commands that make it all again."""
-    first = runs[0]
-    sizes = " / ".join(f"{len(first.manifest.subsets[name]):,}" for name in ("train", "val", "test"))
-    splits = dict.fromkeys((run.split, run.manifest.seed) for run in runs)
-    facts = [("protocol", first.manifest.protocol), ("sizes", sizes)]
-    facts += [("manifest", f"{split} (seed {seed})") for split, seed in splits]
-    versions = dict.fromkeys(", ".join(f"{k} {v}" for k, v in run.env.get("versions", {}).items()) for run in runs)
-    facts += [("versions", line) for line in versions if line]
-    machines = [{**run.env.get("world", {}), **run.env.get("machine", {})} for run in runs]
-    lines = dict.fromkeys(", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines)
-    facts += [("machine", line) for line in lines]
-    facts.append(("times_scored", ", ".join(str(run.test.get("times_scored", 1)) for run in runs)))
-    page.add("facts", "protocol_title", facts=[(page.words[key], value) for key, value in facts])
-    commands = [redacted(run.env["command"]) for run in runs if run.env.get("command")]  # old ones have secrets
-    commands += [evaluate_command(run.run) for run in runs if run.run.best.is_file()]
-    page.add("code", "commands", lines=list(dict.fromkeys(commands)))
+    over = "splits" if comparisons[0].splits > 1 else "images"
+    return figures.draw_comparison(arms, out, over, lang, narrow)

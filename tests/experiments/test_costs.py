@@ -67,7 +67,7 @@ def test_frozen_backbones_and_weak_recipes_are_told(arms: Path, tmp_path: Path) 
     assert "scratch_fast, is not the best known: more is reached by scratch" in words
     page = Page(tmp_path / "page", "en")
     _compared(page, found)
-    note = next(section["note"] for section in page.sections if section["kind"] == "table")
+    note = next(section["note"] for section in page.sections if section["kind"] == "sheet")
     for told in ("frozen backbone in 3 of 3", "probe/s1, probe/s2", "scratch (in twice the time)"):
         assert told in note
 

@@ -161,7 +161,7 @@ def test_a_study_has_a_picture_and_a_report(folder: Path, tmp_path: Path) -> Non
     assert [picture.name for picture in pages.draw_study(folder)] == ["efficientnet_lite0.png"]
     page = pages.write_report(str(folder), tmp_path / "report").read_text(encoding="utf-8")
     assert "Accuracy against training images per class" in page
-    assert "Training images per class: 4. probe is right on" in page and "Test, side by side" in page
+    assert "Training images per class: 4. Test accuracy: probe " in page and "Test accuracy of the arms" in page
     assert (tmp_path / "report" / "report.md").is_file()
     found = pages.study_groups(folder)
     assert [(group.name, len(group.runs)) for group in found] == [("probe", 1), ("scratch", 1)]
@@ -199,7 +199,7 @@ def test_the_page_of_several_networks_compares_the_arms_of_each(folder: Path, tm
     (copy / "study.json").write_text(json.dumps(saved))
     text = (pages.write_report(str(copy), tmp_path / "report").parent / "report.md").read_text(encoding="utf-8")
     for network in ("efficientnet_lite0", "another"):
-        assert f"{network}: Training images per class: 4. probe is right on" in text
+        assert f"{network}: Training images per class: 4. Test accuracy: probe " in text
     assert "## Accuracy and cost – another" in text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from finetune101.experiments.replay import Curve, dropped, replay
 from finetune101.experiments.trials import Trials
 from finetune101.reports import effects
+from finetune101.reports.page import read_words
 
 
 def made(noise: float = 0.0, interaction: float = 0.0) -> Trials:
@@ -25,6 +27,15 @@ def made(noise: float = 0.0, interaction: float = 0.0) -> Trials:
         steps = tuple(epoch * 1000 // size for epoch in range(1, 7))
         curves.append(Curve({"lr": lr, "batch_size": size, "gamma": gamma}, scores, steps, "complete"))
     return Trials("made", ("lr", "batch_size", "gamma"), tuple(curves), 0)
+
+
+def story(
+    trials: Trials, change: effects.RankChange | None = None, drops: dict[str, float] | None = None, lang: str = "en"
+) -> str:
+    """All sentences on a search."""
+    words, variance = read_words(lang), effects.analyse_variance(trials)
+    told = effects.search_story(trials, variance, change, drops or {}, words)
+    return words["gap"].join([*effects.winner_words(trials, words), *told])
 
 
 def test_shares_of_variance_add_up_and_find_what_was_put_in() -> None:
@@ -68,10 +79,10 @@ def test_rank_change() -> None:
 def test_the_paragraph_is_made_of_the_numbers() -> None:
     trials = made(noise=0.1)
     variance = effects.analyse_variance(trials)
-    said = effects.search_summary(trials, variance, effects.rank_change(trials.curves), {"asha": 0.25})
-    assert f"lr explains {100 * variance.main['lr']:.0f} % of the variance" in said
-    assert "At lr 0.001, 6 epochs are too few" in said and "asha in 25 % of them" in said
-    assert f"{trials.best.best:.2f} %" in said
+    text = story(trials, effects.rank_change(trials.curves), {"asha": 0.25})
+    assert f"lr explains {100 * variance.main['lr']:.0f}% of the variance" in text
+    assert "At lr 0.001, 6 epochs are too few" in text and "asha in 25% of them" in text
+    assert f"{trials.best.best:.2f}%" in text
 
 
 @pytest.mark.parametrize(("sampler", "pruner"), [("grid", "none"), ("random", "none"), ("tpe", "asha")])
@@ -97,12 +108,18 @@ def test_asha_costs_less_than_the_grid_and_may_drop_the_winner() -> None:
 
 def test_words_say_how_much_of_the_ranking_is_chance() -> None:
     trials = dataclasses.replace(made(), images=400)
-    best, near = trials.best.best, sum(curve.best > trials.best.best - 1.5 for curve in trials.curves) - 1
-    said = effects.search_summary(trials, effects.analyse_variance(trials), None, {})
+    best = trials.best.best
+    text = story(trials)
     error = 100 * math.sqrt(best / 100 * (1 - best / 100) / 400)
-    assert f"On 400 validation images its standard error is {error:.1f} points, and {near} other trials lie" in said
-    assert "--finalists" in said
-    assert "standard error" not in effects.search_summary(made(), effects.analyse_variance(made()), None, {})
+    assert f"On 400 validation images the standard error is {error:.1f} points." in text
+    assert sum(curve.best > best - error for curve in trials.curves) == 2
+    assert "One other trial lies within" in text and "--finalists" in text
+    few = 100 * math.sqrt(best / 100 * (1 - best / 100) / 20)
+    near = sum(curve.best > best - few for curve in trials.curves) - 1
+    assert near > 1 and f"{near} other trials lie within" in story(dataclasses.replace(trials, images=20))
+    assert "standard error" not in story(made())
+    alone = dataclasses.replace(trials, curves=trials.curves[:1] + trials.curves[-3:])
+    assert "No other trial lies within" in story(alone) and "--finalists" not in story(alone)
 
 
 def test_pruned_trials_are_compared_with_the_others_at_the_epoch_that_all_reached() -> None:
@@ -113,8 +130,7 @@ def test_pruned_trials_are_compared_with_the_others_at_the_epoch_that_all_reache
     short = tuple(dataclasses.replace(curve, scores=curve.scores[:2]) for curve in trials.curves)
     early = dataclasses.replace(trials, curves=short)
     assert effects.analyse_variance(pruned) == effects.analyse_variance(early)
-    said = effects.search_summary(pruned, effects.analyse_variance(pruned), None, {})
-    assert "2 of them were stopped early, so what follows compares all at epoch 2" in said
+    assert "2 trials were stopped early; below, all are compared at epoch 2" in story(pruned)
 
 
 def test_intervals_stay_within_what_an_accuracy_can_be() -> None:
@@ -139,3 +155,15 @@ def test_chance_is_no_interaction() -> None:
     assert interactions <= 8 and np.mean(main) < 0.15
     single = [Curve({"lr": a, "b": b}, (10.0 * a + b,), (1,), "complete") for a in (1, 2, 3, 4) for b in (1, 2)]
     assert effects.analyse_variance(Trials("x", ("lr", "b"), tuple(single), 0)).pairs == {}
+
+
+@pytest.mark.parametrize("finalists", [0, 1, 3])
+def test_a_search_is_told_as_fully_in_chinese(finalists: int) -> None:
+    trials = dataclasses.replace(made(interaction=5), images=400, finalists=finalists, failed=1, probe=60.0)
+    change, drops = effects.rank_change(trials.curves), {"asha": 0.25, "median": 0.5}
+    english, chinese = (story(trials, change, drops, lang) for lang in ("en", "zh"))
+    numbers = [sorted(re.findall(r"\d+\.\d+", text)) for text in (english, chinese)]
+    assert numbers[0] == numbers[1] and len(numbers[0]) > 8
+    assert len(re.findall(r"[.:](?= |$)", english)) <= len(re.findall("[。：；]", chinese))
+    names = {"lr", "batch_size", "gamma", "asha", "median", "pruning", "--finalists"}
+    assert not set(re.findall(r"[a-zA-Z_-]{3,}", chinese)) - names

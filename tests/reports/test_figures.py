@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from finetune101.reports import figures
-from finetune101.reports.figures import BLUE, VERMILION
+from finetune101.reports.drawing import BLUE, VERMILION
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, browser
 from written_runs import write_run
 
 from finetune101.cli.main import main
 from finetune101.errors import Refused
 from finetune101.evaluation.tested import Answer, confused_pairs
 from finetune101.reports import groups, mistakes
-from finetune101.reports.page import TEMPLATES, Name, Page, words
-from finetune101.reports.pages import _details
+from finetune101.reports.page import TEMPLATES, Name, Page, read_words, words
+from finetune101.reports.run_sections import add_details
 from finetune101.run import Run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -37,10 +39,10 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make(target: Path, out: Path, *words: str) -> str:
+def make(target: Path, out: Path, *words: str, name: str = "report") -> str:
     """The page about ``target``."""
     assert main(["report", str(target), "--out", str(out), *words]) == 0
-    return (out / "report.html").read_text(encoding="utf-8")
+    return (out / f"{name}.html").read_text(encoding="utf-8")
 
 
 class Reader(HTMLParser):
@@ -54,7 +56,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "input", "br"):
+        if tag not in ("meta", "img", "input", "br", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -70,6 +72,8 @@ def test_the_page_is_whole_and_loads_nothing(runs: Path, tmp_path: Path, target:
     pictures = [attrs for tag, attrs in read.tags if tag == "img"]
     assert len(pictures) > 10 and all(image["src"].startswith("data:image/") for image in pictures)
     assert all(image["alt"] for image in pictures)
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in read.tags if tag == "th")
+    assert {"col", "row"} <= {attrs.get("scope") for _, attrs in read.tags}
     assert not [tag for tag, attrs in read.tags if tag == "link" or attrs.get("href") or "url(" in str(attrs)]
     assert "http" not in re.sub(r"data:image/[^\"]*|http-equiv", "", page)
     assert len(page) < 1_500_000
@@ -82,13 +86,28 @@ def test_a_run_says_what_it_is(runs: Path, tmp_path: Path) -> None:
     page = make(runs / "r0", tmp_path)
     test = json.loads((runs / "r0" / "test.json").read_text())
     env = json.loads((runs / "r0" / "env.json").read_text())
-    for expected in (f"{test['top1']:.2f} %", test["manifest_hash"], env["versions"]["torch"], "finetune101 evaluate"):
+    for expected in (
+        f"{test['top1']:.2f}%",
+        test["manifest_hash"],
+        f"{test['loss']:.3f}",
+        env["versions"]["torch"],
+        "finetune101 evaluate",
+    ):
         assert expected in page
     assert f"{test['calibration_scaled']['ece']:.3f}" in page
+    assert "36 images of 3 classes" in page
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert len(pictures) == 3 and all((tmp_path / name).is_file() for name in pictures)
-    assert f"{test['top1']:.2f} %" in text and "| class | images |" in text
+    assert f"{test['top1']:.2f}%" in text and "| class | images |" in text
+    optim = Run(runs / "r0").config().optim
+    assert optim.nesterov and optim.schedule == "cosine"
+    rows = dict(re.findall(r"^\| (\w[^|]*) \| ([^|]*) \|", text, re.MULTILINE))
+    assert rows["optimizer"] == f"SGD, Nesterov momentum {optim.momentum:g}"
+    assert rows["learning rate, output layer"] == f"{optim.lr:g}"
+    assert rows["learning rate, other layers"] == f"{optim.lr:g} (1 ×)"  # from scratch all layers learn alike
+    assert (rows["batch size"], rows["epochs"]) == ("8", "1")
+    assert rows["test loss (cross-entropy)"] == f"{test['loss']:.3f}"
 
 
 def test_without_gallery_the_images_need_not_be_there(
@@ -172,7 +191,7 @@ def test_headings_are_words_or_names(tmp_path: Path) -> None:
 def test_pictures_stay_in_the_folder(tmp_path: Path, stem: str) -> None:
     page = Page(tmp_path / "page" / "in", "en")
 
-    def draw(file: Path) -> Path:
+    def draw(file: Path, narrow: bool = False) -> Path:
         file.write_bytes(b"picture")
         return file
 
@@ -211,7 +230,7 @@ def test_a_temperature_that_does_not_help_is_no_improvement(tmp_path: Path, afte
     run.write_json("test.json", {**run.read_json("test.json"), "calibration": {"ece": 0.2, "bins": bins},
                                  "calibration_scaled": scaled})  # fmt: skip
     page = Page(tmp_path / "page", "en")
-    _details(page, groups.read_tested(run), "", None)
+    add_details(page, groups.read_tested(run), "", None)
     assert sentence in page.sections[-1]["note"]
 
 
@@ -263,3 +282,55 @@ def test_a_browser_opens_it_and_its_tables_sort(runs: Path, tmp_path: Path, targ
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert 'data-selftest="ok"' in done.stdout, re.findall('data-selftest="[^"]*"', done.stdout)
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("target", ["runs/r0", "comparison"])
+def test_the_assignment_says_what_a_lab_report_has_to_say(runs: Path, tmp_path: Path, target: str, lang: str) -> None:
+    make(runs.parent / target, tmp_path, "--style", "assignment", "--lang", lang, name="assignment")
+    text = (tmp_path / "assignment.md").read_text(encoding="utf-8")
+    told = read_words(lang)
+    data = ("lab_data", "lab_method", "lab_training", "lab_results", "lab_classes", "steps", "test_loss")
+    settings = ("lr", "backbone", "batch", "decay", "optimizer", "loss", "schedule")
+    for key in (*data, *(f"set_{name}" for name in settings)):
+        assert told[key] in text, key
+    test = json.loads((runs / "r0" / "test.json").read_text())
+    for value in (f"{test['top1']:.2f}", f"{test['loss']:.3f}", "(1 ×)"):
+        assert value in text
+    assert [line[3] for line in text.splitlines() if line.startswith("## ")] == list("12345678")
+
+
+def test_a_search_has_no_assignment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "search.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--style", "assignment"]) == 2
+    assert f"give the run or comparison as target, and --search {tmp_path}" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--search", str(tmp_path)]) == 2
+    assert "add --style assignment" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium, chromium-browser or google-chrome on the PATH")
+@pytest.mark.parametrize("style", ["full", "assignment"])
+def test_nothing_is_cut_on_a_phone_and_on_paper(runs: Path, tmp_path: Path, style: str) -> None:
+    name = "report" if style == "full" else style
+    make(runs.parent / "comparison", tmp_path, "--style", style, "--lang", "zh", name=name)
+    (tmp_path / "profile").mkdir()
+    with browser(tmp_path / "profile") as tab:
+        for width, phone in ((390, True), (1280, False)):
+            tab.screen(width, 800, phone=phone)
+            tab.open((tmp_path / f"{name}.html").as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            assert tab.evaluate(f"{CUT}.map(one => one.outerHTML.slice(0, 200))") == []
+            assert tab.evaluate(f"{STACKED}") is phone
+        page = tab.call("Page.printToPDF", preferCSSPageSize=True)["data"]
+        box = re.search(rb"/MediaBox *\[ *0 0 ([0-9.]+) ([0-9.]+)", base64.b64decode(page))
+        assert box and [round(float(side)) for side in box.groups()] == [595, 842]  # A4 in points
+        assert not tab.problems
+
+
+# what reaches beyond the screen; what scrolls in a box of its own is not cut
+CUT = """[...document.querySelectorAll("body *")].filter(one => {
+  const box = one.getBoundingClientRect();
+  return box.width && (box.right > innerWidth + 1 || box.left < -1) && !one.closest(".scroll");
+})"""
+STACKED = """[...document.images].filter(one => one.closest(".picture:not(.whole)")).every(
+  one => one.naturalWidth < 700)"""
