@@ -121,9 +121,9 @@ PLANS: dict[str, tuple[Stage, ...]] = {
 }
 """Rows a to d of the random start, and function matching; a stage begins when the one before it has ended.
 
-A run of resnet18_long or resnet18_standard sees 3.6 million images: 12 minutes at 5,000 images/s, which an H200 may reach
-at these sizes, so ``--only`` trains one of them, in two calls. Rate and weight decay of the best run of the grid are given
-to the others by ``--flags "--lr ... --weight-decay ..."``.
+A run of resnet18_long or resnet18_standard sees 3.6 million images: 12 minutes at 5,000 images/s, to expect of an H200
+at these sizes. So ``--only`` trains one of them, in two calls. Rate and weight decay of the best run of the grid are
+given to the others by ``--flags "--lr ... --weight-decay ..."``.
 """
 TINY = (
     "--epochs 2 --warmup-epochs 0 --size 64 --cache-size 64 --train-sizes 64 --batch-size 8 --threads 1 --device cpu"
