@@ -52,8 +52,8 @@ audit: env ## known faults of the packages in requirements.lock (needs PyPI itse
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	$(PYTHON) -m pip_audit --strict --no-deps --disable-pip -r requirements.lock
 
-stress: env ## kill a small search 200 times and count what it loses (some 20 minutes)
-	$(PYTHON) benchmarks/stress.py --kills 200
+stress: env ## kills, full disks, hostile files: count what is lost (about an hour); results/stress.json
+	$(PYTHON) benchmarks/stress.py
 
 mutate: env ## change splits, metrics and comparisons in 1,600 ways; at least 85 % must fail a test (half an hour)
 	OMP_NUM_THREADS=1 $(PYTHON) evidence/mutation.py
@@ -63,7 +63,7 @@ claims: env ## recompute every accuracy in results/claims.json, find every other
 
 # the wheel is made of the source distribution, which so holds all that it needs
 release: env ## build wheel and source distribution, check both, and try the wheel in a fresh environment (10 minutes)
-	rm -rf dist build
+	rm -rf dist
 	$(PYTHON) -m build --no-isolation
 	$(PYTHON) -m twine check --strict dist/*
 	$(PYTHON) -m check_wheel_contents dist/*.whl

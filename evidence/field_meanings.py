@@ -1,4 +1,7 @@
-"""What each field of the files of a run means: class of ``schemas.py`` -> field -> meaning; "" is the file itself."""
+"""What each field of the files of a run means: class of ``schemas.py`` -> field -> meaning; "" is the file itself.
+
+A field that is not here is described by the text below it in schemas.py.
+"""
 
 MEANINGS: dict[str, dict[str, str]] = {
     "Environment": {
@@ -61,6 +64,7 @@ MEANINGS: dict[str, dict[str, str]] = {
         "times_scored": "how often the test images were looked at in this run",
         "mirror": "whether the mean over an image and its mirror image was scored",
         "frozen_backbone": "whether only the output layer was trained",
+        "random_layers": "layers beside the output layer that started at random in a pretrained network",
         "frozen_members": "members of an ensemble with a frozen backbone",
         "temperature": "what outputs are divided by to calibrate probabilities",
         "temperature_reason": "why there is no temperature",

