@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 STAMP := .venv/.finetune101-installed
 .DEFAULT_GOAL := help
-.PHONY: help env demo test fast lint docs stress claims release clean
+.PHONY: help env demo test fast lint audit docs stress mutate claims release clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,7 @@ lint: env ## lint and types only
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+	$(PYTHON) -m bandit --quiet -c pyproject.toml -r finetune101 evidence benchmarks train.py test.py search.py utils.py
 
 docs: env ## the documentation as a site in build/site, its generated parts and numbers written anew; a warning is an error
 	$(PYTHON) evidence/references.py
@@ -46,8 +47,16 @@ test: lint ## lint, types and all tests (about a quarter of an hour on two cores
 fast: env ## the quick tests only
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not caltech101"
 
-stress: env ## kill a small search 200 times and count what it loses (some 20 minutes)
-	$(PYTHON) benchmarks/stress.py --kills 200
+# pip-audit asks PyPI for known faults; without --strict it passes what it could not ask about
+audit: env ## known faults of the packages in requirements.lock (needs PyPI itself: a mirror does not know them)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$(PYTHON) -m pip_audit --strict --no-deps --disable-pip -r requirements.lock
+
+stress: env ## kills, full disks, hostile files: count what is lost (about an hour); results/stress.json
+	$(PYTHON) benchmarks/stress.py
+
+mutate: env ## change splits, metrics and comparisons in 1,600 ways; at least 85 % must fail a test (half an hour)
+	OMP_NUM_THREADS=1 $(PYTHON) evidence/mutation.py
 
 claims: env ## recompute every accuracy in results/claims.json, find every other number in its evidence
 	@$(PYTHON) evidence/claims.py

@@ -24,14 +24,16 @@ CHINESE = {
     "second start: import torch to the first step (done after": "第二次启动：import torch 到第一步开始（第一步完成于",
     "s) |": "s） |",
     "frozen features of two networks; with us the output layer as well": "两个网络的冻结特征；我们这边还包括输出层",
-    "fine-tuning EfficientNet-Lite0: 20 epochs, scaled up;": "微调 EfficientNet-Lite0：20 轮（按比例推算）；",
-    "bf16 less fp32, validation, mean of": "bf16 减 fp32，验证准确率，平均次数",
+    "fine-tuning EfficientNet-Lite0: 20 epochs, scaled up; ": "微调 EfficientNet-Lite0：20 轮（按比例推算）；",
+    "bf16 less fp32, validation, mean of": "bf16 减 fp32，验证准确率之差的平均，训练次数",
     " points": " 个百分点",
     "images/s": "张/秒",
-    "epoch, ": "一轮，",
+    "epoch, ": "训练一轮，",
     " (bare step)": "（纯训练步）",
     " without bf16": "（处理器无 bf16）",
     " to ": " 至 ",
+    " (": "（",
+    ")**": "）**",
 }
 
 

@@ -25,6 +25,7 @@ OUTSIDE = re.compile(r"^[a-z]+:|^#")
 ZH = "docs/zh/"
 BESIDE = (
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "finetune101/fast/README.md",
     "results/ablations.md",
     "results/peers.md",
@@ -71,45 +72,44 @@ def as_page(text: str, name: str) -> str:
     return in_prose(FENCE.sub(r"\1", text), lambda prose: LINK.sub(led, prose))
 
 
-def gather(out: Path) -> list[str]:
-    """Puts what MkDocs reads into ``out``, and returns the names of the files, from the project's root."""
+def gather(out: Path, root: Path = ROOT) -> list[str]:
+    """Puts what MkDocs reads into ``out``, and returns the names of the files, relative to the project at ``root``."""
     shutil.rmtree(out, ignore_errors=True)
-    pages = (file.relative_to(ROOT).as_posix() for file in sorted((ROOT / "docs").rglob("*")) if file.is_file())
+    pages = (file.relative_to(root).as_posix() for file in sorted((root / "docs").rglob("*")) if file.is_file())
     waiting, done = [*BESIDE, *pages], dict[str, None]()
     while waiting:
         name = waiting.pop()
-        if name in done or not (ROOT / name).is_file():
+        if name in done or not (root / name).is_file():
             continue  # MkDocs names a link that leads nowhere
         done[name] = None
         target = out / address(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".md"):
-            text = (ROOT / name).read_text(encoding="utf-8")
+            text = (root / name).read_text(encoding="utf-8")
             target.write_text(as_page(text, name), encoding="utf-8")
             waiting += links(text, posixpath.dirname(name))
         else:
-            shutil.copyfile(ROOT / name, target)
+            shutil.copyfile(root / name, target)
     return sorted(done)
 
 
-def main(build: Path = BUILD) -> int:
-    """Builds the site into ``build``/site; returns 1 where MkDocs warns."""
+def main(build: Path = BUILD, root: Path = ROOT) -> int:
+    """Builds the site of the project at ``root`` into ``build``/site; returns 1 where MkDocs warns."""
     from mkdocs.commands.build import build as build_site
     from mkdocs.config import load_config
     from mkdocs.exceptions import Abort, ConfigurationError
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    gather(build / "docs")
+    gather(build / "docs", root)
+    site = build / "site"
     try:
-        config = load_config(
-            str(ROOT / "mkdocs.yml"), docs_dir=str(build / "docs"), site_dir=str(build / "site"), strict=True
-        )
-        build_site(config)
+        build_site(load_config(str(root / "mkdocs.yml"), docs_dir=str(build / "docs"), site_dir=str(site), strict=True))
     except (Abort, ConfigurationError) as error:
         print(error, file=sys.stderr)
         return 1
-    shutil.copyfile(build / "site" / "sitemap.xml", build / "site" / "zh" / "sitemap.xml")  # the theme asks for it
-    print(build / "site" / "index.html")
+    if (site / "zh").is_dir():
+        shutil.copyfile(site / "sitemap.xml", site / "zh" / "sitemap.xml")  # the theme asks for it
+    print(site / "index.html")
     return 0
 
 

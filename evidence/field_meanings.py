@@ -1,4 +1,7 @@
-"""What each field of the files of a run means: class of ``schemas.py`` -> field -> meaning; "" is the file itself."""
+"""What each field of the files of a run means: class of ``schemas.py`` -> field -> meaning; "" is the file itself.
+
+A field that is not here is described by the text below it in schemas.py.
+"""
 
 MEANINGS: dict[str, dict[str, str]] = {
     "Environment": {

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -256,7 +257,8 @@ def _fields(kind: Any, prefix: str) -> Iterator[str]:
         always, inner = True, hint
         if get_origin(inner) is NotRequired:
             always, inner = False, get_args(inner)[0]
-        meaning = MEANINGS.get(kind.__name__, {}).get(name) or MEANINGS[kind.__mro__[0].__name__][name]
+        meaning = MEANINGS.get(kind.__name__, {}).get(name) or _docs_of_fields().get(f"{kind.__name__}.{name}", "")
+        assert meaning, f"say in field_meanings.py what {kind.__name__}.{name} means, or below the field in schemas.py"
         takes = re.sub(r", at most 1(0{6,}|e\+\d+)", "", must_be(inner)).replace(
             "a table of names and values", "a table"
         )
@@ -264,6 +266,18 @@ def _fields(kind: Any, prefix: str) -> Iterator[str]:
         if table_of := next((one for one in _inside(inner) if hasattr(one, "__required_keys__")), None):
             many = "[]" if "list[" in str(inner) else ""
             yield from _fields(table_of, f"{prefix}{name}{many}.")
+
+
+@functools.cache
+def _docs_of_fields() -> dict[str, str]:
+    """Class.field -> the text below the field in schemas.py."""
+    texts = {}
+    for kind in ast.parse(inspect.getsource(schemas)).body:
+        if isinstance(kind, ast.ClassDef):
+            for field, below in itertools.pairwise(kind.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    texts[f"{kind.name}.{ast.unparse(field.target)}"] = str(ast.literal_eval(below.value))
+    return texts
 
 
 def _inside(hint: Any) -> Iterator[Any]:

@@ -30,6 +30,8 @@ LEAST_FREE = 0.3e9
 """Bytes: the files of one training of a small network. With less a training cannot end."""
 FOR_IMAGES = 2e9
 """Bytes: Caltech-101 decoded at 224 px takes 1.3 GB in the folder of caches."""
+# it is measured, nothing is written there
+SHARED_MEMORY = Path("/dev/shm")  # nosec B108
 LEAST_SHARED = 1e9
 """Bytes of shared memory that the worker processes of a GPU training pass their batches in; Docker gives 64 MB."""
 C_PROGRAM = "#include <math.h>\n#include <omp.h>\nfloat root(float x) { return sqrtf(x) * omp_get_max_threads(); }\n"
@@ -211,7 +213,7 @@ def check_compiler() -> Check:
     return Check("compiler", gcc)
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm"), least: float = LEAST_SHARED) -> Check:
+def check_shared_memory(folder: Path = SHARED_MEMORY, least: float = LEAST_SHARED) -> Check:
     """Whether the worker processes that feed a GPU have ``least`` bytes of shared memory to pass batches in."""
     try:
         total = shutil.disk_usage(folder).total

@@ -59,6 +59,7 @@ METADATA = "finetune101"
 PICTURES, RESIZED = "images", "resized"
 """The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
 MOST_BYTES = 2 * 10**9  # of an exported file: protobuf's own bound
+ELSEWHERE = "session.model_external_initializers_file_folder_path"  # ONNX Runtime takes the current folder without it
 PASS = 4  # pictures of one forward pass; more are hardly faster and take more memory
 DIGITS = 6  # of a probability in a table
 UNLIKE_TEXT = "unlike the training pictures"
@@ -428,6 +429,8 @@ class ExportedNetwork:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
+        if not in_place:  # weights in other files are looked for below ``file``, which is no folder: there are none
+            options.add_session_config_entry(ELSEWHERE, os.path.abspath(file))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores decode meanwhile
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

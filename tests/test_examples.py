@@ -142,12 +142,15 @@ def test_each_block_is_run_or_says_why_not(page: Path) -> None:
         )
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of code of a page, without comments and without the language of what they write."""
-    blocks = re.findall(r"^```(?:sh|powershell).*\n((?:.*\n)*?)```$", page.read_text(encoding="utf-8"), re.M)
-    return [re.sub(r"\s*#.*| --lang zh", "", line) for block in blocks for line in block.splitlines()]
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The first line of each block of code, and its code without comments and without the language of its output."""
+    fences = re.findall(r"^```(\w.*)\n((?:.*\n)*?)```$", page.read_text(encoding="utf-8"), re.M)
+    return [(head, re.sub(r" *(#|//) .*$| --lang zh", "", lines, flags=re.M)) for head, lines in fences]
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "zh").glob("*.md")), ids=lambda page: page.stem)
-def test_a_chinese_page_gives_the_commands_of_the_english_one(page: Path) -> None:
-    assert commands(page) == commands(ROOT / "docs" / page.name)
+def test_a_chinese_page_has_the_code_and_the_numbers_of_the_english_one(page: Path) -> None:
+    english = ROOT / "docs" / page.name
+    assert blocks(page) == blocks(english)
+    marks = [re.findall(r"<!--claim:([^>]+)-->", one.read_text(encoding="utf-8")) for one in (page, english)]
+    assert sorted(marks[0]) == sorted(marks[1])

@@ -74,7 +74,7 @@ def test_the_commands_of_the_readme(
             runpy.run_path(str(ROOT / script), run_name="__main__")
         assert end.value.code == 0, f"{script} {words}: {capsys.readouterr().err}"
     said = capsys.readouterr().out
-    assert "72 points" in said and "Test accuracy:" in said
+    assert "72 trials" in said and "Test accuracy:" in said
     for file in ("best_finetune_best.pth", "training_plots_random/best_random.png", "runs/best_finetune/test.json"):
         assert Path(file).is_file(), file
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import texts
+from PIL import Image
 
 from finetune101.cli.main import main
 
@@ -17,7 +19,7 @@ BLOCK = re.compile(r"(<!--[^>]*-->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 def commands(text: str) -> list[str]:
     """The lines of the blocks of code and the commands in the text, without comments."""
     parts = re.findall(r"```\w+\n(.*?)```|`(finetune101 [^`\n]+)`", text, re.DOTALL)
-    return [re.sub(r"\s+#.*", "", line) for block, inline in parts for line in (block or inline).splitlines()]
+    return [re.sub(r"(^|\s+)#.*", "", line) for block, inline in parts for line in (block or inline).splitlines()]
 
 
 def test_both_give_the_same_commands() -> None:
@@ -43,14 +45,24 @@ def test_each_command_is_tested_or_says_why_not(readme: str) -> None:
         assert language in ("text", "python") or (language == "sh" and (tested or comment)), block
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_no_link_is_dead(readme: str) -> None:
-    if not (ROOT / "docs" / "install.md").is_file():
+@pytest.mark.parametrize(("readme", "page"), [("README.md", "security.md"), ("README.zh-CN.md", "zh/install.md")])
+def test_no_link_is_dead(readme: str, page: str) -> None:
+    if not (ROOT / "docs" / page).is_file():
         pytest.skip("the pages that the README links to are not written yet")
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", READMES[readme])
     paths = [(a or b).partition("#")[0] for a, b in links]
     assert len(paths) > 20
     assert [path for path in paths if ":" not in path and not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("picture", ["front", "front-dark", "front-zh", "front-zh-dark"])
+def test_the_pictures_show_the_claim(picture: str) -> None:
+    """Where it fails: ``python evidence/front_picture.py`` draws them anew."""
+    claim = texts.read_claims(ROOT)["compare.gain.efficientnet_lite0.top1"]
+    file = ROOT / "docs" / "pictures" / f"{picture}.png"
+    with Image.open(file) as image:
+        assert image.size == (1600, 900) and image.info["claim"] == texts.number(claim)
+    assert file.stat().st_size < 300_000
 
 
 @pytest.mark.caltech101

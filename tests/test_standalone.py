@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from bare_python import AS_FINETUNE101, AS_PROGRAM, environment, run
 from exported import CLASSES, save, small_model
@@ -165,3 +166,18 @@ def test_few_images_are_in_memory(tmp_path: Path, tiny_data: Path) -> None:
     for files, _ in standalone.decoded_passes(pixels, map(str, range(500)), [], threads=2):
         ahead -= len(files)
     assert ahead == 0 and most <= 8 * 2 + 2 * standalone.PASS
+
+
+def test_an_exported_file_takes_weights_of_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A foreign file could name any file of the current folder, and the probabilities would tell what is in it."""
+    save(small_model(), tmp_path / "whole.onnx")
+    model = onnx.load(tmp_path / "whole.onnx")
+    onnx.save(model, tmp_path / "thief.onnx", save_as_external_data=True, location="private", size_threshold=1000)
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "thief.onnx", "thief.onnx"):
+        with pytest.raises(standalone.UnusableFile, match="is damaged"):
+            standalone.ExportedNetwork(str(name))
+    trusted = standalone.ExportedNetwork("thief.onnx", in_place=True)
+    pictures = np.zeros((1, 40, 40, 3), np.uint8)
+    expected = standalone.ExportedNetwork("whole.onnx").outputs(pictures).probabilities
+    assert np.array_equal(trusted.outputs(pictures).probabilities, expected)

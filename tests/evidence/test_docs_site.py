@@ -38,14 +38,19 @@ class Parsed(HTMLParser):
             self.links.append(values["href"])
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(build: Path, root: Path = ROOT) -> int:
+    """What the script returns for the project at ``root``."""
     for package in ("material", "mkdocs_static_i18n"):
         pytest.importorskip(package, reason="needs the extra docs: pip install 'finetune101[docs]'")
-    build = tmp_path_factory.mktemp("docs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MkDocs' own packages; what MkDocs says of our pages is no Python warning
-        assert docs_site.main(build) == 0
+        return docs_site.main(build, root)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    build = tmp_path_factory.mktemp("docs")
+    assert built(build) == 0
     return build / "site"
 
 
@@ -102,6 +107,40 @@ def test_anchors_of_the_readme(readme: str, site: Path, pages: dict[Path, Parsed
             assert anchor in pages[page].anchors, f"{readme}: {path}.md#{anchor}"
 
 
-def test_words_for_the_tests_are_not_shown(site: Path) -> None:
-    for page in site.glob("*.html"):
-        assert not re.search(r"sh (runnable|small|server)|python (runnable|small|signature)", page.read_text("utf-8"))
+def test_every_block_of_code_is_one(site: Path) -> None:
+    """The words behind its language, which are for the tests, would make it text."""
+    for page in set(site.rglob("*.html")) - set(site.rglob("CONTRIBUTING.html")):  # which tells of these words
+        assert "```" not in page.read_text(encoding="utf-8"), page
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "page"),
+    [
+        (
+            "docs/a.md",
+            "[b](b.md#c) [x](../results/x.png) [w](https://w.org)",
+            "[b](b.md#c) [x](results/x.png) [w](https://w.org)",
+        ),
+        ("docs/zh/a.md", "[b](b.md) ![x](../../results/x.png)", "[b](b.md) ![x](results/x.png)"),
+        ("results/t.md", "[a](../docs/a.md)", "[a](../a.md)"),
+        ("docs/a.md", "`a[0](../b)`\n```python small\nc[0](../d)\n```\n", "`a[0](../b)`\n```python\nc[0](../d)\n```\n"),
+    ],
+)
+def test_links_lead_to_where_the_site_has_their_files(name: str, text: str, page: str) -> None:
+    assert docs_site.as_page(text, name) == page
+
+
+@pytest.mark.parametrize(
+    ("link", "code"),
+    [("b.md", 0), ("b.md#here", 0), ("../notes/n.txt", 0), ("c.md", 1), ("b.md#nowhere", 1), ("../notes/gone.txt", 1)],
+)
+def test_a_dead_link_fails_the_build(link: str, code: int, tmp_path: Path) -> None:
+    for name, text in {
+        "docs/index.md": f"# A\n\n[link]({link})\n",
+        "docs/b.md": "# B\n\n## Here\n",
+        "notes/n.txt": "note\n",
+        "mkdocs.yml": "site_name: s\nvalidation: {links: {anchors: warn}}\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert built(tmp_path / "build", tmp_path) == code
