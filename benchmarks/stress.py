@@ -1,208 +1,145 @@
-"""Kills searches and studies at random moments and counts what it costs: ``python benchmarks/stress.py --kills 200``.
+"""Kills, signals, full disks, hostile files: ``python benchmarks/stress.py [--part NAME] [--count N]``.
 
-A small search and a small study over drawn images, with two workers, run in turns again and again; four kills of five
-hit a worker, one the driver, all with SIGKILL, and the same command is given again where the driver died. Each finished
-one is compared with one that nobody disturbed: every run once, no epoch trained twice, the same metrics. Linux only.
+Every part does to the program what its docstring says, as often as ``--count`` says, and counts how often something was
+lost, changed or badly said. Results go to results/stress.json, where each part replaces its own; all parts take about
+an hour. Linux with gcc only: a small shim before the C library makes the disk full.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recorded import learned, record
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: commands are forked from this process
 
-GRID = ["--grid", "lr=0.01,0.02,0.03,0.05", "--grid", "gamma=0.1,0.5", "--grid", "batch_size=8,16"]
-POINTS = 16
-SMALL = ["--size", "32", "--epochs", "3", "--threads", "1"]
-SEARCH = ["search", *SMALL, "--model", "squeezenet1_1", "--no-pretrain"]
-STUDY = ["study", *SMALL, "--models", "squeezenet1_1", "--arms", "scratch", "--scratch-recipe", "original"]
-STUDY += ["--seeds", "4", "--splits", "4", "--batch-size", "8"]
+from faults import folders, hostile, old, ranks, searches, stops, twice
+from faults.bench import Bench, Case, warm_up
+from faults.disk import disk
+from recorded import record
 
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "stress.json"
+LOADED = "FINETUNE101_STRESS_SHIM"  # set where the shim is loaded
+MOST_TOLD = 20  # failures of a part in the results
 
-Popen = subprocess.Popen[str]
-
-
-@dataclass
-class Tally:
-    """What the kills cost, over all searches and studies."""
-
-    kills: int = 0
-    of_drivers: int = 0
-    searches: int = 0
-    studies: int = 0
-    lost: int = 0
-    repeated: int = 0
-    different: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
-def start(folder: Path, data: Path, jobs: int = 2, grid: list[str] = GRID, study: bool = False) -> Popen:
-    """The command of the search, or of the study, in a session of its own."""
-    command = [sys.executable, "-m", "finetune101", *(STUDY if study else [*SEARCH, *grid])]
-    return subprocess.Popen(
-        [*command, "--exp", "s", "--runs", str(folder), "--data", str(data), "--jobs", str(jobs)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it in what they start behind
-    )
+Part = Callable[[int, Bench], Iterator[Case]]
+PARTS: dict[str, tuple[int, Part]] = {
+    "kills": (100, stops.kills),
+    "signals": (50, stops.signals),
+    "disk": (100, disk),
+    "folders": (101, folders.folders),
+    "twice": (40, twice.twice),
+    "ranks": (20, ranks.ranks),
+    "hostile": (3000, hostile.hostile),
+    "old": (1, old.old),
+    "searches": (200, searches.searches),
+}
+"""Name -> how many cases by default, and the part."""
+DRAW = {"kills": 4, "signals": 2, "disk": 3, "folders": 6, "twice": 2, "ranks": 1, "hostile": 50, "old": 1}
+"""The same for the tests, in less than a minute."""
 
 
-def children(pid: int) -> list[int]:
-    """Process numbers of the children of ``pid``."""
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in done.stdout.split()]
-
-
-def workers(pid: int) -> list[int]:
-    """The worker processes of the search ``pid``: the children of its fork server."""
-    processes = []
-    for child in children(pid):
-        try:
-            server = "forkserver" in Path(f"/proc/{child}/cmdline").read_text()
-        except OSError:
-            continue
-        processes += children(child) if server else []
-    return processes
-
-
-def kill_one(search: Popen, rng: random.Random, tally: Tally) -> None:
-    """Kills a worker or, one time in five, the driver."""
-    victims = workers(search.pid)
-    driver = rng.random() < 0.2
-    if not driver and not victims:
-        return
-    try:
-        os.kill(search.pid if driver else rng.choice(victims), signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    tally.kills += 1
-    tally.of_drivers += driver
-
-
-def disturbed(folder: Path, data: Path, kills: int, rng: random.Random, tally: Tally, study: bool) -> None:
-    """One search or study, given again until it is finished; it is killed at until the tally has ``kills``."""
-    while True:
-        with start(folder, data, study=study) as search:
-            while search.poll() is None:
-                try:
-                    search.wait(rng.uniform(0.05, 2.5))
-                except subprocess.TimeoutExpired:
-                    if tally.kills < kills and workers(search.pid):  # before that it has not begun
-                        kill_one(search, rng, tally)
-            assert search.stderr is not None
-            errors = search.stderr.read()
-        if search.returncode == 0:
+def run_part(name: str, count: int, seed: int, bench: Bench, minutes: float = math.inf) -> Iterator[dict[str, Any]]:
+    """Runs a part for so many cases or minutes; after each case, what came of all of them, for the results."""
+    started, cases, failures = time.monotonic(), 0, list[str]()
+    about = {"seed": seed, "machine": machine(), "version": version()}
+    bench.rng, bench.notes = random.Random(f"{name} {seed}"), type(bench.notes)()
+    for what, fault in PARTS[name][1](count, bench):
+        cases += 1
+        if fault:
+            failures.append(f"{what}: {fault}")
+        if fault or cases % max(1, count // 20) == 0:
+            print(f"{name} {cases}/{count}, {len(failures)} failures", failures[-1] if fault else "", flush=True)
+        seconds = time.monotonic() - started
+        sums = {"count": cases, "failures": len(failures), "seconds": round(seconds)}
+        yield {**sums, **about, "notes": dict(sorted(bench.notes.items())), "failed": failures[:MOST_TOLD]}
+        if seconds > 60 * minutes:
             return
-        if search.returncode != -signal.SIGKILL:
-            raise RuntimeError(f"the command ended with {search.returncode}: {errors[-2000:]}")
 
 
-def events_twice(run: Path) -> list[int]:
-    """The epochs whose validation accuracy is in the run's TensorBoard events more than once."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    counts: Counter[int] = Counter()
-    for file in run.glob("events.out.tfevents.*"):
-        for event in EventFileLoader(str(file)).Load():
-            counts.update(event.step for value in event.summary.value if value.tag == "accuracy/val")
-    return [step for step, count in counts.items() if count > 1]
+def machine() -> str:
+    """Processor and cores, in words."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "a processor")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
-def times_finished(folder: Path) -> Counter[str]:
-    """How often each run of the finished search or study in ``folder`` came to its end."""
-    if (folder / "study.json").is_file():
-        return Counter(path.parent.relative_to(folder).as_posix() for path in folder.rglob("test.json"))
-    import optuna
-    from optuna.storages.journal import JournalFileBackend, JournalStorage
+def version() -> str:
+    """Version of the program, and the commit where git knows it."""
+    import finetune101
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
-    (name,) = optuna.get_all_study_names(storage)
-    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
-    finished = [t for t in trials if t.state == optuna.trial.TrialState.COMPLETE and "same_as" not in t.user_attrs]
-    return Counter(trial.user_attrs["run"] for trial in finished)
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return f"{finetune101.__version__} {done.stdout.strip()}".strip()
 
 
-Metrics = dict[str, list[list[Any]]]
+def merged(out: Path, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The results in ``out`` with these parts replaced, and the sums over all parts."""
+    before = json.loads(out.read_text())["parts"] if out.is_file() else {}
+    both = {**before, **parts}
+    ordered = {name: both[name] for name in PARTS if name in both}
+    sums = {key: sum(part[key] for part in ordered.values()) for key in ("count", "failures", "seconds")}
+    return {"faults": sums["count"], "failures": sums["failures"], "seconds": sums["seconds"], "parts": ordered}
 
 
-def judge(folder: Path, truth: Metrics, tally: Tally) -> None:
-    """Adds to the tally what the finished search or study in ``folder`` lost, repeated or changed."""
-    times = times_finished(folder / "s")
-    for run in truth:
-        path = folder / "s" / run
-        if times[run] == 0 or not (path / "metrics.jsonl").is_file():
-            tally.lost += 1
-        elif times[run] > 1 or events_twice(path):
-            tally.repeated += 1
-            tally.notes.append(f"{run}: finished {times[run]} times, epochs {events_twice(path)} trained twice")
-        elif learned(path) != truth[run]:
-            tally.different += 1
-            tally.notes.append(f"{run}: {learned(path)} rather than {truth[run]}")
+def with_shim(argv: list[str]) -> int:
+    """This program again, with the shim loaded into it and all that it starts."""
+    with tempfile.TemporaryDirectory() as folder:
+        shim = Path(folder) / "shim.so"
+        build = ["gcc", "-O1", "-shared", "-fPIC", str(HERE / "faults" / "shim.c"), "-o", str(shim), "-ldl"]
+        try:
+            subprocess.run(build, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"error: the shim for full disks cannot be built ({error}); install gcc", file=sys.stderr)
+            return 2
+        os.chmod(folder, 0o755)  # other users load it as well
+        preload = " ".join(filter(None, (str(shim), os.environ.get("LD_PRELOAD", ""))))
+        environment = {**os.environ, "LD_PRELOAD": preload, LOADED: "1"}
+        return subprocess.run([sys.executable, __file__, *argv], env=environment, check=False).returncode
 
 
-def undisturbed(folder: Path, data: Path, study: bool) -> Metrics:
-    """Run -> its metrics, of a search or a study that nobody kills."""
-    command = start(folder, data, jobs=1, study=study)
-    _, errors = command.communicate()
-    if command.returncode != 0:
-        raise RuntimeError(f"the undisturbed command failed: {errors[-2000:]}")
-    files = (folder / "s").rglob("metrics.jsonl")
-    truth = {file.parent.relative_to(folder / "s").as_posix(): learned(file.parent) for file in files}
-    assert len(truth) == POINTS
-    return truth
-
-
-def stress(kills: int, seed: int, folder: Path, data: Path) -> Tally:
-    """Kills until there were ``kills``, and judges every search and study."""
-    truths: dict[bool, Metrics] = {}
-    tally, rng = Tally(), random.Random(seed)
-    while tally.kills < kills:
-        study = tally.searches > tally.studies
-        if study not in truths:
-            truths[study] = undisturbed(folder / f"truth_{'study' if study else 'search'}", data, study)
-        place = folder / f"{'study' if study else 'search'}_{tally.searches}"
-        disturbed(place, data, kills, rng, tally, study)
-        tally.searches, tally.studies = tally.searches + (not study), tally.studies + study
-        judge(place, truths[study], tally)
-        print(tally, flush=True)
-    return tally
-
-
-def main() -> int:
-    """1 when anything was lost, repeated or changed."""
+def main(argv: list[str]) -> int:
+    """1 when anything was lost, changed or badly said."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="this part only; may be repeated")
+    parser.add_argument("--count", type=int, help="cases of each part")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time of each part; then it has fewer cases")
+    parser.add_argument("--draw", action="store_true", help="a few cases of each part, for the tests")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the counts to this JSON file")
-    arguments = parser.parse_args()
+    parser.add_argument("--keep", type=Path, help="folder for hostile files that were not read well")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results of all parts, as JSON")
+    arguments = parser.parse_args(argv)
+    if sys.platform != "linux":
+        print("error: these faults are made by Linux only", file=sys.stderr)
+        return 2
+    if LOADED not in os.environ:
+        return with_shim(argv)
     from finetune101.demo.dataset import draw
 
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        os.environ["FINETUNE101_CACHE"] = str(Path(name) / "cache")
-        data = draw(Path(name) / "images", classes=3, images_per_class=20)
-        tally = stress(arguments.kills, arguments.seed, Path(name), data)
-    failures = tally.lost + tally.repeated + tally.different
-    values = {**vars(tally), "failures": failures, "points": POINTS, "seconds": round(time.perf_counter() - started)}
-    print(json.dumps(values, indent=1))
-    record(values, arguments.out)
+    counts = DRAW if arguments.draw else {name: count for name, (count, _) in PARTS.items()}
+    names = arguments.part or list(counts)
+    with tempfile.TemporaryDirectory(prefix="stress-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        bench = Bench(folder, draw(folder / "images", classes=3, images_per_class=12), random.Random(), arguments.keep)
+        warm_up(bench, kernels=not arguments.draw)
+        failures = 0
+        for part in names:
+            for result in run_part(part, arguments.count or counts[part], arguments.seed, bench, arguments.minutes):
+                record(merged(arguments.out, {part: result}), arguments.out)  # each time: a part may be interrupted
+            failures += result["failures"]
+            print(f"{part}: {result['count']} cases, {result['failures']} failures, {result['seconds']} s", flush=True)
     return int(failures > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

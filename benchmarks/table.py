@@ -1,6 +1,7 @@
-"""The README's performance table and the claims on speed, from results/speed/: ``python benchmarks/table.py``.
+"""The table of speed and the claims on speed, from results/speed/: ``python benchmarks/table.py``.
 
-Writes the table into both READMEs, between their speed marks, and the speed.* claims into results/claims.json.
+Writes the table into docs/speed.md and docs/zh/speed.md, between their marks, and the speed.* claims into
+results/claims.json.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ PAIRED = "python benchmarks/paired.py --data data/101_ObjectCategories"
 MARKS = ("<!-- speed: python benchmarks/table.py -->", "<!-- end of speed -->")
 CHINESE = {
     "| what | plain loop, num_workers=0 |": "| 内容 | 普通循环，num_workers=0 |",
-    "| ratio (range) | claim |": "| 倍数（范围） | 声明 |",
-    "whole training epoch against the bare step": "完整训练轮与裸训练步之比",
-    "peak memory, the worst of these": "峰值内存（最差者）",
-    "labels of 2,000 JPEGs by `fast/`, warm (model loading": "`fast/` 给 2,000 张 JPEG 打标签，预热后（另需载入模型",
-    "beside it)": "）",
-    "second start: import torch to the first step (done after": "第二次启动：从 import torch 到第一步（完成于",
-    "frozen features of two networks; with us the output layer as well": "两个网络的冻结特征；我们还包括输出层",
-    "fine-tuning EfficientNet-Lite0: 20 epochs, scaled up;": "微调 EfficientNet-Lite0：20 轮（按比例推算）；",
-    "bf16 less fp32, validation, mean of": "bf16 减 fp32，验证准确率，均值，运行数",
+    "| ratio (range) | claim |": "| 倍数（范围） | 结果编号 |",
+    "whole training epoch against the bare step": "完整的一轮与纯训练步（不含数据读取）之比",
+    "peak memory, the worst of these (more than 1: we use more)": "峰值内存，其中最差者（大于 1：我们用得更多）",
+    "labels of 2,000 JPEGs by `fast/`, warm (model loading": "`fast/` 识别 2,000 张 JPEG，预热之后（载入模型另需",
+    " beside it)": "）",
+    "second start: import torch to the first step (done after": "第二次启动：import torch 到第一步开始（第一步完成于",
+    "s) |": "s） |",
+    "frozen features of two networks; with us the output layer as well": "两个网络的冻结特征；我们这边还包括输出层",
+    "fine-tuning EfficientNet-Lite0: 20 epochs, scaled up; ": "微调 EfficientNet-Lite0：20 轮（按比例推算）；",
+    "bf16 less fp32, validation, mean of": "bf16 减 fp32，验证准确率之差的平均，训练次数",
     " points": " 个百分点",
     "images/s": "张/秒",
-    "epoch, ": "一轮，",
-    "(bare step)": "（裸训练步）",
+    "epoch, ": "训练一轮，",
+    " (bare step)": "（纯训练步）",
     " without bf16": "（处理器无 bf16）",
+    " to ": " 至 ",
+    " (": "（",
+    ")**": "）**",
 }
 
 
@@ -85,7 +90,8 @@ class Table:
                 self.add(what, *rates, f"{pairs['ratio']} ({low} to {high})", entry)
         if memory:
             entry = claim("memory", max(memory), "times", len(memory), [min(memory), max(memory)], PAIRED)
-            self.add("peak memory, the worst of these", "1", f"{max(memory)}", f"{max(memory)}", entry)
+            what, most = "peak memory, the worst of these (more than 1: we use more)", f"{max(memory)}"
+            self.add(what, "1", most, most, entry)
         if benchmark := self.measured("benchmark"):
             row, command = benchmark["rows"][0], "finetune101 benchmark --models efficientnet_lite0 --repeats 7"
             rates = f"{row['step_images_per_s']} images/s (bare step)", f"{row['whole_images_per_s']} images/s"
@@ -149,14 +155,17 @@ def main() -> None:
     file = RESULTS / "claims.json"
     kept = [old for old in json.loads(file.read_text()) if not old["id"].startswith("speed.")]
     file.write_text(json.dumps(sorted(kept + claims, key=lambda one: str(one["id"])), indent=1) + "\n")
-    for name, words in (("README.md", {}), ("README.zh-CN.md", CHINESE)):
+    for name, words in (("docs/speed.md", {}), ("docs/zh/speed.md", CHINESE)):
         text = "\n".join(lines)
         for english, chinese in words.items():
             text = text.replace(english, chinese)
-        readme = RESULTS.parent / name
-        before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+        page = RESULTS.parent / name
+        before, first, rest = page.read_text(encoding="utf-8").partition(MARKS[0]) if page.is_file() else ("", "", "")
+        _, last, after = rest.partition(MARKS[1])
+        if first and last:
+            page.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")
+        else:
+            print(f"{page} has no place for the table: {MARKS[0]} ... {MARKS[1]}")
     print("\n".join(lines))
 
 

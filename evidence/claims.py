@@ -20,7 +20,8 @@ claims.json is a list of {id, kind, value, unit, n, spread, command, evidence}.
   label, prediction, confidence), or a folder that holds such folders, one for each run. ``manifest`` of test.json names
   the split: results/splits/<manifest>.json.
 
-A claim that a README mentions by its id must stand there with its value, on one line with the id.
+A claim that a README or a page of docs/ shows by its id must stand there with its value, on one line with the id. The
+numbers that stand in these texts without an id are those of ``texts.py``.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import texts
 
 FIELDS = ("id", "kind", "value", "unit", "n", "spread", "command", "evidence")
 ACCURACIES = ("top1", "mean_per_class")
 GAIN = "compare.gain."
-READMES = ("README.md", "README.zh-CN.md")
 TOLERANCE = 0.005 + 1e-9  # percent: two decimals
 UNCHECKED = (".parameters",)
 NUMBER = r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
@@ -387,9 +388,12 @@ def check_claim(claim: dict[str, Any], results: Path) -> list[str]:
     return problems
 
 
-def check_readme(claim: dict[str, Any], text: str) -> bool:
+def check_page(claim: dict[str, Any], text: str) -> bool:
     """Whether the text is silent about the claim, or gives its value on a line that names it."""
-    lines = [line for line in text.splitlines() if re.search(rf"(?<![\w.]){re.escape(claim['id'])}(?![\w.]*\w)", line)]
+    if claim["id"] not in text:
+        return True
+    name = re.compile(rf"(?<![\w.]){re.escape(claim['id'])}(?![\w.]*\w)")
+    lines = [line for line in text.splitlines() if name.search(line)]
     forms = {str(claim["value"]), f"{claim['value']:.2f}"}
     number = re.compile(rf"(?<![\d.])({'|'.join(map(re.escape, sorted(forms)))})(?!\.?\d)")
     return not lines or any(number.search(line) for line in lines)
@@ -401,15 +405,17 @@ def check_claims(root: Path) -> tuple[Counter[str], list[str]]:
     claims = read_json(results / "claims.json")
     ids = [claim.get("id") for claim in claims]
     problems = [f"{name}: claimed twice" for name in sorted({str(name) for name in ids if ids.count(name) > 1})]
+    pages = [(page, re.sub(r"<!--.*?-->", "", text)) for page, text in texts.pages(root)]
     for claim in claims:
         wrong = check_claim(claim, results)
         problems += [f"{claim.get('id')}: {problem}" for problem in wrong]
         if not wrong:
             problems += [
-                f"{claim['id']}: {readme} names it without its value {claim['value']}"
-                for readme in READMES
-                if (root / readme).is_file() and not check_readme(claim, (root / readme).read_text(encoding="utf-8"))
+                f"{claim['id']}: {page} names it without its value {claim['value']}"
+                for page, text in pages
+                if not check_page(claim, text)
             ]
+    problems += texts.differences(root, {claim["id"]: claim for claim in claims if set(FIELDS) <= claim.keys()})
     kinds = ("not checked" if str(one.get("id")).endswith(UNCHECKED) else str(one.get("kind")) for one in claims)
     return Counter(kinds), problems
 

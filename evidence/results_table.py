@@ -1,6 +1,7 @@
-"""The README's table of accuracies, from results/claims.json: ``python evidence/results_table.py``.
+"""The table of accuracies on the page of results, from results/claims.json: ``python evidence/results_table.py``.
 
-Writes it into both READMEs, between their marks, and adds training time and parameters of each row to the claims.
+Writes it into the page and the Chinese page, between their marks, and adds training time and parameters of each row to
+the claims.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from claims import kind_of, minutes, runs_in
 from publish import RESULTS
+from texts import write_between
 
 from finetune101.config import TrainConfig
 from finetune101.evaluation.tested import read_manifest
@@ -20,10 +22,17 @@ from finetune101.run import Run
 
 MARKS = ("<!-- accuracy: python evidence/results_table.py -->", "<!-- end of accuracy -->")
 HEADS = {
-    "README.md": "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | min | claim |",
-    "README.zh-CN.md": "| 网络 | 起点，方案 | 划分 | top-1，% | 各类平均，% | n | 参数量（百万） | 分钟 | 声明 |",
+    "docs/results.md": (
+        "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | min | claim |"
+    ),
+    "docs/zh/results.md": (
+        "| 网络 | 初始权重，训练配方 | 划分 | top-1，% | 各类平均，% | n | 参数量（百万） | 分钟 | 结果编号 |"
+    ),
 }
-CHINESE = {"random": "随机", "reference": "参考", "standard": "标准", "train + val": "训练 + 验证"}
+CHINESE = {
+    "random": "随机", "reference": "参考", "standard": "标准", "train + val": "训练 + 验证", ", ": "，", "; ": "；",
+    " (": "（", ")": "）",
+}  # fmt: skip
 NETWORKS = {
     "efficientnet_lite0": "EfficientNet-Lite0",
     "efficientnet_lite2": "EfficientNet-Lite2",
@@ -110,7 +119,8 @@ def main() -> None:
     file = RESULTS / "claims.json"
     claims = {one["id"]: one for one in json.loads(file.read_text(encoding="utf-8"))}
     table = [row(stem, claims) for stem in STEMS if f"{stem}.top1" in claims]
-    claims = {name: one for name, one in claims.items() if not name.endswith(".minutes")}
+    times = {f"{stem}.minutes" for stem in STEMS}
+    claims = {name: one for name, one in claims.items() if name not in times}
     claims |= {claim["id"]: {**claim, "kind": kind_of(claim["id"])} for _, extra in table for claim in extra}
     write_json(file, sorted(claims.values(), key=lambda one: str(one["id"])))
     for name, head in HEADS.items():
@@ -118,10 +128,7 @@ def main() -> None:
         for cells, _ in table:
             line = [_chinese(cell) for cell in cells] if "zh" in name else cells
             lines.append("| " + " | ".join(line) + " |")
-        readme = RESULTS.parent / name
-        before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        readme.write_text(f"{before}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}{after}", encoding="utf-8")
+        write_between(RESULTS.parent / name, MARKS, "\n".join(lines))
         print("\n".join(lines))
 
 

@@ -95,6 +95,8 @@ class AugmentConfig:
     """Share of training images in which a random box is painted over."""
     mix: Share = 0.0
     """Share of batches in which images are mixed in pairs, by MixUp or CutMix in turn of chance."""
+    mixup_alpha: Positive | None = None
+    """Mix by MixUp alone, with this alpha; with 1 every share is as likely. Default: MixUp (.2) or CutMix."""
     train_sizes: tuple[Pixels, ...] = ()
     """Sizes in pixels of training images, one after the other over the epochs. Default: the size of the input."""
 
@@ -116,6 +118,8 @@ class ModelConfig:
     """File of ImageNet weights (.safetensors, or a .pth state dict)."""
     pretrain: bool = True
     """Start from ImageNet weights; --no-pretrain starts from random ones."""
+    random_layers: tuple[str, ...] = ()
+    """Layers that the ImageNet weights lack, such as classifier: they start at random and learn at --lr."""
     head: Literal["random", "probe"] = "random"
     """Start of the new output layer. probe: the best linear one on frozen features (then --epochs may be 0)."""
     probe_l2: Annotated[tuple[Positive, ...], Meta(min_length=1)] = (0.03, 0.01, 0.003, 0.001)
@@ -141,7 +145,7 @@ class OptimConfig:
     batch_size: Count = 64
     """Images per step."""
     lr: Annotated[float, Meta(gt=0, le=1e30)] = 0.01  # fp32 ends at 3e38
-    """Learning rate of the new output layer."""
+    """Learning rate of the new output layer, and of --random-layers."""
     backbone_lr_ratio: NotNegative | None = None
     """Learning rate of all other layers, as a share of --lr. Default: 0.1 fine-tuning, 1 from scratch."""
     momentum: BelowOne = 0.9
@@ -167,7 +171,9 @@ class OptimConfig:
     teacher: tuple[str, ...] = ()
     """Runs on the same split whose mean probabilities the network learns as well (distillation)."""
     teacher_share: AboveZero = 0.5
-    """Share of the target that is theirs, with --teacher."""
+    """Share of the loss that is theirs, with --teacher; 1 leaves the labels out."""
+    teacher_temperature: Annotated[float, Meta(gt=0, le=1000)] = 1.0
+    """Divides the outputs of teachers and network before they are compared, with --teacher."""
     val_every: Count = 1
     """Validate after every so many epochs, and after the last."""
 
@@ -214,12 +220,8 @@ class TrainConfig:
 
 
 PARTS: dict[str, type] = {
-    "data": DataConfig,
-    "augment": AugmentConfig,
-    "model": ModelConfig,
-    "optim": OptimConfig,
-    "system": SystemConfig,
-}
+    "data": DataConfig, "augment": AugmentConfig, "model": ModelConfig, "optim": OptimConfig, "system": SystemConfig,
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -377,18 +379,20 @@ def validate(config: TrainConfig) -> None:
     """Raises Refused, in one sentence that says what to do, for a setting that cannot work."""
     check_bounds(config)
     check_name(config.exp)
-    o, d, m = config.optim, config.data, config.model
+    o, d, m, less = config.optim, config.data, config.model, "give less than --epochs"
     rules = [
         (m.freeze or not m.cached_features, "--cached-features needs --freeze"),
         (not (m.cached_features and config.augment.mix), "--cached-features leaves no images for --mix"),
         (m.head == "random" or not m.cached_features, "--cached-features needs --head random"),
+        (m.pretrain or not m.random_layers, "--no-pretrain starts every layer at random; leave --random-layers out"),
+        (
+            not (m.freeze and m.random_layers),
+            "--freeze would keep --random-layers as they start; leave one of them out",
+        ),
         (not (m.cached_features and o.teacher), "--cached-features leaves no images for a --teacher"),
         (o.epochs >= (m.head == "random"), f"--epochs is {o.epochs}; give at least 1, or 0 with --head probe"),
         (not o.nesterov or o.momentum > 0, "--nesterov needs a --momentum above 0"),
-        (
-            o.warmup_epochs < o.epochs or o.warmup_epochs == 0,
-            f"--warmup-epochs is {o.warmup_epochs}; give less than --epochs",
-        ),
+        (o.warmup_epochs < o.epochs or o.warmup_epochs == 0, f"--warmup-epochs is {o.warmup_epochs}; {less}"),
         (d.val_size < 1 - d.test_size, f"--val-size is {d.val_size}; give a share below 1 - test size"),
     ]
     for fine, message in rules:

@@ -315,7 +315,7 @@ def _yaml(text: str) -> Any:
     ):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first)
     try:
-        return yaml.load(text, Loader)
+        return yaml.load(text, Loader)  # nosec B506
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 

@@ -18,7 +18,7 @@ HIDDEN = "***"
 LOG = "error.log"
 """The file beside a run that holds the tracebacks of what went wrong in it."""
 
-_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?P<user>[^\s'\"]*)@")
+_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]{0,40}://)(?P<user>[^\s'\"]*)@")
 _NAMED = re.compile(
     r"(?P<name>(?<![A-Za-z0-9])(?:--?)?[A-Za-z0-9_\-]*"
     r"(?:passwd|password|passphrase|pwd|secret|token|api[_\-]?key|access[_\-]?key|credentials?)[A-Za-z0-9_\-]*)"

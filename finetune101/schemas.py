@@ -119,6 +119,8 @@ class Test(TypedDict):
     times_scored: NotRequired[Whole]
     mirror: NotRequired[bool]
     frozen_backbone: NotRequired[bool]
+    random_layers: NotRequired[list[str]]
+    """Layers that started at random in a network that began from ImageNet weights."""
     frozen_members: NotRequired[list[str]]
     temperature: NotRequired[Annotated[float, Meta(gt=0, le=1e6)]]
     temperature_reason: NotRequired[str]

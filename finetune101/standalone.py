@@ -53,11 +53,13 @@ PIXELS_AT_ONCE = 128_000_000  # in all threads together, about 1 GB
 WEIGHT_BITS = 15  # of a weight of a resize as a whole number
 MOST_PRECISION = 22
 EXACT = 2**24  # whole numbers up to here are exact in single precision
+BLOCK = 16  # rows of a resize that are counted at once
 METADATA = "finetune101"
 """The key of an exported file's metadata: a JSON object about its network."""
 PICTURES, RESIZED = "images", "resized"
 """The name of the input: pictures of any size, uint8 (N, H, W, 3), or resized ones, uint8 (N, 3, size, size)."""
 MOST_BYTES = 2 * 10**9  # of an exported file: protobuf's own bound
+ELSEWHERE = "session.model_external_initializers_file_folder_path"  # ONNX Runtime takes the current folder without it
 PASS = 4  # pictures of one forward pass; more are hardly faster and take more memory
 DIGITS = 6  # of a probability in a table
 UNLIKE_TEXT = "unlike the training pictures"
@@ -354,36 +356,38 @@ def resize_pixels(pixels: Pixels, size: int, interpolation: str) -> Pixels:
     if source == size:
         return pixels
     weights = resize_weights(source, size, interpolation)
-    columns = _weighted(pixels.astype(weights.matrix.dtype), weights, 1)
-    return _weighted(columns, weights, 0).astype(np.uint8)
+    blocks, planes = _blocks(weights), pixels.transpose(2, 0, 1).astype(weights.matrix.dtype, order="C")
+    columns, rows = (np.empty((3, side, size), planes.dtype) for side in (source, size))
+    for block, reach, part in blocks:
+        columns[:, :, block] = planes[:, :, reach] @ part.T
+    _rounded(columns, weights)
+    for block, reach, part in blocks:
+        rows[:, block] = part @ columns[:, reach]
+    return np.ascontiguousarray(_rounded(rows, weights).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _weighted(values: NDArray[np.floating], weights: ResizeWeights, axis: int) -> NDArray[np.floating]:
-    """The sums of ``values`` along ``axis``, over the divisor, rounded half up and within 8 bits.
-
-    Added weight by weight: a product of matrices would start threads of its own in each thread that decodes.
-    """
-    first, shares = _taps(weights)
-    shape = [1] * values.ndim
-    shape[axis] = -1
-    sums = np.full((), weights.divisor / 2, values.dtype)
-    for number, share in enumerate(shares):
-        part = np.take(values, first + number, axis)
-        part *= share.reshape(shape)
-        sums = np.add(sums, part, out=part if number == 0 else sums)
+def _rounded(sums: NDArray[np.floating], weights: ResizeWeights) -> NDArray[np.floating]:
+    """``sums`` over the divisor, rounded half up and within 8 bits, in place."""
+    sums += weights.divisor / 2
     sums *= 1 / weights.divisor  # exact: a power of 2
     np.floor(sums, out=sums)
     return np.clip(sums, 0, 255, out=sums)
 
 
 @functools.cache
-def _taps(weights: ResizeWeights) -> tuple[NDArray[np.intp], NDArray[np.floating]]:
-    """For each row of the matrix the first column that counts, and (taps, target) the weights from there on."""
-    used = weights.matrix != 0
-    taps = int(used.shape[1] - (used.argmax(1) + used[:, ::-1].argmax(1)).min())
-    first = np.minimum(used.argmax(1), used.shape[1] - taps)
-    rows = np.arange(len(first))
-    return first, np.stack([weights.matrix[rows, first + number] for number in range(taps)])
+def _blocks(weights: ResizeWeights) -> list[tuple[slice, slice, NDArray[np.floating]]]:
+    """The matrix in blocks of rows: (rows, the columns that count for them, their weights).
+
+    Blocks leave out most zeros; they are too small for a library of matrices to start threads of its own, in each
+    thread that decodes.
+    """
+    blocks = []
+    for start in range(0, len(weights.matrix), BLOCK):
+        rows = weights.matrix[start : start + BLOCK]
+        used = np.flatnonzero(rows.any(0))
+        reach = slice(int(used[0]), int(used[-1]) + 1)
+        blocks.append((slice(start, start + BLOCK), reach, np.ascontiguousarray(rows[:, reach])))
+    return blocks
 
 
 # --- an exported network
@@ -425,6 +429,8 @@ class ExportedNetwork:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
+        if not in_place:  # weights in other files are looked for below ``file``, which is no folder: there are none
+            options.add_session_config_entry(ELSEWHERE, os.path.abspath(file))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores decode meanwhile
         try:
             self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,28 @@ def pytest_xdist_auto_num_workers() -> int:
 
 LONG = ("test_examples.py", "test_export.py", "test_stress.py", "test_distributed.py")
 """Files that take minutes: they run first, so that no process of the tests waits for the last of them."""
+LAST = "tests/training/"
+"""A folder whose tests run last, and are shared out one by one, so that the processes end at nearly the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of ``LONG`` before the others."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """The files of ``LONG`` before the others, those of ``LAST`` behind them."""
+    items.sort(key=lambda item: 0 if item.path.name in LONG else 2 if item.nodeid.startswith(LAST) else 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``: a file is the work of one process, which makes its fixtures once; but not so in ``LAST``."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.startswith(LAST) and Path(file).name not in LONG else file
+
+    return ByFile(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

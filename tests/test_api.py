@@ -219,10 +219,11 @@ def test_the_readmes_example_in_a_notebook(readme: str, tiny_data: Path, tmp_pat
     (example,) = re.findall(r"```python\n(import finetune101 as ft.*?)```", Path(ROOT, readme).read_text("utf-8"), re.S)
     (tmp_path / "photos").symlink_to(tiny_data)
     shutil.copy(sorted(tiny_data.rglob("*.jpg"))[0], tmp_path / "photo.jpg")
-    small = example.replace("epochs=3", "epochs=1, size=64, threads=1").replace(
-        "pretrain=False", "pretrain=False, epochs=1, size=64, threads=1"
-    )
-    cells = [*(ast.unparse(statement) for statement in ast.parse(small).body), "run", "ft.compare(run, other)"]
+    small = example.replace('exp="mine"', 'exp="mine", epochs=1, size=64, threads=1')
+    assert small != example and "`ft.compare(run, other).difference`" in Path(ROOT, readme).read_text("utf-8")
+    other = 'other = ft.train("photos", exp="other", pretrain=False, epochs=1, size=64, threads=1)'
+    cells = [*(ast.unparse(statement) for statement in ast.parse(small).body), "run"]
+    cells += [other, "ft.evaluate(other)", "ft.compare(run, other).difference", "ft.compare(run, other)"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     nbclient.NotebookClient(book, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = {

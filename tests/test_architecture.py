@@ -20,8 +20,8 @@ PACKAGE = ROOT / "finetune101"
 # left never imports right; each room, and each module at the top, has a rank of its own
 ORDER = (
     "standalone", "errors", "redaction", "files", "schemas", "config", "host", "recipes", "run", "machine", "models",
-    "data", "fast", "evaluation", "training", "deploy", "serve", "experiments", "reports", "many_runs", "api", "demo",
-    "cli", "original", "__main__",
+    "data", "fast", "evaluation", "training", "deploy", "doctor", "serve", "experiments", "reports", "many_runs", "api",
+    "demo", "cli", "original", "__main__",
 )  # fmt: skip
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 HEAVY = {"torch", "torchvision", "timm", "scipy", "matplotlib", "tensorboard", "jinja2", "optuna"}
@@ -162,21 +162,11 @@ def test_the_lock_names_exact_versions_and_no_registry() -> None:
     assert {re.split("[<>=!]", name)[0] for name in wanted} <= locked
 
 
-def test_readme_names_every_module() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = [file for file in MODULES.values() if file.name != "__init__.py"]
-    missing = [str(file.relative_to(ROOT)) for file in files if not re.search(rf"\b{re.escape(file.name)}\b", text)]
-    assert not missing, f"give these a line in the file tree of README.md: {missing}"
-
-
-def commands(readme: str) -> list[str]:
-    """The lines of the ```sh blocks, without comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / readme).read_text(encoding="utf-8"), re.DOTALL)
-    return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
-
-
-def test_both_readmes_give_the_same_commands() -> None:
-    assert commands("README.md") == commands("README.zh-CN.md") != []
+def test_the_page_on_design_names_every_module() -> None:
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    modules = {file.relative_to(PACKAGE).as_posix() for file in MODULES.values() if file.name != "__init__.py"}
+    missing = sorted(name for name in modules if f"| `{name}` |" not in text)
+    assert not missing, f"give these a line in the tree of docs/design.md: {missing}"
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from finetune101 import original
 from finetune101.errors import Refused
 
+ROOT = Path(__file__).parents[1]
 SPACE = {"batch_size": [8], "lr": [0.01, 0.001]}
 
 
@@ -53,6 +56,27 @@ def test_fine_tuning_then_test(here: Path, model: str, size: str, capsys: pytest
     result = json.loads(Path("runs/best/test.json").read_text())
     assert f"Test loss: {result['loss']:.4f}" in said
     assert f"Test accuracy: {result['top1']:.2f} %" in said
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme(
+    here: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand, one after the other, in one epoch of small images; the grid is only planned."""
+    commands = re.findall(r"^python (\w+\.py) (.*)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [script for script, _ in commands] == ["train.py", "train.py", "search.py", "test.py"]
+    short = ["--model", "efficientnet_lite0", "--size", "64", "--threads", "1"]
+    for script, words in commands:
+        line = re.sub("(--epochs) \\d+", r"\1 1", re.sub("(--batch_size) \\d+", r"\1 8", words)).split()
+        line += {"train.py": short, "search.py": [*short, "--dry-run"]}.get(script, [])
+        monkeypatch.setattr("sys.argv", [script, *line])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert end.value.code == 0, f"{script} {words}: {capsys.readouterr().err}"
+    said = capsys.readouterr().out
+    assert "72 trials" in said and "Test accuracy:" in said
+    for file in ("best_finetune_best.pth", "training_plots_random/best_random.png", "runs/best_finetune/test.json"):
+        assert Path(file).is_file(), file
 
 
 def test_from_scratch_uses_the_other_folder(here: Path) -> None:

@@ -22,6 +22,8 @@ from finetune101.redaction import keep_error, redacted, traceback_of
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff](?!\[A)")  # tqdm goes up by ESC [A
 OURS = (BlockingIOError, ChildProcessError, ProcessLookupError, InterruptedError)  # OSErrors that are bugs of ours
 MAYBE_OURS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EINVAL, errno.EBADF)
+MOST_TOLD = 3000  # characters of a sentence
+MOST_READ = 2 * MOST_TOLD  # characters in which secrets are looked for: more are never shown
 REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -222,7 +224,8 @@ def _show(error: BaseException, debug: bool) -> None:
 
 
 def _told(sentence: str) -> int:
-    print(f"error: {escaped(' '.join(redacted(sentence).split()))}", file=sys.stderr)
+    words = " ".join(redacted(sentence[:MOST_READ]).split())  # of a damaged file a name may be megabytes long
+    print(f"error: {escaped(shortened(words, MOST_TOLD))}", file=sys.stderr)
     return 2
 
 

@@ -33,6 +33,7 @@ VERBS = {
     "recipes": "others:recipes",
     "benchmark": "others:benchmark",
     "cache": "others:cache",
+    "doctor": "others:doctor",
     "demo": "others:demo",
 }
 LISTS = ("--train-per-class", "--models", "--arms")
@@ -58,6 +59,7 @@ ABOUT = """usage: finetune101 VERB ...  (finetune101 VERB --help for its flags)
   recipes    the named recipes of train
   benchmark  how fast this machine trains; --inference RUN: how fast a network answers
   cache      list or clear the folder of decoded images and features
+  doctor     what is wrong with this machine for training, and the command that mends it
   demo       all of it on a small drawn data set
 
 finetune101 --version tells the version; --debug before a verb shows the traceback of every error;

@@ -48,11 +48,18 @@ def ensemble(
     return 0
 
 
-def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "comparison", runs: str = "runs") -> int:
+def compare(
+    groups: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    evaluate: Flag = False,
+    out: str = "comparison",
+    runs: str = "runs",
+) -> int:
     """Compare tested runs, or groups of runs that differ in seed and split, on the same test images.
 
     Args:
         groups: Two or more: runs (folder or name), folders that hold runs, quoted globs; or one study.
+        evaluate: First score the runs that are not tested yet on their test images; of a glob, do it before.
         out: Folder for comparison.json and comparison.png.
         runs: Folder of all runs.
     """
@@ -62,12 +69,26 @@ def compare(groups: tyro.conf.Positional[tuple[str, ...]], *, out: str = "compar
     from finetune101.run import check_folder
 
     check_folder(Path(out))
+    if evaluate:
+        _evaluate_untested(groups, runs)
     folder = study_folder(groups[0], runs) if len(groups) == 1 else None
     if folder:
         _print_study(folder)
     sides = study_groups(folder) if folder else [open_group(name, runs) for name in groups]
     many_runs.run_comparison(sides, Path(out))
     return 0
+
+
+def _evaluate_untested(names: tuple[str, ...], runs: str) -> None:
+    """Scores the finished runs of ``names`` (runs, or folders that hold runs) on their test images, where not done."""
+    from finetune101 import api
+    from finetune101.run import Run, runs_below
+
+    for name in names:
+        place = next((path for path in (Path(name), Path(runs) / name) if path.exists()), Path(name))
+        for run in map(Run, runs_below(place)):
+            if not run.has("test.json") and not run.stopped():
+                print(f"{run.path}\n{api.evaluate(run)}\n")
 
 
 def _print_study(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs around the runs: data, recipes, benchmark, cache, demo. A function's signature is its flags."""
+"""The verbs around the runs: data, recipes, benchmark, cache, doctor, demo. A function's signature is its flags."""
 
 from __future__ import annotations
 
@@ -101,6 +101,28 @@ def cache(action: tyro.conf.Positional[Literal["list", "clear"]] = "list", *, ol
     removed = store.clear_cache(older_than)
     print(f"Removed {len(removed)} files, {sum(entry.bytes for entry in removed) / 1e9:.2f} GB.")
     return 0
+
+
+def doctor(*, data: str | None = None, runs: str = "runs", json: Flag = False) -> int:
+    """What a training needs of this machine, what is wrong with it, and the command that mends it; changes nothing.
+
+    The exit code is 1 where a training could not work.
+
+    Args:
+        data: Folder with one folder per class (or its parent).
+        runs: Folder of all runs.
+        json: Print all of it as JSON.
+    """
+    from finetune101.doctor import can_train, check_lines, checks_as_table, examine_machine, verdict
+    from finetune101.files import as_json
+
+    checks = []
+    for check in examine_machine(data, runs):
+        checks.append(check)
+        if not json:
+            print("\n".join(check_lines(check)), flush=True)
+    print(as_json(checks_as_table(checks), indent=1) if json else f"\n{verdict(checks)}")
+    return 0 if can_train(checks) else 1
 
 
 def benchmark(

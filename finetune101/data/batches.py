@@ -106,11 +106,14 @@ def augment(pixels: Tensor, boxes: Boxes, mirrored: Tensor, size: int, interpola
     return result.permute(0, 3, 1, 2)
 
 
-def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def mix(
+    x: Tensor, y: Tensor, classes: int, share: float, seed: int, mixup_alpha: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(N, 3, h, w), int64 (N,) -> images mixed in pairs and their shares of ``classes`` (N, classes), or unchanged.
 
-    One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019). ``seed``
-    decides everything, in all processes alike; images are mixed with images of the same process.
+    One batch in ``share``, half by MixUp (alpha .2, Zhang et al., 2018), half by CutMix (Yun et al., 2019); all by
+    MixUp with ``mixup_alpha``. ``seed`` decides everything, in all processes alike; images are mixed with images of
+    the same process.
     """
     from torchvision.transforms.v2 import CutMix, MixUp  # here: it loads PyTorch's compiler
 
@@ -120,7 +123,10 @@ def mix(x: Tensor, y: Tensor, classes: int, share: float, seed: int) -> tuple[Te
         mixes, by_adding = (torch.rand(2) < torch.tensor([share, 0.5])).tolist()
         if not mixes:
             return x, y
-        mixed, shares = (MixUp(alpha=0.2, num_classes=classes) if by_adding else CutMix(num_classes=classes))(x, y)
+        if by_adding or mixup_alpha:
+            mixed, shares = MixUp(alpha=mixup_alpha or 0.2, num_classes=classes)(x, y)
+        else:
+            mixed, shares = CutMix(num_classes=classes)(x, y)
     return mixed.contiguous(memory_format=_layout(x)), shares
 
 

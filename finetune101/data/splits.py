@@ -16,7 +16,7 @@ import numpy as np
 
 from finetune101.config import DataConfig
 from finetune101.data.images import SUBSETS, Index, class_of, content_hash
-from finetune101.errors import Refused, escaped
+from finetune101.errors import Refused, escaped, shortened
 from finetune101.files import read_json
 from finetune101.schemas import Split
 
@@ -90,11 +90,17 @@ def from_json(values: Mapping[str, Any]) -> Manifest:
     for name, paths in manifest.subsets.items():
         for path in paths:
             if path in held:
-                raise Refused(f"the split manifest has {escaped(path)} in {held[path]} and in {name}; {ANEW}")
+                raise Refused(
+                    f"the split manifest has {shortened(escaped(path))} in {held[path]} and in {name}; {ANEW}"
+                )
             if _leads_out(path):
-                raise Refused(f"the split manifest has {escaped(path)}, which leads out of the data folder; {ANEW}")
+                raise Refused(
+                    f"the split manifest has {shortened(escaped(path))}, which leads out of the data folder; {ANEW}"
+                )
             if class_of(path) not in manifest.numbers:
-                raise Refused(f"the split manifest has {escaped(path)}, of a class that it does not list; {ANEW}")
+                raise Refused(
+                    f"the split manifest has {shortened(escaped(path))}, of a class that it does not list; {ANEW}"
+                )
             held[path] = name
     return manifest
 
@@ -146,7 +152,7 @@ def check_split(manifest: Manifest, index: Index) -> None:
     missing = [path for path in wanted if path not in index.digests]
     if missing:
         raise Refused(
-            f"{len(missing)} images of the split are not in {index.root} (first: {escaped(missing[0])}); "
+            f"{len(missing)} images of the split are not in {index.root} (first: {shortened(escaped(missing[0]))}); "
             "give the --data it was made from, or score another folder by --as-test"
         )
     if content_hash(index.digests, wanted) != manifest.content_hash:

@@ -145,6 +145,8 @@ def evaluate(
     result = scores(output, labels)
     if opened.network.frozen_backbone:
         result["frozen_backbone"] = True
+    if layers := run.config().model.random_layers:
+        result["random_layers"] = list(layers)
     if subset == "test":
         calibrated = opened.calibrated(batch_size)
         result |= {

@@ -119,8 +119,8 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
 
     The variance is that of the per-image difference over images, plus each arm's variance between its runs, from which
     the part that images already explain is taken (two-way analysis of variance, images x runs); the t interval has
-    Satterthwaite's degrees of freedom, which is what corrects for few runs. ``images_sd`` and ``runs_sd`` are the two
-    shares of the standard error. Raises Refused with fewer than two runs on a side.
+    Satterthwaite's degrees of freedom, at least 1, which is what corrects for few runs. ``images_sd`` and ``runs_sd``
+    are the two shares of the standard error. Raises Refused with fewer than two images, or two runs on a side.
     Source: F. E. Satterthwaite, Biometrics Bulletin 2 (1946); for images crossed with readers, S. L. Hillis, Statistics
     in Medicine 26 (2007).
     """
@@ -128,6 +128,8 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
     _same_images(arms[0].shape[1], arms[1].shape[1])
     if min(map(len, arms)) < 2:
         raise Refused("an interval over training runs needs two runs on each side; train another seed")
+    if arms[0].shape[1] < 2:
+        raise Refused("an interval over images needs two of them; give more test images")
     gain = 100.0 * (arms[0].mean(0) - arms[1].mean(0))
     images = gain.var(ddof=1) / len(gain)
     parts = [_between_runs(arm) for arm in arms]
@@ -138,7 +140,8 @@ def crossed(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Crossed:
         return Crossed(difference=value, interval=(value, value), p=float(value == 0), **none)
     weights = images**2 / (len(gain) - 1)
     weights += sum(raw**2 / (len(arm) - 1) for (_, raw), arm in zip(parts, arms, strict=True))
-    df, difference = variance**2 / weights, float(gain.mean())
+    # below 1 the interval would be wider than any number: so it were where few images hide what the runs differ by
+    df, difference = max(1.0, variance**2 / weights), float(gain.mean())
     from scipy import stats  # here, as above
 
     half = float(stats.t.ppf((1 + level) / 2, df) * np.sqrt(variance))

@@ -11,6 +11,7 @@ from finetune101.errors import escaped
 
 FROZEN = "Frozen backbone: only the output layer of this network was trained"
 """What every command says of such a network."""
+RANDOM_LAYERS = "Beside the output layer, these layers started at random, not from ImageNet weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def score_text(record: Mapping[str, Any], subset: str = "test") -> str:
 
 
 def _confidence_text(record: Mapping[str, Any]) -> str:
-    """What an evaluation says of its confidences and of a frozen backbone; each on a line of its own."""
+    """What an evaluation says of its confidences and of the start of its layers; each on a line of its own."""
     lines = []
     if reason := record.get("temperature_reason"):
         lines.append(f"Confidence is not calibrated (temperature 1): {reason}")
@@ -71,6 +72,8 @@ def _confidence_text(record: Mapping[str, Any]) -> str:
         )
     if record.get("frozen_backbone"):
         lines.append(FROZEN)
+    if layers := record.get("random_layers"):
+        lines.append(f"{RANDOM_LAYERS}: {escaped(', '.join(layers))}")
     if members := record.get("frozen_members"):
         lines.append(f"Frozen backbone: only the output layer was trained of {escaped(', '.join(members))}")
     return "".join(f"\n{line}" for line in lines)

@@ -8,9 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-
 from finetune101.config import DataConfig, TrainConfig, change
 from finetune101.data.images import find_data, index_images
 from finetune101.data.layouts import layout_for
@@ -70,6 +67,9 @@ def recipe_of(base: TrainConfig, point: Point) -> dict[str, Any]:
 
 def write_hparams(run: Run, point: Point, best: float) -> None:
     """The point and its score for TensorBoard's HParams page, in the run's own folder: no second run appears there."""
+    from torch.utils.tensorboard import SummaryWriter  # here: loading it takes half a second before the first step
+    from torch.utils.tensorboard.summary import hparams
+
     values = {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in point.items()
     }

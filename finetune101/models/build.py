@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from finetune101.config import ModelConfig, Preprocessing
 from finetune101.errors import Refused
 from finetune101.files import sha256
 from finetune101.models.table import Entry, Package, Torchvision, import_timm, lookup, names
-from finetune101.models.weights import COUNTER, read_weights, without_wrappers
+from finetune101.models.weights import COUNTER, check_random_layers, read_weights, without_wrappers
 
 _TIMEOUT = 20.0  # seconds without an answer after which a download gives up
 _TRIED = 512  # pixels: a pass of a larger image would take seconds and gigabytes, so its shapes alone are computed
@@ -37,6 +37,13 @@ class Built:
     head: str
     init_source: str
     init_hash: str
+    random_layers: tuple[str, ...] = ()
+    """Prefixes of parameter names, beside the head's, of layers that start at random in a pretrained network."""
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """What the names of all parameters start with that no weights were loaded for in a pretrained network."""
+        return (self.head, *self.random_layers)
 
     @property
     def output_layer(self) -> nn.Module:
@@ -58,14 +65,17 @@ def build(
     size: int | None = None,
     cache_size: int | None = None,
     seed: int = 0,
+    random_layers: Sequence[str] = (),
 ) -> Built:
     """The network ``name`` with a random head of ``num_classes`` outputs, the rest from ImageNet weights or random.
 
     The weights are the file ``weights``; else ``<name>_imagenet.safetensors`` in $FINETUNE101_WEIGHTS; else the
-    installed package or the official download. ``size`` is the input's height and width in pixels (default: the
-    network's own), ``cache_size`` those at which images are decoded (default: the input's). ``seed`` sets torch's
-    global random state. Raises Refused for an unknown name, a size that the network cannot take, and weights that
-    are missing, unreadable or of another network.
+    installed package or the official download. ``random_layers`` names layers that the weights lack and that stay
+    random; with them ``<name>_features_imagenet.safetensors`` is looked for first. ``size`` is the input's height and
+    width in pixels (default: the network's own), ``cache_size`` those at which images are decoded (default: the
+    input's). ``seed`` sets torch's global random state. Raises Refused for an unknown name, a size that the network
+    cannot take, weights that are missing, unreadable or of another network, and for a random layer that the weights
+    hold or the network lacks.
     """
     entry = lookup(name)
     if weights is not None and not pretrain:
@@ -76,15 +86,19 @@ def build(
     if cache_size is not None:
         preprocessing = replace(preprocessing, cache_size=cache_size)
     source = f"random (seed {seed})"
+    prefixes = tuple(f"{layer}." for layer in random_layers)
     if pretrain:
-        state, source = _find_weights(entry, weights)
-        _load(model, state, entry, source)
+        state, source = _find_weights(entry, weights, partial=bool(random_layers))
+        check_random_layers(model, random_layers, state, entry.head, source)
+        _load(model, state, entry, source, (entry.head, *prefixes))
+        source += f"; {', '.join(random_layers)} at random (seed {seed})" if random_layers else ""
     return Built(
         model=model,
         preprocessing=preprocessing,
         head=entry.head,
         init_source=source,
         init_hash=state_hash(model),
+        random_layers=prefixes if pretrain else (),
     )
 
 
@@ -98,6 +112,7 @@ def build_network(settings: ModelConfig, num_classes: int, seed: int) -> Built:
         size=settings.size,
         cache_size=settings.cache_size,
         seed=seed,
+        random_layers=settings.random_layers,
     )
 
 
@@ -114,14 +129,14 @@ def load_foreign(path: str | Path, name: str = "resnet18") -> tuple[nn.Module, i
     if bias.dim() != 1 or not 0 < len(bias) <= _MOST_CLASSES:
         raise Refused(f"{path} has a {entry.head}bias of shape {tuple(bias.shape)}; give weights of a classifier")
     model = entry.build(bias.numel())
-    _load(model, state, entry, str(path), head_too=True)
+    _load(model, state, entry, str(path))
     return model, bias.numel()
 
 
 def parameter_groups(
-    model: nn.Module, head: str, lr: float, backbone_lr_ratio: float, norm_weight_decay: bool = True
+    model: nn.Module, head: str | tuple[str, ...], lr: float, backbone_lr_ratio: float, norm_weight_decay: bool = True
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: the head at ``lr``, everything else at ``lr`` x ``backbone_lr_ratio``.
+    """Groups for an optimizer: the head (prefixes of names) at ``lr``, all else at ``lr`` x ``backbone_lr_ratio``.
 
     Without ``norm_weight_decay`` each is in two groups, and that of biases and norms has no weight decay.
     """
@@ -154,9 +169,8 @@ def state_hash(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: str, head_too: bool = False) -> None:
-    """Copies ``state`` into the network, without the head unless ``head_too``; every other key must fit."""
-    skip = () if head_too else (entry.head,)
+def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: str, skip: tuple[str, ...] = ()) -> None:
+    """Copies ``state`` into the network, without keys that begin as in ``skip``; every other key must fit."""
 
     def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         kept = (key for key in tensors if not key.startswith(skip) and not key.endswith(COUNTER))
@@ -164,15 +178,12 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: s
 
     wanted, held = shapes(model.state_dict()), shapes(state)
     wrong = [f"{key} is missing" for key in wanted if key not in held]
-    wrong += [
-        f"{key} is {held[key]} instead of {shape}" for key, shape in wanted.items() if held.get(key, shape) != shape
-    ]
+    wrong += [f"{key} is {held[key]} instead of {size}" for key, size in wanted.items() if held.get(key, size) != size]
     wrong += [f"{key} is unknown" for key in held if key not in wanted]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Refused(
-            f"{source} does not fit {entry.name}: {', '.join(wrong[:3])}{more}; give weights that were saved from it"
-        )
+        others = "" if held.keys() - wanted.keys() else " or name the missing layers by --random-layers"
+        raise Refused(f"{source} does not fit {entry.name}: {', '.join(wrong[:3])}{more}; give weights of it{others}")
     kept = {key: value for key, value in state.items() if not key.startswith(skip)}
     floats = (key for key, value in kept.items() if value.is_floating_point())
     if bad := next((key for key in floats if not bool(torch.isfinite(kept[key]).all())), None):
@@ -243,20 +254,21 @@ def is_installed(name: str) -> bool:
     return isinstance(weights, Package) and _package_file(weights) is not None
 
 
-def _prepared_file(name: str) -> Path | None:
-    """The weights of the network ``name`` in $FINETUNE101_WEIGHTS, where they are there."""
+def _prepared_file(name: str, partial: bool = False) -> Path | None:
+    """The weights of the network ``name`` in $FINETUNE101_WEIGHTS; ``partial``: those without its last layers first."""
     folder = os.environ.get("FINETUNE101_WEIGHTS")
-    file = Path(folder or "") / f"{name.replace(':', '_')}_imagenet.safetensors"
-    return file if folder and file.is_file() else None
+    stems = [name.replace(":", "_") + part for part in (["_features", ""] if partial else [""])]
+    files = [Path(folder or "") / f"{stem}_imagenet.safetensors" for stem in stems]
+    return next((file for file in files if folder and file.is_file()), None)
 
 
-def _find_weights(entry: Entry, file: str | None) -> tuple[dict[str, Tensor], str]:
+def _find_weights(entry: Entry, file: str | None, partial: bool = False) -> tuple[dict[str, Tensor], str]:
     """ImageNet weights of a network under its own names, and where they come from."""
     if file is not None:
         return _from_file(entry, Path(file))
     if isinstance(entry.weights, tuple):
         return _from_parts(entry.weights)
-    if prepared := _prepared_file(entry.name):
+    if prepared := _prepared_file(entry.name, partial):
         return _from_file(entry, prepared)
     if isinstance(entry.weights, Package):
         return _from_package(entry, entry.weights)
@@ -355,7 +367,8 @@ def _from_hub(repository: str, file: str) -> str:
         return cached
     # asked first because it gives up at once without a network, where hf_hub_download tries for minutes
     etag = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_TIMEOUT).etag
-    path = hub.hf_hub_download(repository, file)
+    # a safetensors file holds no code; the hub decides which revision is current
+    path = hub.hf_hub_download(repository, file)  # nosec B615
     if etag and len(etag) == 64 and sha256(Path(path)) != etag:
         os.remove(os.path.realpath(path))  # the blob, not the link to it
         raise OSError(f"{file} of {repository} arrived damaged")

@@ -6,13 +6,13 @@ import sys
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune101.errors import Refused
 
@@ -45,6 +45,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not state or not all(map(_is_plain, state.keys(), state.values())):
         raise Refused(f"{path} is no state dict (names and tensors); save model.state_dict() with torch.save")
     return dict(state)
+
+
+def check_random_layers(
+    model: nn.Module, layers: Sequence[str], state: Mapping[str, Tensor], head: str, source: str
+) -> None:
+    """Raises Refused for one of ``layers`` that ``model`` lacks, that is all of it, or that ``state`` holds.
+
+    The output layer ``head`` is always new, so it does not count. ``source`` names the weights ``state`` in messages.
+    """
+    keys = [key for key, _ in model.named_parameters()]
+    for layer in layers:
+        inside = [key for key in keys if key.startswith(f"{layer}.")]
+        if not inside:
+            names = ", ".join(name for name, part in model.named_children() if any(True for _ in part.parameters()))
+            raise Refused(f"--random-layers names {layer!r}, which the network lacks; its parts are {names}")
+        if all(key.startswith((f"{layer}.", head)) for key in keys):
+            raise Refused(f"--random-layers {layer} leaves no layer of {source}; take --no-pretrain")
+        if held := next((key for key in state if key.startswith(f"{layer}.") and not key.startswith(head)), None):
+            raise Refused(
+                f"{source} holds {held}, so {layer} need not start at random; leave it out of --random-layers"
+            )
 
 
 def read_by_torch(path: Path) -> Any:

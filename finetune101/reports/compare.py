@@ -37,8 +37,8 @@ def compare_groups(a: Group, b: Group) -> Comparison:
     sides = [[np.stack([run.correct for run in group.on(split)]) for split in splits] for group in (a, b)]
     by_split = [metrics.paired_bootstrap(x.mean(0), y.mean(0)) for x, y in zip(*sides, strict=True)]
     several = len(splits) > 1
-    crossed = min(len(a.runs), len(b.runs)) > 1 and not several
     first = a.runs[0]
+    crossed = min(len(a.runs), len(b.runs), len(first.answers)) > 1 and not several
     return Comparison(
         a=_arm(a, b),
         b=_arm(b, a),
@@ -110,6 +110,7 @@ def _arm(group: Group, other: Group) -> Arm:
         steps_to_other=reached["step"] if reached else None,
         seconds_to_other=reached["seconds"] if reached else None,
         runs=tuple(scores),
+        random_layers=first.config.model.random_layers,
     )
 
 

@@ -66,6 +66,8 @@ class Arm:
     steps_to_other: float | None
     seconds_to_other: float | None
     runs: tuple[Score, ...]
+    random_layers: tuple[str, ...] = ()
+    """Layers beside the output layer that started at random in a pretrained network."""
 
     @property
     def better_recipes(self) -> tuple[tuple[str, str], ...]:
@@ -182,11 +184,13 @@ def comparison_text(c: Comparison) -> str:
 
 
 def arm_notes(arm: Arm, words: Mapping[str, str]) -> list[str]:
-    """What the accuracies and costs of ``arm`` do not show: a frozen backbone, times left out, a weak recipe.
+    """What the accuracies and costs of ``arm`` do not show: layers at random, frozen ones, lost times, a weak recipe.
 
     ``words`` are those of a page, so that page and terminal say the same.
     """
     notes = []
+    if arm.random_layers:
+        notes.append(words["random_layers_arm"].format(arm=arm.name, layers=", ".join(arm.random_layers)))
     if arm.frozen:
         notes.append(words["frozen_arm"].format(arm=arm.name, frozen=arm.frozen, n=len(arm.runs)))
     if cached := [f"{arm.name}/{Path(run.path).name}" for run in arm.runs if run.features_cached]:

@@ -57,6 +57,11 @@ class Tested:
         return has_frozen_backbone(self.config, self.test.get("epoch"))
 
     @property
+    def random_layers(self) -> str:
+        """The layers beside the output layer that started at random in a pretrained network; "" for none."""
+        return ", ".join(self.config.model.random_layers)
+
+    @property
     def first_pass(self) -> costs.FirstPass | None:
         """The pass that solves an output layer before the first epoch."""
         images = {name: len(paths) for name, paths in self.manifest.subsets.items()}

@@ -67,10 +67,12 @@ def _run(page: Page, run: Tested, gallery: bool, data: str | None) -> None:
 
 
 def run_headline(page: Page, run: Tested) -> str:
-    """The test accuracy of ``run`` in a sentence, and whether its backbone was frozen."""
+    """The test accuracy of ``run`` in a sentence, whether its backbone was frozen, and what started at random."""
     low, high = run.test["top1_interval"]
     accuracy = page.say("run_headline", top1=run.test["top1"], n=run.test["n"], low=low, high=high)
-    return page.join([accuracy, page.words["frozen"] if run.frozen else ""])
+    frozen = page.words["frozen"] if run.frozen else ""
+    layers = run.random_layers
+    return page.join([accuracy, frozen, page.say("random_layers", layers=layers) if layers else ""])
 
 
 def _decisions(page: Page, run: Run) -> None:

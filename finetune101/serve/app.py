@@ -64,6 +64,8 @@ class Service:
         """POST /predict: the classes of the pictures in a multipart body, or of the one whose bytes the body is."""
         check_query(request, PARAMETERS)
         top_k, explain = number(request, "top_k", 5, 1, 1000), number(request, "explain", 0, 0, 1)
+        if explain and not self.about.explains:
+            raise Failed(400, f"{self.about.name} cannot show where it looked; serve a run or a released network")
         body, job, loop = Body(request, self.limits, self.uploads), None, asyncio.get_running_loop()
         try:
             pictures = await self._pictures(request, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import os
 import socket
 from typing import Any
@@ -16,7 +17,6 @@ from finetune101.errors import Refused
 from finetune101.serve.uploads import Limits
 
 CONNECTIONS = 500
-EVERYWHERE = ("0.0.0.0", "::")  # "all addresses of this machine", which no browser can open
 LAST_SECONDS = 2  # for the requests at hand when the server ends
 
 
@@ -91,7 +91,7 @@ def listening(host: str, port: int) -> socket.socket:
 def addresses_of(server: socket.socket) -> list[str]:
     """The addresses of a page: for browsers on this machine, then, where it listens at all addresses, for others."""
     host, port = server.getsockname()[:2]
-    if host not in EVERYWHERE:
+    if not ipaddress.ip_address(host).is_unspecified:  # 0.0.0.0 and ::, which no browser can open
         return [_address(host, port)]
     own = own_address(server.family)
     return [f"http://localhost:{port}/", *([_address(own, port)] if own else [])]

@@ -30,10 +30,14 @@ class Teachers:
     hashes: Sequence[str] = ()
     """"sha256:..." of the checkpoint of each network."""
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Mean probabilities (N, classes) of the networks for the student's standardised input (N, 3, h, w)."""
+    def probabilities(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        """Mean probabilities (N, classes) of the networks for the student's standardised input (N, 3, h, w).
+
+        The outputs of each network are divided by ``temperature`` first: above 1, probabilities are more alike.
+        """
         with torch.no_grad():
-            each = [network(self._input_of(expected, x)).softmax(1) for network, expected in self.networks]
+            outputs = [network(self._input_of(expected, x)).float() for network, expected in self.networks]
+            each = [(output / temperature).softmax(1) for output in outputs]
         return torch.stack(each).mean(0)
 
     def _input_of(self, expected: Preprocessing, x: Tensor) -> Tensor:
@@ -48,15 +52,21 @@ class Teachers:
             x = F.interpolate(x, expected.size, mode="bilinear", antialias=True)
         return x
 
-    def targets(self, x: Tensor, target: Tensor, share: float) -> Tensor:
-        """``target``, int64 (N,) or shares (N, classes), mixed with ``share`` of the networks' probabilities.
 
-        The teachers see the very images of the student: Beyer et al., "Knowledge distillation: a good teacher is
-        patient and consistent" (2022), after Hinton et al. (2015).
-        """
-        taught = self.probabilities(x)
-        labels = target if target.dim() > 1 else F.one_hot(target, taught.shape[1]).float()
-        return (1 - share) * labels + share * taught
+def distillation_loss(
+    output: Tensor, target: Tensor, taught: Tensor, share: float, temperature: float, label_smoothing: float = 0.0
+) -> Tensor:
+    """(1 - ``share``) x cross-entropy with the labels + ``share`` x ``temperature`` squared x that with the teachers.
+
+    ``output`` (N, classes) are the student's logits, ``target`` int64 (N,) or shares (N, classes) its labels, and
+    ``taught`` (N, classes) the ``Teachers.probabilities`` at ``temperature`` of the very images of the student, crops
+    and mixing included: Beyer et al., "Knowledge distillation: a good teacher is patient and consistent" (2022). The
+    square keeps the size of the gradient at every temperature: Hinton et al. (2015).
+    """
+    loss = share * temperature**2 * F.cross_entropy(output / temperature, taught)
+    if share < 1:
+        loss = loss + (1 - share) * F.cross_entropy(output, target, label_smoothing=label_smoothing)
+    return loss
 
 
 def check_teachers(config: TrainConfig, manifest: splits.Manifest) -> None:

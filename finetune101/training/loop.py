@@ -22,6 +22,7 @@ from finetune101.files import checked, parse_json
 from finetune101.models.weights import read_by_torch
 from finetune101.run import save_checkpoint, save_state
 from finetune101.schemas import Record
+from finetune101.training.distill import distillation_loss
 from finetune101.training.forecast import Forecast
 from finetune101.training.job import Job
 from finetune101.training.optim import Average, factor, optimizer, set_rates
@@ -41,7 +42,7 @@ class Trainer:
         self.model = job.built.model.to(job.world.device, memory_format=job.world.memory_format)  # type: ignore[call-overload]
         if job.config.system.fast_kernels and job.world.device.type == "cpu":
             fast_layers(self.model)
-        self.optimizer = optimizer(self.model, job.built.head, job.config)
+        self.optimizer = optimizer(self.model, job.built.new, job.config)
         self.wrapped = self.model
         self.average = Average(self.model) if job.config.optim.ema else None
         self.scaler = torch.amp.GradScaler(job.world.device.type, enabled=job.world.precision == "fp16")
@@ -97,11 +98,11 @@ class Trainer:
         losses, correct, started = [], torch.zeros((), device=job.world.device), time.perf_counter()
         step = (epoch - 1) * self.steps_per_epoch
         for x, y, total in islice(batches, self.steps_per_epoch):
-            x, target = self.mixed(x, y, step)
+            x, target, taught = self.mixed(x, y, step)
             set_rates(self.optimizer, factor(o, step, self.steps_per_epoch))
             own = len(range(total)[world.share(total)])  # the first ones; the others of x only fill up its batch norms
             # ranks hold unequal parts of the last batch: weight the loss so that DDP's mean is the mean over images
-            output, _ = self.step(x, target, own * world.size / total, max(own, 1))
+            output, _ = self.step(x, target, taught, own * world.size / total, max(own, 1))
             if self.average:
                 self.average.update(self.model, average_decay(o.ema, step))
             step += 1
@@ -127,26 +128,40 @@ class Trainer:
             "images_per_s": round(len(self.paths) / seconds, 2),
         }
 
-    def mixed(self, x: torch.Tensor, y: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of ``step`` with its images mixed where ``augment.mix`` says so, and its targets."""
-        job, share, target = self.job, self.job.config.augment.mix, y
-        if share:
-            x, target = mix(x, y, len(job.manifest.classes), share, job.config.system.seed * 1_000_003 + step)
-        if job.teachers:
-            target = job.teachers.targets(x, target, job.config.optim.teacher_share)
-        return x, target
+    def mixed(
+        self, x: torch.Tensor, y: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The batch of ``step``, mixed where ``augment.mix`` says so, its labels, and what the teachers make of it."""
+        job, augment, target = self.job, self.job.config.augment, y
+        if augment.mix:
+            seed = job.config.system.seed * 1_000_003 + step
+            x, target = mix(x, y, len(job.manifest.classes), augment.mix, seed, augment.mixup_alpha)
+        temperature = job.config.optim.teacher_temperature
+        return x, target, job.teachers.probabilities(x, temperature) if job.teachers else None
 
     def step(
-        self, x: torch.Tensor, target: torch.Tensor, weight: float = 1.0, counted: int | None = None
+        self,
+        x: torch.Tensor,
+        target: torch.Tensor,
+        taught: torch.Tensor | None = None,
+        weight: float = 1.0,
+        counted: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step on the loss of the first ``counted`` images (default: all) times ``weight``.
 
-        Returns logits (N, classes) of all images and the loss, detached.
+        ``taught`` are the teachers' probabilities of the images. Returns logits (N, classes) of all images and the
+        loss, detached.
         """
-        smoothing = self.job.config.optim.label_smoothing
+        o = self.job.config.optim
         with self.job.world.autocast():
             output = self.wrapped(x)
-            loss = F.cross_entropy(output[:counted].float(), target[:counted], label_smoothing=smoothing)
+            own, labels = output[:counted].float(), target[:counted]
+            if taught is None:
+                loss = F.cross_entropy(own, labels, label_smoothing=o.label_smoothing)
+            else:
+                loss = distillation_loss(
+                    own, labels, taught[:counted], o.teacher_share, o.teacher_temperature, o.label_smoothing
+                )
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * weight).backward()
         self.scaler.step(self.optimizer)

@@ -65,8 +65,8 @@ class Average:
             own[name].copy_(new[name])
 
 
-def optimizer(model: nn.Module, head: str, config: TrainConfig) -> SGD:
-    """SGD with the head at ``lr`` and the backbone at ``lr * backbone_lr_ratio``; frozen parameters are left out."""
+def optimizer(model: nn.Module, head: str | tuple[str, ...], config: TrainConfig) -> SGD:
+    """SGD: the head (prefixes of names) at ``lr``, the backbone at ``lr * backbone_lr_ratio``, none that is frozen."""
     o = config.optim
     groups = parameter_groups(model, head, o.lr, config.backbone_lr_ratio(), o.norm_weight_decay)
     for group in groups:

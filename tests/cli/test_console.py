@@ -328,3 +328,15 @@ def test_variables_of_torchrun_are_checked(
         assert main(verb) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "torchrun" in said
+
+
+@pytest.mark.parametrize("name", ["x" * 200_000, "a_" * 100_000, "a://" * 50_000])
+def test_a_name_of_a_damaged_file_is_told_at_once_and_shortened(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.process_time()
+    assert guarded(raising(Refused(f"the split manifest has {name}"))) == 2
+    assert time.process_time() - started < 2
+    assert len(capsys.readouterr().err) < 4000
+
+
+def test_a_password_in_a_long_address_is_hidden() -> None:
+    assert redaction.redacted("x" * 100 + "postgresql://me:hunter22@db/x").endswith("postgresql://***@db/x")

@@ -182,6 +182,18 @@ def test_compare_writes_numbers_and_picture(runs: Path, here: Path, capsys: pyte
     assert json.loads((here / "ab" / "comparison.json").read_text()) and (here / "ab" / "comparison.png").is_file()
 
 
+def test_compare_tests_what_is_not_tested(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        shutil.copytree(runs / name, here / "runs" / name)
+    for file in ("test.json", "predictions.csv"):
+        (here / "runs/b" / file).unlink()
+    before = (here / "runs/a/test.json").read_bytes()
+    assert main(["compare", "a", "b"]) == 2 and "evaluate" in capsys.readouterr().err
+    assert main(["compare", "a", "b", "--evaluate"]) == 0
+    assert "Test accuracy" in capsys.readouterr().out and (here / "runs/b/test.json").is_file()
+    assert (here / "runs/a/test.json").read_bytes() == before
+
+
 def test_compare_takes_groups(runs: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, seeds in {"x": "ab", "y": "ba"}.items():
         for k, run in enumerate(seeds):

@@ -297,6 +297,10 @@ def test_mixed_images_carry_the_shares_of_their_classes() -> None:
         assert mixed.is_contiguous(memory_format=torch.channels_last)
     assert kinds == {"cut", "up"}
     assert torch.equal(torch.random.get_rng_state(), before)
+    weights = torch.cat([mix(x, y, 6, 1.0, seed, mixup_alpha=1.0)[1].flatten() for seed in range(200)])
+    inside = weights[(weights > 0) & (weights < 1)]
+    counts = torch.histc(inside, 4, 0, 1)
+    assert len(inside) == 200 * 12 and float(counts.min() / counts.max()) > 0.5  # MixUp alone, all shares as likely
     same = mix(x, y, 6, 0.0, 0)
     assert torch.equal(same[0], x) and torch.equal(same[1], y)
     changed = sum(mix(x, y, 6, 0.3, seed)[1].dim() == 2 for seed in range(400))

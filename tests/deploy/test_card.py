@@ -87,8 +87,12 @@ def test_counts_of_every_class_and_the_pairs(tmp_path: Path) -> None:
 def test_names_of_others_stay_names(tmp_path: Path) -> None:
     classes = ("<script>alert(1)<b>", "a | b\n# c")
     run = write_run(tmp_path / "r", wrong=set(), test=8, classes=classes)
+    environment = run.read_json("env.json")
+    world = {**environment["world"], "device": "<script>", "precision": "<script>\n# d"}
+    run.write_json("env.json", {**environment, "world": world})
     text = card_text(card_of(run))
-    assert "<script>" not in text and "\n# c" not in text and "a \\| b" in text
+    assert "<script>" not in text and "<script>" not in card_text(card_of(run), "zh") and "\n# d" not in text
+    assert "\n# c" not in text and "a \\| b" in text
     assert ModelCard(text).data.to_dict()["library_name"] == "finetune101"
 
 

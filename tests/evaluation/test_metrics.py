@@ -119,8 +119,17 @@ def test_crossed_of_runs_that_differ_by_hand():
 def test_crossed_needs_two_runs_and_takes_equal_ones():
     with pytest.raises(ValueError, match="two runs on each side"):
         metrics.crossed([[1, 0]], [[1, 0], [1, 1]])
+    with pytest.raises(ValueError, match="needs two of them"):
+        metrics.crossed([[1], [0]], [[1], [1]])
     same = metrics.crossed([[1, 0]] * 2, [[1, 0]] * 2)
     assert (same.difference, same.interval, same.p) == (0, (0, 0), 1)
+
+
+def test_few_images_give_a_wide_interval_but_no_endless_one():
+    # a side's runs differ by more than the images' mean differences show: by the formula 0.01 degrees of freedom
+    result = metrics.crossed([[0, 0], [0, 1]], [[0, 0], [0, 0], [0, 1]])
+    assert (result.df, result.p) == (1, pytest.approx(0.5))  # difference and standard error are both 100 / 12
+    assert result.interval == pytest.approx((100 / 12 * (1 - 12.7062047), 100 / 12 * (1 + 12.7062047)))
 
 
 def test_crossed_covers_the_truth():

@@ -172,7 +172,7 @@ def test_a_field_left_out_and_an_id_twice(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("readme", "fine"),
+    ("page", "fine"),
     [
         ("Nothing.", True),
         ("| 75.0 % | `a.b.top1` |", True),
@@ -181,11 +181,21 @@ def test_a_field_left_out_and_an_id_twice(project: Path) -> None:
         ("| 175.0 | `a.b.top1` |", False),
         ("| 76.0 | `a.b.top1` |\n75.0", False),
         ("`other.a.b.top1` `a.b.top1.more`", True),
+        ("about <!--claim:a.b.top1:.0f-->75<!--/--> %", True),
     ],
 )
-def test_readme(project: Path, readme: str, fine: bool) -> None:
-    (project / "README.md").write_text(readme)
-    assert problems(project, claim()) == ("" if fine else "a.b.top1: README.md names it without its value 75.0")
+def test_a_page_that_names_a_claim_has_its_value(project: Path, page: str, fine: bool) -> None:
+    (project / "docs" / "zh").mkdir(parents=True)
+    (project / "docs" / "zh" / "results.md").write_text(page)
+    wrong = "a.b.top1: docs/zh/results.md names it without its value 75.0"
+    assert problems(project, claim()) == ("" if fine else wrong)
+
+
+def test_a_readme_that_differs_is_told(project: Path) -> None:
+    (project / "README.md").write_text("It has <!--claim:a.b.top1-->75.01<!--/--> %.")
+    assert "README.md, line 1: not as claimed" in problems(project, claim())
+    (project / "README.md").write_text("It has 75.00 %.")
+    assert problems(project, claim()) == "README.md, line 1: 75.00 has no mark"
 
 
 def test_exit_code(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ import torchvision
 from torch import Tensor
 
 from finetune101.models import table
-from finetune101.models.build import build, load_foreign, state_hash
+from finetune101.models.build import build, load_foreign, parameter_groups, state_hash
 from finetune101.models.weights import read_weights
 
 WEIGHTS_FOLDER = os.environ.get("FINETUNE101_WEIGHTS", "")
@@ -133,6 +133,49 @@ def test_extra_keys_and_other_shapes_are_refused(resnet: Path, tmp_path: Path) -
     with pytest.raises(ValueError) as error:
         build("resnet18", 7, weights=str(tmp_path / "odd.pth"))
     assert "conv1.weight is (64, 1, 7, 7) instead of (64, 3, 7, 7), extra is unknown" in str(error.value)
+
+
+@pytest.fixture
+def no_last_fire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """SqueezeNet's weights without those of features.12, where the weights are looked for by themselves."""
+    state = torchvision.models.squeezenet1_1().state_dict()
+    state = {key: value + 0.1 for key, value in state.items() if not key.startswith(("features.12.", "classifier."))}
+    safetensors.torch.save_file(state, tmp_path / "squeezenet1_1_features_imagenet.safetensors")
+    monkeypatch.setenv("FINETUNE101_WEIGHTS", str(tmp_path))
+    return state
+
+
+def test_named_layers_start_at_random_and_all_others_from_the_file(no_last_fire: dict[str, Tensor]) -> None:
+    built = build("squeezenet1_1", 7, seed=3, random_layers=["features.12"])
+    scratch = build("squeezenet1_1", 7, pretrain=False, seed=3)
+    new = {key for key in built.model.state_dict() if key.startswith(("features.12.", "classifier.1."))}
+    assert same_keys(built.model, scratch.model.state_dict()) == new  # of both arms: the same random layers
+    assert same_keys(built.model, no_last_fire) == set(no_last_fire) == built.model.state_dict().keys() - new
+    assert built.init_source.startswith("file squeezenet1_1_features_imagenet.safetensors sha256:")
+    assert built.init_source.endswith("; features.12 at random (seed 3)")
+    groups = parameter_groups(built.model, built.new, lr=1.0, backbone_lr_ratio=0.1)
+    assert [sum(p.numel() for p in group["params"]) for group in groups] == [
+        sum(value.numel() for key, value in built.model.state_dict().items() if (key in new) is learns)
+        for learns in (True, False)
+    ]
+
+
+def test_a_random_layer_must_be_one_that_only_the_file_lacks(no_last_fire: dict[str, Tensor], resnet: Path) -> None:
+    with pytest.raises(ValueError, match=r"features\.12.* is missing.*name the missing layers by --random-layers"):
+        file = Path(os.environ["FINETUNE101_WEIGHTS"]) / "squeezenet1_1_features_imagenet.safetensors"
+        build("squeezenet1_1", 7, weights=str(file))
+    for layers, problem in {
+        ("features.12", "features.11"): r"holds features\.11\.\S+, so features.11 need not start at random",
+        ("features.12", "fire"): "names 'fire', which the network lacks; its parts are features, classifier",
+        ("features.12", "feat"): "names 'feat', which the network lacks",
+        ("features",): "leaves no layer of",
+        (): "no ImageNet weights of squeezenet1_1",  # a file without some layers is never taken unasked
+    }.items():
+        with pytest.raises(ValueError, match=problem):
+            build("squeezenet1_1", 7, random_layers=layers)
+    with pytest.raises(ValueError, match=r"resnet18.pth.* holds layer4.0.conv1.weight, so layer4 need not"):
+        build("resnet18", 7, weights=str(resnet), random_layers=["layer4"])
+    assert build("resnet18", 7, weights=str(resnet), random_layers=["fc"]).init_source.endswith("fc at random (seed 0)")
 
 
 def write_nothing(path: Path, good: bytes) -> None:

@@ -167,6 +167,14 @@ def test_groups_give_means_spreads_and_an_interval_over_runs(seeds):
     assert max(map(len, words.splitlines())) <= 120
 
 
+def test_one_test_image_tells_nothing_of_runs(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "good" / f"s{seed}", set(), run_seed=seed, test=1)
+        write_run(tmp_path / "poor" / f"s{seed}", {0}, run_seed=seed, test=1)
+    c = pair(tmp_path)
+    assert (c.difference, c.over, c.crossed) == (100, "images", None)
+
+
 def test_steps_to_the_other_arm_and_cost(seeds):
     c = pair(seeds)
     assert (c.a.steps_to_other, c.a.seconds_to_other) == (10, 60)

@@ -146,7 +146,8 @@ class Explaining(Colours):
 
 def test_where_it_looked_and_what_is_near_come_when_they_are_asked_for(client: TestClient) -> None:
     assert client.get("/network").json()["explains"] is False
-    assert "overlay" not in client.post("/predict?explain=1", content=picture()).json()["predictions"][0]
+    refused = client.post("/predict?explain=1", content=picture())
+    assert refused.status_code == 400 and "cannot show where it looked" in refused.json()["error"]
     with TestClient(application(Explaining(), QUICK), base_url="http://127.0.0.1") as explaining:
         assert explaining.get("/network").json()["explains"] is True
         assert "overlay" not in explaining.post("/predict", content=picture()).json()["predictions"][0]

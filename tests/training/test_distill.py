@@ -11,9 +11,9 @@ from torch import Tensor
 from finetune101.config import ModelConfig, Preprocessing, TrainConfig, to_dict
 from finetune101.machine import World
 from finetune101.run import Run
-from finetune101.training.distill import Teachers
+from finetune101.training.distill import Teachers, distillation_loss
 from finetune101.training.job import prepare
-from finetune101.training.loop import fit
+from finetune101.training.loop import Trainer, fit
 
 
 def train(config: TrainConfig) -> Run:
@@ -45,19 +45,71 @@ class Fixed:
         return torch.stack([x[:, 0].mean((1, 2)), torch.zeros(len(x)), torch.zeros(len(x))], 1)
 
 
-def test_the_targets_are_the_mean_of_the_teachers_probabilities_and_the_labels() -> None:
-    """A grey image of value 1 in the student's numbers: softmax(1, 0, 0) is .576, .212, .212."""
+def test_the_loss_by_hand() -> None:
+    """The student's outputs (1, 0, 0), the teachers' probabilities (.5, .25, .25), the label 1.
+
+    Cross-entropy with the label: log(e + 2) = 1.5514. With the teachers: 1.5514 - .5 = 1.0514. At temperature 2:
+    log(e^.5 + 2) - .5 * .5 = 1.0444, times 4.
+    """
+    output, target, taught = torch.tensor([[1.0, 0, 0]]), torch.tensor([1]), torch.tensor([[0.5, 0.25, 0.25]])
+    for share, temperature, expected in ((1.0, 1.0, 1.0514), (1.0, 2.0, 4.1775), (0.25, 2.0, 2.2079)):
+        loss = distillation_loss(output, target, taught, share, temperature)
+        assert float(loss) == pytest.approx(expected, abs=2e-4)
+    mixed = torch.tensor([[0.0, 0.5, 0.5]])  # the shares of a mixed image give the same as the label here
+    assert float(distillation_loss(output, mixed, taught, 0.25, 2.0)) == pytest.approx(2.2079, abs=2e-4)
+    # a label that is smoothed by .3: .9 * 1.5514 + .1 * .5514; the teachers' part is left as it is
+    smooth = distillation_loss(output, target, taught, 0.5, 1.0, label_smoothing=0.3)
+    assert float(smooth) == pytest.approx(0.5 * (0.9 * 1.5514 + 0.1 * 0.5514) + 0.5 * 1.0514, abs=2e-4)
+
+
+def test_without_labels_their_values_do_not_count() -> None:
+    output, taught = torch.randn(4, 3), torch.randn(4, 3).softmax(1)
+    losses = {float(distillation_loss(output, torch.full((4,), label), taught, 1.0, 2.0)) for label in range(3)}
+    assert len(losses) == 1
+
+
+def test_the_gradient_is_none_where_the_student_agrees_and_alike_at_every_temperature() -> None:
+    wanted = torch.tensor([[2.0, -1.0, 0.5]])
+    for temperature in (1.0, 4.0):
+        output = wanted.clone().requires_grad_()
+        taught = (wanted / temperature).softmax(1)
+        distillation_loss(output, torch.tensor([0]), taught, 1.0, temperature).backward()
+        assert output.grad is not None and float(output.grad.abs().max()) < 1e-6
+    sizes = []
+    for temperature in (20.0, 40.0):  # at high temperatures, both match the outputs themselves
+        output = torch.zeros(1, 3, requires_grad=True)
+        distillation_loss(output, torch.tensor([0]), (wanted / temperature).softmax(1), 1.0, temperature).backward()
+        assert output.grad is not None
+        sizes.append(float(output.grad.norm()))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+
+
+def test_the_teachers_see_the_mixed_images_of_the_student(small: TrainConfig, teacher: Run) -> None:
+    augment = dataclasses.replace(small.augment, mix=1.0, mixup_alpha=1.0)
+    config = dataclasses.replace(student(small, teacher_share=1.0, teacher_temperature=2.0), augment=augment)
+    job = prepare(change(config, precision="fp32"))
+    teachers = Teachers([(Fixed(), job.built.preprocessing)], job.built.preprocessing, job.world)
+    trainer = Trainer(dataclasses.replace(job, teachers=teachers))
+    trainer.wrap()
+    x, y, _ = next(iter(trainer.source.train([1])))
+    mixed, shares, taught = trainer.mixed(x, y, 0)
+    assert taught is not None and not torch.equal(mixed, x) and shares.shape == taught.shape
+    torch.testing.assert_close(taught, teachers.probabilities(mixed, 2.0))
+    assert not torch.allclose(taught, teachers.probabilities(x, 2.0))
+    _, loss = trainer.step(mixed, shares, taught)
+    assert torch.isfinite(loss)
+
+
+def test_the_probabilities_are_the_mean_of_the_teachers() -> None:
+    """A grey image of value 1 in the student's numbers: softmax(1, 0, 0) is .576, .212, .212; of (.5, 0, 0) .452."""
     student = Preprocessing(size=32, cache_size=32, mean=(0,) * 3, std=(1,) * 3, interpolation="bilinear")
     world, teacher = World(torch.device("cpu"), "fp32", False), Fixed()
-    x, y = torch.ones(2, 3, 32, 32), torch.tensor([1, 2])
+    x = torch.ones(2, 3, 32, 32)
     teachers = Teachers([(teacher, student)], student, world)
     sure = torch.tensor([0.5761, 0.2119, 0.2119])
-    torch.testing.assert_close(teachers.targets(x, y, 1.0), sure.expand(2, 3), atol=1e-4, rtol=0)
-    expected = torch.tensor([[0.2881, 0.6060, 0.1060], [0.2881, 0.1060, 0.6060]])
-    torch.testing.assert_close(teachers.targets(x, y, 0.5), expected, atol=1e-4, rtol=0)
-    shares = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])  # of mixed images
-    expected = torch.tensor([[0.2881, 0.3560, 0.3560], [0.7881, 0.1060, 0.1060]])
-    torch.testing.assert_close(teachers.targets(x, shares, 0.5), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(teachers.probabilities(x), sure.expand(2, 3), atol=1e-4, rtol=0)
+    warm = torch.tensor([0.4519, 0.2741, 0.2741])
+    torch.testing.assert_close(teachers.probabilities(x, 2.0), warm.expand(2, 3), atol=1e-4, rtol=0)
 
     # a second one that is sure of nothing: the mean of .576 and .333; it expects 2 times the value, 64 px
     other = Preprocessing(size=64, cache_size=64, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear")
