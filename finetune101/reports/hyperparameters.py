@@ -16,8 +16,8 @@ from finetune101.reports.page import words as text
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
 ORDER = (
-    "network", "parameters", "start", "random", "trained", "recipe", "fit", "loss", "teacher", "optimizer", "lr", "backbone",
-    "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
+    "network", "parameters", "start", "random", "trained", "recipe", "fit", "loss", "teacher", "optimizer", "lr",
+    "backbone", "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
 )  # fmt: skip
 """Settings in the order of the table; each has the word set_NAME."""
 Words = Mapping[str, str]
