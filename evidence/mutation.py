@@ -46,7 +46,8 @@ def change_of(mutant: str) -> list[str]:
 
 def counted(codes: dict[str, dict[str, int | None]], notes: dict[str, str]) -> dict[str, Any]:
     """Counts by module, and each survivor its change and note; ``codes``: module -> mutant -> exit code."""
-    modules, survivors = {}, {}
+    modules: dict[str, dict[str, Any]] = {}
+    survivors: dict[str, dict[str, Any]] = {}
     for module, own in codes.items():
         number = Counter(status_of(code) for code in own.values())
         tried = len(own) - number["not tried"]
