@@ -16,8 +16,8 @@ from finetune101.reports.page import words as text
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
 ORDER = (
-    "network", "parameters", "start", "trained", "recipe", "fit", "loss", "teacher", "optimizer", "lr", "backbone",
-    "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
+    "network", "parameters", "start", "random", "trained", "recipe", "fit", "loss", "teacher", "optimizer", "lr",
+    "backbone", "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
 )  # fmt: skip
 """Settings in the order of the table; each has the word set_NAME."""
 Words = Mapping[str, str]
@@ -118,6 +118,8 @@ def _settings(group: Group, words: Words) -> dict[str, str]:
         "augment": words["v_none"] if solved or model.cached_features else _augmentation(config.augment, words),
         "norm": words["v_norm_kept" if model.freeze_norm or solved else "v_norm_trained"],
     }
+    if model.random_layers:
+        values["random"] = words["comma"].join(model.random_layers)
     if optim.ema:
         values["ema"] = f"{optim.ema:g}"
     if optim.teacher:
