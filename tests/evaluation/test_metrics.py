@@ -79,6 +79,7 @@ def test_bootstrap_is_repeatable_and_antisymmetric():
     a, b = np.arange(200) % 10 != 0, np.arange(200) % 3 != 0
     first = metrics.paired_bootstrap(a, b, seed=3)
     assert first == metrics.paired_bootstrap(a, b, seed=3)
+    assert metrics.paired_bootstrap(a, b) == metrics.paired_bootstrap(a, b, seed=0) != first
     difference, low, high = metrics.paired_bootstrap(b, a, seed=3)
     assert difference == -first[0]
     assert (low, high) == pytest.approx((-first[2], -first[1]), abs=1.0)
@@ -122,7 +123,7 @@ def test_crossed_needs_two_runs_and_takes_equal_ones():
     with pytest.raises(ValueError, match="needs two of them"):
         metrics.crossed([[1], [0]], [[1], [1]])
     same = metrics.crossed([[1, 0]] * 2, [[1, 0]] * 2)
-    assert (same.difference, same.interval, same.p) == (0, (0, 0), 1)
+    assert (same.difference, same.interval, same.p, same.df, same.images_sd, same.runs_sd) == (0, (0, 0), 1, 1, 0, 0)
 
 
 def test_few_images_give_a_wide_interval_but_no_endless_one():

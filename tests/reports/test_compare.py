@@ -71,6 +71,14 @@ def test_each_arm_says_what_it_is(tmp_path):
     assert (pair.only_a, pair.only_b, pair.p) == (1, 0, 1.0)
 
 
+def test_layers_that_started_at_random_are_said(arms):
+    config = arms[0].read_json("config.json")
+    config["model"]["random_layers"] = ["blocks.6"]
+    arms[0].write_json("config.json", config)
+    c = compared(*arms)
+    assert (list(c.a.random_layers), list(c.b.random_layers)) == (["blocks.6"], [])
+
+
 def test_a_wins_curve_reaches_the_final_validation_accuracy_of_the_other(tmp_path):
     a = write_run(tmp_path / "a", {1}, scores=[40, 50, 60])
     b = write_run(tmp_path / "b", {2}, scores=[50, 45, 44])
@@ -241,7 +249,9 @@ def test_steps_to_the_other_arm_and_cost(seeds):
 
 
 def test_gains_per_class(seeds):
-    rows = {row.name: row for row in pair(seeds).classes}
+    listed = pair(seeds).classes
+    assert listed[0].gain > listed[1].gain  # the greatest first
+    rows = {row.name: row for row in listed}
     assert {name: row.n for name, row in rows.items()} == {"ant": 150, "bee": 50}
     # wrong bees (every fourth image): 12, 16, ..., 36 and then 40 and 44
     assert rows["bee"].b == pytest.approx(100 * (1 - (7 + 8 + 9) / 3 / 50))
