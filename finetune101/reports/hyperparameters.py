@@ -123,7 +123,10 @@ def _settings(group: Group, words: Words) -> dict[str, str]:
     if optim.ema:
         values["ema"] = f"{optim.ema:g}"
     if optim.teacher:
-        values["teacher"] = words["comma"].join(Path(name).name for name in optim.teacher)
+        teachers = words["comma"].join(Path(name).name for name in optim.teacher)
+        values["teacher"] = words["v_teacher"].format(
+            runs=teachers, share=100 * optim.teacher_share, temperature=optim.teacher_temperature
+        )
     if config.data.fit_on == "train+val":
         values["fit"] = words["v_train_val"]
     values["precision"] = str(run.env.get("world", {}).get("precision", "–"))
@@ -152,6 +155,8 @@ def _augmentation(augment: AugmentConfig, words: Words) -> str:
         words["v_crop"].format(share=100 * augment.crop_scale) if augment.crop_scale < 1 else "",
         words["v_trivial"] if augment.policy == "trivial" else "",
         words["v_erasing"].format(share=100 * augment.erasing) if augment.erasing else "",
-        words["v_mix"].format(share=100 * augment.mix) if augment.mix else "",
+        words["v_mixup" if augment.mixup_alpha else "v_mix"].format(share=100 * augment.mix, alpha=augment.mixup_alpha)
+        if augment.mix
+        else "",
     ]
     return words["comma"].join(filter(None, parts)) or words["v_none"]
