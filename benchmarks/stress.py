@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[int, Part]] = {
     "searches": (200, searches.searches),
 }
 """Name -> how many cases by default, and the part."""
-DRAW = {"kills": 4, "signals": 2, "disk": 3, "folders": 6, "twice": 2, "ranks": 1, "hostile": 50, "old": 1}
+DRAW = {"kills": 3, "signals": 1, "disk": 2, "folders": 4, "twice": 1, "ranks": 1, "hostile": 40, "old": 1}
 """The same for the tests, in less than a minute."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -77,7 +78,8 @@ def signals(count: int, bench: Bench) -> Iterator[Case]:
             return f"ended {seconds:.1f} s after the signal, {ended.cpu - cpu:.1f} s of CPU time"
         return ""
 
-    return disturbed(bench, strike, count, is_fresh=lambda: rng.random() < 0.5)
+    turns = itertools.cycle([False, True])
+    return disturbed(bench, strike, count, is_fresh=lambda: next(turns))
 
 
 def _by_python(text: str) -> bool:
