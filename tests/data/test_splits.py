@@ -233,6 +233,8 @@ def test_a_manifest_says_how_it_was_made() -> None:
     skipped = dataclasses.replace(manifest, options={"skipped": ["a/1.jpg", "a/2.jpg"]})
     assert skipped.skipped == ("a/1.jpg", "a/2.jpg")
     assert dataclasses.replace(manifest, options={"skipped": "a/1.jpg"}).skipped == ()
+    turned = dict(reversed(manifest.subsets.items()))
+    assert dataclasses.replace(manifest, subsets=turned).hash() == manifest.hash()
     values = manifest.to_json()
     assert values["hash"] == manifest.hash() and values["hash"].startswith("sha256:") and values["seed"] == 7
     assert values["content_hash"] == content_hash(index.digests, index.paths)
