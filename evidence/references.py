@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NotRequired, get_args, get_origin, get_type_hints
 
 from api_reference import as_markdown, interface
+from chinese_tables import in_chinese
 from field_meanings import MEANINGS
 from md_tables import cell, rows
 from message_reference import messages
@@ -231,9 +232,9 @@ def main(argv: list[str] | None = None, docs: Path = ROOT / "docs") -> int:
     different = 0
     for name, make in PARTS.items():
         part = make()
-        for page in (docs / f"{name}.md", docs / "zh" / f"{name}.md"):
+        for page, own in ((docs / f"{name}.md", part), (docs / "zh" / f"{name}.md", in_chinese(part))):
             text = page.read_text(encoding="utf-8") if page.is_file() else ""
-            if MARKS[0] not in text or (new := with_part(text, part)) == text:
+            if MARKS[0] not in text or (new := with_part(text, own)) == text:
                 continue
             different += 1
             if check:
