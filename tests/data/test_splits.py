@@ -178,6 +178,18 @@ def test_bursts_of_similar_photos_leave_images_to_validate(n: int) -> None:
     assert splits.split_remarks(manifest) == []
 
 
+def test_one_group_of_two_classes_validates_for_both() -> None:
+    """Groups of three fit no sixth of twelve; one of the twins of a and c, and one of b, are enough."""
+    index = index_of(a=24, b=24, c=24)
+    groups = {
+        path: f"{'b' if class_of(path) == 'b' else 'twins'} {(int(path[-8:-4]) - 1) // 3}" for path in index.paths
+    }
+    for seed in range(3):
+        manifest = splits.make_split(index, standard(12, split_seed=seed), groups)
+        assert per_class(manifest, "val") == {"a": 3, "b": 3, "c": 3}
+        assert per_class(manifest, "train") == {"a": 9, "b": 9, "c": 9}
+
+
 def test_a_class_that_cannot_validate_is_said() -> None:
     index = index_of(a=30, b=30)
     groups = {path: "one burst" for path in index.paths if path < "a/image_0013"}
@@ -221,6 +233,8 @@ def test_a_manifest_says_how_it_was_made() -> None:
     skipped = dataclasses.replace(manifest, options={"skipped": ["a/1.jpg", "a/2.jpg"]})
     assert skipped.skipped == ("a/1.jpg", "a/2.jpg")
     assert dataclasses.replace(manifest, options={"skipped": "a/1.jpg"}).skipped == ()
+    turned = dict(reversed(manifest.subsets.items()))
+    assert dataclasses.replace(manifest, subsets=turned).hash() == manifest.hash()
     values = manifest.to_json()
     assert values["hash"] == manifest.hash() and values["hash"].startswith("sha256:") and values["seed"] == 7
     assert values["content_hash"] == content_hash(index.digests, index.paths)
@@ -375,7 +389,7 @@ def test_broken_manifests_are_refused(manifest: splits.Manifest, tmp_path: Path,
 
 @pytest.mark.parametrize(
     "path",
-    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "C:/a/1.jpg", "\\\\host\\a\\1.jpg",
+    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "c:/a/1.jpg", "\\\\host\\a\\1.jpg",
      "a/..\\..\\1.jpg", "a//1.jpg", "./a/1.jpg", "a/\0.jpg"],
 )  # fmt: skip
 def test_paths_that_leave_the_data_folder_are_refused(manifest: splits.Manifest, path: str) -> None:
