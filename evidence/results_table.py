@@ -30,22 +30,27 @@ HEADS = {
     ),
 }
 CHINESE = {
+    "convolutions from ImageNet": "卷积层来自 ImageNet",
     "random": "随机", "reference": "参考", "standard": "标准", "train + val": "训练 + 验证", ", ": "，", "; ": "；",
     " (": "（", ")": "）",
 }  # fmt: skip
 NETWORKS = {
+    "alexnet": "AlexNet",
     "efficientnet_lite0": "EfficientNet-Lite0",
     "efficientnet_lite2": "EfficientNet-Lite2",
     "efficientnet_lite02": "EfficientNet-Lite0 + 2",
     "efficientnet_lite012": "EfficientNet-Lite0 + 1 + 2",
     "resnet18": "ResNet-18",
 }
+UNTIMED = ("best.finetune.alexnet_features.reference",)
+"""Rows whose runs shared the machine with other work, so that their time says nothing."""
 # claims that a row is made of, without their last part, in the order of the table
 STEMS = (
     "best.probe.any.reference",
     "best.finetune.efficientnet_lite0.reference",
     "best.finetune.efficientnet_lite2.reference",
     "best.finetune.any.reference",
+    "best.finetune.alexnet_features.reference",
     "best.finetune.efficientnet_lite2.standard",
     "finetune.efficientnet_lite2.standard25",
     "probe.efficientnet_lite02.reference",
@@ -66,7 +71,7 @@ def row(stem: str, claims: dict[str, Any]) -> tuple[list[str], list[dict[str, An
     members = [Run(RESULTS / name) for name in runs[0].read_json("config.json").get("members", ())]
     described = [_described(run) for run in members or runs[:1]]
     weights = round(sum(one["weights"] for one in described) / 1e6, 1)
-    time = minutes(RESULTS / top1["evidence"], RESULTS)
+    time = None if stem in UNTIMED else minutes(RESULTS / top1["evidence"], RESULTS)
     spread = top1["spread"]
     accuracy = f"{top1['value']:.2f}"
     if isinstance(spread, list):
@@ -100,6 +105,7 @@ def _described(run: Run) -> dict[str, Any]:
     config = run.config()
     built = build(config.model.name, len(read_manifest(run).classes), pretrain=False)
     start = "ImageNet" if config.model.pretrain else "random"
+    start = "convolutions from ImageNet" if config.model.random_layers else start
     return {
         "name": NETWORKS[config.model.name],
         "start": f"{start}, `{_recipe(config)}`, {config.model.size or built.preprocessing.size} px",

@@ -367,8 +367,7 @@ def _from_hub(repository: str, file: str) -> str:
         return cached
     # asked first because it gives up at once without a network, where hf_hub_download tries for minutes
     etag = hub.get_hf_file_metadata(hub.hf_hub_url(repository, file), timeout=_TIMEOUT).etag
-    # a safetensors file holds no code; the hub decides which revision is current
-    path = hub.hf_hub_download(repository, file)  # nosec B615
+    path = hub.hf_hub_download(repository, file)  # nosec B615: a file without code, of the revision that is current
     if etag and len(etag) == 64 and sha256(Path(path)) != etag:
         os.remove(os.path.realpath(path))  # the blob, not the link to it
         raise OSError(f"{file} of {repository} arrived damaged")
