@@ -29,11 +29,12 @@ $(STAMP): requirements.lock pyproject.toml
 demo: env ## fine-tune, train from scratch and compare, on an embedded data set (two minutes and more, installation not counted)
 	@$(PYTHON) -m finetune101 demo
 
+# not benchmarks/, which attack the program on purpose
 lint: env ## lint and types only
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
-	$(PYTHON) -m bandit --quiet -c pyproject.toml -r finetune101 evidence benchmarks train.py test.py search.py utils.py
+	$(PYTHON) -m bandit --quiet -c pyproject.toml -r finetune101 evidence train.py test.py search.py utils.py
 
 docs: env ## the documentation as a site in build/site, its generated parts and numbers written anew; a warning is an error
 	$(PYTHON) evidence/references.py
@@ -70,5 +71,5 @@ release: env ## build wheel and source distribution, check both, and try the whe
 	$(PYTHON) evidence/try_wheel.py dist
 
 clean: ## remove .venv, caches and the demo's output; runs/ and data/ stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist demo *.egg-info
+	rm -rf .venv mutants .mypy_cache .pytest_cache .ruff_cache build dist demo *.egg-info
 	find finetune101 tests evidence -name __pycache__ -prune -exec rm -rf {} +

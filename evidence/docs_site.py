@@ -58,8 +58,12 @@ def address(name: str) -> str:
     return name.removeprefix("docs/")
 
 
-def as_page(text: str, name: str) -> str:
-    """The Markdown ``text`` of the file ``name`` as MkDocs reads it."""
+def as_page(text: str, name: str, is_fallback: bool = False) -> str:
+    """The Markdown ``text`` of the file ``name`` as MkDocs reads it.
+
+    ``is_fallback``: it stands among Chinese pages, which have other headings, so links to headings of other pages lead
+    to these pages.
+    """
     folder, here = posixpath.dirname(name), posixpath.dirname(address(name))
 
     def led(match: re.Match[str]) -> str:
@@ -67,7 +71,8 @@ def as_page(text: str, name: str) -> str:
             return match[0]
         target = address(posixpath.normpath(posixpath.join(folder, match[2])))
         target = re.sub(r"\.zh\.(\w+)$", r".\1", target)  # i18n finds the page in the reader's language
-        return match[1] + posixpath.relpath(target, here or ".") + match[3]
+        rest = re.sub(r"^#[^)\s]*", "", match[3]) if is_fallback else match[3]
+        return match[1] + posixpath.relpath(target, here or ".") + rest
 
     return in_prose(FENCE.sub(r"\1", text), lambda prose: LINK.sub(led, prose))
 
@@ -87,6 +92,9 @@ def gather(out: Path, root: Path = ROOT) -> list[str]:
         if name.endswith(".md"):
             text = (root / name).read_text(encoding="utf-8")
             target.write_text(as_page(text, name), encoding="utf-8")
+            chinese = root / ZH / name.removeprefix("docs/")
+            if name.startswith("docs/") and (root / ZH).is_dir() and ZH not in name and not chinese.is_file():
+                target.with_suffix(".zh.md").write_text(as_page(text, name, is_fallback=True), encoding="utf-8")
             waiting += links(text, posixpath.dirname(name))
         else:
             shutil.copyfile(root / name, target)

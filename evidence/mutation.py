@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def change_of(mutant: str) -> list[str]:
 
 def counted(codes: dict[str, dict[str, int | None]], notes: dict[str, str]) -> dict[str, Any]:
     """Counts by module, and each survivor its change and note; ``codes``: module -> mutant -> exit code."""
-    modules, survivors = {}, {}
+    modules: dict[str, dict[str, Any]] = {}
+    survivors: dict[str, dict[str, Any]] = {}
     for module, own in codes.items():
         number = Counter(status_of(code) for code in own.values())
         tried = len(own) - number["not tried"]
@@ -72,11 +74,16 @@ def main() -> int:
     flags = parser.parse_args()
     if not flags.keep:
         words = [sys.executable, "-m", "mutmut", "run", "--max-children", str(flags.processes)]
-        subprocess.run([*words, *(f"*__mutmut_*{end}" for end in flags.ending)], cwd=ROOT, check=True)
-    codes = {
-        module: json.loads((ROOT / "mutants" / "finetune101" / f"{module}.py.meta").read_text())["exit_code_by_key"]
-        for module in MODULES
-    }
+        environment = {"FINETUNE101_EXAMPLES": "20", **os.environ}  # of a fuzzing test: they run for each survivor
+        environment.pop("FINETUNE101_DATA", None)  # no test that reads all of Caltech-101
+        subprocess.run([*words, *(f"*__mutmut_*{end}" for end in flags.ending)], cwd=ROOT, env=environment, check=True)
+    metas = {module: ROOT / "mutants" / "finetune101" / f"{module}.py.meta" for module in MODULES}
+    if absent := [module for module, meta in metas.items() if not meta.is_file()]:
+        print(
+            f"mutmut has no mutants of {', '.join(absent)}: delete the folder mutants and start again", file=sys.stderr
+        )
+        return 1
+    codes = {module: json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"] for module, meta in metas.items()}
     result = counted(codes, json.loads(NOTES.read_text(encoding="utf-8")) if NOTES.exists() else {})
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for module, row in result["modules"].items():

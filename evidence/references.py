@@ -17,14 +17,16 @@ import itertools
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, get_args, get_origin, get_type_hints
 
+from api_reference import as_markdown, interface
+from chinese_tables import in_chinese
 from field_meanings import MEANINGS
+from md_tables import cell, rows
+from message_reference import messages
 
-import finetune101
 from finetune101 import schemas
 from finetune101.cli.help import GROUPS, POSITIONAL, FlagHelp, flags_with_help
 from finetune101.cli.main import DATA_VERBS, VERBS
@@ -36,22 +38,6 @@ from finetune101.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 MARKS = ("<!-- generated: python evidence/references.py -->", "<!-- end of generated -->")
-CLASSES = {
-    "Run": "run", "Network": "deploy.network", "Prediction": "deploy.prediction", "Explanation": "deploy.explain",
-    "Evaluation": "evaluation.result", "Comparison": "reports.comparison",
-}  # fmt: skip
-"""What the functions of the Python interface return -> the module that holds it."""
-
-
-def cell(text: object) -> str:
-    """``text`` for a cell of a table."""
-    return re.sub(r"\s+", " ", str(text)).replace("|", "\\|").replace("<", "&lt;").strip()
-
-
-def rows(head: str, lines: Iterator[str]) -> list[str]:
-    """A table; nothing without ``lines``."""
-    body = list(lines)
-    return ["", head, "|" + "---|" * head.count(" |"), *body] if body else []
 
 
 # --- commands ---
@@ -96,96 +82,6 @@ def _default(flag: FlagHelp) -> str:
     return ""
 
 
-# --- Python ---
-
-
-def interface() -> str:
-    """The functions of the package, and the classes that they return."""
-    lines = ["", "## Functions"]
-    for name in finetune101.__all__:
-        value = getattr(finetune101, name)
-        if inspect.isfunction(value):
-            lines += _described(f"finetune101.{name}", value)
-    lines += ["", "## What they return"]
-    for name, module in CLASSES.items():
-        kind = getattr(importlib.import_module(f"finetune101.{module}"), name)
-        lines += ["", f"### {name}", "", *_text(inspect.getdoc(kind) or "")]
-        fields = _field_texts(kind)
-        lines += rows("| attribute | what it is |", (f"| `{one}` | {cell(text)} |" for one, text in fields.items()))
-        for method, value in vars(kind).items():
-            if method.startswith("_") or method in fields:
-                continue
-            if isinstance(value, property):
-                lines += ["", f"`{name}.{method}`: {cell(inspect.getdoc(value) or '')}"]
-            elif inspect.isfunction(value):
-                lines += _described(f"{name}.{method}", value, "####")
-    return "\n".join(lines).strip()
-
-
-def _described(name: str, function: Callable[..., Any], heading: str = "###") -> list[str]:
-    """Signature and docstring of a function."""
-    return [
-        "",
-        f"{heading} {name}",
-        "",
-        "```python signature",
-        _signature(name, function),
-        "```",
-        "",
-        *_text(inspect.getdoc(function) or ""),
-    ]
-
-
-def _signature(name: str, function: Callable[..., Any]) -> str:
-    """``name(arguments) -> type``, an argument a line where it would be long."""
-    signature = inspect.signature(function)
-    listed = [one for one in signature.parameters.values() if one.name != "self"]
-    words, star = [], False
-    for one in listed:
-        if one.kind is one.KEYWORD_ONLY and not star:
-            words.append("*")
-            star = True
-        star = star or one.kind is one.VAR_POSITIONAL
-        prefix = "*" if one.kind is one.VAR_POSITIONAL else "**" if one.kind is one.VAR_KEYWORD else ""
-        default = "" if one.default is one.empty else f" = {one.default!r}"
-        words.append(f"{prefix}{one.name}: {one.annotation}{default}".replace("'", '"'))
-    end = "" if signature.return_annotation is inspect.Signature.empty else f" -> {signature.return_annotation}"
-    short = f"{name}({', '.join(words)}){end}"
-    return short if len(short) <= 100 else f"{name}(\n" + "".join(f"    {word},\n" for word in words) + f"){end}"
-
-
-def _text(doc: str) -> Iterator[str]:
-    """A docstring as Markdown: its arguments as a list, names of the code in code."""
-    before, _, rest = doc.partition("\nArgs:\n")
-    arguments, _, after = rest.partition("\n\n")
-    yield _prose(before.strip())
-    if arguments:
-        yield ""
-        for item in re.split(r"\n(?=    ?\w+: )", f"\n{textwrap.dedent(arguments)}"):
-            for line in re.split(r"\n(?=\w+: )", item.strip("\n")):
-                word, _, text = line.partition(": ")
-                yield f"- `{word.strip()}`: {_prose(' '.join(text.split()))}"
-    if after.strip():
-        yield ""
-        yield _prose(after.strip())
-
-
-def _prose(text: str) -> str:
-    return re.sub(r"``([^`]+)``", r"`\1`", text)
-
-
-def _field_texts(kind: type) -> dict[str, str]:
-    """Name -> what it is, of each public field of a class."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for field, below in zip(body.body, [*body.body[1:], ast.Pass()], strict=True):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.target.id[0] != "_":
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
-            texts[field.target.id] = _prose(str(text)) or f"`{ast.unparse(field.annotation)}`"
-    return texts
-
-
 # --- recipes and networks ---
 
 
@@ -195,7 +91,7 @@ def recipes() -> str:
     plain = dataclasses.asdict(TrainConfig(exp="x"))
     for name, recipe in RECIPES.items():
         config = recipe("x", pretrain=not name.startswith("scratch"))
-        lines += ["", f"### {name}", "", *_text(inspect.getdoc(recipe) or "")]
+        lines += ["", f"### {name}", "", *as_markdown(inspect.getdoc(recipe) or "")]
         settings = [
             (f"{part}.{field}", value)
             for part, fields in dataclasses.asdict(config).items()
@@ -286,63 +182,6 @@ def _inside(hint: Any) -> Iterator[Any]:
         yield from _inside(part)
 
 
-# --- messages ---
-
-
-@functools.cache
-def messages() -> str:
-    """Every sentence of ``Refused``: what is wrong, and the cure behind the last semicolon."""
-    lines: list[str] = []
-    files = sorted((ROOT / "finetune101").rglob("*.py"))
-    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
-    words: dict[str, str] = {}
-    for tree in trees.values():
-        words |= {name: text for name, text in _constants(tree).items() if name.isupper()}
-    by_room: dict[str, dict[str, str]] = {}
-    for file, tree in trees.items():
-        room = file.relative_to(ROOT / "finetune101").parts[0].removesuffix(".py")
-        for message in sorted(_sentences(tree, words | _constants(tree))):
-            wrong, _, cure = message.rpartition("; ")
-            if len(re.findall(r"[a-z]{2,}", wrong or message)) > 1:  # more than what another function says
-                by_room.setdefault(room, {})[cell(wrong or message)] = cell(cure if wrong and cure != "…" else "")
-    for room, sentences in sorted(by_room.items()):
-        lines += ["", f"### {room}"]
-        lines += rows("| message | what to do |", (f"| {wrong} | {cure} |" for wrong, cure in sentences.items()))
-    return "\n".join(lines).strip()
-
-
-def _constants(tree: ast.Module) -> dict[str, str]:
-    """The texts that have one name in a module, and are no argument of a function."""
-    arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    texts: dict[str, list[str]] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            is_text = isinstance(node.value, ast.JoinedStr) or isinstance(getattr(node.value, "value", None), str)
-            texts.setdefault(node.targets[0].id, []).append(_sentence(node.value, {}) if is_text else "…")
-    once = {name: several[0] for name, several in texts.items() if len(several) == 1 and several[0] != "…"}
-    return {name: text for name, text in once.items() if name not in arguments}
-
-
-def _sentences(tree: ast.Module, words: dict[str, str]) -> set[str]:
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args)
-    return {_sentence(node.args[0], words) for node in calls if getattr(node.func, "id", "") == "Refused"}
-
-
-def _sentence(node: ast.expr, words: dict[str, str]) -> str:
-    """The text of an expression, with … for what is known only when it happens."""
-    if isinstance(node, ast.Constant):
-        return str(node.value)
-    if isinstance(node, ast.JoinedStr):
-        return "".join(_sentence(part, words) for part in node.values)
-    if isinstance(node, ast.FormattedValue):
-        return words.get(node.value.id, "…") if isinstance(node.value, ast.Name) else "…"
-    if isinstance(node, ast.BoolOp):
-        return _sentence(node.values[-1], words)
-    if isinstance(node, ast.Name):
-        return words.get(node.id, "…")
-    return "…"
-
-
 # --- claims ---
 
 
@@ -393,9 +232,9 @@ def main(argv: list[str] | None = None, docs: Path = ROOT / "docs") -> int:
     different = 0
     for name, make in PARTS.items():
         part = make()
-        for page in (docs / f"{name}.md", docs / "zh" / f"{name}.md"):
+        for page, own in ((docs / f"{name}.md", part), (docs / "zh" / f"{name}.md", in_chinese(part))):
             text = page.read_text(encoding="utf-8") if page.is_file() else ""
-            if MARKS[0] not in text or (new := with_part(text, part)) == text:
+            if MARKS[0] not in text or (new := with_part(text, own)) == text:
                 continue
             different += 1
             if check:

@@ -1,7 +1,7 @@
 """The README's own commands, in its order, in one folder with small images; only sizes and lengths are cut.
 
-They are the lines of its ```sh blocks and what stands in `finetune101 ...` signs. A block after a comment "no test runs
-this block" is left out; the original's commands are run by test_original.py.
+They are the lines of its ```sh blocks and what stands in `finetune101 ...` signs; the original's commands are run by
+test_original.py.
 
 Of the pages in docs/ the blocks that begin with ```sh runnable or ```python runnable are run as they stand, those with
 "small" as the README's: only sizes and lengths are cut. Every other block has a comment <!-- not run: why --> before

@@ -133,7 +133,8 @@ def test_the_citation_is_of_this_version() -> None:
 
 def test_contributing_has_a_line_for_every_dependency_with_its_tested_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "dev"]
+    tools = ("dev", "audit")
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra not in tools]
     names = [re.split("[<>=!]", line)[0] for lines in (project["dependencies"], *extras) for line in lines]
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").lower().replace("_", "-")
     rows = re.findall(r"^\|.*\|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)

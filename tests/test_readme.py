@@ -42,13 +42,13 @@ def test_each_command_is_tested_or_says_why_not(readme: str) -> None:
     """tests/test_examples.py runs ``finetune101``, tests/test_original.py ``python``, tests/test_api.py the Python."""
     for comment, language, block in BLOCK.findall(READMES[readme]):
         tested = all(line.startswith(("finetune101 ", "python ")) for line in block.splitlines())
-        assert language in ("text", "python") or (language == "sh" and (tested or comment)), block
+        assert language in ("text", "python") or (language == "sh" and (tested or "not run: " in comment)), block
 
 
-@pytest.mark.parametrize(("readme", "page"), [("README.md", "security.md"), ("README.zh-CN.md", "zh/install.md")])
-def test_no_link_is_dead(readme: str, page: str) -> None:
-    if not (ROOT / "docs" / page).is_file():
-        pytest.skip("the pages that the README links to are not written yet")
+@pytest.mark.parametrize("readme", READMES)
+def test_no_link_is_dead(readme: str) -> None:
+    if not (ROOT / "docs" / "security.md").is_file():
+        pytest.skip("docs/security.md is not written yet")
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", READMES[readme])
     paths = [(a or b).partition("#")[0] for a, b in links]
     assert len(paths) > 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from finetune101.config import SETTINGS, TrainConfig, check_bounds, from_dict, t
 from finetune101.errors import Refused
 from finetune101.recipes import from_recipe
 
-fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=150)
+EXAMPLES = int(os.environ.get("FINETUNE101_EXAMPLES", "150"))  # another number for a longer or a shorter search
+fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=EXAMPLES)
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=4), PLAIN, max_size=2)

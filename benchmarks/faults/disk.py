@@ -64,7 +64,7 @@ def _work(bench: Bench, kind: str, folder: Path) -> list[list[str]]:
     resume = (run / "config.json").is_file()
     report = ["report", str(run), "--out", str(folder / "runs" / "page"), "--no-gallery", "--no-explain"]
     words = [bench.words(kind, folder / "runs", resume), ["evaluate", str(run), "--data", str(bench.data)]]
-    return [*words, report] if kind == "scratch" else words
+    return [*words, report] if kind == "train+val" else words
 
 
 def _by_shim(bench: Bench, kind: str, place: str, n: int, once: bool) -> str:

@@ -16,7 +16,7 @@ from faults.process import Ended, Fresh, Process, children_of, command
 SILENCE = 15.0  # seconds after which a process that does not answer is given up, in these trainings
 SOON = 60.0  # seconds in which the others end
 OVERLOADED = 180.0  # the same where more processes than cores want to run
-LONGER = ["--epochs", "15"]
+LONGER = ["--epochs", "10"]
 WAYS = ("a rank is killed", "a rank is stopped", "a rank is terminated")
 LAUNCHED = ("torchrun: a rank is killed", "torchrun itself is killed", "torchrun: a rank is stopped")
 

@@ -72,7 +72,7 @@ class Hands(TrainerCallback):
 
 def images(work: Work, scale: dict[str, Any]) -> Any:
     """Both subsets, decoded and changed when they are read."""
-    data = load_dataset("imagefolder", data_dir=work["data"])  # nosec B615
+    data = load_dataset("imagefolder", data_dir=work["data"])
     last = [transforms.ToTensor(), transforms.Normalize(work["mean"], work["std"])]
     steps = {
         "train": [transforms.RandomResizedCrop(224, **scale), transforms.RandomHorizontalFlip(), *last],

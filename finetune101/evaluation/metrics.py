@@ -163,7 +163,7 @@ def _between_runs(correct: npt.NDArray[np.float64]) -> tuple[float, float]:
     runs, images = correct.shape
     by_run = 100.0 * correct.mean(1)
     rest = 100.0 * (correct - correct.mean(1, keepdims=True) - correct.mean(0) + correct.mean())
-    interaction = float((rest**2).sum()) / ((runs - 1) * (images - 1)) if images > 1 else 0.0
+    interaction = float((rest**2).sum()) / ((runs - 1) * (images - 1))
     raw = float(by_run.var(ddof=1))
     return max(0.0, raw - interaction / images) / runs, raw / runs
 

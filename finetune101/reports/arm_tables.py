@@ -90,7 +90,7 @@ def add_tests(page: Page, comparisons: Sequence[Comparison], network: str = "") 
             [words(p.a), words(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")]
             for p in c.mcnemar
         ]
-    over = [Name(f"95 %: {page.words[key]}") for key in ("over_images", "over_images_and_runs", "over_splits")]
+    over = [Name(f"95%: {page.words[key]}") for key in ("over_images", "over_images_and_runs", "over_splits")]
     page.table("differences", ("pair", "gain", *over, "p"), rows, network)
     page.table("mcnemar", ("run_a", "run_b", "only_a", "only_b", "p"), pairs, network)
 
@@ -110,10 +110,10 @@ def add_reach(page: Page, comparisons: Sequence[Comparison], network: str = "") 
 def add_gains(page: Page, c: Comparison, network: str = "") -> None:
     """Adds the accuracy of both arms in every class."""
     rows = [
-        [words(row.name), number(row.n, "d"), percent(row.a, row.a_interval), percent(row.b, row.b_interval),
-         number(row.gain, "+.1f")]
+        [words(row.name), percent(row.a, row.a_interval), percent(row.b, row.b_interval), number(row.gain, "+.1f"),
+         number(row.n, "d")]
         for row in c.classes
     ]  # fmt: skip
     page.table(
-        "gains_table", ("class", "images", Name(f"{c.a.name}, %"), Name(f"{c.b.name}, %"), "gain"), rows, network
+        "gains_table", ("class", Name(f"{c.a.name}, %"), Name(f"{c.b.name}, %"), "gain", "images"), rows, network
     )

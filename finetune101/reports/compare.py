@@ -207,9 +207,9 @@ def comparison_json(comparisons: Sequence[Comparison], folder: Path) -> dict[str
 def read_groups(folder: Path) -> list[Group]:
     """The groups of the comparison in ``folder``, read again from their runs. Raises Refused when a run is gone."""
     values = Run(folder).read_json("comparison.json")
-    if "\0" in str(values):
-        raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")
     sides = {arm["name"]: arm["runs"] for pair in (values, *values["others"]) for arm in (pair["a"], pair["b"])}
+    if any("\0" in one["path"] for runs in sides.values() for one in runs):
+        raise Refused(f"{folder / 'comparison.json'} names a folder that cannot be; run compare again")
     return [one_arm(name, [Run(_plain(folder / one["path"])) for one in runs]) for name, runs in sides.items()]
 
 

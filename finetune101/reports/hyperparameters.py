@@ -16,8 +16,8 @@ from finetune101.reports.page import words as text
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
 ORDER = (
-    "network", "parameters", "start", "trained", "recipe", "fit", "loss", "teacher", "optimizer", "lr", "backbone",
-    "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
+    "network", "parameters", "start", "random", "trained", "recipe", "fit", "loss", "teacher", "optimizer", "lr",
+    "backbone", "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
 )  # fmt: skip
 """Settings in the order of the table; each has the word set_NAME."""
 Words = Mapping[str, str]
@@ -118,10 +118,15 @@ def _settings(group: Group, words: Words) -> dict[str, str]:
         "augment": words["v_none"] if solved or model.cached_features else _augmentation(config.augment, words),
         "norm": words["v_norm_kept" if model.freeze_norm or solved else "v_norm_trained"],
     }
+    if model.random_layers:
+        values["random"] = words["comma"].join(model.random_layers)
     if optim.ema:
         values["ema"] = f"{optim.ema:g}"
     if optim.teacher:
-        values["teacher"] = words["comma"].join(Path(name).name for name in optim.teacher)
+        teachers = words["comma"].join(Path(name).name for name in optim.teacher)
+        values["teacher"] = words["v_teacher"].format(
+            runs=teachers, share=100 * optim.teacher_share, temperature=optim.teacher_temperature
+        )
     if config.data.fit_on == "train+val":
         values["fit"] = words["v_train_val"]
     values["precision"] = str(run.env.get("world", {}).get("precision", "–"))
@@ -150,6 +155,8 @@ def _augmentation(augment: AugmentConfig, words: Words) -> str:
         words["v_crop"].format(share=100 * augment.crop_scale) if augment.crop_scale < 1 else "",
         words["v_trivial"] if augment.policy == "trivial" else "",
         words["v_erasing"].format(share=100 * augment.erasing) if augment.erasing else "",
-        words["v_mix"].format(share=100 * augment.mix) if augment.mix else "",
+        words["v_mixup" if augment.mixup_alpha else "v_mix"].format(share=100 * augment.mix, alpha=augment.mixup_alpha)
+        if augment.mix
+        else "",
     ]
     return words["comma"].join(filter(None, parts)) or words["v_none"]

@@ -26,9 +26,9 @@ def add_classes(page: Page, run: Tested) -> None:
         often = min(predictions, key=lambda other: (-predictions[other], other), default="")
         taken = f"{often} ({predictions[often]})" if often else ""
         interval = metrics.wilson(right, n)
-        rows.append([words(name), number(n, "d"), number(right, "d"), percent(share, interval), words(taken)])
-    rows.sort(key=lambda row: row[3][1])
-    page.table("classes", ("class", "images", "right", "share", "mistaken"), rows)
+        rows.append([words(name), percent(share, interval), number(n, "d"), number(right, "d"), words(taken)])
+    rows.sort(key=lambda row: row[1][1])
+    page.table("classes", ("class", "share", "images", "right", "mistaken"), rows)
 
 
 def add_details(page: Page, run: Tested, name: str, root: Path | None) -> None:

@@ -33,25 +33,41 @@ def log_records(run: Run, records: Iterable[dict[str, Any]]) -> Iterator[dict[st
     """
     writer: SummaryWriter | None = None
     left = iter(records)
-    try:
-        for record in left:
-            try:
-                writer = writer or _opened(run)
-                _write(writer, record)
-            except OSError as error:
-                print(
-                    f"TensorBoard events of {run.path} cannot be written ({error.strerror or error})", file=sys.stderr
-                )
+    with _told_once():
+        try:
+            for record in left:
+                try:
+                    writer = writer or _opened(run)
+                    _write(writer, record)
+                except OSError as error:
+                    reason = error.strerror or error
+                    print(f"TensorBoard events of {run.path} cannot be written ({reason})", file=sys.stderr)
+                    yield record
+                    break
                 yield record
-                break
-            yield record
-        yield from left
+            yield from left
+        finally:
+            if isinstance(records, Generator):
+                records.close()  # its progress bar goes before a sentence about an interruption
+            if writer:
+                with contextlib.suppress(OSError):
+                    writer.close()
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """In the block TensorBoard's thread prints no traceback of a full disk: its error is raised here as well."""
+    usual = threading.excepthook
+
+    def tell(fault: threading.ExceptHookArgs) -> None:
+        if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__module__.startswith("tensorboard.")):
+            usual(fault)
+
+    threading.excepthook = tell
+    try:
+        yield
     finally:
-        if isinstance(records, Generator):
-            records.close()  # its progress bar goes before a sentence about an interruption
-        if writer:
-            with contextlib.suppress(OSError):
-                writer.close()
+        threading.excepthook = usual
 
 
 def _opened(run: Run) -> SummaryWriter:

@@ -16,7 +16,7 @@ import pytest
 from finetune101.config import DataConfig
 from finetune101.data import splits
 from finetune101.data.duplicates import duplicate_groups
-from finetune101.data.images import Index, class_of, find_data, index_images
+from finetune101.data.images import Index, class_of, content_hash, find_data, index_images
 from finetune101.errors import Refused
 
 # what scikit-learn's train_test_split(random_state=42) makes of the 31 images of inline_skate
@@ -178,6 +178,18 @@ def test_bursts_of_similar_photos_leave_images_to_validate(n: int) -> None:
     assert splits.split_remarks(manifest) == []
 
 
+def test_one_group_of_two_classes_validates_for_both() -> None:
+    """Groups of three fit no sixth of twelve; one of the twins of a and c, and one of b, are enough."""
+    index = index_of(a=24, b=24, c=24)
+    groups = {
+        path: f"{'b' if class_of(path) == 'b' else 'twins'} {(int(path[-8:-4]) - 1) // 3}" for path in index.paths
+    }
+    for seed in range(3):
+        manifest = splits.make_split(index, standard(12, split_seed=seed), groups)
+        assert per_class(manifest, "val") == {"a": 3, "b": 3, "c": 3}
+        assert per_class(manifest, "train") == {"a": 9, "b": 9, "c": 9}
+
+
 def test_a_class_that_cannot_validate_is_said() -> None:
     index = index_of(a=30, b=30)
     groups = {path: "one burst" for path in index.paths if path < "a/image_0013"}
@@ -193,6 +205,71 @@ def test_no_validation_images_are_said() -> None:
         assert not manifest.subsets["val"]
         assert splits.split_remarks(manifest)[0].startswith("No validation images: ")
         assert splits.split_remarks(manifest, "train+val") == []
+
+
+def test_missing_test_images_are_said() -> None:
+    manifest = splits.make_split(index_of(a=12, b=12, c=12, d=12, e=12), DataConfig())
+
+    def remarks(*classes: str) -> list[str]:
+        """What is said where only ``classes`` have test images."""
+        test = tuple(path for path in manifest.subsets["test"] if class_of(path) in classes)
+        return splits.split_remarks(dataclasses.replace(manifest, subsets={**manifest.subsets, "test": test}))
+
+    assert remarks(*"abcde") == []
+    assert remarks(*"ac") == ["No test images of 3 of 5 classes (b, d, e)."]
+    assert remarks("c") == ["No test images of 4 of 5 classes (a, b, d, …)."]
+    assert remarks() == ["No test images: evaluate will use the validation images."]
+
+
+def test_a_manifest_says_how_it_was_made() -> None:
+    index = index_of(a=12, b=12)
+    manifest = splits.make_split(index, DataConfig(split_seed=7))
+    assert (manifest.protocol, manifest.seed, manifest.classes) == ("reference", 7, ("a", "b"))
+    assert manifest.options == {"test_size": 0.2, "val_size": 0.1} and manifest.skipped == ()
+    other = splits.make_split(
+        index, standard(5, split_seed=7, max_test_per_class=2), {path: path for path in index.paths}
+    )
+    assert other.options == {"train_per_class": 5, "max_test_per_class": 2, "group_duplicates": True}
+    skipped = dataclasses.replace(manifest, options={"skipped": ["a/1.jpg", "a/2.jpg"]})
+    assert skipped.skipped == ("a/1.jpg", "a/2.jpg")
+    assert dataclasses.replace(manifest, options={"skipped": "a/1.jpg"}).skipped == ()
+    turned = dict(reversed(manifest.subsets.items()))
+    assert dataclasses.replace(manifest, subsets=turned).hash() == manifest.hash()
+    values = manifest.to_json()
+    assert values["hash"] == manifest.hash() and values["hash"].startswith("sha256:") and values["seed"] == 7
+    assert values["content_hash"] == content_hash(index.digests, index.paths)
+
+
+def test_folders_that_do_not_suit_the_protocol_are_refused() -> None:
+    subsets = {"train": "train", "test": "test"}
+    paths = ("train/a/1.jpg", "train/a/2.jpg", "test/a/3.jpg")
+    index = Index(
+        root=Path("data"), classes=("a",), paths=paths, digests={path: path for path in paths}, subsets=subsets
+    )
+    with pytest.raises(Refused, match=r"^data is split into train/ and test/, and --protocol standard would mix them"):
+        splits.make_split(index, standard(1))
+    with pytest.raises(Refused, match=r"^data has no train/ with val/ or test/ of class folders; leave --protocol out"):
+        splits.make_split(index_of(a=3), DataConfig(protocol="folders"))
+    assert splits.make_split(index, DataConfig()).subsets == {"train": paths[:2], "val": (), "test": paths[2:]}
+    untrained = dataclasses.replace(index, paths=paths[2:])
+    with pytest.raises(Refused, match="class a has no image that can be read"):
+        splits.make_split(untrained, DataConfig())
+
+
+def test_the_first_image_of_each_group_decides_for_the_others() -> None:
+    index = index_of(a=10, b=10)
+    groups = {path: path for path in index.paths} | {"a/image_0002.jpg": "a/image_0001.jpg"}
+    firsts = index_of(a=10, b=10)
+    firsts = dataclasses.replace(firsts, paths=tuple(path for path in index.paths if path != "a/image_0002.jpg"))
+    alone = splits.make_split(firsts, DataConfig())
+    manifest = splits.make_split(index, DataConfig(), groups)
+    for subset in splits.SUBSETS:
+        assert set(alone.subsets[subset]) == set(manifest.subsets[subset]) - {"a/image_0002.jpg"}
+    twins = {path: "a/image_0001.jpg" if path < "b" else path for path in index.paths} | {
+        "a/image_0001.jpg": "b/image_0001.jpg"
+    }
+    with pytest.raises(Refused, match="a class has no image that is not a near-duplicate of another class's"):
+        splits.make_split(index, DataConfig(), {path: twins[path] for path in index.paths})
 
 
 def test_large_sets_are_split_in_time_that_grows_with_them() -> None:
@@ -247,6 +324,8 @@ def test_folders_are_taken_as_they_are(tiny_data: Path, tmp_path: Path) -> None:
     manifest = splits.make_split(index, DataConfig(protocol="folders"))
     fewer = dataclasses.replace(manifest, subsets=manifest.subsets | {"val": ()})
     assert splits.is_by_folders(manifest, index) and not splits.is_by_folders(fewer, index)
+    assert not splits.is_by_folders(manifest, index_of(ball=12, box=12))
+    assert (manifest.protocol, manifest.seed, manifest.options) == ("folders", 42, {})
     assert manifest.classes == ("ball", "box")
     for subset, n in {"train": 6, "val": 2, "test": 4}.items():
         assert per_class(manifest, subset) == {"ball": n, "box": n}
@@ -310,7 +389,7 @@ def test_broken_manifests_are_refused(manifest: splits.Manifest, tmp_path: Path,
 
 @pytest.mark.parametrize(
     "path",
-    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "C:/a/1.jpg", "\\\\host\\a\\1.jpg",
+    ["/a/1.jpg", "a/../../1.jpg", "../a/1.jpg", "a/..", "C:\\a\\1.jpg", "c:/a/1.jpg", "\\\\host\\a\\1.jpg",
      "a/..\\..\\1.jpg", "a//1.jpg", "./a/1.jpg", "a/\0.jpg"],
 )  # fmt: skip
 def test_paths_that_leave_the_data_folder_are_refused(manifest: splits.Manifest, path: str) -> None:

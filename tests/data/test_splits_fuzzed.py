@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,8 @@ from finetune101.data import splits
 from finetune101.data.images import SUBSETS, Index, class_of
 from finetune101.errors import Refused
 
-fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+EXAMPLES = int(os.environ.get("FINETUNE101_EXAMPLES", "60"))  # another number for a longer or a shorter search
+fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=EXAMPLES)
 NAMES = st.text("abcXYZ09 _-.é鳥\U0001f426", min_size=1, max_size=8).filter(lambda name: name.strip(". ") == name)
 SEEDS = st.integers(0, 2**32 - 1)
 SHARES = st.integers(1, 60).map(lambda percent: percent / 100)
@@ -180,7 +182,7 @@ PLAIN = st.recursive(
 KEYS = ("protocol", "seed", "options", "classes", "content_hash", "subsets", "train", "val", "test", "hash", "format")
 
 
-@settings(fuzzed, max_examples=80)
+@fuzzed
 @given(st.dictionaries(st.sampled_from(KEYS[:6]), PLAIN), st.dictionaries(st.sampled_from(KEYS), PLAIN), st.booleans())
 def test_a_file_of_anything_is_a_manifest_or_refused(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], more: dict[str, Any], whole: bool

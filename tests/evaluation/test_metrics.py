@@ -79,6 +79,7 @@ def test_bootstrap_is_repeatable_and_antisymmetric():
     a, b = np.arange(200) % 10 != 0, np.arange(200) % 3 != 0
     first = metrics.paired_bootstrap(a, b, seed=3)
     assert first == metrics.paired_bootstrap(a, b, seed=3)
+    assert metrics.paired_bootstrap(a, b) == metrics.paired_bootstrap(a, b, seed=0) != first
     difference, low, high = metrics.paired_bootstrap(b, a, seed=3)
     assert difference == -first[0]
     assert (low, high) == pytest.approx((-first[2], -first[1]), abs=1.0)
@@ -116,13 +117,19 @@ def test_crossed_of_runs_that_differ_by_hand():
     assert result.p == pytest.approx(2 * stats.t.sf(25 / (images + runs) ** 0.5, df))
 
 
+def test_crossed_takes_from_the_runs_what_the_images_explain_by_hand():
+    # residuals of arm a: 6 times 1/8, 2 times 3/8, so 3/8 / 3 = 1/8 (1250 points squared); its runs: 75 and 0 %
+    result = metrics.crossed([[1, 1, 1, 0], [0, 0, 0, 0]], [[0, 0, 0, 0]] * 2)
+    assert result.runs_sd**2 == pytest.approx((75**2 / 2 - 1250 / 4) / 2)
+
+
 def test_crossed_needs_two_runs_and_takes_equal_ones():
     with pytest.raises(ValueError, match="two runs on each side"):
         metrics.crossed([[1, 0]], [[1, 0], [1, 1]])
     with pytest.raises(ValueError, match="needs two of them"):
         metrics.crossed([[1], [0]], [[1], [1]])
     same = metrics.crossed([[1, 0]] * 2, [[1, 0]] * 2)
-    assert (same.difference, same.interval, same.p) == (0, (0, 0), 1)
+    assert (same.difference, same.interval, same.p, same.df, same.images_sd, same.runs_sd) == (0, (0, 0), 1, 1, 0, 0)
 
 
 def test_few_images_give_a_wide_interval_but_no_endless_one():
@@ -188,8 +195,13 @@ def test_a_temperature_never_makes_validation_worse():
         ]
         losses = [metrics.cross_entropy(logits / t, labels) for t in (1, result.temperature)]
         assert errors[1] <= errors[0] and losses[1] <= losses[0] and 0.1 < result.temperature < 10
+        assert bool(result.reason) == (result.temperature == 1)
         kept += result.temperature != 1
     assert 0 < kept < 40
+
+
+def test_ten_images_are_enough_for_a_temperature():
+    assert metrics.too_few(10) == "" and metrics.too_few(9).startswith("9 validation images are too few")
 
 
 def test_reliability_and_ece_by_hand():

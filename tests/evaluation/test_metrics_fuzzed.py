@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from fractions import Fraction
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from finetune101.evaluation import metrics
 
-fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=60)
+EXAMPLES = int(os.environ.get("FINETUNE101_EXAMPLES", "60"))  # another number for a longer or a shorter search
+fuzzed = settings(derandomize=True, deadline=None, database=None, max_examples=EXAMPLES)
 Rows = list[list[float]]
 SCORE = st.integers(-400, 400).map(lambda n: n / 16)  # exact in single precision, from certain to undecided
 

@@ -130,6 +130,11 @@ def test_links_lead_to_where_the_site_has_their_files(name: str, text: str, page
     assert docs_site.as_page(text, name) == page
 
 
+def test_an_english_page_among_chinese_ones_names_no_headings_of_them() -> None:
+    text = "[b](b.md#c) [d](#e)"
+    assert docs_site.as_page(text, "docs/a.md", is_fallback=True) == "[b](b.md) [d](#e)"
+
+
 @pytest.mark.parametrize(
     ("link", "code"),
     [("b.md", 0), ("b.md#here", 0), ("../notes/n.txt", 0), ("c.md", 1), ("b.md#nowhere", 1), ("../notes/gone.txt", 1)],

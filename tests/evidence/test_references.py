@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import chinese_tables
 import field_meanings
 import pytest
 import references
@@ -69,3 +70,14 @@ def test_the_common_messages_of_the_faq_are_said_by_the_code() -> None:
 
 def test_every_claim_is_listed() -> None:
     assert references.claims().count("\n| `") > 100
+
+
+def test_chinese_pages_have_chinese_headings() -> None:
+    head, row, code = "| argument | what it is |", "| `X` | on | off |", "```text\n| yes | on |\n```"
+    text = chinese_tables.in_chinese(f"## finetune101 train\n\n{head}\n|---|---|\n{row}\n\n{code}")
+    assert "训练一个实验。" in text and "| 位置参数 | 含义 |" in text and "| `X` | 开 | 关 |" in text and code in text
+    assert set(chinese_tables.VERBS) == {*VERBS, *(f"data {name}" for name in DATA_VERBS), "search report"}
+    for page in references.PARTS:
+        text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+        generated = text.partition(references.MARKS[0])[2].partition(references.MARKS[1])[0]
+        assert set(re.findall(r"^(\| .*)\n\|---", generated, re.M)) <= set(chinese_tables.ROWS), page

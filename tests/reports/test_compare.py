@@ -39,6 +39,70 @@ def test_numbers_by_hand(arms):
     assert c.a.mean_per_class == pytest.approx((100 + 100 * 147 / 150) / 2)
 
 
+def test_each_arm_says_what_it_is(tmp_path):
+    write_run(tmp_path / "tuned" / "s0", {1}, run_seed=0, scores=[60, 90, 80], recipe="finetune", source="of a file")
+    write_run(tmp_path / "tuned" / "s3", {1, 2}, run_seed=3, scores=[70, 80, 85], recipe="finetune", source="of a file")
+    good = groups.open_group(str(tmp_path / "tuned"))
+    other = write_run(tmp_path / "other", {1, 2, 3}, run_seed=3, pretrain=False, init_hash="sha256:other")
+    c = compare.all_pairs([good, groups.open_group(str(other.path))])[0]
+    a, b = c.a, c.b
+    assert (a.name, a.network, a.recipe, a.pretrain, a.device) == (
+        "tuned", "efficientnet_lite0", "finetune", True, "cpu",
+    )  # fmt: skip
+    assert (a.init_source, a.init_hash, a.epoch, a.seconds) == ("of a file", "sha256:0123456789abcdef", 2, 180)
+    assert (a.correct, a.top1, a.validation) == (198.5, 99.25, 87.5)
+    assert a.top1_sd == pytest.approx(0.5 / 2**0.5) and a.top1_interval == metrics.wilson(198.5, 200)
+    # ants: 0 and 1 of 150 are wrong, as 1 and 2 are no fourth images
+    assert a.mean_per_class == pytest.approx((100 + (149 + 148) / 3) / 2)
+    assert a.mean_per_class_sd == pytest.approx((1 / 3) / 2**0.5)
+    assert (b.pretrain, b.recipe, b.validation, b.steps_to_other, b.top1_sd) == (False, None, None, None, None)
+    assert (a.steps_to_other, a.seconds_to_other) == (None, None)  # the other arm has no validation
+    first, second = a.runs
+    assert (first.seed, first.split_seed, first.epoch, first.correct, first.top1) == (0, 42, 2, 199, 99.5)
+    assert (second.seed, second.epoch, second.correct, second.mean_per_class) == (
+        3, 3, 198, pytest.approx((100 + 100 * 148 / 150) / 2),
+    )  # fmt: skip
+    assert first.path == (tmp_path / "tuned" / "s0").as_posix() and first.manifest_hash == c.manifest_hash
+    assert c.manifest_hash == good.runs[0].manifest.hash() and (c.n, c.splits) == (200, 1)
+    assert (first.command, first.start, first.init_hash) == ("", "pretrained", "sha256:0123456789abcdef")
+    assert not first.features_cached and not first.frozen
+    pair = c.mcnemar[0]
+    assert len(c.mcnemar) == 1 and (pair.a, pair.b) == (f"{a.name}/s3", b.name)  # the pair of one seed
+    assert (pair.only_a, pair.only_b, pair.p) == (1, 0, 1.0)
+
+
+def test_layers_that_started_at_random_are_said(arms):
+    config = arms[0].read_json("config.json")
+    config["model"]["random_layers"] = ["blocks.6"]
+    arms[0].write_json("config.json", config)
+    c = compared(*arms)
+    assert (list(c.a.random_layers), list(c.b.random_layers)) == (["blocks.6"], [])
+
+
+def test_a_wins_curve_reaches_the_final_validation_accuracy_of_the_other(tmp_path):
+    a = write_run(tmp_path / "a", {1}, scores=[40, 50, 60])
+    b = write_run(tmp_path / "b", {2}, scores=[50, 45, 44])
+    c = compared(a, b)
+    assert (c.a.validation, c.b.validation) == (60, 50)
+    assert (c.a.steps_to_other, c.a.seconds_to_other) == (20, 120)  # as much is enough
+    assert (c.b.steps_to_other, c.b.seconds_to_other) == (None, None)
+
+
+def test_paths_of_a_kept_comparison_start_at_its_folder(arms, tmp_path):
+    values = compare.comparison_json([compared(*arms)], tmp_path / "out" / "deep")
+    assert values["a"]["runs"][0]["path"] == "../../fine tuned" and values["b"]["runs"][0]["path"] == "../../scratch"
+    assert values["others"] == []
+    folder = Run(tmp_path / "out" / "deep")
+    folder.write_json("comparison.json", values)
+    assert [(group.name, len(group.runs)) for group in compare.read_groups(folder.path)] == [
+        (values["a"]["name"], 1), (values["b"]["name"], 1),
+    ]  # fmt: skip
+    values["a"]["runs"][0]["path"] = "a\0b"
+    folder.write_json("comparison.json", values)
+    with pytest.raises(ValueError, match=r"comparison.json names a folder that cannot be; run compare again"):
+        compare.read_groups(folder.path)
+
+
 def test_text_says_everything(arms):
     words = comparison_text(compared(*arms))
     for expected in (
@@ -185,7 +249,9 @@ def test_steps_to_the_other_arm_and_cost(seeds):
 
 
 def test_gains_per_class(seeds):
-    rows = {row.name: row for row in pair(seeds).classes}
+    listed = pair(seeds).classes
+    assert listed[0].gain > listed[1].gain  # the greatest first
+    rows = {row.name: row for row in listed}
     assert {name: row.n for name, row in rows.items()} == {"ant": 150, "bee": 50}
     # wrong bees (every fourth image): 12, 16, ..., 36 and then 40 and 44
     assert rows["bee"].b == pytest.approx(100 * (1 - (7 + 8 + 9) / 3 / 50))

@@ -285,6 +285,26 @@ def test_events_that_cannot_be_written_are_told_once(run: Run, capsys: pytest.Ca
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="other systems bound no files")
+def test_a_disk_that_fills_up_under_the_events_is_told_once(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread of its own, whose traceback nobody needs; pytest would warn of it."""
+    import resource
+
+    records = [dict(record) for record in run.metrics()] * 3
+    logged = log_records(Run(tmp_path), iter(records))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = next(logged) and next(tmp_path.glob("events.*"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, hard))
+    try:
+        assert list(logged) == records[1:]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "cannot be written" in told
+
+
 def test_a_run_goes_on_without_the_kernels_it_began_with(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     recorded = run.read_json("env.json")
     kernels = recorded["machine"]["kernels"]
