@@ -5,7 +5,7 @@ python evidence/gpu_runs.py train PLAN --images TARS_OR_FOLDER --out OUT --minut
 python evidence/gpu_runs.py collect OUT... --split results/splits/reference_seed42.json                afterwards
 
 ``train`` keeps runs and images in runs/, so that a call on the same machine resumes what the time cut off. It leaves in
-OUT the records of every run and the weights of those that ended, in half precision and pieces of 15 MB. No test image
+OUT the records of every run and the weights that count, in half precision and pieces of 15 MB. No test image
 is scored there: ``collect`` puts the runs into runs/collected beside the split of the original images, and prints their
 validation accuracy. ``finetune101 evaluate`` then tests the run that this accuracy chooses, once.
 """
@@ -49,10 +49,11 @@ FINETUNE = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Runs that may be trained side by side, ``jobs`` at a time: name -> flags."""
+    """Runs that may be trained side by side, ``jobs`` at a time: name -> flags. ``kept``: whose weights are brought."""
 
     runs: dict[str, str]
     jobs: int
+    kept: bool = True
 
 
 def _grid() -> Stage:
@@ -60,7 +61,9 @@ def _grid() -> Stage:
     size = "--size 96 --train-sizes 96 --cache-size 112 --epochs 100"
     pairs = [(rate, decay) for rate in ("0.1", "0.2", "0.4") for decay in ("5e-4", "1e-3", "2e-3", "3e-3")]
     flags = f"{SCRATCH} --model resnet18 {LAST} {size}"
-    return Stage({f"grid_{lr}_{decay}": f"{flags} --lr {lr} --weight-decay {decay}" for lr, decay in pairs}, jobs=4)
+    return Stage(
+        {f"grid_{lr}_{decay}": f"{flags} --lr {lr} --weight-decay {decay}" for lr, decay in pairs}, 4, kept=False
+    )
 
 
 def _standard() -> Stage:
@@ -113,11 +116,11 @@ PLANS: dict[str, tuple[Stage, ...]] = {
         ),
     ),
     "born_again": (
-        Stage({name: f"{SCRATCH} {LAST} {STEPS} --epochs 100 {flags}" for name, flags in BORN.items()}, jobs=3),
+        Stage({name: f"{SCRATCH} {LAST} {STEPS} --epochs 100 {flags}" for name, flags in BORN.items()}, 3, kept=False),
         *(Stage({f"born_t{t}": _student("timm:resnet18d", tuple(BORN), t)}, jobs=1) for t in (2, 4)),
     ),
-    "match_lite0": (Stage(MATCHED, jobs=3), _matching("lite0", tuple(MATCHED))),
-    "match_lite2": (Stage(MATCHED, jobs=3), _matching("lite2", tuple(MATCHED))),
+    "match_lite0": (Stage(MATCHED, 3, kept=False), _matching("lite0", tuple(MATCHED))),
+    "match_lite2": (Stage(MATCHED, 3, kept=False), _matching("lite2", tuple(MATCHED))),
 }
 """Rows a to d of the random start, and function matching; a stage begins when the one before it has ended.
 
@@ -215,15 +218,15 @@ def score(run: Run) -> str:
     return f"{top1}, epoch {best['epoch']}, {sum(record['seconds'] for record in run.metrics()):.0f} s"
 
 
-def bring(names: Sequence[str], out: Path) -> None:
-    """Writes the records of the runs ``names`` and the weights of those that ended to ``out``."""
+def bring(names: Sequence[str], kept: Sequence[str], out: Path) -> None:
+    """Writes the records of the runs ``names`` to ``out``, and of those in ``kept`` that ended the weights."""
     out.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out / "records.tar.gz", "w:gz") as tar:
         for name in names:
             for file in RECORDS:
                 if (RUNS / name / file).is_file():
                     tar.add(RUNS / name / file, f"{name}/{file}")
-    for name in filter(is_done, names):
+    for name in filter(is_done, kept):
         with safe_open(Run(RUNS / name).best, "pt") as file:
             info = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -238,13 +241,14 @@ def train(plan: str, sources: Sequence[Path], out: Path, minutes: float, only: s
     deadline = time.monotonic() + 60 * minutes - BRINGING
     RUNS.mkdir(parents=True, exist_ok=True)
     images = unpack(sources)
-    names: list[str] = []
+    names, kept = list[str](), list[str]()
     for stage in PLANS[plan]:
         chosen = {name: own for name, own in stage.runs.items() if only in ("", name)}
         names += chosen
+        kept += chosen if stage.kept else ()
         with ThreadPoolExecutor(stage.jobs) as pool:
             ends = [pool.submit(train_one, name, f"{own} {flags}", images, deadline) for name, own in chosen.items()]
-        bring(names, out)  # also where one has failed
+        bring(names, kept, out)  # also where one has failed
         for end in ends:
             end.result()
         if not all(map(is_done, chosen)):

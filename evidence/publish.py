@@ -50,7 +50,9 @@ def keep_run(run: Path, folder: Path, command: str) -> dict[str, Any]:
         if (run / name).is_file():  # runs of a study have no picture of their own
             shutil.copyfile(run / name, folder / name)
     keep_config(run, folder)
-    write_json(folder / "env.json", {**Run(run).read_json("env.json"), "command": command})
+    # where one machine keeps its images means nothing on another
+    env = {name: value for name, value in Run(run).read_json("env.json").items() if name != "data"}
+    write_json(folder / "env.json", {**env, "command": command})
     manifest, test = keep_split(run), Run(run).read_json("test.json")
     write_json(folder / "test.json", {**test, "manifest": manifest})
     return test
