@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -102,9 +103,9 @@ def first_sentence(ended: Ended) -> str:
     if ended.hung:
         return "the other rank does not end"
     signs = ("error", "Error", "Traceback", "terminated", "terminate called")
-    complaints = [line for line in ended.err.splitlines() if any(sign in line for sign in signs)]
-    first = complaints[0] if complaints else ""
-    is_ours = first.startswith(("error: ", "terminated; ")) and "--resume" in first
+    lines = re.split(r"[\r\n]", ended.err)  # the progress bar of a killed rank may stand before a sentence
+    first = next((line for line in lines if any(sign in line for sign in signs)), "")
+    is_ours = re.search(r"(error: |terminated; ).*--resume", first)
     return "" if is_ours else f"exit code {ended.code}, the first complaint is: {first[:300] or ended.err[-300:]}"
 
 

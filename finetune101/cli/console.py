@@ -233,7 +233,8 @@ def _stopped(stop: KeyboardInterrupt) -> int:
     """Says what goes on with the work that was stopped; the exit code is that of the signal."""
     terminated = isinstance(stop, Terminated)
     notes = "; ".join(getattr(stop, "__notes__", ()))
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or (rank == "1" and terminated):  # torchrun terminates the others where rank 0 was killed
         line = f"{'terminated' if terminated else 'interrupted'}{f'; {notes}' if notes else ''}"
         print(f"\n{escaped(redacted(line))}", file=sys.stderr)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from finetune101 import redaction
-from finetune101.cli.console import guarded, watched
+from finetune101.cli.console import Terminated, guarded, watched
 from finetune101.cli.main import main
 from finetune101.errors import Refused
 from finetune101.run import Run
@@ -340,3 +340,15 @@ def test_a_name_of_a_damaged_file_is_told_at_once_and_shortened(name: str, capsy
 
 def test_a_password_in_a_long_address_is_hidden() -> None:
     assert redaction.redacted("x" * 100 + "postgresql://me:hunter22@db/x").endswith("postgresql://***@db/x")
+
+
+@pytest.mark.parametrize("rank", ["0", "1", "2"])
+def test_of_several_processes_two_tell_that_they_were_terminated(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one may be the one that was killed, whereupon torchrun terminates the others; Ctrl-C reaches it."""
+    monkeypatch.setenv("RANK", rank)
+    assert guarded(raising(Terminated())) == 143
+    assert ("terminated" in capsys.readouterr().err) == (rank != "2")
+    assert guarded(raising(KeyboardInterrupt())) == 130
+    assert ("interrupted" in capsys.readouterr().err) == (rank == "0")
