@@ -228,17 +228,18 @@ class Auto:
         smallest = todo[0]
         first = of_recipe("probe", smallest, config)
         self._reserve(first)
-        took = self.speed.probe(first)
-        if took > self.left():
-            needed = in_words(1.2 * (self.settings.budget - self.left() + took))
-            raise Refused(
-                f"--budget is too short: to look at the images, to solve the output layer of {smallest} and to test it"
-                f" takes about {needed}; give more"
-            )
+        least = self.speed.least_probe(first)  # a longer look would take as long as the probe of a few images itself
+        needed = in_words(1.2 * (self.settings.budget - self.left() + least))
+        short = (
+            f"--budget is too short: to look at the images, to solve the output layer of {smallest} and to test it"
+            f" takes {needed} at least, more where other programs are busy; give more"
+        )
+        if least > self.left():
+            raise Refused(short)
         self.save()
         if self.manifest:
             write_json(self.folder / "split.json", self.manifest.to_json())
-        until, reason = self.left() - PROBES * self.settings.budget, ""
+        until, reason, is_fault = self.left() - PROBES * self.settings.budget, "", False
         while todo:
             name = todo.pop(0)
             limit = self.left() if not self.probed else self.left() - until
@@ -253,11 +254,11 @@ class Auto:
                     self.speed.count(first, epoch.record["seconds"])
                     self.ending += max(0.0, PICTURES * drawing_seconds(epoch.task.run, draw) - PAGE)
             else:
-                reason = str(epoch) if epoch else "the budget is too short"
+                reason, is_fault = (str(epoch), True) if epoch else ("the budget is too short", is_fault)
                 self.decide("probe", "–", "probe_failed", name=name, reason=reason)
             todo = self._next(todo, config, self.left() - until)
         if not self.probed:
-            raise Refused(f"no network could be probed: {reason}")
+            raise Refused(f"no network could be probed: {reason}" if is_fault else short)
 
     def _networks(self) -> list[str]:
         """The networks to probe, the smallest first. Raises Refused where none has its weights here."""

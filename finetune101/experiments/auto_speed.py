@@ -61,6 +61,11 @@ class Speed:
         """Seconds of the probe ``config``: start, decoding, features, and the output layer."""
         return START + self.decoding(config) + self.share * self._solving(config)
 
+    def least_probe(self, config: TrainConfig) -> float:
+        """Seconds that the probe ``config`` takes at least; no feature is computed to know them."""
+        images = self.images.train + self.images.val
+        return START + self.decoding(config) + self.forward(config.model.name, config.model.size) * images
+
     def count(self, config: TrainConfig, seconds: float) -> None:
         """Takes notice of the ``seconds`` that the features and the output layer of the probe ``config`` took."""
         self.share = min(2.0, max(0.5, seconds / self._solving(config)))
