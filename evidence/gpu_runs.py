@@ -13,6 +13,7 @@ validation accuracy. ``finetune101 evaluate`` then tests the run that this accur
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import subprocess
 import sys
@@ -203,6 +204,9 @@ def train_one(name: str, flags: str, images: Path, deadline: float) -> None:
             code = training.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             training.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                training.wait(20)  # it keeps its state, and needs seconds for it
+            training.kill()
             training.wait()
             print(f"{name}: cut off after epoch {(run.metrics() or [{'epoch': 0}])[-1]['epoch']}", flush=True)
             return

@@ -28,7 +28,7 @@ from md_tables import cell, rows
 from message_reference import messages
 
 from finetune101 import schemas
-from finetune101.cli.help import GROUPS, POSITIONAL, FlagHelp, flags_with_help
+from finetune101.cli.help import GROUPS, POSITIONAL, FlagHelp, as_typed, flags_with_help
 from finetune101.cli.main import DATA_VERBS, VERBS
 from finetune101.cli.parse import _defaults
 from finetune101.config import TrainConfig
@@ -99,12 +99,8 @@ def recipes() -> str:
             for field, value in fields.items()
             if value != plain[part][field]
         ]
-        lines += rows("| setting | value |", (f"| `{field}` | `{_plain(value)}` |" for field, value in settings))
+        lines += rows("| setting | value |", (f"| `{field}` | `{as_typed(value)}` |" for field, value in settings))
     return "\n".join(lines).strip()
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @functools.cache

@@ -106,9 +106,12 @@ def _described(run: Run) -> dict[str, Any]:
     built = build(config.model.name, len(read_manifest(run).classes), pretrain=False)
     start = "ImageNet" if config.model.pretrain else "random"
     start = "convolutions from ImageNet" if config.model.random_layers else start
+    recipe = f"`{_recipe(config)}`"
+    if config.optim.epochs and run.read_json("test.json").get("frozen_backbone"):
+        recipe += ", best epoch 0 (output layer alone)"
     return {
         "name": NETWORKS[config.model.name],
-        "start": f"{start}, `{_recipe(config)}`, {config.model.size or built.preprocessing.size} px",
+        "start": f"{start}, {recipe}, {config.model.size or built.preprocessing.size} px",
         "weights": sum(p.numel() for p in built.model.parameters()),
     }
 

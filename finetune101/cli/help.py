@@ -87,7 +87,7 @@ def _about(flag: FlagHelp) -> str:
     """What a flag does, and its default."""
     plain = isinstance(flag.default, str | int | float | tuple) and not isinstance(flag.default, bool)
     plain = plain and flag.default not in ((), "")
-    return f"{flag.about} Default: {_as_typed(flag.default)}." if plain and "Default" not in flag.about else flag.about
+    return f"{flag.about} Default: {as_typed(flag.default)}." if plain and "Default" not in flag.about else flag.about
 
 
 def _entry(word: str, about: str) -> list[str]:
@@ -135,7 +135,8 @@ def _takes(hint: Any) -> str:
     return {bool: "", int: "N", float: "X", str: "TEXT"}.get(kind, "VALUE")
 
 
-def _as_typed(value: Any) -> str:
+def as_typed(value: Any) -> str:
+    """``value`` as one types it behind a flag."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

@@ -80,15 +80,28 @@ def compare(
 
 
 def _evaluate_untested(names: tuple[str, ...], runs: str) -> None:
-    """Scores the finished runs of ``names`` (runs, or folders that hold runs) on their test images, where not done."""
+    """Scores the finished runs of ``names`` (runs, or folders that hold runs) on their test images, where not done.
+
+    Raises Refused, before a test image is read, for a name without a run and for groups without a common split.
+    """
     from finetune101 import api
+    from finetune101.errors import Refused
+    from finetune101.evaluation.tested import read_manifest
+    from finetune101.reports.groups import open_group
     from finetune101.run import Run, runs_below
 
+    below: dict[str, list[Run]] = {}
     for name in names:
         place = next((path for path in (Path(name), Path(runs) / name) if path.exists()), Path(name))
-        for run in map(Run, runs_below(place)):
-            if not run.has("test.json") and not run.stopped():
-                print(f"{run.path}\n{api.evaluate(run)}\n")
+        below[name] = [*map(Run, runs_below(place))]
+        if not below[name]:
+            open_group(name, runs)  # which says what there is
+    splits = [{read_manifest(run).hash() for run in own} for own in below.values() if own]
+    if splits and not set.intersection(*splits):
+        raise Refused(f"{' and '.join(names)} were not trained on the same split; compare runs of one split")
+    for run in (run for own in below.values() for run in own):
+        if not run.has("test.json") and not run.stopped():
+            print(f"{run.path}\n{api.evaluate(run)}\n")
 
 
 def _print_study(folder: Path) -> None:

@@ -70,6 +70,8 @@ class Card:
     source: str
     """Where the first weights came from, as env.json says it."""
     frozen: bool
+    random_layers: str
+    """The layers beside the output layer that started at random in a pretrained network; "" for none."""
     recipe: str
     settings: tuple[tuple[str, str], ...]
     """(flag, value) of the settings that differ from the recipe."""
@@ -183,6 +185,7 @@ def card_of(run: Run) -> Card:
         start=start,
         source=environment["model"]["init_source"],
         frozen=has_frozen_backbone(config, epoch),
+        random_layers=", ".join(config.model.random_layers),
         recipe=Path(config.recipe or "").name,
         settings=changed_settings(config),
         epoch=epoch,

@@ -68,6 +68,8 @@ def ensemble(
     result = scores(output, labels)
     if frozen := [str(run.path) for run, member in zip(runs, members, strict=True) if member.network.frozen_backbone]:
         result["frozen_members"] = frozen
+    if layers := {layer for run in runs for layer in run.config().model.random_layers}:
+        result["random_layers"] = sorted(layers)
     if subset == "test":
         result |= {"runs": [str(run.path) for run in runs], "manifest_hash": hashes[0], "mirror": mirror}
         result["protocol"] = first.manifest.protocol

@@ -60,6 +60,10 @@ def check_random_layers(
         if not inside:
             names = ", ".join(name for name, part in model.named_children() if any(True for _ in part.parameters()))
             raise Refused(f"--random-layers names {layer!r}, which the network lacks; its parts are {names}")
+        if all(key.startswith(head) for key in inside):
+            raise Refused(
+                f"--random-layers {layer} names the output layer, which always starts at random; leave it out"
+            )
         if all(key.startswith((f"{layer}.", head)) for key in keys):
             raise Refused(f"--random-layers {layer} leaves no layer of {source}; take --no-pretrain")
         if held := next((key for key in state if key.startswith(f"{layer}.") and not key.startswith(head)), None):

@@ -87,8 +87,8 @@ def _settings(group: Group, words: Words) -> dict[str, str]:
     """Label -> value of everything that was set for a group; what a recipe leaves out only where it matters."""
     run = group.runs[0]
     config, optim, model = run.config, run.config.optim, run.config.model
+    ratio = config.backbone_lr_ratio()
     solved = optim.epochs == 0  # the output layer alone, by a solver
-    ratio = optim.backbone_lr_ratio if optim.backbone_lr_ratio is not None else 0.1 if model.pretrain else 1.0
     values = {
         "network": model.name,
         "parameters": f"{parameter_count(model.name, len(run.manifest.classes)) / 1e6:.2f}",

@@ -189,6 +189,9 @@ def test_compare_tests_what_is_not_tested(runs: Path, here: Path, capsys: pytest
         (here / "runs/b" / file).unlink()
     before = (here / "runs/a/test.json").read_bytes()
     assert main(["compare", "a", "b"]) == 2 and "evaluate" in capsys.readouterr().err
+    assert main(["compare", "b", "typo", "--evaluate"]) == 2 and "typo" in capsys.readouterr().err
+    assert main(["compare", "b", str(runs / "other"), "--evaluate"]) == 2 and "same split" in capsys.readouterr().err
+    assert not (here / "runs/b/test.json").exists()  # the test images were not looked at
     assert main(["compare", "a", "b", "--evaluate"]) == 0
     assert "Test accuracy" in capsys.readouterr().out and (here / "runs/b/test.json").is_file()
     assert (here / "runs/a/test.json").read_bytes() == before

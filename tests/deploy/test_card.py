@@ -46,6 +46,13 @@ def test_a_hub_reads_the_header(run: Run) -> None:
 
 
 @pytest.mark.parametrize("lang", cards.LANGUAGES)
+def test_layers_that_started_at_random_are_named(run: Run, lang: str) -> None:
+    card = card_of(run)
+    assert card.random_layers == "" and "fire9" not in card_text(card, lang)
+    assert "fire9" in card_text(dataclasses.replace(card, random_layers="fire9"), lang)
+
+
+@pytest.mark.parametrize("lang", cards.LANGUAGES)
 def test_every_number_is_that_of_the_run(run: Run, lang: str) -> None:
     text, test, split = card_text(card_of(run), lang), run.read_json("test.json"), run.read_json("split.json")
     unit = "%" if lang == "zh" else " %"
