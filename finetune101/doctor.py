@@ -219,7 +219,7 @@ def check_compiler() -> Check:
         return Check("compiler", f"gcc builds nothing ({shortened(said[0])}): {slower}", "warning", remedy)
     except OSError as error:
         text = f"gcc could not be tried ({shortened(str(error))}): {slower}"
-        return Check("compiler", text, "warning", "mend the folder of temporary files: export TMPDIR=FOLDER")
+        return Check("compiler", text, "warning", "export TMPDIR=FOLDER")
     return Check("compiler", gcc)
 
 
