@@ -126,6 +126,8 @@ class Table:
             command = f"python benchmarks/time_to_accuracy.py: {ours['command']}"
             entry = self.add(what, *sides, f"{ratio}", claim("finetune", ratio, "times", 1, None, command))
             self.claims.append(beside(entry, "output_layer", ours["reached"]["seconds"]))
+            best = max(epoch["val_top1"] for epoch in ours["epochs"])
+            self.claims.append(beside(entry, "best_val_top1", best, "% of the validation images"))
         ours, features = self.measured("time_to_reference"), self.measured("plain_features")
         if ours and features:
             ratio, n = round(features["seconds"] / ours["seconds"], 1), len(features["measurements"])
@@ -138,6 +140,11 @@ class Table:
             entry = claim("bf16_less_fp32", mean, "points", n, sd, "python benchmarks/precision.py")
             what = f"bf16 less fp32, validation, mean of {n}"
             self.add(what, "–", f"{mean} points", f"{mean:+.2f} ± {sd:.2f}", entry)
+            plain = {
+                **beside(entry, "plain_kernels", precision["plain_kernels"], "points"),
+                "spread": precision["plain_sd"],
+            }
+            self.claims.append(plain)
 
 
 def rows(folder: Path = RESULTS / "speed") -> tuple[list[str], list[dict[str, Any]]]:

@@ -3,8 +3,9 @@
 
 With ``--check`` nothing is written, and the exit code is 1 where a text differs from the claims. In the READMEs every
 number with decimals or with a unit needs such a mark, or ``<!--fact-->96.33<!--/-->`` where nobody measured it here: a
-definition, a size of the data, another's result. Code is left alone. No mark may begin a line: there Markdown takes the
-rest of the line for HTML.
+definition, a size of the data, another's result. In docs/ every number with decimals does that has a unit, three
+decimals or a table's cell of its own. Code and the parts that a script writes are left alone. No mark may begin a line:
+there Markdown takes the rest of the line for HTML.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ BESIDE = re.compile(CODE + r"|<!--.*?-->|<[^<>\n]*>|\]\([^)\n]*\)", re.DOTALL | 
 MARKED = re.compile(r"<!--(?:claim:[^>\s]+|fact)-->[^<>\n]*<!--/-->")
 UNIT = r"%|points?\b|times\b|s\b|ms\b|seconds?\b|minutes?\b|hours?\b|[MG]B\b|个百分点|分钟|小时|秒|毫秒|倍|张/秒"
 NUMBER = re.compile(rf"(?<![\w.])(?<![A-Za-z]-)(?:\d[\d,]*\.\d+|\d[\d,]*(?=\s?(?:{UNIT})))")
+MEASURED = re.compile(rf"(?<![\w.])(?<![A-Za-z]-)\d[\d,]*\.(?:\d+(?=\s?(?:{UNIT})|[ *]*\|)|\d{{3,}}\b)")
+WRITTEN = re.compile(r"^<!-- [a-z]+: python .*?^<!-- end of ", re.DOTALL | re.MULTILINE)
 TWO_DECIMALS = (".top1", ".mean_per_class")
 
 
@@ -88,15 +91,13 @@ def filled(text: str, claims: Mapping[str, Mapping[str, Any]]) -> tuple[str, lis
     return result, problems
 
 
-def unmarked(text: str) -> list[str]:
-    """The numbers with decimals or a unit that stand in ``text`` without a mark, each with its line."""
-    blank = MARKED.sub("", text)
-    blank = BESIDE.sub(lambda part: "\n" * part[0].count("\n"), blank)
-    return [
-        f"line {count}: {match[0]} has no mark"
-        for count, line in enumerate(blank.splitlines(), start=1)
-        for match in NUMBER.finditer(line)
-    ]
+def unmarked(text: str, numbers: re.Pattern[str] = NUMBER) -> list[str]:
+    """The ``numbers`` (with decimals or a unit) that stand in ``text`` without a mark, each with its line."""
+    blank = text
+    for left_alone in (WRITTEN, MARKED, BESIDE):
+        blank = left_alone.sub(lambda part: "\n" * part[0].count("\n"), blank)
+    places = ((match[0], blank.count("\n", 0, match.start()) + 1) for match in numbers.finditer(blank))
+    return [f"line {line}: {digits} has no mark" for digits, line in places]
 
 
 def differences(root: Path, claims: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -107,8 +108,8 @@ def differences(root: Path, claims: Mapping[str, Mapping[str, Any]]) -> list[str
         wrong += [f"{name}, {problem}" for problem in problems]
         lines = zip(text.splitlines(), new.splitlines(), strict=True)
         wrong += [f"{name}, line {i}: not as claimed: {a}" for i, (a, b) in enumerate(lines, start=1) if a != b]
-        if name in READMES:
-            wrong += [f"{name}, {problem}" for problem in unmarked(text)]
+        numbers = NUMBER if name in READMES else MEASURED
+        wrong += [f"{name}, {problem}" for problem in unmarked(text, numbers)]
     return wrong
 
 

@@ -25,7 +25,7 @@ from finetune101.host import GPU_FILES, has_gpu, thread_count
 from finetune101.recipes import RECIPES
 
 PYTHONS = ((3, 11), (3, 13))
-"""The first and the last Python that the package is tested on."""
+"""The first and the last Python that the package supports."""
 LEAST_FREE = 0.3e9
 """Bytes: the files of one training of a small network. With less a training cannot end."""
 FOR_IMAGES = 2e9
@@ -111,32 +111,39 @@ def checks_as_table(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
-    """Whether this Python is one that the package is tested on."""
+    """Whether this Python is one that the package supports."""
     first, last = (".".join(map(str, one)) for one in PYTHONS)
     text = f"{'.'.join(map(str, version))}, {sys.executable}"
     remedy = f"make an environment with Python {last}: python{last} -m venv .venv"
     if sys.maxsize < 2**32:
         return Check("Python", f"{text}: 32 bit, for which there is no PyTorch", "error", f"{remedy} (64 bit)")
     if not PYTHONS[0] <= version[:2] <= PYTHONS[1]:
-        return Check("Python", f"{text}; finetune101 is tested on {first} to {last}", "warning", remedy)
+        return Check("Python", f"{text}; finetune101 supports {first} to {last}", "warning", remedy)
     return Check("Python", text)
 
 
 def check_packages(needed: Sequence[str] | None = None) -> Check:
-    """Whether every package is installed that ``needed`` names (requirements, as pip takes them).
+    """Whether every package that ``needed`` names (requirements, as pip takes them) is installed, in a fitting version.
 
     Without ``needed`` they are those that finetune101 itself asks pip for.
     """
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # doctor starts without any package
+        return Check("packages", "packaging is missing", "error", "pip install packaging")
     if needed is None:
         try:
             needed = importlib.metadata.requires("finetune101") or []
         except importlib.metadata.PackageNotFoundError:  # a checkout on the path of Python
             return Check("packages", "finetune101 is not installed by pip: what it needs is not looked at")
-    own = [line for line in needed if "extra ==" not in line]
-    missing = [line.replace(" ", "") for line in own if not _version(re.split(r"[^\w.\-]", line)[0])]
-    if missing:
-        text = f"{len(missing)} of {len(own)} are missing: {', '.join(missing)}"
-        return Check("packages", text, "error", _pip_install(missing))
+    own = [line for line in map(Requirement, needed) if line.marker is None or line.marker.evaluate({"extra": ""})]
+    missing = [line for line in own if not _version(line.name)]
+    others = [line for line in own if line not in missing and not line.specifier.contains(_version(line.name), True)]
+    if wrong := [*missing, *others]:
+        parts = [f"missing: {', '.join(f'{line.name}{line.specifier}' for line in missing)}"] if missing else []
+        parts += [f"{line.name} {_version(line.name)} is installed, {line.specifier} needed" for line in others]
+        remedy = _pip_install([f"{line.name}{line.specifier}" for line in wrong])
+        return Check("packages", f"{len(wrong)} of {len(own)} do not fit: {'; '.join(parts)}", "error", remedy)
     return Check("packages", f"all {len(own)} that finetune101 needs")
 
 
@@ -203,13 +210,16 @@ def check_compiler() -> Check:
     gcc = shutil.which("gcc")
     if gcc is None:
         return Check("compiler", f"there is no gcc: {slower}", "warning", remedy)
-    with tempfile.TemporaryDirectory(prefix="finetune101-") as folder:
-        words = [gcc, "-x", "c", "-", "-shared", "-fPIC", "-fopenmp", "-lm", "-o", str(Path(folder) / "built.so")]
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="finetune101-") as folder:
+            words = [gcc, "-x", "c", "-", "-shared", "-fPIC", "-fopenmp", "-lm", "-o", str(Path(folder) / "built.so")]
             subprocess.run(words, input=C_PROGRAM, capture_output=True, text=True, check=True, timeout=20)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["it says nothing"]
-            return Check("compiler", f"gcc builds nothing ({shortened(said[0])}): {slower}", "warning", remedy)
+    except subprocess.SubprocessError as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines() or ["it says nothing"]
+        return Check("compiler", f"gcc builds nothing ({shortened(said[0])}): {slower}", "warning", remedy)
+    except OSError as error:
+        text = f"gcc could not be tried ({shortened(str(error))}): {slower}"
+        return Check("compiler", text, "warning", "export TMPDIR=FOLDER")
     return Check("compiler", gcc)
 
 
@@ -277,7 +287,7 @@ def check_data(data: str | None = None) -> Check:
 def _released() -> Check:
     present = available()
     if missing := [name for name in RELEASED if name not in present]:
-        remedy = "pip install --force-reinstall --no-deps finetune101"
+        remedy = "install finetune101 again from its checkout or wheel"
         return Check("released", f"not in this package: {', '.join(missing)}", "warning", remedy)
     return Check("released", ", ".join(present))
 

@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -100,9 +102,26 @@ def test_a_compiler_that_is_missing_or_builds_nothing(tmp_path: Path, monkeypatc
 def test_packages_that_are_missing() -> None:
     needed = ["numpy", "no-such-package>=2", 'none-either ; python_version > "3"', 'of-an-extra; extra == "x"']
     check = doctor.check_packages(needed)
-    assert check.state == "error" and "2 of 3" in check.text
+    assert check.state == "error" and "2 of 3" in check.text and "no-such-package>=2" in check.text
     assert check.remedy.startswith("pip install ") and '"no-such-package>=2"' in check.remedy
     assert doctor.check_packages(["numpy", 'of-an-extra; extra == "x"']).state == "ok"
+
+
+def test_a_package_of_a_version_that_does_not_fit() -> None:
+    check = doctor.check_packages(["numpy>=9999", "scipy", "no-such-package; python_version < '3'"])
+    assert check.state == "error" and "1 of 2" in check.text and metadata.version("numpy") in check.text
+    assert check.remedy == 'pip install "numpy>=9999"'
+    assert doctor.check_packages(["numpy<9999", "NumPy!=1.0"]).state == "ok"
+
+
+def test_without_a_folder_of_temporary_files_there_is_a_verdict(
+    tiny_data: Path, here: Path, unwritable: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(unwritable))  # what TMPDIR names where nothing else is writable
+    code, rows = checks(capsys, "--data", str(tiny_data))
+    assert code == 0 and rows["temporary"]["state"] == "warning" and "TMPDIR" in rows["temporary"]["remedy"]
+    if shutil.which("gcc"):
+        assert rows["compiler"]["state"] == "warning" and "TMPDIR" in rows["compiler"]["remedy"]
 
 
 def test_a_torchvision_of_another_pytorch() -> None:

@@ -89,6 +89,23 @@ def test_what_needs_no_mark(text: str) -> None:
     assert texts.unmarked(text) == []
 
 
+@pytest.mark.parametrize(
+    "text", ["with 96.68%", "by 1.40\npoints", "相差 1.4 个百分点", "| AUROC | 0.98 | x |", "AUROC 0.984"]
+)
+def test_what_needs_a_mark_in_the_documentation(text: str, project: Path) -> None:
+    page = project / "docs" / "results.md"
+    texts.main([], project)
+    page.write_text(f"first line\n{text}\n")
+    assert [line.split(":")[0] for line in texts.differences(project, CLAIMS)] == ["docs/results.md, line 2"]
+    for written in (
+        f"<!-- generated: python evidence/references.py -->\n{text}\n<!-- end of generated -->",
+        f"```text\n{text}\n```",
+        "at most 0.5, Python 3.11, 95% interval",
+    ):
+        page.write_text(written)
+        assert texts.differences(project, CLAIMS) == []
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "results").mkdir()
