@@ -64,7 +64,7 @@ def test_frozen_backbones_and_weak_recipes_are_told(arms: Path, tmp_path: Path) 
     assert (c.a.frozen, c.b.frozen) == (3, 0)
     words = comparison_text(c)
     assert "frozen backbone in 3 of 3 runs" in words
-    assert "scratch_fast, is not the best known: more is reached by scratch" in words
+    assert "the recipe scratch_fast, which is not the best known: more is reached by the recipe scratch" in words
     page = Page(tmp_path / "page", "en")
     _compared(page, found)
     note = next(section["note"] for section in page.sections if section["kind"] == "sheet")
