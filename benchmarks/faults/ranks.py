@@ -77,6 +77,7 @@ def _late(sent: float, bench: Bench) -> str:
     seconds = time.monotonic() - sent
     busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
     bench.notes["slowest end, seconds"] = max(bench.notes["slowest end, seconds"], round(seconds))
+    bench.notes["the looser limit was needed"] += busy and SOON < seconds <= OVERLOADED
     return f"the others ended after {seconds:.0f} s" if seconds > (OVERLOADED if busy else SOON) else ""
 
 
