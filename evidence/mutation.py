@@ -3,8 +3,8 @@
 mutmut changes one place of a function at a time (a mutant) and runs the tests that reach the function: a mutant that
 fails none survives. ``--ending`` tries a part of the mutants, such as those whose number ends in 3 or 8; results of
 earlier runs stand while their function is unchanged. The counts and every survivor go to results/mutation.json, with
-the SHA-256 of each mutated file, and what is known of survivors. results/mutation_notes.json has that by the text of the
-change, as the number of a mutant changes with its function. The exit code is 1 where less than 85 % are killed.
+the SHA-256 of each mutated file, and what is known of survivors. results/mutation_notes.json has that by the text of
+the change, as the number of a mutant changes with its function. The exit code is 1 where less than 85 % are killed.
 """
 
 from __future__ import annotations
