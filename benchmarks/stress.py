@@ -1,8 +1,9 @@
 """Kills, signals, full disks, hostile files: ``python benchmarks/stress.py [--part NAME] [--count N]``.
 
 Every part does to the program what its docstring says, as often as ``--count`` says, and counts how often something was
-lost, changed or badly said. Results go to results/stress.json, where each part replaces its own; all parts take about
-an hour. Linux with gcc only: a small shim before the C library makes the disk full.
+lost, changed or badly said. Results go to results/stress.json, where each part replaces its own unless it has fewer
+cases than the part there and than by default; ``--out`` writes any. All parts take about an hour. Linux with gcc only:
+a small shim before the C library makes the disk full.
 """
 
 from __future__ import annotations
@@ -82,12 +83,29 @@ def version() -> str:
 
 
 def merged(out: Path, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The results in ``out`` with these parts replaced, and the sums over all parts."""
-    before = json.loads(out.read_text())["parts"] if out.is_file() else {}
-    both = {**before, **parts}
+    """The results in ``out`` with these parts replaced, and the sums over all parts; above them, of which versions."""
+    both = {**published(out), **parts}
     ordered = {name: both[name] for name in PARTS if name in both}
     sums = {key: sum(part[key] for part in ordered.values()) for key in ("count", "failures", "seconds")}
-    return {"faults": sums["count"], "failures": sums["failures"], "seconds": sums["seconds"], "parts": ordered}
+    versions = sorted({part["version"] for part in ordered.values()})
+    several = {
+        "several_versions": f"the parts were run with {len(versions)} versions of the program; each says with which"
+    }
+    return {
+        **(several if len(versions) > 1 else {}), "versions": versions, "faults": sums["count"],
+        "failures": sums["failures"], "seconds": sums["seconds"], "parts": ordered,
+    }  # fmt: skip
+
+
+def published(out: Path) -> dict[str, dict[str, Any]]:
+    """Name -> result of each part in ``out``."""
+    parts: dict[str, dict[str, Any]] = json.loads(out.read_text())["parts"] if out.is_file() else {}
+    return parts
+
+
+def enough(part: str, out: Path) -> int:
+    """How many cases of a part its published result in ``out`` may be replaced by: as many, or the part's default."""
+    return min(PARTS[part][0], published(out).get(part, {"count": 1})["count"])
 
 
 def with_shim(argv: list[str]) -> int:
@@ -115,7 +133,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--draw", action="store_true", help="a few cases of each part, for the tests")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for hostile files that were not read well")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="results of all parts, as JSON")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="results of all parts, as JSON; without it, results/stress.json, which never loses cases",
+    )
     arguments = parser.parse_args(argv)
     if sys.platform != "linux":
         print("error: these faults are made by Linux only", file=sys.stderr)
@@ -126,6 +148,7 @@ def main(argv: list[str]) -> int:
 
     counts = DRAW if arguments.draw else {name: count for name, (count, _) in PARTS.items()}
     names = arguments.part or list(counts)
+    out = arguments.out or RESULTS
     with tempfile.TemporaryDirectory(prefix="stress-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -133,9 +156,13 @@ def main(argv: list[str]) -> int:
         warm_up(bench, kernels=not arguments.draw)
         failures = 0
         for part in names:
+            least = 1 if arguments.out else enough(part, out)
             for result in run_part(part, arguments.count or counts[part], arguments.seed, bench, arguments.minutes):
-                record(merged(arguments.out, {part: result}), arguments.out)  # each time: a part may be interrupted
+                if result["count"] >= least:
+                    record(merged(out, {part: result}), out)  # each time: a part may be interrupted
             failures += result["failures"]
+            if result["count"] < least:
+                print(f"{out.name} keeps its {least} cases or more of {part}; give --out FILE for a result of fewer")
             print(f"{part}: {result['count']} cases, {result['failures']} failures, {result['seconds']} s", flush=True)
     return int(failures > 0)
 

@@ -3,18 +3,22 @@
 mutmut changes one place of a function at a time (a mutant) and runs the tests that reach the function: a mutant that
 fails none survives. ``--ending`` tries a part of the mutants, such as those whose number ends in 3 or 8; results of
 earlier runs stand while their function is unchanged. The counts and every survivor go to results/mutation.json, with
-what is known of survivors (results/mutation_notes.json). The exit code is 1 where less than 85 % are killed.
+the SHA-256 of each mutated file, and what is known of survivors. results/mutation_notes.json has that by the text of
+the change, as the number of a mutant changes with its function. The exit code is 1 where less than 85 % are killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,32 @@ def change_of(mutant: str) -> list[str]:
     ]
 
 
-def counted(codes: dict[str, dict[str, int | None]], notes: dict[str, str]) -> dict[str, Any]:
+def key_of(mutant: str, change: list[str]) -> str:
+    """Where the note of a survivor stands: its function and its change, without its number."""
+    return "\n".join([mutant.removeprefix("finetune101.").partition("__mutmut_")[0], *change])
+
+
+def sha256_of(module: str) -> str:
+    """SHA-256 of the file that is mutated."""
+    return hashlib.sha256((ROOT / "finetune101" / f"{module}.py").read_bytes()).hexdigest()
+
+
+def selection_of(codes: dict[str, dict[str, int | None]]) -> str:
+    """Which mutants were tried, in words, by the last digit of their numbers."""
+    digits: dict[bool, set[str]] = {True: set(), False: set()}
+    for own in codes.values():
+        for name, code in own.items():
+            digits[code is not None].add(name[-1])
+    if not digits[False]:
+        return "all mutants"
+    if digits[True] & digits[False]:
+        return "some mutants"
+    return f"the mutants whose number ends in {' or '.join(sorted(digits[True]))}"
+
+
+def counted(
+    codes: dict[str, dict[str, int | None]], notes: dict[str, str], change: Callable[[str], list[str]] = change_of
+) -> dict[str, Any]:
     """Counts by module, and each survivor its change and note; ``codes``: module -> mutant -> exit code."""
     modules: dict[str, dict[str, Any]] = {}
     survivors: dict[str, dict[str, Any]] = {}
@@ -55,14 +84,20 @@ def counted(codes: dict[str, dict[str, int | None]], notes: dict[str, str]) -> d
         modules[f"finetune101/{module}.py"] = {
             "mutants": len(own), "tried": tried, "killed": number["killed"], "out_of_time": number["out of time"],
             "survived": number["survived"], "percent": round(100 * caught / tried, 1) if tried else None,
+            "sha256": sha256_of(module),
         }  # fmt: skip
         for mutant in (name for name, code in own.items() if status_of(code) == "survived"):
             name = mutant.removeprefix("finetune101.")
-            survivors[name] = {"change": change_of(mutant), "note": notes.get(name, "")}
+            lines = change(mutant)
+            survivors[name] = {"change": lines, "note": notes.get(key_of(name, lines), "")}
     tried = sum(m["tried"] for m in modules.values())
     caught = sum(m["killed"] + m["out_of_time"] for m in modules.values())
     percent = round(100 * caught / tried, 1) if tried else None
-    return {"percent": percent, "tried": tried, "killed": caught, "modules": modules, "survivors": survivors}
+    mutants = sum(m["mutants"] for m in modules.values())
+    return {
+        "percent": percent, "mutants": mutants, "tried": tried, "killed": caught, "selection": selection_of(codes),
+        "mutmut": importlib.metadata.version("mutmut"), "modules": modules, "survivors": survivors,
+    }  # fmt: skip
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -26,19 +27,28 @@ def disk(count: int, bench: Bench) -> Iterator[Case]:
     kinds, mounts = list(KINDS), _may_mount(bench)
     totals: dict[tuple[str, str], int] = {}
     spread = {"runs": 0.0, "cache": 0.0}
-    for number in range(count):
+    number = tries = 0
+    while number < count:
+        if (tries := tries + 1) > 3 * count:
+            raise RuntimeError(f"{number} of {tries - 1} tries came to a full disk")
         place = "cache" if number % 3 == 2 else "runs"
         kind = kinds[number % len(kinds)]
         if mounts and number % TMPFS == TMPFS - 1:
-            bench.notes[f"tmpfs as {place}"] += 1
-            yield f"{kind}, tmpfs as {place}", _on_tmpfs(bench, kind, place)
+            fault = _on_tmpfs(bench, kind, place)
+            if fault is not None:
+                number += 1
+                bench.notes[f"tmpfs as {place}"] += 1
+                yield f"{kind}, tmpfs as {place}", fault
             continue
         spread[place] = (spread[place] + 0.618034) % 1  # the golden ratio spreads them evenly, however many they are
         if (kind, place) not in totals:
             totals[kind, place] = _calls(bench, kind, place)
             bench.notes[f"writing calls below {place}"] += totals[kind, place]
         n, once = 1 + int(spread[place] * totals[kind, place]), bench.rng.random() < 0.3
-        yield f"{kind}, {'only ' * once}call {n} below {place}", _by_shim(bench, kind, place, n, once)
+        fault = _by_shim(bench, kind, place, n, once)
+        if fault is not None:
+            number += 1
+            yield f"{kind}, {'only ' * once}call {n} below {place}", fault
 
 
 def _calls(bench: Bench, kind: str, place: str) -> int:
@@ -67,22 +77,40 @@ def _work(bench: Bench, kind: str, folder: Path) -> list[list[str]]:
     return [*words, report] if kind == "train+val" else words
 
 
-def _by_shim(bench: Bench, kind: str, place: str, n: int, once: bool) -> str:
+def _by_shim(bench: Bench, kind: str, place: str, n: int, once: bool) -> str | None:
     folder = bench.new_folder("full")
     (folder / "runs").mkdir()
     cache = bench.cache(folder)
 
     def full() -> int:
         arm(folder / place, n, once)
-        return command(*_work(bench, kind, folder))()
+        return _counting(folder, bench, kind)
 
     return _recovers(bench, kind, folder, cache, full, lambda: None)
 
 
+def _counting(folder: Path, bench: Bench, kind: str) -> int:
+    """Does the work in this process; how many calls found a full disk then stands in ``folder``."""
+    try:
+        return command(*_work(bench, kind, folder))()
+    finally:
+        (folder / "full_calls").write_text(str(ctypes.CDLL(None).fault_full()))
+
+
+def _was_full(folder: Path) -> bool:
+    """Whether a call of the work found a full disk; a process that died before it could tell counts as such."""
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder / "full_calls").read_text()) > 0
+    return True
+
+
 def _recovers(
     bench: Bench, kind: str, folder: Path, cache: Path, full: Callable[[], int], make_room: Callable[[], None]
-) -> str:
-    """Runs ``full``, judges how it ended, makes room and does the rest of the work: what is wrong with all of it."""
+) -> str | None:
+    """Runs ``full``, judges how it ended, makes room and does the rest of the work: what is wrong with all of it.
+
+    None where nothing was wrong because no call found a full disk.
+    """
     answer, environment = bench.answer(kind), {"FINETUNE101_CACHE": str(cache)}
     ended = Process(full, environment).wait()
     run = folder / "runs" / "r"
@@ -90,6 +118,10 @@ def _recovers(
         return fault
     if run.is_dir() and (fault := whole(run)):
         return fault
+    if not ended.code and not _was_full(folder):
+        bench.notes["never full, tried again"] += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
     bench.notes["ended by a sentence" if ended.code else "went on without"] += 1
     make_room()
     again = Process(command(*_work(bench, kind, folder)), environment).wait()
@@ -120,7 +152,7 @@ def _unmount(folder: Path) -> None:
     subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=True)
 
 
-def _on_tmpfs(bench: Bench, kind: str, place: str) -> str:
+def _on_tmpfs(bench: Bench, kind: str, place: str) -> str | None:
     """A tmpfs that is too small from the start on, or that somebody else fills while the training writes."""
     folder = bench.new_folder("tmpfs")
     (folder / "runs").mkdir()
@@ -135,7 +167,8 @@ def _on_tmpfs(bench: Bench, kind: str, place: str) -> str:
     cache, filler = bench.cache(folder), target / "filler"
 
     def full() -> int:
-        return command(*_work(bench, kind, folder))()
+        arm(target, -1)
+        return _counting(folder, bench, kind)
 
     def filled() -> int:
         other = os.fork()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from faults.archives import changed_archive
 from faults.bench import SMALL, Bench, Case
@@ -16,7 +19,7 @@ from faults.mutations import changed_bytes, changed_json, changed_text
 from faults.process import Process, command
 from faults.sandbox import Call, run_calls, said
 
-BATCH = 40  # calls of one process
+BATCH = 10  # calls of one process
 TOGETHER = 10  # images of one call
 EPOCH = [*SMALL, "--epochs", "1", "--no-fast-kernels"]
 RECIPES = {
@@ -47,6 +50,8 @@ class Home:
         self._do(["predict", "a", str(self.image)])  # which exports it, and keeps the file
         self.exported = (self.folder / "runs/a/kept_network.onnx").read_bytes()
         self.images = {suffix: self._as(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp")}
+        self._read: dict[str, list[str]] = {}
+        self._bench = bench
 
     def _do(self, *argvs: list[str]) -> None:
         ended = Process(command(*argvs), cwd=self.folder).wait()
@@ -63,6 +68,34 @@ class Home:
     def run_in(self, place: Path) -> Path:
         """A copy of the run a in ``place``."""
         return Path(shutil.copytree(self.folder / "runs/a", place / "runs/a"))
+
+    def files_read(self, words: Sequence[str]) -> list[str]:
+        """Names of the text files of the run a that a command reads; it is tried once."""
+        key = " ".join(words)
+        if key not in self._read:
+            place = self._bench.new_folder("reads")
+            run, log = self.run_in(place), place / "log"
+            names = {file.name for file in run.iterdir() if file.suffix in (".json", ".jsonl", ".csv")}
+
+            def call() -> int:
+                sys.addaudithook(lambda event, what: _log_read(run, names, log, event, what))
+                return command(list(words))()
+
+            log.touch()
+            if (ended := Process(call, cwd=place).wait()).code:
+                raise RuntimeError(f"{key} failed: {ended.err[-2000:]}")
+            self._read[key] = sorted(set(log.read_text().split()))
+        return self._read[key]
+
+
+def _log_read(run: Path, names: set[str], log: Path, event: str, what: tuple[Any, ...]) -> None:
+    """Adds to ``log`` a file of ``run`` that is opened to be read."""
+    if event != "open" or not isinstance(what[0], str | os.PathLike) or (what[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        return
+    path = Path(os.path.abspath(os.fspath(what[0])))
+    if path.parent == run and path.name in names:
+        with open(log, "a") as lines:
+            lines.write(f"{path.name}\n")
 
 
 def _images(home: Home, rng: random.Random, whole: bool) -> Callable[[Path], str]:
@@ -93,11 +126,6 @@ def _images(home: Home, rng: random.Random, whole: bool) -> Callable[[Path], str
 
 
 def _run_files(home: Home, rng: random.Random, whole: bool) -> Callable[[Path], str]:
-    files = sorted(file for file in (home.folder / "runs/a").iterdir() if file.suffix in (".json", ".jsonl", ".csv"))
-    file = rng.choice(files)
-    text = file.read_text(encoding="utf-8")
-    is_table = file.suffix != ".json" or rng.random() < 0.2
-    content = changed_text(rng, text) if is_table else changed_json(rng, json.loads(text)).encode()
     other, data = str(home.folder / "runs/b"), ["--data", str(home.data)]
     commands = [
         ["evaluate", "a", *data], ["predict", "a", str(home.image)], ["card", "a", "--overwrite"],
@@ -105,6 +133,10 @@ def _run_files(home: Home, rng: random.Random, whole: bool) -> Callable[[Path], 
         ["train", *EPOCH, "--exp", "a", *data, "--resume"], ["evaluate", "a", *data, "--subset", "val"],
     ]  # fmt: skip
     words = rng.choice(commands[:5] * 3 + commands)
+    file = home.folder / "runs/a" / rng.choice(home.files_read(words))
+    text = file.read_text(encoding="utf-8")
+    is_table = file.suffix != ".json" or rng.random() < 0.2
+    content = changed_text(rng, text) if is_table else changed_json(rng, json.loads(text)).encode()
 
     def call(place: Path) -> str:
         run = home.run_in(place)
@@ -286,23 +318,32 @@ TARGETS: dict[str, tuple[int, int, Make]] = {
 
 
 def hostile(count: int, bench: Bench) -> Iterator[Case]:
-    """Mutated files of every kind; each kind begins with whole files, which must be read and are not counted."""
+    """Mutated files of every kind, in turns; first whole files of each, which must be read and are not counted."""
     home, cache = Home(bench), bench.folder / "cache"
-    for name, (share, files, make) in TARGETS.items():
-        number = count * share // (3000 * files)
-        if not number:
-            continue
-        folder = bench.new_folder("hostile")
-        whole = [Call(name, files, make(home, bench.rng, True)) for _ in range(3 if number >= 10 else 1)]
-        for _, fault in run_calls(whole, folder, cache):
+    numbers = {name: count * share // (3000 * files) for name, (share, files, _) in TARGETS.items()}
+    for name, number in numbers.items():
+        _, files, make = TARGETS[name]
+        whole = [Call(name, files, make(home, bench.rng, True)) for _ in range(min(number, 3 if number >= 10 else 1))]
+        for _, fault in run_calls(whole, bench.new_folder("hostile"), cache, bench.notes):
             if fault:
                 raise RuntimeError(f"{name}: whole files are not read: {fault}")
-        for start in range(0, number, BATCH):
-            batch = bench.new_folder("hostile")
-            calls = [Call(name, files, make(home, bench.rng, False)) for _ in range(min(BATCH, number - start))]
-            for one, fault in run_calls(calls, batch, cache):
-                bench.notes[one.name] += one.files
-                yield from [(one.name, fault), *[(one.name, "")] * (one.files - 1)]
-                if fault and bench.keep:
-                    shutil.copytree(batch / "work", bench.keep / batch.name, symlinks=True, dirs_exist_ok=True)
-            shutil.rmtree(batch, ignore_errors=True)
+    for name, number in in_turns(numbers, BATCH):
+        _, files, make = TARGETS[name]
+        batch = bench.new_folder("hostile")
+        calls = [Call(name, files, make(home, bench.rng, False)) for _ in range(number)]
+        for one, fault in run_calls(calls, batch, cache, bench.notes):
+            bench.notes[one.name] += one.files
+            yield from [(one.name, fault), *[(one.name, "")] * (one.files - 1)]
+            if fault and bench.keep:
+                shutil.copytree(batch / "work", bench.keep / batch.name, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(batch, ignore_errors=True)
+
+
+def in_turns(numbers: dict[str, int], most: int) -> list[tuple[str, int]]:
+    """Batches of at most so many calls of every kind, spread evenly: time that is too short cuts no kind."""
+    batches = [
+        (start / number, name, min(most, number - start))
+        for name, number in numbers.items()
+        for start in range(0, number, most)
+    ]
+    return [(name, size) for _, name, size in sorted(batches, key=lambda batch: batch[0])]

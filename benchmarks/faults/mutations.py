@@ -21,7 +21,16 @@ SIZES = (b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\x
 
 
 def changed_bytes(rng: random.Random, content: bytes) -> bytes:
-    """``content`` cut, grown, or with some bytes changed, moved or repeated; early bytes are hit more often."""
+    """``content`` cut, grown, or with some bytes changed, moved or repeated; early bytes are hit more often.
+
+    Never ``content`` itself.
+    """
+    while (changed := _other_bytes(rng, content)) == content:
+        pass
+    return changed
+
+
+def _other_bytes(rng: random.Random, content: bytes) -> bytes:
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 5, 20])):
         at = min(int(len(data) * rng.random() ** rng.choice([1, 3, 8])), max(0, len(data) - 1))
@@ -54,7 +63,13 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed_json(rng: random.Random, value: Any) -> str:
-    """``value`` as JSON text with one to three of its places wrong, missing, or of another kind."""
+    """``value`` as JSON text with one to three of its places wrong, missing, or of another kind; never ``value``."""
+    while (changed := _other_json(rng, value)) == json.dumps(value):
+        pass
+    return changed
+
+
+def _other_json(rng: random.Random, value: Any) -> str:
     made = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 2, 3])):
         path = rng.choice([path for path in places(made) if path] or [()])
@@ -73,7 +88,14 @@ def changed_json(rng: random.Random, value: Any) -> str:
 
 
 def changed_text(rng: random.Random, text: str) -> bytes:
-    """``text`` with lines repeated, swapped, dropped or foreign, or with other bytes."""
+    """``text`` with lines repeated, swapped, dropped or foreign, or with other bytes; never the lines of ``text``."""
+    lines = "\n".join(text.splitlines()).encode("utf-8", "surrogatepass")
+    while (changed := _other_text(rng, text)).rstrip(b"\n") == lines:
+        pass
+    return changed
+
+
+def _other_text(rng: random.Random, text: str) -> bytes:
     lines = text.splitlines() or [""]
     for _ in range(rng.choice([1, 1, 2, 4])):
         at, way = rng.randrange(len(lines)), rng.randrange(6)

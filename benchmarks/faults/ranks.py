@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from faults.process import Ended, Fresh, Process, children_of, command
 SILENCE = 15.0  # seconds after which a process that does not answer is given up, in these trainings
 SOON = 60.0  # seconds in which the others end
 OVERLOADED = 180.0  # the same where more processes than cores want to run
+IN_VAIN = 5  # trainings in a row that ended before they were struck
 LONGER = ["--epochs", "10"]
 WAYS = ("a rank is killed", "a rank is stopped", "a rank is terminated")
 LAUNCHED = ("torchrun: a rank is killed", "torchrun itself is killed", "torchrun: a rank is stopped")
@@ -25,7 +27,8 @@ LAUNCHED = ("torchrun: a rank is killed", "torchrun itself is killed", "torchrun
 def ranks(count: int, bench: Bench) -> Iterator[Case]:
     """Three of four with ranks of our own, which have everything imported; the others with torchrun."""
     answer: Answer | None = None
-    for number in range(count):
+    number = in_vain = 0
+    while number < count:
         launched = number % 4 == 3
         ways = LAUNCHED if launched else WAYS
         way = ways[(number // 4 if launched else number) % len(ways)]
@@ -33,8 +36,14 @@ def ranks(count: int, bench: Bench) -> Iterator[Case]:
             answer = _undisturbed(bench)
         folder = bench.new_folder("ranks")
         fault = _launched(bench, folder, way) if launched else _own(bench, folder, way)
-        bench.notes[way] += 1
-        yield way, fault or _resumed(bench, folder, answer)
+        if fault is None:
+            bench.notes["had ended before, tried again"] += 1
+            if (in_vain := in_vain + 1) == IN_VAIN:
+                raise RuntimeError(f"{way}: {IN_VAIN} trainings in a row ended before")
+        else:
+            number, in_vain = number + 1, 0
+            bench.notes[way] += 1
+            yield way, fault or _resumed(bench, folder, answer)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -77,22 +86,25 @@ def _late(sent: float, bench: Bench) -> str:
     seconds = time.monotonic() - sent
     busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
     bench.notes["slowest end, seconds"] = max(bench.notes["slowest end, seconds"], round(seconds))
+    bench.notes["the looser limit was needed"] += busy and SOON < seconds <= OVERLOADED
     return f"the others ended after {seconds:.0f} s" if seconds > (OVERLOADED if busy else SOON) else ""
 
 
-def _own(bench: Bench, folder: Path, way: str) -> str:
+def _own(bench: Bench, folder: Path, way: str) -> str | None:
+    """What is wrong with how both ranks ended; None where the victim had ended before."""
     processes = _start(bench, folder)
     _begun(bench, folder / "r", processes[0])
     victim = bench.rng.randrange(2)
     number = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "terminated": signal.SIGTERM}[way.split()[-1]]
     sent = time.monotonic()
-    if not processes[victim].send(number):
-        bench.notes["had ended before"] += 1
+    sending = processes[victim].send(number)
     other = processes[1 - victim].wait(OVERLOADED)
     late = _late(sent, bench)
     if number == signal.SIGSTOP:
         processes[victim].send(signal.SIGKILL)
     ended = processes[victim].wait()
+    if other.code == 0 and (not sending or ended.code == 0):
+        return None
     if number == signal.SIGTERM and (fault := ended.fault(allowed=(0, 143))):
         return f"the terminated rank: {fault}"
     return late or ("" if other.code == 0 else first_sentence(other))
@@ -109,18 +121,20 @@ def first_sentence(ended: Ended) -> str:
     return "" if is_ours else f"exit code {ended.code}, the first complaint is: {first[:300] or ended.err[-300:]}"
 
 
-def _launched(bench: Bench, folder: Path, way: str) -> str:
+def _launched(bench: Bench, folder: Path, way: str) -> str | None:
+    """The same of two ranks below torchrun; None where they had ended before."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "finetune101"]
     variables = {"FINETUNE101_CACHE": str(bench.cache(folder)), "FINETUNE101_TIMEOUT": str(SILENCE)}
     launcher = Fresh([*launch, *bench.words("scratch", folder), *LONGER], variables)
     _begun(bench, folder / "r", launcher)
     pids = children_of(launcher.pid)
     if len(pids) != 2:
-        launcher.wait()
-        return f"the ranks are not there: {launcher.wait().err[-500:]}"
+        ended = launcher.wait()
+        return None if ended.code == 0 else f"the ranks are not there: {ended.err[-500:]}"
     victim = launcher.pid if "itself" in way else bench.rng.choice(pids)
     sent = time.monotonic()
-    os.kill(victim, signal.SIGSTOP if "stopped" in way else signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended: so has torchrun, with 0
+        os.kill(victim, signal.SIGSTOP if "stopped" in way else signal.SIGKILL)
     others = [pid for pid in pids if pid != victim]
     while any(_is_alive(pid) for pid in others) and time.monotonic() - sent < OVERLOADED:
         time.sleep(0.05)
@@ -132,7 +146,8 @@ def _launched(bench: Bench, folder: Path, way: str) -> str:
             os.kill(pid, signal.SIGKILL)
     if left:
         return f"{len(left)} ranks train on"
-    return late or first_sentence(launcher.wait())
+    ended = launcher.wait()
+    return None if ended.code == 0 else late or first_sentence(ended)
 
 
 def _is_alive(pid: int) -> bool:

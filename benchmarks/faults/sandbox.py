@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,8 +70,13 @@ class Watch:
         return not any(f"{name}/".startswith(f"{folder}/") for folder in self.folders)
 
 
-def run_calls(calls: Sequence[Call], folder: Path, cache: Path) -> list[tuple[Call, str]]:
-    """What is wrong with each of ``calls``, made one after the other; a process that dies is replaced."""
+def run_calls(
+    calls: Sequence[Call], folder: Path, cache: Path, notes: Counter[str] | None = None
+) -> list[tuple[Call, str]]:
+    """What is wrong with each of ``calls``, made one after the other; a process that dies is replaced.
+
+    ``notes`` counts the calls that took longer on the clock than they may take of CPU time: the looser limit let them.
+    """
     results: list[tuple[Call, str]] = []
     while len(results) < len(calls):
         rest, log = calls[len(results) :], folder / f"log_{len(results)}"
@@ -83,7 +90,10 @@ def run_calls(calls: Sequence[Call], folder: Path, cache: Path) -> list[tuple[Ca
                 process.send(signal.SIGKILL)
             time.sleep(0.02)
         ended = process.wait()
-        faults = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        faults = [fault for fault, _ in lines]
+        if slow := sum(seconds > CPU for _, seconds in lines):
+            (notes if notes is not None else Counter())["the looser limit was needed"] += slow
         results += zip(rest, faults, strict=False)
         if len(faults) < len(rest):
             why = {-signal.SIGPROF: f"more than {CPU:g} s of CPU time", -signal.SIGKILL: "a hang, or no memory"}
@@ -109,7 +119,9 @@ def _work(calls: Sequence[Call], folder: Path, log: Path) -> int:
         os.chdir(place)
         drawing = [str(Path.home() / name / "matplotlib") for name in (".cache", ".config")]
         watch.folders = [str(place), str(work / "tmp"), os.environ["FINETUNE101_CACHE"], "/proc", "/dev", *drawing]
+        since = time.monotonic()
         fault = _limited(one, place)
+        seconds = time.monotonic() - since
         watch.folders = []
         fault = fault or "; ".join(watch.events[:3]) or "code was run" * (place / "MARKER").exists()
         watch.events.clear()
@@ -117,7 +129,7 @@ def _work(calls: Sequence[Call], folder: Path, log: Path) -> int:
         if not fault:
             shutil.rmtree(place, ignore_errors=True)
         with open(log, "a") as lines:
-            lines.write(json.dumps(fault) + "\n")
+            lines.write(json.dumps([fault, seconds]) + "\n")
     return 0
 
 
@@ -155,4 +167,12 @@ def said(argv: Sequence[str], allowed: Sequence[int] = (0, 2)) -> str:
         return f"exit code {code}: ...{text[-500:]}"
     if code == 2 and (len(sentences) != 1 or len(sentences[0]) > 1500):
         return f"{len(sentences)} sentences: ...{text[-500:]}"
+    if code == 1 and not names_a_failure(text, out.getvalue()):
+        return f"exit code 1 without a sentence: ...{text[-500:]}"
     return "too much memory was asked for" if "memory of this machine" in text else ""
+
+
+def names_a_failure(err: str, out: str) -> bool:
+    """Whether a command that ended with 1 says which image fails and why, or what ``data verify`` could not read."""
+    told = [line for line in err.splitlines() if re.match(r"(error|failed): \S.*", line)]
+    return bool(told) or bool(re.search(r"(?m)^ *(unreadable|truncated|not an image).*[1-9]", out))

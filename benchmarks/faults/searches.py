@@ -24,6 +24,7 @@ from faults.bench import Bench, Case
 
 GRID = ["--grid", "lr=0.01,0.02,0.03,0.05", "--grid", "gamma=0.1,0.5", "--grid", "batch_size=8,16"]
 POINTS = 16
+IN_VAIN = 5  # searches in a row that ended before a kill
 SMALL = ["--size", "32", "--epochs", "3", "--threads", "1"]
 SEARCH = ["search", *SMALL, "--model", "squeezenet1_1", "--no-pretrain"]
 STUDY = ["study", *SMALL, "--models", "squeezenet1_1", "--arms", "scratch", "--scratch-recipe", "original"]
@@ -174,7 +175,7 @@ def undisturbed(folder: Path, data: Path, study: bool) -> Metrics:
 def searches(count: int, bench: Bench) -> Iterator[Case]:
     """Kills until there were ``count``, and judges every search and study: a case for each kill."""
     folder, truths = bench.new_folder("searches"), dict[bool, Metrics]()
-    tally = Tally()
+    tally, in_vain = Tally(), 0
     while tally.kills < count:
         study = tally.searches > tally.studies
         if study not in truths:
@@ -184,7 +185,12 @@ def searches(count: int, bench: Bench) -> Iterator[Case]:
         disturbed(folder / name, bench.data, count, bench.rng, tally, study)
         tally.searches, tally.studies = tally.searches + (not study), tally.studies + study
         judge(folder / name, truths[study], tally)
+        fault = f"{tally.notes[-3:]} {tally}" if tally.failures > failures else ""
+        in_vain = 0 if tally.kills > before else in_vain + 1
+        if in_vain == IN_VAIN:
+            raise RuntimeError(f"{IN_VAIN} searches in a row ended before anything was killed")
         yield from [(name, "")] * (tally.kills - before - 1)
-        yield name, f"{tally.notes[-3:]} {tally}" if tally.failures > failures else ""
+        if fault or not in_vain:  # what nothing was done to is no case
+            yield name, fault
         kept = {"kills of drivers": tally.of_drivers, "searches": tally.searches, "studies": tally.studies}
         bench.notes.update(Counter(kept) - bench.notes)

@@ -17,16 +17,19 @@
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
 static char below[4096];
-static long from, calls, shift;
+static long from, calls, full, shift;
 static int once;
 
 // From the n-th call on (or, with only_once, that one alone) what writes below the folder fails: ENOSPC. n < 0 counts.
 void fault_arm(const char *folder, long n, int only_once) {
     snprintf(below, sizeof below, "%s", folder);
-    from = n, once = only_once, calls = 0;
+    from = n, once = only_once, calls = full = 0;
 }
 
 long fault_calls(void) { return calls; }
+
+// How many calls below the folder found a full disk, one of this shim's or a real one.
+long fault_full(void) { return full; }
 
 void fault_clock(long seconds) { shift = seconds; }
 
@@ -35,8 +38,15 @@ static int fails(const char *path) {
     if (!length || !path || strncmp(path, below, length) || (path[length] && path[length] != '/')) return 0;
     long n = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
     if (from < 0 || (once ? n != from : n < from)) return 0;
+    __atomic_add_fetch(&full, 1, __ATOMIC_SEQ_CST);
     errno = ENOSPC;
     return 1;
+}
+
+// The result of a real call; below is armed, so a real ENOSPC is counted as well.
+static long real(long result) {
+    if (result < 0 && errno == ENOSPC && below[0]) __atomic_add_fetch(&full, 1, __ATOMIC_SEQ_CST);
+    return result;
 }
 
 static int fd_fails(int fd) {
@@ -57,7 +67,7 @@ static int fd_fails(int fd) {
         mode_t mode = (mode_t)va_arg(rest, int);               \
         va_end(rest);                                          \
         if (OPENS(flags) && fails(path)) return -1;            \
-        return REAL(name)(path, flags, mode);                  \
+        return (int)real(REAL(name)(path, flags, mode));                  \
     }
 #define OPENAT(name)                                           \
     int name(int folder, const char *path, int flags, ...) {   \
@@ -66,7 +76,7 @@ static int fd_fails(int fd) {
         mode_t mode = (mode_t)va_arg(rest, int);               \
         va_end(rest);                                          \
         if (OPENS(flags) && fails(path)) return -1;            \
-        return REAL(name)(folder, path, flags, mode);          \
+        return (int)real(REAL(name)(folder, path, flags, mode));          \
     }
 #define FOPEN(name)                                            \
     FILE *name(const char *path, const char *mode) {           \
@@ -80,12 +90,12 @@ OPENAT(openat64)
 FOPEN(fopen)
 FOPEN(fopen64)
 
-ssize_t write(int fd, const void *bytes, size_t count) { return fd_fails(fd) ? -1 : REAL(write)(fd, bytes, count); }
-ssize_t writev(int fd, const struct iovec *parts, int n) { return fd_fails(fd) ? -1 : REAL(writev)(fd, parts, n); }
-ssize_t pwrite(int fd, const void *bytes, size_t n, off_t at) { return fd_fails(fd) ? -1 : REAL(pwrite)(fd, bytes, n, at); }
-int fsync(int fd) { return fd_fails(fd) ? -1 : REAL(fsync)(fd); }
-int rename(const char *a, const char *b) { return fails(b) ? -1 : REAL(rename)(a, b); }
-int mkdir(const char *path, mode_t mode) { return fails(path) ? -1 : REAL(mkdir)(path, mode); }
+ssize_t write(int fd, const void *bytes, size_t count) { return fd_fails(fd) ? -1 : real(REAL(write)(fd, bytes, count)); }
+ssize_t writev(int fd, const struct iovec *parts, int n) { return fd_fails(fd) ? -1 : real(REAL(writev)(fd, parts, n)); }
+ssize_t pwrite(int fd, const void *b, size_t n, off_t at) { return fd_fails(fd) ? -1 : real(REAL(pwrite)(fd, b, n, at)); }
+int fsync(int fd) { return fd_fails(fd) ? -1 : (int)real(REAL(fsync)(fd)); }
+int rename(const char *a, const char *b) { return fails(b) ? -1 : (int)real(REAL(rename)(a, b)); }
+int mkdir(const char *path, mode_t mode) { return fails(path) ? -1 : (int)real(REAL(mkdir)(path, mode)); }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
     static __typeof__(&clock_gettime) real;

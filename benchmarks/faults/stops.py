@@ -74,6 +74,7 @@ def signals(count: int, bench: Bench) -> Iterator[Case]:
         if not last.startswith(word) or (begun and "--resume" not in last):
             return f"no sentence: {last}"
         busy = os.getloadavg()[0] > len(os.sched_getaffinity(0))
+        bench.notes["the looser limit was needed"] += busy and SOON < seconds <= OVERLOADED
         if ended.cpu - cpu > SOON or seconds > (OVERLOADED if busy else SOON):
             return f"ended {seconds:.1f} s after the signal, {ended.cpu - cpu:.1f} s of CPU time"
         return ""

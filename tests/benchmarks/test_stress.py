@@ -14,7 +14,8 @@ from faults import hostile
 from faults.bench import Answer
 from faults.mutations import changed_bytes, changed_json, changed_text
 from faults.process import Ended
-from stress import DRAW, PARTS, merged
+from faults.sandbox import names_a_failure
+from stress import DRAW, PARTS, enough, merged
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the faults are made by Linux only")
@@ -47,10 +48,36 @@ def test_the_draw_has_every_part_but_the_searches() -> None:
 
 def test_results_of_one_part_replace_its_own_and_are_summed(tmp_path: Path) -> None:
     file = tmp_path / "stress.json"
-    first = {"kills": {"count": 3, "failures": 1, "seconds": 5}, "old": {"count": 1, "failures": 0, "seconds": 1}}
+    first = {
+        "kills": {"count": 3, "failures": 1, "seconds": 5, "version": "1 a"},
+        "old": {"count": 1, "failures": 0, "seconds": 1, "version": "1 a"},
+    }
     file.write_text(json.dumps(merged(file, first)))
-    both = merged(file, {"kills": {"count": 10, "failures": 0, "seconds": 9}})
+    assert "several_versions" not in json.loads(file.read_text())
+    both = merged(file, {"kills": {"count": 10, "failures": 0, "seconds": 9, "version": "1 b"}})
     assert (both["faults"], both["failures"], both["seconds"], list(both["parts"])) == (11, 0, 10, ["kills", "old"])
+    assert both["versions"] == ["1 a", "1 b"] and "2 versions" in both["several_versions"]
+
+
+def test_a_published_part_is_replaced_by_as_many_cases_only(tmp_path: Path) -> None:
+    file = tmp_path / "stress.json"
+    assert enough("kills", file) == 1
+    for count, least in ((30, 30), (500, PARTS["kills"][0])):
+        one = {"kills": {"count": count, "failures": 0, "seconds": 5, "version": "1 a"}}
+        file.write_text(json.dumps(merged(file, one)))
+        assert enough("kills", file) == least
+
+
+def test_kinds_of_hostile_files_take_turns() -> None:
+    batches = hostile.in_turns({"a": 25, "b": 0, "c": 3}, 10)
+    assert sorted(batches) == [("a", 5), ("a", 10), ("a", 10), ("c", 3)]
+    assert {name for name, _ in batches[:2]} == {"a", "c"}
+
+
+def test_exit_code_1_needs_the_image_and_the_reason() -> None:
+    assert names_a_failure("failed: d/a.jpg: cannot be read\n", "")
+    assert names_a_failure("", "unreadable 1\n  a.jpg: cut short\n")
+    assert not names_a_failure("", "unreadable 0\n") and not names_a_failure("Killed\n", "")
 
 
 @pytest.mark.parametrize(
@@ -142,9 +169,10 @@ def test_mutations_change_what_they_are_given() -> None:
 
     rng = random.Random(0)
     value = {"a": [1, 2, {"b": "text"}], "c": 1.5}
-    assert sum(changed_bytes(rng, b"0123456789" * 9) != b"0123456789" * 9 for _ in range(50)) > 40
-    assert sum(json.loads(changed_json(rng, value)) != value for _ in range(50)) > 40
-    assert sum(changed_text(rng, "a: 1\nb: 2\n") != b"a: 1\nb: 2" for _ in range(50)) > 40
+    for _ in range(500):
+        assert changed_bytes(rng, b"0123456789" * 9) != b"0123456789" * 9
+        assert json.loads(changed_json(rng, value)) != value
+        assert changed_text(rng, "a: 1\nb: 2\n").rstrip(b"\n") != b"a: 1\nb: 2"
     assert value == {"a": [1, 2, {"b": "text"}], "c": 1.5}
 
 
