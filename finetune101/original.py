@@ -31,8 +31,8 @@ MODEL = "resnet18"  # the original's network
 
 def _script(verb: Callable[..., int], argv: Sequence[str] | None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    prog = f"{verb.__name__.removesuffix('_as_original')}.py"
-    return guarded(lambda: call(verb, expanded(words), prog=prog, model=MODEL))
+    name = verb.__name__.removesuffix("_as_original")
+    return guarded(lambda: call(verb, expanded(words), prog=f"{name}.py", model=MODEL), verb=name)
 
 
 def train(argv: Sequence[str] | None = None) -> int:

@@ -180,10 +180,11 @@ def expanded(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def guarded(call: Callable[[], int], debug: bool = False) -> int:
+def guarded(call: Callable[[], int], debug: bool = False, verb: str = "") -> int:
     """The exit code of ``call``: what the user can mend is one sentence and 2; bugs keep their traceback.
 
-    With ``debug`` the user's errors show their traceback as well.
+    With ``debug`` the user's errors show their traceback as well. ``verb`` decides what is said to be done where the
+    work is stopped before it can say so itself.
     """
     with streams() as (out, err), terminable():
         if not err.isatty():
@@ -194,7 +195,7 @@ def guarded(call: Callable[[], int], debug: bool = False) -> int:
             _show(error, debug)
             return _told(f"{error}")
         except KeyboardInterrupt as stop:
-            return _stopped(stop)
+            return _stopped(stop, verb)
         except BrokenPipeError:  # of a process that we talk to: our own streams never raise
             raise
         except OSError as error:
@@ -229,13 +230,14 @@ def _told(sentence: str) -> int:
     return 2
 
 
-def _stopped(stop: KeyboardInterrupt) -> int:
+def _stopped(stop: KeyboardInterrupt, verb: str) -> int:
     """Says what goes on with the work that was stopped; the exit code is that of the signal."""
     terminated = isinstance(stop, Terminated)
-    notes = "; ".join(getattr(stop, "__notes__", ()))
+    again = f"give the command again{', with --resume where its run has begun' if verb == 'train' else ''}"
+    notes = "; ".join(getattr(stop, "__notes__", ())) or again
     rank = os.environ.get("RANK", "0")
     if rank == "0" or (rank == "1" and terminated):  # torchrun terminates the others where rank 0 was killed
-        line = f"{'terminated' if terminated else 'interrupted'}{f'; {notes}' if notes else ''}"
+        line = f"{'terminated' if terminated else 'interrupted'}; {notes}"
         print(f"\n{escaped(redacted(line))}", file=sys.stderr)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 

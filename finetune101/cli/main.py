@@ -130,4 +130,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("OMP_NUM_THREADS", str(thread_count()))
         return dispatch(words[debug:])
 
-    return guarded(call, debug=debug)
+    return guarded(call, debug=debug, verb="".join(words[debug:][:1]))

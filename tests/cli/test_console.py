@@ -348,7 +348,7 @@ def test_of_several_processes_two_tell_that_they_were_terminated(
 ) -> None:
     """The first one may be the one that was killed, whereupon torchrun terminates the others; Ctrl-C reaches it."""
     monkeypatch.setenv("RANK", rank)
-    assert guarded(raising(Terminated())) == 143
-    assert ("terminated" in capsys.readouterr().err) == (rank != "2")
+    assert guarded(raising(Terminated()), verb="train") == 143
+    assert ("terminated; give the command again, with --resume" in capsys.readouterr().err) == (rank != "2")
     assert guarded(raising(KeyboardInterrupt())) == 130
     assert ("interrupted" in capsys.readouterr().err) == (rank == "0")
