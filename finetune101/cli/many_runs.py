@@ -59,7 +59,7 @@ def compare(
 
     Args:
         groups: Two or more: runs (folder or name), folders that hold runs, quoted globs; or one study.
-        evaluate: First score the runs that are not tested yet on their test images; of a glob, do it before.
+        evaluate: First score the runs that are not tested yet on their test images.
         out: Folder for comparison.json and comparison.png.
         runs: Folder of all runs.
     """
@@ -80,20 +80,19 @@ def compare(
 
 
 def _evaluate_untested(names: tuple[str, ...], runs: str) -> None:
-    """Scores the finished runs of ``names`` (runs, or folders that hold runs) on their test images, where not done.
+    """Scores the finished runs of ``names`` (runs, folders that hold runs, globs) on their test images, where not done.
 
     Raises Refused, before a test image is read, for a name without a run and for groups without a common split.
     """
     from finetune101 import api
     from finetune101.errors import Refused
     from finetune101.evaluation.tested import read_manifest
-    from finetune101.reports.groups import open_group
-    from finetune101.run import Run, runs_below
+    from finetune101.reports.groups import open_group, run_folders
+    from finetune101.run import Run
 
     below: dict[str, list[Run]] = {}
     for name in names:
-        place = next((path for path in (Path(name), Path(runs) / name) if path.exists()), Path(name))
-        below[name] = [*map(Run, runs_below(place))]
+        below[name] = [*map(Run, run_folders(name, runs))]
         if not below[name]:
             open_group(name, runs)  # which says what there is
     splits = [{read_manifest(run).hash() for run in own} for own in below.values() if own]

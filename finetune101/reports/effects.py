@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,9 @@ from scipy import stats
 from finetune101.experiments import space
 from finetune101.experiments.replay import ORDERS, Curve, dropped
 from finetune101.experiments.trials import LEVELS, Trials
-from finetune101.reports.page import sentence
+from finetune101.reports.page import Words, sentence
 
 Floats = NDArray[np.float64]
-Words = Mapping[str, str]
 EARLY = 3  # the epoch whose ranking is compared with the last one's
 
 

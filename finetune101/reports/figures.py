@@ -32,9 +32,9 @@ from finetune101.reports.drawing import (
     save_figure,
     short,
 )
+from finetune101.reports.page import Words
 
 Records = Sequence[Mapping[str, Any]]
-Words = Mapping[str, str]
 
 COUNTED = 15  # classes of a matrix with room for numbers
 CONFUSION = LinearSegmentedColormap.from_list("white to blue", ["#FFFFFF", "#9CC9E6", BLUE, "#00263B"])

@@ -162,15 +162,20 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
+def run_folders(name: str, runs: str) -> list[Path]:
+    """The folders of the runs that ``name`` means: a run, a folder of runs, or a glob of either; [] for none."""
+    as_named = [str(path) for path in (Path(name), Path(runs) / name) if path.exists()][:1]  # names may hold brackets
+    matches = as_named or glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
+    return sorted({folder for path in matches for folder in runs_below(Path(path))})
+
+
 def open_group(name: str, runs: str = "runs", unfinished: bool = True) -> Group:
     """The tested runs that ``name`` means: a run, a folder that holds runs, or a quoted glob of either.
 
     Raises Refused when there is none, one is not tested, or they are not one arm: the same settings, and one run
     for each seed and split. Without ``unfinished``, runs that are not tested are left out instead.
     """
-    as_named = [str(path) for path in (Path(name), Path(runs) / name) if path.exists()][:1]  # names may hold brackets
-    matches = as_named or glob.glob(name, recursive=True) or glob.glob(str(Path(runs) / name), recursive=True)
-    folders = sorted({folder for path in matches for folder in runs_below(Path(path))})
+    folders = run_folders(name, runs)
     if not unfinished:
         folders = [folder for folder in folders if Run(folder).has("test.json") and not Run(folder).stopped()]
         if not folders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
@@ -11,7 +11,7 @@ from finetune101.data.images import OFFICIAL_CLASSES
 from finetune101.deploy.card import SOME_CALTECH
 from finetune101.models.table import lookup
 from finetune101.reports.groups import Group, Tested
-from finetune101.reports.page import Cell, Page, sentence
+from finetune101.reports.page import Cell, Page, Words, sentence
 from finetune101.reports.page import words as text
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
@@ -20,7 +20,6 @@ ORDER = (
     "backbone", "schedule", "decay", "batch", "epochs", "kept", "ema", "size", "augment", "norm", "precision", "seeds",
 )  # fmt: skip
 """Settings in the order of the table; each has the word set_NAME."""
-Words = Mapping[str, str]
 
 
 @functools.cache

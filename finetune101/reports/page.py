@@ -22,6 +22,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "zh")
 
 Cell = tuple[str, float | str]  # what a cell of a table shows, and the value by which the table is sorted
+Words = Mapping[str, str]
+"""The words of pages and pictures in one language, by their key."""
 
 
 class Name(str):
@@ -37,7 +39,7 @@ def read_words(lang: str) -> dict[str, str]:
     return words
 
 
-def sentence(words: Mapping[str, str], key: str, /, **values: Any) -> str:
+def sentence(words: Words, key: str, /, **values: Any) -> str:
     """The sentence ``key`` of ``words`` with ``values`` in it; where ``n`` is 1, the sentence ``key_one`` if any."""
     if values.get("n") == 1 and f"{key}_one" in words:
         key += "_one"

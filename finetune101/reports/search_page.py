@@ -7,7 +7,7 @@ pictures are our own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,7 @@ from finetune101.reports.drawing import (
     save_figure,
 )
 from finetune101.reports.effects import EARLY, Variance, level_text
-from finetune101.reports.page import Name, Page, number, words
-
-Words = Mapping[str, str]
+from finetune101.reports.page import Name, Page, Words, number, words
 
 
 def write_search_report(
