@@ -81,7 +81,9 @@ def run_calls(
     while len(results) < len(calls):
         rest, log = calls[len(results) :], folder / f"log_{len(results)}"
         log.touch()
-        process = Process(partial(_work, rest, folder, log), {"FINETUNE101_CACHE": str(cache)})
+        # PyTorch's compiler makes its own folder, whose name it otherwise has from the process that it was imported in
+        own = {"FINETUNE101_CACHE": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(folder / "work" / "tmp" / "inductor")}
+        process = Process(partial(_work, rest, folder, log), own)
         done, since = 0, time.monotonic()
         while process.is_alive():
             if (count := log.read_bytes().count(b"\n")) > done:
