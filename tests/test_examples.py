@@ -64,8 +64,8 @@ def shortened(line: str) -> list[str]:
     cut += ["--train-per-class", "2"] if words[0] == "study" and "--train-per-class" in words else []
     if "--trials" in words:
         words[words.index("--trials") + 1] = "8"
-    if "--budget" in words:
-        words[words.index("--budget") + 1] = "20s"
+    if words[0] == "search" and "--budget" in words:  # test_outcome.py lets one end within its budget
+        cut = [*cut, "--dry-run"]
     if "probe" in words and words[0] == "train":  # the recipe has no epochs
         cut = SMALL[:4]
     if "winner.yaml" in line or "--inference" in words or "--resume" in words:

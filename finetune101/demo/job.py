@@ -27,12 +27,16 @@ For your own images, one folder per class: add --data FOLDER to train."""
 def run_demo(out: Path, epochs: int) -> None:
     """Runs the demo in ``out``, replacing an earlier one there; prints what it does and where the pictures are."""
     started = time.perf_counter()
+    print("Seven steps; a laptop's processor takes two to four minutes.")
     _title("1. Draw a data set: 12 classes of object pictures")
     data = draw(out / "data")
     _title("2. Verify every image")
     print(verify(data).text())
     _title("3. Fine-tune EfficientNet-Lite0 from its ImageNet weights")
+    before = time.perf_counter()
     finetune = _arm(out, data, "finetune", epochs, pretrain=True)
+    left = 2 * (time.perf_counter() - before)  # step 4 has twice the epochs
+    print(f"About {max(10, round(left, -1)):.0f} s left.")
     _title("4. Train the same network from random initialisation, for twice as many epochs")
     random = _arm(out, data, "random", 2 * epochs, pretrain=False)
     _title("5. Compare them on the same test images")

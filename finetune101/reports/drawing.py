@@ -71,6 +71,8 @@ def chinese_font() -> str | None:
     if name := _chinese_of([font.name for font in manager.ttflist[before:]]):
         return name
     for font in manager.ttflist:
+        if font.name.startswith("Last Resort"):  # comes with matplotlib: one box for every character there is
+            continue
         with contextlib.suppress(OSError, RuntimeError):
             if FT2Font(font.fname).get_char_index(ord("图")):
                 return str(font.name)

@@ -112,6 +112,14 @@ def test_a_font_that_was_installed_after_matplotlib_made_its_list_is_used(monkey
     assert drawing.chinese_font.__wrapped__() in (name, *drawing.CHINESE)
 
 
+def test_a_font_of_boxes_is_not_one_for_chinese(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = font_manager.fontManager
+    western = [font for font in manager.ttflist if font.name.startswith(("DejaVu Sans", "Last Resort"))]
+    monkeypatch.setattr(manager, "ttflist", western)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    assert drawing.chinese_font.__wrapped__() is None
+
+
 def test_a_character_that_no_font_has_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = {"epoch": 1, "train_loss": 1.0, "train_top1": 50.0, "val_loss": None, "val_top1": None, "best": True}
     for name in ("one.png", "two.png"):
