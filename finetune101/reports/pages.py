@@ -162,8 +162,11 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
             page.say("efficiency_alt", ends=ends),
             model,
         )
-    heads = ("network", "arm", "size", "top1", "mean_per_class", "runs", "minutes")
-    page.table("cells", heads, [_cell_row(cell) for cell in cells])
+    heads = ["network", "arm", "size", "top1", "mean_per_class", "runs", "minutes"]
+    rows = [_cell_row(cell) for cell in cells]
+    if all(cell["size"] is None for cell in cells):  # every arm has all images: the table fits a page without the column
+        heads, rows = heads[:2] + heads[3:], [row[:2] + row[3:] for row in rows]
+    page.table("cells", heads, rows)
     page.sections += rest
     first, *others = dict.fromkeys(cell["model"] for cell in cells)
     page.headline = _about(page, cells, first, bool(others)) + page.headline
