@@ -118,6 +118,8 @@ def claim(lock: Path) -> Iterator[bool]:
             keeper = filelock.SoftFileLock(lock.with_name(lock.name + ".soft"), timeout=0)
             keeper.acquire()
     except filelock.Timeout:
+        if not lock.exists():
+            lock.touch()  # filelock waits even where no file can be made; this says why, and raises
         yield False
         return
     try:

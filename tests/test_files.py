@@ -130,6 +130,12 @@ def test_one_process_holds_a_claim(tmp_path: Path, locks: bool, monkeypatch: pyt
     assert claimed_by(lock) == "another process"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no files from anybody, not even from root")
+def test_where_no_lock_can_be_made_nobody_waits_for_it() -> None:
+    with pytest.raises(OSError), claim(Path("/proc/lock")):
+        raise AssertionError("it cannot be claimed")
+
+
 @POSIX
 @pytest.mark.slow
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:

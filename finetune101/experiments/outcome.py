@@ -139,7 +139,7 @@ def picture_name(plan: Plan, point: Point, run: Run) -> str:
 def write_recipe(plan: Plan, winner: dict[str, Any], base: TrainConfig) -> Path:
     """Writes the winner's settings, ``base`` with its point, as a file for ``train --config``."""
     out = plan.folder / "winner.yaml"
-    point = escaped(point_label(winner["point"])) or "the output layer alone"
+    point = point_label(winner["point"]) or "the output layer alone"
     text = f"# Found by a search of {plan.base.exp}: {point}, {score_of(winner):.2f} % on validation images.\n"
     text += f"# {train_command(plan)}\n"
     text += yaml.safe_dump({"format": FORMAT, **recipe_of(base, winner["point"])}, sort_keys=False)

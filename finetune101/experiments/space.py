@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from finetune101.config import SETTINGS, Setting, TrainConfig, change, typed, validate
-from finetune101.errors import Refused, bare
+from finetune101.errors import Refused, bare, escaped, shortened
 from finetune101.experiments.settings import SearchOptions
 from finetune101.files import read_settings
 
@@ -111,7 +111,9 @@ def _range(name: str, text: str) -> Range:
     except (Refused, TypeError, OverflowError):
         fine = False
     if not fine:
-        raise Refused(f"{name}={text} is no range; write LOW..HIGH, or LOW..HIGH:log with LOW above 0")
+        raise Refused(
+            f"{name}={shortened(escaped(text))} is no range; write LOW..HIGH, or LOW..HIGH:log with LOW above 0"
+        )
     return span
 
 
@@ -204,8 +206,8 @@ def point_label(point: Point) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as people write it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A value as people write it, and as any page and picture can show it."""
+    return f"{value:g}" if isinstance(value, float) else escaped(str(value))
 
 
 def described(space: Space) -> dict[str, Any]:

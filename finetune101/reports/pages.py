@@ -164,7 +164,9 @@ def _study(page: Page, folder: Path, gallery: bool, data: str | None) -> None:
         )
     heads = ["network", "arm", "size", "top1", "mean_per_class", "runs", "minutes"]
     rows = [_cell_row(cell) for cell in cells]
-    if all(cell["size"] is None for cell in cells):  # every arm has all images: the table fits a page without the column
+    if all(
+        cell["size"] is None for cell in cells
+    ):  # every arm has all images: the table fits a page without the column
         heads, rows = heads[:2] + heads[3:], [row[:2] + row[3:] for row in rows]
     page.table("cells", heads, rows)
     page.sections += rest

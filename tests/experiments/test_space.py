@@ -62,6 +62,7 @@ def test_files(name: str, content: str, tmp_path: Path) -> None:
         (["lr=1..0"], "is no range"),
         (["lr=1..nan"], "is no range"),
         (["lr=1..2:cube"], "is no range"),
+        ([f"lr={'x' * 10**5}..1"], r"lr=x{1,300}(\.\.\.|…).{1,300}$"),
     ],
 )
 def test_mistakes(words: list[str], message: str) -> None:

@@ -36,6 +36,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "<s>"
 
 
+def test_a_value_that_no_font_can_draw_is_shown_by_its_number(folder: Path) -> None:
+    file = folder / "search.json"
+    file.write_text(file.read_text().replace('"cosine"', r'"\ud800"'))
+    page = write_search_report(folder, [("lr", "schedule")])
+    assert "ud800" in page.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_the_page_holds_everything_itself(folder: Path) -> None:
     page = write_search_report(folder, [("batch_size", "schedule")])
     text = page.read_text(encoding="utf-8")
