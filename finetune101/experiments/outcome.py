@@ -17,7 +17,7 @@ import yaml
 from finetune101.config import TrainConfig, change, from_dict, to_dict
 from finetune101.data.images import find_data, index_images
 from finetune101.data.layouts import layout_for
-from finetune101.errors import Refused, escaped, shortened
+from finetune101.errors import Refused, shortened
 from finetune101.experiments.folders import check_kind
 from finetune101.experiments.point_run import recipe_of, split_hash
 from finetune101.experiments.runner import Task
