@@ -54,7 +54,7 @@ def write_assignment(
         page.title = page.words["lab_title_compare" if len(starts) == 2 else "lab_title_other"]
         page.headline = comparison_headline(page, comparisons[0], sides)
         text = page.say("lab_task_compare", arms=page.words["comma"].join(group.name for group in sides))
-        text += page.words["gap"] + page.words["lab_task_starts"] if len(starts) == 2 else ""
+        text += page.words["gap"] + page.words["lab_task_starts"] if len(starts) == len(sides) == 2 else ""
     else:
         comparisons = []
         page.title = page.words["lab_title"]
