@@ -133,7 +133,7 @@ class ModelConfig:
     size: Pixels | None = None
     """Height and width of the input in pixels. Default: the recipe's, else the network's own."""
     cache_size: Decoded | None = None
-    """Height and width at which images are decoded: above --size, crops stay sharp. Default: the recipe's, else --size."""
+    """Height and width of decoded images: above --size, crops stay sharp. Default: the recipe's, else --size."""
 
 
 @dataclass(frozen=True, kw_only=True)
