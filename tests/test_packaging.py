@@ -144,3 +144,10 @@ def test_contributing_has_a_line_for_every_dependency_with_its_tested_version() 
         assert version and version[1] in row, (
             f"CONTRIBUTING.md: {name} needs a line with its version in requirements.lock"
         )
+
+
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "finetune101" / "docs").mkdir(parents=True)  # as where the repository was cloned
+    code = "import finetune101; print(finetune101.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == finetune101.__version__, done.stderr
