@@ -21,6 +21,7 @@ from finetune101.reports.page import Words, sentence
 
 Floats = NDArray[np.float64]
 EARLY = 3  # the epoch whose ranking is compared with the last one's
+FEWEST_RANKS = 6  # trials; ranks of fewer say next to nothing
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,9 @@ class RankChange:
 
 
 def rank_change(curves: Sequence[Curve], early: int = EARLY) -> RankChange | None:
-    """Compares the ranks at epoch ``early`` and at the end; None with fewer than three trials longer than that."""
+    """Compares the ranks at epoch ``early`` and at the end; None with too few trials longer than that."""
     long = [curve for curve in curves if len(curve.scores) > early]
-    if len(long) < 3:
+    if len(long) < FEWEST_RANKS:
         return None
     then, last = np.array([max(c.scores[:early]) for c in long]), np.array([c.best for c in long])
     varied = len(set(then)) > 1 and len(set(last)) > 1

@@ -118,6 +118,8 @@ def _pairs(trials: Trials, variance: Variance, asked: Sequence[tuple[str, ...]])
             raise Refused(f"--pair {','.join(pair)} cannot be drawn; give two of {', '.join(settings) or 'none'}")
     if asked:
         return [(a, b) for a, b in asked]
+    if len(settings) == 2:  # also where no cell has two trials, which tell an effect of both from chance
+        return [(settings[0], settings[1])]
     pairs = [("lr", "batch_size")] if {"lr", "batch_size"} <= set(settings) else []
     if variance.pairs:
         strongest = max(variance.pairs, key=lambda pair: variance.pairs[pair])
@@ -154,10 +156,7 @@ def draw_trials(trials: Trials, setting: str | None, words: Words, narrow: bool 
     axes.plot([], [], color=VERMILION, linewidth=3, label=words["fig_winner"])
     if any(curve.state == "pruned" for curve in trials.curves):
         axes.plot([], [], "x", color=GREY, markersize=7, label=words["fig_stopped"])
-    if narrow:
-        figure.legend(loc="outside lower left", ncols=2)
-    else:
-        axes.legend(loc="lower right")
+    figure.legend(loc="outside lower left", ncols=2 if narrow else 6)  # in the axes it would lie on a curve
     axes.set(xlabel=words["fig_batches"], ylabel=words["fig_so_far"])
     axes.set_xlim(left=0)
     return figure

@@ -69,11 +69,11 @@ def test_importance_names_what_matters() -> None:
 
 
 def test_rank_change() -> None:
-    rising = [Curve({"lr": k}, (float(5 - k), 0.0, 0.0, 10.0 * k), (1, 2, 3, 4), "complete") for k in range(1, 5)]
+    rising = [Curve({"lr": k}, (float(7 - k), 0.0, 0.0, 10.0 * k), (1, 2, 3, 4), "complete") for k in range(1, 7)]
     change = effects.rank_change(rising)
     assert change is not None and change.correlation == pytest.approx(-1)
-    assert (change.winner_then, change.kept, change.top, change.trials) == (4, 0, 2, 4)
-    assert effects.rank_change(rising[:2]) is None
+    assert (change.winner_then, change.kept, change.top, change.trials) == (6, 0, 3, 6)
+    assert effects.rank_change(rising[:5]) is None  # ranks of so few say nothing
 
 
 def test_the_paragraph_is_made_of_the_numbers() -> None:
