@@ -154,10 +154,11 @@ def _argument_texts(doc: str) -> dict[str, str]:
 
 
 def _field_texts(kind: type) -> dict[str, str]:
-    """Name -> the string below each field of a dataclass."""
+    """Name -> the string below each field of a dataclass, those of its bases included."""
+    bases = [base for base in reversed(kind.__mro__[1:]) if dataclasses.is_dataclass(base)]
+    texts = {name: text for base in bases for name, text in _field_texts(base).items()}
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts = {}
     for field, below in zip(body.body, body.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             assert isinstance(field.target, ast.Name)

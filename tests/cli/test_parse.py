@@ -30,6 +30,11 @@ NUMBERS = {
 }
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_says_what_it_does(verb: str) -> None:
+    assert [flag.name for flag in flags_with_help(verb_of(VERBS[verb]), {}) if not flag.about] == []
+
+
 def test_every_number_that_is_none_is_one_plain_sentence() -> None:
     assert {"trials", "size", "backbone-lr-ratio", "top-k", "lr", "train-per-class"} <= NUMBERS.keys()
     for flag, (verb, takes) in NUMBERS.items():
