@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,6 +169,10 @@ def state_hash(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+MOST_LACKING = 6
+"""Parts that a file may lack and still be meant: more are another network's weights."""
+
+
 def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: str, skip: tuple[str, ...] = ()) -> None:
     """Copies ``state`` into the network, without keys that begin as in ``skip``; every other key must fit."""
 
@@ -182,13 +186,26 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], entry: Entry, source: s
     wrong += [f"{key} is unknown" for key in held if key not in wanted]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        others = "" if held.keys() - wanted.keys() else " or name the missing layers by --random-layers"
+        lacking = _without_weights([key for key in wanted if key not in held], held)
+        fits = not held.keys() - wanted.keys() and 0 < len(lacking) <= MOST_LACKING
+        others = f" or add --random-layers {' '.join(lacking)}" if fits else ""
         raise Refused(f"{source} does not fit {entry.name}: {', '.join(wrong[:3])}{more}; give weights of it{others}")
     kept = {key: value for key, value in state.items() if not key.startswith(skip)}
     floats = (key for key, value in kept.items() if value.is_floating_point())
     if bad := next((key for key in floats if not bool(torch.isfinite(kept[key]).all())), None):
         raise Refused(f"{source} holds values in {bad} that are not finite; give other weights")
     model.load_state_dict(kept, strict=False)
+
+
+def _without_weights(missing: Sequence[str], held: Collection[str]) -> list[str]:
+    """The parts of a network, as large as can be, that hold all ``missing`` tensors and none of those ``held``."""
+    parts = []
+    for key in missing:
+        names = key.split(".")
+        wholes = (".".join(names[:depth]) + "." for depth in range(1, len(names)))
+        part = next((whole for whole in wholes if not any(other.startswith(whole) for other in held)), key)
+        parts.append(part.rstrip("."))
+    return list(dict.fromkeys(parts))
 
 
 def _resize(entry: Entry, model: nn.Module, size: int | None) -> Preprocessing:

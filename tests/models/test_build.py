@@ -161,7 +161,9 @@ def test_named_layers_start_at_random_and_all_others_from_the_file(no_last_fire:
 
 
 def test_a_random_layer_must_be_one_that_only_the_file_lacks(no_last_fire: dict[str, Tensor], resnet: Path) -> None:
-    with pytest.raises(ValueError, match=r"features\.12.* is missing.*name the missing layers by --random-layers"):
+    with pytest.raises(
+        ValueError, match=r"features\.12.* is missing.*give weights of it or add --random-layers features\.12$"
+    ):
         file = Path(os.environ["FINETUNE101_WEIGHTS"]) / "squeezenet1_1_features_imagenet.safetensors"
         build("squeezenet1_1", 7, weights=str(file))
     for layers, problem in {
