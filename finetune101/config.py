@@ -131,9 +131,9 @@ class ModelConfig:
     cached_features: bool = False
     """With --freeze: compute the features of every whole image once, so that a run takes seconds; no augmentation."""
     size: Pixels | None = None
-    """Height and width of the input in pixels. Default: the network's own."""
+    """Height and width of the input in pixels. Default: the recipe's, else the network's own."""
     cache_size: Decoded | None = None
-    """Height and width at which images are decoded: above --size, crops stay sharp. Default: the input's."""
+    """Height and width of decoded images: above --size, crops stay sharp. Default: the recipe's, else --size."""
 
 
 @dataclass(frozen=True, kw_only=True)

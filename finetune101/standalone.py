@@ -699,7 +699,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         network = ExportedNetwork(args.network)
         if args.reject and network.threshold is None:
-            parser.error("--reject cannot tell which images are unlike the training pictures: the file has no score")
+            parser.error(
+                "--reject cannot tell which images are unlike the training pictures: the file has no score; omit it"
+            )
         labels: Iterable[Label] = counted(label_files(network, files, failed, args.top_k), len(files))
         if args.reject:
             labels = (label._replace(classes=()) if label.unlike else label for label in labels)

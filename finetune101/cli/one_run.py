@@ -211,7 +211,10 @@ def predict(
         folder = SortedFolder(Path(sorting.into), network.classes, sorting.link, sorting.unsure_below)
         folder.check(images)
     if reject and network.unlike is None:
-        raise Refused(f"--reject cannot tell which images are unlike the training pictures: {network.unlike_reason}")
+        raise Refused(
+            f"--reject cannot tell which images are unlike the training pictures: {network.unlike_reason}; leave"
+            " --reject out, or train with more images"
+        )
     _print_notes(network)
     prints_rows = not file and (table.csv or table.json or not folder)
     show_progress = not (prints_rows and sys.stdout.isatty())  # on a terminal the rows themselves show it

@@ -101,8 +101,10 @@ def _make(place: store.Place, root: Path, paths: Sequence[str], preprocessing: P
     if reason := store.make_room(place):
         print(f"The image cache {reason}: going on without it.")
         return False
-    print(f"Decoding {len(paths)} images once into {escaped(str(place.file))} ({place.bytes / 1e9:.2f} GB).")
     size, interpolation = preprocessing.cache_size, preprocessing.interpolation
+    hint = f" The recipe asks for {size} px; a training with --cache-size {preprocessing.size + 32} needs less."
+    large = hint if size >= 2 * preprocessing.size else ""
+    print(f"Decoding {len(paths)} images once into {escaped(str(place.file))} ({place.bytes / 1e9:.2f} GB).{large}")
     rows = tqdm(
         _decoded(root, paths, preprocessing), total=len(paths), desc="decode", unit="img", leave=False
     )  # fmt: skip

@@ -275,8 +275,9 @@ class Auto:
     def _next(self, todo: list[str], config: TrainConfig, left: float) -> list[str]:
         """``todo`` with the largest network first whose probe fits into ``left`` seconds, without larger ones."""
         while todo:
-            expected = self.speed.probe(of_recipe("probe", todo[-1], config))
-            if expected <= left:
+            probe = of_recipe("probe", todo[-1], config)
+            expected = self.speed.guess_probe(probe)  # measuring it takes as long as a probe of few images
+            if expected <= left and (expected := self.speed.probe(probe)) <= left:
                 return [todo[-1], *todo[:-1]]
             self.decide("probe", "–", "probe_late", name=todo.pop(), took=short_time(expected))
         return []

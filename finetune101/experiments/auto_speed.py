@@ -32,6 +32,8 @@ class Speed:
     system: SystemConfig
     share: float = 1.0
     """What a probe takes, as a share of what a few images foretell; measured by the first one."""
+    beyond: float = 1.0
+    """The same as a multiple of plain forward passes."""
     _paces: dict[str, duration.Pace] = field(init=False, default_factory=dict)
     _forward: dict[str, float] = field(init=False, default_factory=dict)
 
@@ -63,12 +65,20 @@ class Speed:
 
     def least_probe(self, config: TrainConfig) -> float:
         """Seconds that the probe ``config`` takes at least; no feature is computed to know them."""
-        images = self.images.train + self.images.val
-        return START + self.decoding(config) + self.forward(config.model.name, config.model.size) * images
+        return START + self.decoding(config) + self._passes(config)
+
+    def guess_probe(self, config: TrainConfig) -> float:
+        """``probe``, without computing a feature: by the first probe, and by plain forward passes."""
+        return START + self.decoding(config) + self.beyond * self._passes(config)
+
+    def _passes(self, config: TrainConfig) -> float:
+        """Seconds of plain forward passes of the images that a probe sees."""
+        return self.forward(config.model.name, config.model.size) * (self.images.train + self.images.val)
 
     def count(self, config: TrainConfig, seconds: float) -> None:
         """Takes notice of the ``seconds`` that the features and the output layer of the probe ``config`` took."""
         self.share = min(2.0, max(0.5, seconds / self._solving(config)))
+        self.beyond = max(1.0, seconds / self._passes(config))
 
     def _solving(self, config: TrainConfig) -> float:
         """Seconds of frozen features and of the output layer on them."""

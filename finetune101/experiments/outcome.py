@@ -93,7 +93,7 @@ def write_search(plan: Plan, name: str, outcome: Outcome, took: dict[str, float]
         "space": described(plan.space),
         "sampler": plan.sampler,
         "pruner": plan.pruner,
-        "points": len(outcome.entries) if plan.budget else len(plan.points()),
+        "points": len(plan.points()) if plan.sampler == "grid" or not plan.budget else len(outcome.entries),
         "chosen_by": "mean validation accuracy over seeds" if outcome.finalists else "validation accuracy",
         "winner": winner and {"point": winner["point"], "run": winner["run"]},
         "results": outcome.entries,
@@ -164,6 +164,8 @@ def print_ranking(plan: Plan, outcome: Outcome, table: Path, left: int) -> None:
             if not plan.budget
             else f"\n{left} run{'s' * (left != 1)} did not end in time; the same command goes on."
         )
+    if plan.budget and plan.sampler == "grid" and (late := len(plan.points()) - len(outcome.entries)):
+        print(f"\n{late} of the grid's {len(plan.points())} points had no time; the same command trains them.")
     if outcome.probe and not outcome.probe["error"]:
         print(f"\nThe output layer alone, on frozen features: {score_of(outcome.probe):.2f} %")
     if not outcome.entries:
@@ -242,7 +244,8 @@ def budget_text(plan: Plan) -> str:
     points = f"{len(plan.points())} points" if plan.sampler == "grid" or plan.trials else "as many points as fit"
     first = "first the output layer alone; then " if plan.probe else ""
     first += "the recipe as it is; then " if plan.first else ""
-    rungs = f"{points}, {epochs[0]} epoch{'s' * (epochs[0] != 1)} each"
+    most = "up to " if "epochs" in plan.space else ""
+    rungs = f"{points}, {most}{epochs[0]} epoch{'s' * (epochs[0] != 1)} each"
     if len(epochs) > 1:
         rungs += f", and of every {ETA} the best one again with {epochs[1]}"
     seeds = f"; the best {plan.finalists} with {plan.seeds} seeds each" if plan.finalists else ""

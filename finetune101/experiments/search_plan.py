@@ -14,7 +14,7 @@ from finetune101.config import AugmentConfig, ModelConfig, TrainConfig
 from finetune101.errors import Refused
 from finetune101.experiments.point_run import split_hash
 from finetune101.experiments.settings import SearchOptions
-from finetune101.experiments.space import Point, Space, around, described, own_point, points
+from finetune101.experiments.space import Point, Range, Space, around, described, own_point, points
 from finetune101.experiments.stage import Pruner, Sampler
 from finetune101.models.table import lookup
 from finetune101.training.resume import essence
@@ -110,6 +110,9 @@ def search_name(plan: Plan) -> str:
 def make_plan(config: TrainConfig, space: Space, options: SearchOptions) -> Plan:
     """The plan of ``options``; where the budget alone is given: probe, tpe, halving and seeds for the best two."""
     budget = None if options.budget is None else seconds(options.budget)
+    if epochs := space.get("epochs"):  # the base's are no point's: time is reckoned for the longest one
+        most = epochs.high if isinstance(epochs, Range) else max(epochs)
+        config = replace(config, optim=replace(config.optim, epochs=int(most)))
     plan = Plan(
         base=config, space=space, sampler=options.sampler, pruner=options.pruner, trials=options.trials,
         budget=budget, finalists=options.finalists, seeds=options.seeds, jobs=options.jobs or 1,

@@ -35,6 +35,8 @@ class Trials:
     """The epochs of each schedule, where the best points alone went on to longer ones."""
     probe: float | None = None
     """Accuracy (%) of the output layer alone, where the search began with it."""
+    untried: int = 0
+    """Points of the grid that were not trained, as where the budget ended before."""
     is_probe_best: bool = False
     """Whether the winner is the output layer alone."""
 
@@ -111,11 +113,12 @@ def read_trials(folder: Path) -> Trials:
     winner = Run(folder / Path(chosen["run"] or "").name)
     images = len(winner.read_json("split.json")["subsets"]["val"]) if winner.has("split.json") else None
     failed = sum(entry["state"] == "failed" for entry in saved["results"])
-    probe = saved.get("probe", {})
+    probe, points = saved.get("probe", {}), saved.get("points")
+    missing = points - len(saved["results"]) if type(points) is int and saved.get("sampler") == "grid" else 0
     return Trials(
         folder.name, settings, tuple(curves), failed, images, chosen["point"], len(saved.get("finalists", [])),
         tuple(sorted({int(epochs) for entry in saved["results"] for epochs in _rungs(entry)})),
-        probe.get("best_val_top1"), bool(probe) and chosen["run"] == probe["run"],
+        probe.get("best_val_top1"), max(0, missing), bool(probe) and chosen["run"] == probe["run"],
     )  # fmt: skip
 
 

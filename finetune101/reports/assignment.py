@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from finetune101.evaluation.tested import confused_pairs
+from finetune101.experiments.trials import read_trials
 from finetune101.reports import compare, figures, groups, mistakes
 from finetune101.reports.arm_tables import add_arms, add_result
 from finetune101.reports.comparison import Comparison
 from finetune101.reports.drawing import font_remark
+from finetune101.reports.effects import analyse_variance, search_story, winner_words
 from finetune101.reports.groups import Group, Tested
 from finetune101.reports.hyperparameters import add_settings, add_setup
 from finetune101.reports.page import Page
@@ -52,6 +54,7 @@ def write_assignment(
         page.title = page.words["lab_title_compare" if len(starts) == 2 else "lab_title_other"]
         page.headline = comparison_headline(page, comparisons[0], sides)
         text = page.say("lab_task_compare", arms=page.words["comma"].join(group.name for group in sides))
+        text += page.words["gap"] + page.words["lab_task_starts"] if len(starts) == len(sides) == 2 else ""
     else:
         comparisons = []
         page.title = page.words["lab_title"]
@@ -65,6 +68,7 @@ def write_assignment(
     if search is not None:
         add_search(page, search, "lab_search")
     _classes(page, sides, comparisons, root)
+    _conclusion(page, search)
     add_facts(page, [run for group in sides for run in group.runs])
     titled = [section for section in page.sections if section["title"]]
     for number, section in enumerate(titled, 1):
@@ -118,6 +122,16 @@ def _classes(page: Page, sides: Sequence[Group], comparisons: Sequence[Compariso
         _matrix(page, run, sides[0].name)
     if root and (chosen := mistakes.examples(run.answers, False, root)[:SHOWN]):
         page.add("gallery", "lab_gallery", arm=sides[0].name, examples=chosen)
+
+
+def _conclusion(page: Page, search: Path | None) -> None:
+    """What was found, in sentences, and room for the student's own words."""
+    found = [page.headline]
+    if search is not None:
+        trials = read_trials(search)
+        found += winner_words(trials, page.words)[:1]
+        found += search_story(trials, analyse_variance(trials), None, {}, page.words)[:1]
+    page.add("words", "lab_conclusion", text=page.join(found), room=True)
 
 
 def _matrix(page: Page, run: Tested, name: str) -> None:

@@ -200,6 +200,8 @@ def winner_words(trials: Trials, words: Words) -> list[str]:
     at = words["comma"].join(f"{name} {space.value_text(value)}" for name, value in best.point.items())
     values = {"trials": len(trials.curves), "best": best.best, "at": at, "n": trials.finalists}
     sentences = [sentence(words, "story_finalists" if trials.finalists else "story_best", **values)]
+    if trials.untried:
+        sentences.append(sentence(words, "story_untried", n=trials.untried))
     if trials.probe is not None:
         key = "story_probe_best" if trials.is_probe_best else "story_probe"
         sentences.append(sentence(words, key, probe=trials.probe))

@@ -40,13 +40,14 @@ def data_words(run: Tested, words: Words, splits: int = 1) -> str:
         folder = "Caltech-101"
     values = {name: f"{count:,}" for name, count in kept.items()}
     options = {"train_per_class": run.config.data.train_per_class, **manifest.options, "seed": manifest.seed}
+    few = "_few" if options.get("max_test_per_class") else ""
     sentences = [
         words["data_of"].format(
             **values,
             images=f"{sum(kept.values()):,}",
             classes=len(manifest.classes),
             name=words["data_named"].format(name=folder) if folder else "",
-            how=words[f"how_{manifest.protocol}"].format(**options),
+            how=words[f"how_{manifest.protocol}{few}"].format(**options),
         ),
         words["data_several"].format(n=splits) if splits > 1 else "",
         words["val_train" if run.config.data.fit_on == "train+val" else "val_choose" if kept["val"] else "val_none"],

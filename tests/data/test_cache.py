@@ -63,12 +63,14 @@ def test_it_is_built_once(tiny_data: Path, folder: Path, capsys: pytest.CaptureF
     open_images(index, geometry())
     (name,) = files(folder)
     said = capsys.readouterr().out
-    assert "Decoding 36 images once into" in said and name in said and "GB" in said
+    assert "Decoding 36 images once into" in said and name in said and "GB" in said and "--cache-size" not in said
     built = (folder / name).stat().st_mtime_ns
     open_images(index, geometry())
     open_images(index, geometry(24, final=16))  # the final size is made of the same pixels
     assert files(folder) == [name] and (folder / name).stat().st_mtime_ns == built
     assert capsys.readouterr().out == ""
+    open_images(index, geometry(64, final=16))
+    assert "--cache-size 48" in capsys.readouterr().out
 
 
 def test_another_geometry_has_its_own_cache(tiny_data: Path, folder: Path) -> None:

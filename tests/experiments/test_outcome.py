@@ -14,9 +14,10 @@ from experiments.in_process import InProcess
 from finetune101.cli.main import main
 from finetune101.errors import Refused
 from finetune101.experiments import space
-from finetune101.experiments.outcome import dry_run, picture_name
+from finetune101.experiments.outcome import budget_text, dry_run, picture_name
 from finetune101.experiments.search import run_search
-from finetune101.experiments.search_plan import Plan
+from finetune101.experiments.search_plan import Plan, make_plan
+from finetune101.experiments.settings import SearchOptions
 from finetune101.experiments.trials import read_trials
 from finetune101.reports.figures import draw_curves
 from finetune101.run import Run
@@ -94,6 +95,13 @@ def test_a_budget_that_is_too_short_for_a_run_is_one_sentence(base: Any) -> None
     assert not (plan.folder / "search.json").exists()
 
 
+def test_a_budget_is_reckoned_for_the_longest_point_of_a_grid_over_epochs(base: Any) -> None:
+    long = dataclasses.replace(base, optim=dataclasses.replace(base.optim, epochs=20))
+    grid = space.make_space({"lr": [0.01, 0.02], "epochs": [2, 1]})
+    plan = make_plan(long, grid, SearchOptions(budget="1h"))
+    assert plan.base.optim.epochs == 2 and "4 points, up to 2 epochs each" in budget_text(plan)
+
+
 @pytest.mark.slow
 def test_a_search_ends_within_its_budget_with_a_winner(base: Any, capsys: pytest.CaptureFixture[str]) -> None:
     ranges = space.make_space({"lr": "1e-3..1e-1:log"})
@@ -141,7 +149,7 @@ def test_many_settings_have_pictures_and_a_ranking(base: Any, capsys: pytest.Cap
     point = {"model": "../x\n/y", "weights": "/a b/c.pth"}
     assert (
         picture_name(plan, point, Run(Path("0123456789abcdef")))
-        == f"{'e' * 60}_model=..-x--y,weights=-a-b-c.pth_012345.png"
+        == f"{'e' * 60}_model=..-x-x0a-y,weights=-a-b-c.pth_012345.png"
     )
 
 

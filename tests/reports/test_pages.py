@@ -290,14 +290,23 @@ def test_the_assignment_says_what_a_lab_report_has_to_say(runs: Path, tmp_path: 
     make(runs.parent / target, tmp_path, "--style", "assignment", "--lang", lang, name="assignment")
     text = (tmp_path / "assignment.md").read_text(encoding="utf-8")
     told = read_words(lang)
-    data = ("lab_data", "lab_method", "lab_training", "lab_results", "lab_classes", "steps", "test_loss")
+    data = (
+        "lab_data",
+        "lab_method",
+        "lab_training",
+        "lab_results",
+        "lab_classes",
+        "lab_conclusion",
+        "steps",
+        "test_loss",
+    )
     settings = ("lr", "backbone", "batch", "decay", "optimizer", "loss", "schedule")
     for key in (*data, *(f"set_{name}" for name in settings)):
         assert told[key] in text, key
     test = json.loads((runs / "r0" / "test.json").read_text())
     for value in (f"{test['top1']:.2f}", f"{test['loss']:.3f}", "(1 ×)"):
         assert value in text
-    assert [line[3] for line in text.splitlines() if line.startswith("## ")] == list("12345678")
+    assert [line[3] for line in text.splitlines() if line.startswith("## ")] == list("123456789")
 
 
 def test_a_search_has_no_assignment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

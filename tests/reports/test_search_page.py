@@ -43,6 +43,13 @@ def test_a_value_that_no_font_can_draw_is_shown_by_its_number(folder: Path) -> N
     assert "ud800" in page.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_the_page_says_what_of_the_grid_was_not_trained(folder: Path) -> None:
+    file = folder / "search.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sampler": "grid", "points": 10}))
+    page = write_search_report(folder).with_suffix(".md").read_text(encoding="utf-8")
+    assert "2 points of the grid were not trained: the same command trains them." in page
+
+
 def test_the_page_holds_everything_itself(folder: Path) -> None:
     page = write_search_report(folder, [("batch_size", "schedule")])
     text = page.read_text(encoding="utf-8")
