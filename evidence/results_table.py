@@ -26,7 +26,7 @@ HEADS = {
         "| network | start, recipe | split | top-1, % | mean per class, % | n | weights, M | min | claim |"
     ),
     "docs/zh/results.md": (
-        "| 网络 | 初始权重，训练配方 | 划分 | top-1，% | 各类平均，% | n | 参数量（百万） | 分钟 | 结果编号 |"
+        "| 网络 | 初始权重，训练配方 | 划分 | top-1，% | 各类别平均准确率，% | n | 参数量（百万） | 分钟 | 结果编号 |"
     ),
 }
 CHINESE = {

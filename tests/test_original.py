@@ -63,11 +63,14 @@ def test_the_commands_of_the_readme(
     here: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As they stand, one after the other, in one epoch of small images; the grid is only planned."""
-    commands = re.findall(r"^python (\w+\.py) (.*)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert [script for script, _ in commands] == ["train.py", "train.py", "search.py", "test.py"]
-    short = ["--model", "efficientnet_lite0", "--size", "64", "--threads", "1"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python (\w+\.py) (.*)", text, re.MULTILINE)
+    assert [script for script, _ in commands] == ["train.py", "train.py", "search.py", "test.py"] * 2
+    short = ["--model", "efficientnet_lite0", "--size", "64", "--threads", "1", "--epochs", "1", "--batch_size", "8"]
+    cut = "|".join(short[::2])
     for script, words in commands:
-        line = re.sub("(--epochs) \\d+", r"\1 1", re.sub("(--batch_size) \\d+", r"\1 8", words)).split()
+        words = re.sub(rf"({cut}) \S+", "", words)
+        line = words.replace("--train-per-class 12", "--train-per-class 6").split()
         line += {"train.py": short, "search.py": [*short, "--dry-run"]}.get(script, [])
         monkeypatch.setattr("sys.argv", [script, *line])
         with pytest.raises(SystemExit) as end:
@@ -77,6 +80,8 @@ def test_the_commands_of_the_readme(
     assert "72 trials" in said and "Test accuracy:" in said
     for file in ("best_finetune_best.pth", "training_plots_random/best_random.png", "runs/best_finetune/test.json"):
         assert Path(file).is_file(), file
+    (folder,) = re.findall(r"^tensorboard --logdir (\S+)", text, re.MULTILINE)
+    assert len({file.parent for file in Path(folder).rglob("events.out.tfevents.*")}) == 4
 
 
 def test_from_scratch_uses_the_other_folder(here: Path) -> None:
