@@ -10,9 +10,11 @@ ft.load(run).predict("photo.jpg")
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
 __all__ = ["RECIPES", "Refused", "__version__", "auto", "compare", "evaluate", "load", "predict", "report", "train"]
 
 _HOMES = {"RECIPES": "recipes", "Refused": "errors"}  # of all other names: api

@@ -10,17 +10,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune101.config import SystemConfig
 from finetune101.data.images import find_data
-from finetune101.data.layouts import folders_in
+from finetune101.data.layouts import FOLDER, folders_in
 from finetune101.deploy.released_files import RELEASED, available
 from finetune101.errors import Refused, escaped, shortened
-from finetune101.files import cache_dir
+from finetune101.files import WRITE_REMEDIES, cache_dir, writable_place
 from finetune101.host import GPU_FILES, has_gpu, thread_count
 from finetune101.recipes import RECIPES
 
@@ -42,8 +42,8 @@ INSTALL_GCC = {
     "apk": "sudo apk add gcc musl-dev libgomp",
 }
 
-State = Literal["ok", "warning", "error"]
-"""warning: training works, with something missing or slower; error: training cannot work."""
+State = Literal["ok", "note", "warning", "error"]
+"""note: fine, with something to know; warning: training works, with something missing or slower; error: it cannot."""
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,31 @@ def examine_machine(data: str | None = None, runs: str = "runs") -> Iterator[Che
     variables of torchrun are set without torchrun.
     """
     yield check_python()
-    packages = check_packages()
+    packages = _tried("packages", check_packages)
     yield packages
     torch = check_torch()
     yield torch
     if torch.state != "error":
-        yield check_gpu()
-        yield _precision()
-    yield _cores()
-    yield check_compiler()
+        yield _tried("GPU", check_gpu)
+        yield _tried("precision", _precision)
+    yield _tried("cores", _cores)
+    yield _tried("compiler", check_compiler)
     if torch.state != "error" and has_gpu():
         yield check_shared_memory()
     yield from check_folders(Path(runs))
-    yield check_data(data)
-    yield _released()
+    yield _tried("data", lambda: check_data(data))
+    yield _tried("released", _released)
     if "error" not in (torch.state, packages.state):
-        yield _imagenet()
+        yield _tried("ImageNet", _imagenet)
+
+
+def _tried(name: str, check: Callable[[], Check]) -> Check:
+    """The line of ``check``, also where the system lets it not look: the other checks go on."""
+    try:
+        return check()
+    except OSError as error:
+        remedy = WRITE_REMEDIES.get(error.errno or 0, "allow this user to read it")
+        return Check(name, f"it cannot be looked at: {error.strerror or error} ({error.filename})", "warning", remedy)
 
 
 def can_train(checks: Iterable[Check]) -> bool:
@@ -90,7 +99,7 @@ def can_train(checks: Iterable[Check]) -> bool:
 
 def check_lines(check: Check) -> list[str]:
     """``check`` for a terminal: state, name and text, and below it what mends it."""
-    mark = {"ok": "ok", "warning": "!", "error": "ERROR"}[check.state]
+    mark = {"ok": "ok", "note": "note", "warning": "!", "error": "ERROR"}[check.state]
     lines = [f"{mark:6} {check.name:14} {escaped(check.text)}"]
     return [*lines, *([f"{'':21} mend it: {escaped(check.remedy)}"] if check.remedy else [])]
 
@@ -260,12 +269,8 @@ def check_folders(runs: Path, least: float = LEAST_FREE, for_images: float = FOR
 def _folder(name: str, folder: Path, wanted: float, otherwise: State, remedy: str) -> Check:
     """The check of a folder, or of the one that it would be made in; ``otherwise`` is the state of one that is of no
     use."""
-    place = folder.absolute()
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(writable_place(folder)).free
     except OSError as error:
         return Check(name, f"{folder} cannot be written ({error.strerror})", otherwise, remedy)
     if free < wanted:
@@ -275,11 +280,14 @@ def _folder(name: str, folder: Path, wanted: float, otherwise: State, remedy: st
 
 
 def check_data(data: str | None = None) -> Check:
-    """Whether there are images to train on, where ``train`` looks for them."""
+    """Whether there are images to train on, where ``train`` looks for them; without a place that was named, a note."""
     try:
         root = find_data(data)
         return Check("data", f"{root}: {len(folders_in(root))} folders")
     except Refused as error:
+        if not (data or os.environ.get("FINETUNE101_DATA") or os.path.lexists(Path("data") / FOLDER)):
+            text = "none named: give --data FOLDER, your photos in one folder per class, or get Caltech-101 by"
+            return Check("data", f"{text} finetune101 data download", "note")
         text, _, remedy = str(error).partition("; ")
         return Check("data", text, "error", remedy)
 

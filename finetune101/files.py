@@ -31,6 +31,14 @@ FORMAT = 1
 MOST_BYTES = 256 * 2**20  # of a JSON file: the split of a million images fits
 MOST_SETTINGS = 2**17  # bytes of a file that people write
 DEEPEST = 50  # levels of tables and lists in a file
+WRITE_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "choose a place that you may use, or change its permissions",
+    errno.EPERM: "choose a place that you may use, or change its permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
 ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine counts as abandoned
 
@@ -57,11 +65,40 @@ def atomic(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
             os.fsync(written.fileno())  # a crash of the machine must not leave an empty file under the final name
         os.replace(part, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise Refused(f"cannot write {path}: {reason}; free some space or choose another folder") from error
+        raise Refused(f"cannot write {path}: {error.strerror or error}; {remedy_to_write(error, path)}") from error
     finally:
         with contextlib.suppress(OSError):  # must not hide the error above, as where a parent is a file
             part.unlink()
+
+
+def remedy_to_write(error: OSError, path: Path, otherwise: str = "choose another folder") -> str:
+    """What the user can do where ``path`` cannot be written, by the reason of ``error``."""
+    remedy = WRITE_REMEDIES.get(error.errno or 0, otherwise)
+    with contextlib.suppress(Refused):
+        cache, place = cache_dir().absolute(), path.absolute()
+        is_above = place in cache.parents and not os.path.lexists(place)  # the first folder that mkdir would make
+        if place == cache or cache in place.parents or is_above:
+            with_space = f"{remedy}, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            return f"{with_space}set $FINETUNE101_CACHE to a folder that you may write"
+    return remedy
+
+
+def writable_place(folder: Path) -> Path:
+    """``folder``, or the nearest one above it that exists; raises OSError where nothing can be made in it."""
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    with tempfile.TemporaryFile(dir=place):
+        return place
+
+
+def check_writable(path: Path, folder: Path, flag: str) -> None:
+    """Before long work: raises Refused where ``path``, which ``flag`` names, cannot be made in ``folder``."""
+    try:
+        writable_place(folder)
+    except OSError as error:
+        remedy = remedy_to_write(error, folder, f"choose another {flag}")
+        raise Refused(f"cannot write {escaped(str(path))}: {error.strerror or error}; {remedy}") from error
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from finetune101 import config as cfg
 from finetune101.errors import Refused
-from finetune101.files import as_json, atomic, checked, parse_json, read_json, read_text, write_json
+from finetune101.files import as_json, atomic, check_writable, checked, parse_json, read_json, read_text, write_json
+from finetune101.host import place
 from finetune101.schemas import MOST_BYTES, REMEDIES, SCHEMAS, Record, Split
 
 KEPT, KEPT_RECORD = "kept_network.onnx", "kept_network.json"
@@ -38,7 +39,7 @@ WRITTEN = (
     "error.log",
 )
 MOST_CONFIG = 2**20  # bytes
-SEARCH = ("search.json", "optuna.journal")  # either makes a folder a search's
+SEARCH = ("search.json", "optuna.journal", "auto.json")  # each makes a folder without a run a search's
 
 
 class Run:
@@ -161,7 +162,8 @@ class Run:
 def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run:
     """The folder for ``config``: new, or, with ``resume``, the existing one.
 
-    Raises Refused when it exists and neither ``resume`` nor ``overwrite`` is given, or there is nothing to resume.
+    Raises Refused when it exists and neither ``resume`` nor ``overwrite`` is given, there is nothing to resume, or it
+    cannot be written.
     Nothing is removed or written yet.
     """
     if resume and overwrite:
@@ -182,6 +184,8 @@ def create_run(config: cfg.TrainConfig, *, resume: bool, overwrite: bool) -> Run
         raise Refused(f"{inside} is the folder of a run, in which no other run may be; choose another --exp")
     if exists and not resume and not overwrite:
         raise Refused(f"{run.path} exists; add --resume to continue it or --overwrite to start anew")
+    if place().rank == 0:  # the only one that writes
+        check_writable(run.path, run.path, "--runs")
     return run
 
 
@@ -278,9 +282,10 @@ def winner_command(search: Path) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """Raises Refused when ``out`` cannot be a folder, before the work for it begins."""
+    """Raises Refused when ``out`` cannot be a folder, or be written, before the work for it begins."""
     if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
         raise Refused(f"{file} is a file; give --out a folder")
+    check_writable(out, out, "--out")
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

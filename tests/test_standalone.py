@@ -45,6 +45,14 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("module", ["finetune101", "finetune101.standalone"])
+def test_onnx_runtime_is_told_to_send_nothing_before_it_is_imported(module: str) -> None:
+    code = f"import sys, os, {module}; print('onnxruntime' in sys.modules, os.environ['ORT_DISABLE_TELEMETRY'])"
+    usual = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run([sys.executable, "-c", code], env=usual, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "1"]
+
+
 def test_the_program_labels_as_the_package(python_of_bundle: list[str], bundle: Path, tiny_data: Path) -> None:
     out = bundle / "labels.csv"
     done = run(python_of_bundle, [], AS_PROGRAM, bundle / "predict.py", tiny_data, "--out", out, "--top-k", "3")

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from finetune101.errors import Refused, escaped, shortened
-from finetune101.files import cache_dir
+from finetune101.files import cache_dir, remedy_to_write
 from finetune101.redaction import keep_error, redacted, traceback_of
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff](?!\[A)")  # tqdm goes up by ESC [A
@@ -25,12 +25,6 @@ MAYBE_OURS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENO
 MOST_TOLD = 3000  # characters of a sentence
 MOST_READ = 2 * MOST_TOLD  # characters in which secrets are looked for: more are never shown
 REMEDIES = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EACCES: "choose a place that you may use, or change its permissions",
-    errno.EPERM: "choose a place that you may use, or change its permissions",
-    errno.EROFS: "choose a place that can be written",
-    errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOENT: "check that it is still there",
     errno.EMFILE: "allow more open files (ulimit -n)",
     errno.ENOMEM: "close other programs, or give a smaller --batch-size",
@@ -248,6 +242,8 @@ def _of_system(error: OSError) -> str:
     reason = error.strerror or os.strerror(error.errno)
     names = [shortened(os.fsdecode(n), 100) for n in (error.filename, error.filename2) if isinstance(n, str | bytes)]
     remedy = REMEDIES.get(error.errno, "choose another file or folder" if names else "try again")
+    if names and error.errno not in REMEDIES:
+        remedy = remedy_to_write(error, Path(os.fsdecode(error.filename or error.filename2)), remedy)
     return f"{reason}: {' -> '.join(names)}; {remedy}" if names else f"{reason}; {remedy}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import time
@@ -43,7 +44,8 @@ __all__ = [
 
 OFFICIAL_CLASSES = 101
 OFFICIAL_IMAGES = 8677
-HOW = f"run `finetune101 data download`, or give --data a folder with one folder per class (such as {FOLDER})"
+HOW = f"give --data a folder with one folder per class (such as {FOLDER})"
+DOWNLOAD = f"run `finetune101 data download`, or {HOW}"
 KEPT_FROM = (1000, 64 * 2**20)  # images or bytes from which a data set's digests are kept
 FRESH = 2e9  # ns: a file that changed so shortly ago may change once more without another time
 
@@ -102,8 +104,11 @@ def _named(root: str | None) -> tuple[Path, str]:
     except RuntimeError as error:  # ~somebody
         raise Refused(f"{name} {where} names a user that does not exist; {HOW}") from error
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero in the name
-        start = f"{name} {where} does not exist" if folder else f"no data set at {path}"
-        raise Refused(f"{start}; {HOW}") from error
+        if not folder:
+            raise Refused(f"no data set at {path}; {DOWNLOAD}") from error
+        near = difflib.get_close_matches(path.name, folders_in(path.parent), n=1)
+        remedy = f"did you mean {escaped(str(path.with_name(near[0])))}?" if near else HOW
+        raise Refused(f"{name} {where} does not exist; {remedy}") from error
     except OSError as error:
         raise Refused(f"{name} {where} cannot be read ({error.strerror}); allow it, or name another folder") from error
     if not path.is_dir():

@@ -21,6 +21,8 @@ from finetune101.files import read_json
 from finetune101.schemas import Split
 
 ANEW = "make it anew by leaving out --split"
+MOST_NAMED = 3  # classes in a sentence
+MOST_NEEDED = 10_000  # images of a class, at most, of which one trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,16 +244,36 @@ def _shuffle_split(items: list[str], share: float, seed: int) -> tuple[list[str]
 
 def _reference(classes: Mapping[str, list[str]], config: DataConfig) -> dict[str, list[str]]:
     """The original project's split: per class, ``test_size`` tests, ``val_size`` validates."""
+    # rounded: 0.1 / (1 - 0.2) must be the 0.125 of the original, not 0.12500000000000003
+    val_share = round(config.val_size / (1 - config.test_size), 12)
+
+    def trained_on(images: int) -> int:
+        rest = images - math.ceil(config.test_size * images)
+        return rest - math.ceil(val_share * rest)
+
+    least = next((n for n in range(1, MOST_NEEDED) if trained_on(n)), MOST_NEEDED)
+    refuse_small({name: len(items) for name, items in classes.items()}, least, "to split")
     subsets: dict[str, list[str]] = {name: [] for name in SUBSETS}
-    for name, items in classes.items():
+    for items in classes.values():
         rest, test = _shuffle_split(items, config.test_size, config.split_seed)
-        # rounded: 0.1 / (1 - 0.2) must be the 0.125 of the original, not 0.12500000000000003
-        train, val = _shuffle_split(rest, round(config.val_size / (1 - config.test_size), 12), config.split_seed)
-        if not train:
-            raise Refused(f"class {escaped(name)} has {len(items)} image(s), too few to split; add some or remove it")
+        train, val = _shuffle_split(rest, val_share, config.split_seed)
         for subset, paths in (("train", train), ("val", val), ("test", test)):
             subsets[subset] += paths
     return subsets
+
+
+def refuse_small(images: Mapping[str, int], least: int, why: str, remedy: str = "") -> None:
+    """Raises Refused naming the classes of ``images`` that have fewer than ``least``, those that lack most first.
+
+    ``why`` they are too few; ``remedy`` is another way out than more images or fewer classes.
+    """
+    small = sorted((count, name) for name, count in images.items() if count < least)
+    if not small:
+        return
+    listed = [f"class {escaped(name)} has {count} (add at least {least - count})" for count, name in small[:MOST_NAMED]]
+    more = f" and {len(small) - MOST_NAMED} more" if len(small) > MOST_NAMED else ""
+    which = "its folder" if len(small) == 1 else "their folders"
+    raise Refused(f"too few images {why}: {', '.join(listed)}{more}; add images, or remove {which}{remedy}")
 
 
 def _followed(
@@ -265,6 +287,12 @@ def _followed(
     return followed
 
 
+def check_train_per_class(images: Mapping[str, int], number: int) -> None:
+    """Raises Refused where a class of ``images`` (its name -> how many) has none left to test beside ``number``."""
+    remedy = ", or give a smaller --train-per-class"
+    refuse_small(images, number + 1, f"for --train-per-class {number} and a test", remedy)
+
+
 def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapping[str, str]) -> dict[str, list[str]]:
     """``train_per_class`` random images per class for training (a sixth of them validation), the rest tests.
 
@@ -272,12 +300,7 @@ def _standard(classes: Mapping[str, list[str]], config: DataConfig, groups: Mapp
     that would overfill a class goes to the test side.
     """
     wanted = dict.fromkeys(classes, config.train_per_class)
-    for name, items in classes.items():
-        if len(items) <= config.train_per_class:
-            raise Refused(
-                f"class {escaped(name)} has {len(items)} images,"
-                f" --train-per-class {config.train_per_class} leaves none to test"
-            )
+    check_train_per_class({name: len(items) for name, items in classes.items()}, config.train_per_class)
     members: dict[str, list[str]] = defaultdict(list)
     for items in classes.values():
         for path in items:

@@ -85,7 +85,7 @@ def _rows(network: Any, inputs: Inputs, batch_size: int) -> Rows:
 
 def check_features_file(out: Path, *, overwrite: bool = False) -> None:
     """Raises Refused where ``write_embedded`` could not write ``out``: before the work of an hour."""
-    check_out_file(out, SUFFIXES, overwrite)
+    check_out_file(out, SUFFIXES, overwrite, example="features")
     if out.suffix.lower() == ".parquet":
         pyarrow_modules()
 

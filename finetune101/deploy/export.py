@@ -156,7 +156,7 @@ def export_network(
 
     Raises Refused for a file that is there, and where the answers differ: no file is left then.
     """
-    check_out_file(out, [f".{SUFFIXES[format].rpartition('.')[2]}"], overwrite)
+    check_out_file(out, [f".{SUFFIXES[format].rpartition('.')[2]}"], overwrite, example="network")
     started = time.perf_counter()
     if format == "safetensors":
         with atomic(out) as part:

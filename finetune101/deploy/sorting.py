@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import filecmp
 import itertools
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from finetune101.deploy.inputs import Inputs
 from finetune101.deploy.prediction import Prediction
 from finetune101.errors import Refused, escaped
+from finetune101.files import remedy_to_write
 
 UNSURE = "unsure"
 """The folder of images whose best class has a low probability."""
@@ -160,7 +162,9 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def _refused(file: str, folder: Path, link: bool, error: OSError) -> Refused:
-    act, remedy = ("link", "leave --link out") if link else ("copy", "free some space, or choose another folder")
+    act = "link" if link else "copy"
+    has_no_links = link and error.errno not in (errno.EACCES, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    remedy = "leave --link out" if has_no_links else remedy_to_write(error, folder)
     return Refused(
         f"cannot {act} {escaped(file)} into {escaped(str(folder))} ({error.strerror or error}); {remedy};"
         " the same command adds the rest"

@@ -14,7 +14,7 @@ from finetune101 import standalone
 from finetune101.deploy.inputs import Inputs
 from finetune101.deploy.prediction import Prediction
 from finetune101.errors import Refused, escaped
-from finetune101.files import atomic
+from finetune101.files import atomic, check_writable
 from finetune101.standalone import DIGITS, Label, csv_header, text_lines
 
 ENDINGS = (".csv", ".json", ".parquet")
@@ -103,21 +103,23 @@ def write_parquet(predictions: Iterable[Prediction], file: Path, width: int) -> 
 
 def check_table_file(file: Path, overwrite: bool) -> None:
     """Raises Refused for an unknown ending, a file that exists unless ``overwrite``, and Parquet without pyarrow."""
-    check_out_file(file, ENDINGS, overwrite)
+    check_out_file(file, ENDINGS, overwrite, example="labels")
     if file.suffix.lower() == ".parquet":
         pyarrow_modules()
 
 
-def check_out_file(file: Path, endings: Sequence[str], overwrite: bool) -> None:
-    """Before long work: raises Refused for another ending, a folder, and a file that exists unless ``overwrite``."""
+def check_out_file(file: Path, endings: Sequence[str], overwrite: bool, *, example: str) -> None:
+    """Before long work: raises Refused for another ending, a folder, a place that cannot be written, and a file that
+    exists unless ``overwrite``; ``example`` is a name without ending."""
     name = escaped(str(file))
     if file.suffix.lower() not in endings:
         listed = f"neither {' nor '.join(endings)}" if len(endings) > 1 else f"something other than {endings[0]}"
-        raise Refused(f"--out {name} ends in {listed}; give a name such as labels{endings[0]}")
+        raise Refused(f"--out {name} ends in {listed}; give a name such as {example}{endings[0]}")
     if file.is_dir():
         raise Refused(f"--out {name} is a folder; name a file")
     if file.exists() and not overwrite:
         raise Refused(f"{name} exists; give another --out, or --overwrite")
+    check_writable(file, file.parent, "--out")
 
 
 def write_table_file(predictions: Iterable[Prediction], file: Path, inputs: Inputs, width: int) -> None:

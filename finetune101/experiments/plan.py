@@ -104,12 +104,7 @@ def scratch_recipe(study: StudyConfig, folder: Path) -> str | None:
 
 def _check_sizes(study: StudyConfig, index: Index) -> None:
     """Raises Refused for a number of training images per class that cannot be."""
-    images = Counter(map(class_of, index.paths))
-    smallest, largest = min(images, key=lambda name: images[name]), max(study.train_per_class, default=0)
-    if images[smallest] <= largest:
-        raise Refused(
-            f"class {smallest} has {images[smallest]} images, --train-per-class {largest} leaves none to test"
-        )
+    splits.check_train_per_class(Counter(map(class_of, index.paths)), max(study.train_per_class, default=0))
 
 
 def _check_arm(arm: str, recipe: str, config: TrainConfig) -> None:

@@ -267,7 +267,7 @@ def is_installed(name: str) -> bool:
         from torchvision.models import get_weight  # loaded by table.py, without the compiler
 
         address = get_weight(weights.name).url
-        return (Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name).is_file()
+        return os.path.isfile(Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name)  # False without rights
     return isinstance(weights, Package) and _package_file(weights) is not None
 
 
@@ -276,7 +276,7 @@ def _prepared_file(name: str, partial: bool = False) -> Path | None:
     folder = os.environ.get("FINETUNE101_WEIGHTS")
     stems = [name.replace(":", "_") + part for part in (["_features", ""] if partial else [""])]
     files = [Path(folder or "") / f"{stem}_imagenet.safetensors" for stem in stems]
-    return next((file for file in files if folder and file.is_file()), None)
+    return next((file for file in files if folder and os.path.isfile(file)), None)
 
 
 def _find_weights(entry: Entry, file: str | None, partial: bool = False) -> tuple[dict[str, Tensor], str]:

@@ -82,7 +82,8 @@ def test_a_class_named_train_is_a_class(here: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("missing", "--data missing does not exist"),
+        ("missing", "--data missing does not exist; give --data a folder"),
+        ("pet", r"--data pet does not exist; did you mean pets\?"),
         ("pets/cat/1.jpg", "is a file"),
         ("pets/cat", "its parent folder"),
         ("empty", "no class folders"),

@@ -79,8 +79,16 @@ def test_reference_of_another_seed_differs_in_images_only() -> None:
 
 
 def test_reference_refuses_a_class_too_small_to_split() -> None:
-    with pytest.raises(ValueError, match=r"class tiny has 1 image\(s\), too few to split; add some or remove it"):
+    with pytest.raises(
+        ValueError, match=r"to split: class tiny has 1 \(add at least 2\); add images, or remove its folder"
+    ):
         splits.make_split(index_of(big=20, tiny=1), DataConfig())
+    many = index_of(big=20, a=2, b=1, c=1, d=2)
+    with pytest.raises(
+        ValueError, match=r"class b has 1 .*, class c has 1 .*, class a has 2 \(add at least 1\) and 1 m"
+    ):
+        splits.make_split(many, DataConfig())
+    assert splits.make_split(index_of(big=20, three=3), DataConfig()).subsets["train"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,9 @@ def test_standard_caps_the_test_images() -> None:
 
 
 def test_standard_needs_images_left_to_test() -> None:
-    with pytest.raises(ValueError, match="class b has 30 images, --train-per-class 30 leaves none to test"):
+    with pytest.raises(
+        ValueError, match=r"--train-per-class 30 and a test: class b has 30 \(add at least 1\); .* a smaller --train"
+    ):
         splits.make_split(index_of(a=31, b=30), standard(30))
 
 

@@ -129,7 +129,7 @@ def test_settings_that_cannot_work_are_refused(study: StudyConfig, index: Index)
         ({"train_per_class": (0, 1)}, "--train-per-class is 0 1"),
         ({"split_seed": -1}, "--split-seed is -1"),
         ({"exp": "a" * 300}, "too long"),
-        ({"train_per_class": (1, 500)}, "--train-per-class 500 leaves none to test"),
+        ({"train_per_class": (1, 500)}, "too few images for --train-per-class 500 and a test"),
         ({"scratch_recipe": "probe"}, "--scratch-recipe probe trains the output layer only"),
         ({"probe_recipe": "finetune"}, "--probe-recipe finetune trains every layer"),
         ({"scratch_recipe": "none"}, "there is no recipe none"),

@@ -104,6 +104,16 @@ def test_a_run_is_free_again_when_its_training_ends_early(small: TrainConfig, ho
     prepare(small, resume=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no files from anybody, not even from root")
+def test_where_no_run_can_be_written_no_image_is_decoded(
+    small: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FINETUNE101_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(Refused, match=r"cannot write /proc/x/\S+: .*; choose another --runs$"):
+        prepare(dataclasses.replace(small, runs="/proc/x"))
+    assert not (tmp_path / "cache").exists() and "Decoding" not in capsys.readouterr().out
+
+
 def test_a_dead_owner_is_taken_over_at_once(run: Run) -> None:
     code = "import sys, time; from finetune101.files import claim; from pathlib import Path\n"
     code += "with claim(Path(sys.argv[1])) as claimed: print(claimed, flush=True); time.sleep(600)"
