@@ -192,6 +192,14 @@ def usual(model: str = "", device: str = "auto", *, pretrain: bool = True) -> st
     return usual_finetune(model) if pretrain else usual_scratch(model, device)
 
 
+def whole_epochs(config: TrainConfig) -> int | None:
+    """The epochs of the named recipe of ``config`` where it was cut to fewer; None where it was not."""
+    if config.recipe not in RECIPES:
+        return None
+    whole = RECIPES[config.recipe](config.exp, pretrain=config.model.pretrain).optim.epochs
+    return whole if 0 < config.optim.epochs < whole else None
+
+
 def rescheduled(optim: OptimConfig, epochs: int) -> OptimConfig:
     """``optim`` with ``epochs`` as a whole schedule: its warm-up and its steps become longer or shorter alike."""
     ratio = epochs / optim.epochs if optim.epochs else 1

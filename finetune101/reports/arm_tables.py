@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune101.reports.comparison import Arm, Comparison, arm_notes
 from finetune101.reports.groups import Group, mean_sd, proof
-from finetune101.reports.page import Cell, Name, Page, minutes, number, percent, spread, words
+from finetune101.reports.page import Cell, Name, Page, minutes, number, p_cell, percent, spread, words
 
 
 def add_arms(page: Page, arms: Sequence[Arm], groups: Sequence[Group], network: str = "", key: str = "arms") -> None:
@@ -84,11 +84,10 @@ def add_tests(page: Page, comparisons: Sequence[Comparison], network: str = "") 
             words(f"{interval[0]:+.2f} – {interval[1]:+.2f}" if interval else "–")
             for interval in (c.difference_interval, over_runs, c.over_splits)
         ]
-        p = number(c.crossed.p if c.crossed else None, ".2g")
+        p = p_cell(c.crossed.p if c.crossed else None)
         rows.append([words(name), number(c.difference, "+.2f"), *spans, p])
         pairs += [
-            [words(p.a), words(p.b), number(p.only_a, "d"), number(p.only_b, "d"), number(p.p, ".2g")]
-            for p in c.mcnemar
+            [words(p.a), words(p.b), number(p.only_a, "d"), number(p.only_b, "d"), p_cell(p.p)] for p in c.mcnemar
         ]
     over = [Name(f"95%: {page.words[key]}") for key in ("over_images", "over_images_and_runs", "over_splits")]
     page.table("differences", ("pair", "gain", *over, "p"), rows, network)

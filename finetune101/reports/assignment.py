@@ -15,7 +15,7 @@ from finetune101.reports.drawing import font_remark
 from finetune101.reports.effects import analyse_variance, search_story, winner_words
 from finetune101.reports.groups import Group, Tested
 from finetune101.reports.hyperparameters import add_settings, add_setup
-from finetune101.reports.page import Page
+from finetune101.reports.page import Page, p_text
 from finetune101.reports.pages import add_losses, arms_of, comparison_headline, draw_groups, run_headline, study_groups
 from finetune101.reports.pages import study_folder as folder_of_study
 from finetune101.reports.run_sections import add_facts
@@ -97,7 +97,7 @@ def _results(page: Page, sides: Sequence[Group], comparisons: Sequence[Compariso
     draw = partial(draw_groups, comparisons, sides, lang=page.lang)
     page.picture("lab_curves", draw, page.say("tested_alt", tests=tests))
     pair = comparisons[0].mcnemar[0]
-    test = page.say("lab_mcnemar", a=pair.a, b=pair.b, only_a=pair.only_a, only_b=pair.only_b, p=pair.p)
+    test = page.say("lab_mcnemar", a=pair.a, b=pair.b, only_a=pair.only_a, only_b=pair.only_b, p=p_text(pair.p))
     page.add("words", "lab_tests", text=test)
 
 

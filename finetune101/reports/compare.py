@@ -17,6 +17,7 @@ from scipy import stats
 
 from finetune101.errors import Refused
 from finetune101.evaluation import metrics
+from finetune101.recipes import whole_epochs
 from finetune101.redaction import redacted
 from finetune101.reports.comparison import Arm, ClassGain, Comparison, Pair, Score
 from finetune101.reports.drawing import ARMS
@@ -111,6 +112,8 @@ def _arm(group: Group, other: Group) -> Arm:
         seconds_to_other=reached["seconds"] if reached else None,
         runs=tuple(scores),
         random_layers=first.config.model.random_layers,
+        epochs=first.config.optim.epochs,
+        whole_epochs=whole_epochs(first.config),
     )
 
 

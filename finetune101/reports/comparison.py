@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from finetune101.errors import escaped
 from finetune101.evaluation import metrics
 from finetune101.reports.figures import draw_comparison
-from finetune101.reports.page import read_words
+from finetune101.reports.page import p_text, read_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,9 @@ class Arm:
     runs: tuple[Score, ...]
     random_layers: tuple[str, ...] = ()
     """Layers beside the output layer that started at random in a pretrained network."""
+    epochs: int | None = None
+    whole_epochs: int | None = None
+    """Epochs of the recipe, where it was cut to ``epochs``."""
 
     @property
     def better_recipes(self) -> tuple[tuple[str, str], ...]:
@@ -164,13 +167,12 @@ def comparison_text(c: Comparison) -> str:
     lines.append(f"{'difference':{width}}  {c.difference:+.2f} points ({_span(c.interval)}; over {c.over})")
     if c.crossed and c.difference_interval:
         lines.append(f"{'':{width}}  of these very runs, over images only: {_span(c.difference_interval)}")
-        lines.append(
-            f"{'':{width}}  t test over images and runs: p = {c.crossed.p:.2g} ({c.crossed.df:.1f} degrees of freedom)"
-        )
+        chance, freedom = p_text(c.crossed.p), f"{c.crossed.df:.1f} degrees of freedom"
+        lines.append(f"{'':{width}}  t test over images and runs: p {chance} ({freedom})")
     lines.append("")
     for pair in c.mcnemar:
         lines.append(f"Only {pair.a} is right: {_images(pair.only_a)}. Only {pair.b} is right: {_images(pair.only_b)}.")
-        lines.append(f"  McNemar's exact test that both are equally good: p = {pair.p:.2g}.")
+        lines.append(f"  McNemar's exact test that both are equally good: p {p_text(pair.p)}.")
     lines.append(_verdict(c))
     if single := [arm.name for arm in (c.a, c.b) if len(arm.runs) == 1]:
         lines.append(f"One training run of {' and of '.join(single)}: another seed or split would give other numbers.")
@@ -181,6 +183,11 @@ def comparison_text(c: Comparison) -> str:
     if c.a.network != c.b.network:
         lines += ["", "The networks differ, so the difference does not come from the start of training alone."]
     return "\n".join(map(escaped, lines))
+
+
+def cut_note(arm: Arm, words: Mapping[str, str]) -> str:
+    """That ``arm`` was trained for fewer epochs than its recipe has."""
+    return words["cut_arm"].format(arm=arm.name, epochs=arm.epochs, whole=arm.whole_epochs, recipe=arm.recipe)
 
 
 def arm_notes(arm: Arm, words: Mapping[str, str]) -> list[str]:
@@ -195,6 +202,8 @@ def arm_notes(arm: Arm, words: Mapping[str, str]) -> list[str]:
         notes.append(words["frozen_arm"].format(arm=arm.name, frozen=arm.frozen, n=len(arm.runs)))
     if cached := [f"{arm.name}/{Path(run.path).name}" for run in arm.runs if run.features_cached]:
         notes.append(words["cached"].format(runs=", ".join(cached)))
+    if arm.whole_epochs:
+        notes.append(cut_note(arm, words))
     if arm.better_recipes:
         better = ", ".join(f"{recipe} ({words[time]})" for recipe, time in arm.better_recipes)
         notes.append(words["better"].format(arm=arm.name, recipe=arm.recipe, better=better))

@@ -10,6 +10,7 @@ from finetune101.config import AugmentConfig, OptimConfig, TrainConfig
 from finetune101.data.images import OFFICIAL_CLASSES
 from finetune101.deploy.card import SOME_CALTECH
 from finetune101.models.table import lookup
+from finetune101.recipes import whole_epochs
 from finetune101.reports.groups import Group, Tested
 from finetune101.reports.page import Cell, Page, Words, sentence
 from finetune101.reports.page import words as text
@@ -87,14 +88,14 @@ def _settings(group: Group, words: Words) -> dict[str, str]:
     """Label -> value of everything that was set for a group; what a recipe leaves out only where it matters."""
     run = group.runs[0]
     config, optim, model = run.config, run.config.optim, run.config.model
-    ratio = config.backbone_lr_ratio()
+    ratio, whole = config.backbone_lr_ratio(), whole_epochs(config)
     solved = optim.epochs == 0  # the output layer alone, by a solver
     values = {
         "network": model.name,
         "parameters": f"{parameter_count(model.name, len(run.manifest.classes)) / 1e6:.2f}",
         "start": _start(config, words),
         "trained": words["v_head_only" if model.freeze or solved else "v_all"],
-        "recipe": Path(config.recipe or "").name or "–",
+        "recipe": (Path(config.recipe or "").name or "–") + (words["v_cut"].format(whole=whole) if whole else ""),
         "loss": sentence(words, "v_smoothed" if optim.label_smoothing else "v_cross", value=optim.label_smoothing),
     }
     if solved:

@@ -175,6 +175,20 @@ def number(value: float | None, form: str = ".2f") -> Cell:
     return ("–", -1.0) if value is None else (f"{value:{form}}", value)
 
 
+SMALLEST_P = 1e-300
+"""Below it a p-value is no longer a number of the machine."""
+
+
+def p_text(p: float) -> str:
+    """What stands behind the "p" of a test: "= 0.012"; never "= 0"."""
+    return f"= {p:.2g}" if p >= SMALLEST_P else f"< {SMALLEST_P:g}"
+
+
+def p_cell(p: float | None) -> Cell:
+    """A cell with a p-value, or none."""
+    return ("–", -1.0) if p is None else (p_text(p).removeprefix("= "), p)
+
+
 def spread(mean: float | None, sd: float | None, digits: int = 2) -> Cell:
     """A cell with a mean and, where there is one, its standard deviation."""
     if mean is None:

@@ -11,7 +11,7 @@ from finetune101.errors import Refused
 from finetune101.evaluation.tested import is_inside
 from finetune101.reports import compare, figures, groups, mistakes
 from finetune101.reports.arm_tables import add_arms, add_gains, add_reach, add_result, add_starts, add_tests
-from finetune101.reports.comparison import Arm, Comparison
+from finetune101.reports.comparison import Arm, Comparison, cut_note
 from finetune101.reports.drawing import font_remark
 from finetune101.reports.groups import Group, Tested
 from finetune101.reports.hyperparameters import add_settings, add_setup
@@ -103,7 +103,8 @@ def comparison_headline(page: Page, first: Comparison, sides: Sequence[Group]) -
     values = {"a": first.a.name, "b": first.b.name, "top1_a": first.a.top1, "top1_b": first.b.top1, "low": low}
     headline = page.say("compare_headline", **values, gain=first.difference, high=high, over=over)
     lone = [group.name for group in sides if len(group.runs) == 1]
-    return page.join([headline, page.say("single", arms=page.words["comma"].join(lone)) if lone else ""])
+    cut = [cut_note(arm, page.words) for arm in (first.a, first.b) if arm.whole_epochs]
+    return page.join([headline, *cut, page.say("single", arms=page.words["comma"].join(lone)) if lone else ""])
 
 
 def _compared(page: Page, sides: Sequence[Group], network: str = "") -> str:

@@ -9,6 +9,7 @@ from written_runs import write_run
 from finetune101.evaluation import metrics
 from finetune101.reports import compare, groups
 from finetune101.reports.comparison import Comparison, comparison_text
+from finetune101.reports.page import p_cell, p_text
 from finetune101.run import Run
 
 
@@ -77,6 +78,24 @@ def test_layers_that_started_at_random_are_said(arms):
     arms[0].write_json("config.json", config)
     c = compared(*arms)
     assert (list(c.a.random_layers), list(c.b.random_layers)) == (["blocks.6"], [])
+
+
+def test_a_p_value_is_never_shown_as_nothing():
+    assert (p_text(0.0123), p_text(0.0), p_text(1.0)) == ("= 0.012", "< 1e-300", "= 1")
+    assert p_cell(0.0) == ("< 1e-300", 0.0) and p_cell(None)[0] == "–"
+
+
+def test_a_recipe_that_was_cut_is_said(arms):
+    config = arms[0].read_json("config.json")
+    config["recipe"], config["optim"]["epochs"] = "scratch", 1
+    arms[0].write_json("config.json", config)
+    c = compared(*arms)
+    assert (c.a.epochs, c.a.whole_epochs, c.b.whole_epochs) == (1, 140, None)
+    text = comparison_text(c)
+    assert text.count("was cut short: 1 of the 140 epochs of the recipe scratch") == 1
+    config["optim"]["epochs"] = 140
+    arms[0].write_json("config.json", config)
+    assert compared(*arms).a.whole_epochs is None
 
 
 def test_a_wins_curve_reaches_the_final_validation_accuracy_of_the_other(tmp_path):
