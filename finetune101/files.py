@@ -38,6 +38,7 @@ WRITE_REMEDIES = {
     errno.EPERM: "choose a place that you may use, or change its permissions",
     errno.EROFS: "choose a place that can be written",
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another folder",
 }
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
 ABANDONED = 24 * 3600.0  # seconds after which a temporary file of another machine counts as abandoned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -106,8 +107,11 @@ def _named(root: str | None) -> tuple[Path, str]:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero in the name
         if not folder:
             raise Refused(f"no data set at {path}; {DOWNLOAD}") from error
-        near = difflib.get_close_matches(path.name, folders_in(path.parent), n=1)
-        remedy = f"did you mean {escaped(str(path.with_name(near[0])))}?" if near else HOW
+        near: list[str] = []
+        with contextlib.suppress(Refused):  # the folder above may be missing as well
+            near = difflib.get_close_matches(path.name, folders_in(path.parent), n=1)
+        usual = DOWNLOAD if path in (Path("data"), Path("data") / FOLDER) else HOW
+        remedy = f"did you mean {escaped(str(path.with_name(near[0])))}?" if near else usual
         raise Refused(f"{name} {where} does not exist; {remedy}") from error
     except OSError as error:
         raise Refused(f"{name} {where} cannot be read ({error.strerror}); allow it, or name another folder") from error

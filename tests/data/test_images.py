@@ -83,6 +83,8 @@ def test_a_class_named_train_is_a_class(here: Path) -> None:
     ("name", "says"),
     [
         ("missing", "--data missing does not exist; give --data a folder"),
+        ("data", "run `finetune101 data download`, or give --data"),
+        ("gone/pets", "--data gone/pets does not exist; give --data"),
         ("pet", r"--data pet does not exist; did you mean pets\?"),
         ("pets/cat/1.jpg", "is a file"),
         ("pets/cat", "its parent folder"),

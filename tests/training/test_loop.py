@@ -310,7 +310,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(base: TrainConfig, limit: in
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "cannot write" in errors[0] and "free some space" in errors[0]
+    assert len(errors) == 1 and "cannot write" in errors[0] and "ulimit -f" in errors[0]
     assert "Traceback" not in done.stderr
     assert digest(run.last) == before and load_file(run.best)
     assert not list(run.path.glob(".*"))  # no half-written file is left behind
