@@ -370,7 +370,7 @@ def check_name(exp: str) -> None:
     parts = exp.split("/")
     fine = not {"", ".", ".."} & set(parts) and not set(exp) & set('\\:*?"<>|') and exp.isprintable()
     if not fine or exp.startswith("~"):
-        raise Refused(f"--exp {exp!r} cannot name a folder; use letters, digits, - and _")
+        raise Refused(f"--exp {shown(exp)} cannot name a folder; use letters, digits, - and _")
     if any(len(part.encode()) > 200 for part in parts):
         raise Refused(f"--exp {shortened(exp, 40)} is too long for a folder; use at most 200 letters")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from finetune101.config import SETTINGS, Setting, TrainConfig, change, typed, validate
-from finetune101.errors import Refused, bare, escaped, shortened
+from finetune101.errors import Refused, bare, escaped, shortened, shown
 from finetune101.experiments.settings import SearchOptions
 from finetune101.files import read_settings
 
@@ -66,12 +66,13 @@ def make_space(lists: Mapping[str, Any]) -> Space:
         if name in DATA:
             raise Refused(f"{name} changes the validation images, by which trials are compared; it is not searched")
         if name not in SEARCHED:
-            raise Refused(f"{flag} is not a setting to search; choose from {', '.join(sorted(SEARCHED))}")
+            known = ", ".join(sorted(SEARCHED))
+            raise Refused(f"{escaped(shortened(flag, 60))} is not a setting to search; choose from {known}")
         if isinstance(values, Range) or (isinstance(values, str) and ".." in values):
             space[name] = _range(name, str(values))
             continue
         if isinstance(values, str) or not isinstance(values, Sequence):
-            raise Refused(f"{name} is {values!r}; give a list of values, or a range such as 1e-4..1e-1:log")
+            raise Refused(f"{name} is {shown(values)}; give a list of values, or a range such as 1e-4..1e-1:log")
         if not values:
             raise Refused(f"{name} has no values to search; give at least one")
         typed = [_typed(name, value) for value in values]

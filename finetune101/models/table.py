@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from finetune101.config import Preprocessing
-from finetune101.errors import Refused
+from finetune101.errors import Refused, shown
 from finetune101.machine import without_compiler
 
 with without_compiler():
@@ -238,11 +238,11 @@ def lookup(name: str) -> Entry:
         return _lookup_timm(name)
     timm = import_timm()
     if timm.is_model(name):
-        raise Refused(f"there is no model {name!r} in the table, but timm has it; give timm:{name}")
+        raise Refused(f"there is no model {shown(name)} in the table, but timm has it; give timm:{name}")
     close = difflib.get_close_matches(name.lower(), names(), n=1)
     if close:
-        raise Refused(f"there is no model {name!r}; did you mean {close[0]}?")
-    raise Refused(f"there is no model {name!r}; choose one of {', '.join(names())}, or timm:NAME")
+        raise Refused(f"there is no model {shown(name)}; did you mean {close[0]}?")
+    raise Refused(f"there is no model {shown(name)}; choose one of {', '.join(names())}, or timm:NAME")
 
 
 def _lookup_timm(name: str) -> Entry:
@@ -251,11 +251,12 @@ def _lookup_timm(name: str) -> Entry:
     try:
         published = timm.get_pretrained_cfg(wanted) if timm.is_model(wanted) else None
     except RuntimeError as error:  # a tag that the architecture does not have
-        raise Refused(f"timm has no {wanted!r}: {str(error).rstrip('.')}; leave out what follows the dot") from error
+        reason = str(error).rstrip(".")
+        raise Refused(f"timm has no {shown(wanted)}: {reason}; leave out what follows the dot") from error
     if published is None:
         close = difflib.get_close_matches(wanted.lower(), timm.list_models(), n=1)
         hint = f"did you mean timm:{close[0]}?" if close else "timm.list_models() lists what there is"
-        raise Refused(f"timm has no model {wanted!r}; {hint}")
+        raise Refused(f"timm has no model {shown(wanted)}; {hint}")
     data: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=published.to_dict())
     channels, height, width = data["input_size"]
     if not isinstance(published.classifier, str) or channels != 3 or height != width:

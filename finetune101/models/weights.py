@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from finetune101.errors import Refused
+from finetune101.errors import Refused, shown
 
 COUNTER = "num_batches_tracked"  # batch norm's step counter: old files lack it, and no result depends on it
 CONTAINERS = (
@@ -59,7 +59,7 @@ def check_random_layers(
         inside = [key for key in keys if key.startswith(f"{layer}.")]
         if not inside:
             names = ", ".join(name for name, part in model.named_children() if any(True for _ in part.parameters()))
-            raise Refused(f"--random-layers names {layer!r}, which the network lacks; its parts are {names}")
+            raise Refused(f"--random-layers names {shown(layer)}, which the network lacks; its parts are {names}")
         if all(key.startswith(head) for key in inside):
             raise Refused(
                 f"--random-layers {layer} names the output layer, which always starts at random; leave it out"

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from finetune101.config import ModelConfig, OptimConfig, TrainConfig, change
+from finetune101.errors import Refused
+from finetune101.experiments.search_plan import Plan, check_plan
 from finetune101.experiments.space import ORIGINAL, Range, check_space, make_space, parse_space, point_label, points
 from search import hyper_param_opts
 
@@ -68,6 +70,16 @@ def test_files(name: str, content: str, tmp_path: Path) -> None:
 def test_mistakes(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_space(words)
+
+
+LONG = "x" * 10**5
+
+
+@pytest.mark.parametrize("space", [{"lr": LONG}, {LONG: [1]}, {"model": [LONG]}, {"lr": [LONG]}])
+def test_long_words_of_a_file_make_no_long_sentence(space: dict[str, Any], base: TrainConfig) -> None:
+    with pytest.raises(Refused) as refused:
+        check_plan(Plan(base=base, space=make_space(space)))
+    assert 20 < len(str(refused.value)) < 1200
 
 
 @pytest.mark.parametrize(
